@@ -1,0 +1,213 @@
+"""Every setting of a latent reasoner, with its default and its meaning, in one place.
+
+:class:`SLRConfig` is what ``slr_config.json`` holds. Each part of the loop is a small model of its
+own, so that an ablation is a config change: ``config.replace(loop={"residual": {"source": "none"}})``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from slr_core.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+
+FORMAT_VERSION = 1
+
+Criterion = Literal["relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "fixed"]
+
+DEFAULT_THRESHOLDS: dict[str, float] = {
+    "relative_change": 0.1,
+    "cosine": 0.01,
+    "kl": 0.01,
+    "entropy_change": 0.01,
+    "argmax_stable": 0.5,
+    "fixed": 0.0,
+}
+"""The threshold of a criterion that is named without one. Every criterion is a distance that is
+small when settled; ``argmax_stable`` is 0 or 1, ``fixed`` never falls below its threshold."""
+
+Threshold = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ProjectionConfig(_Model):
+    """How a state becomes the next iteration's input."""
+
+    kind: Literal["identity", "rms_match", "linear", "mlp"] = Field(
+        "rms_match", description="rms_match rescales the state to the RMS of the embedding table"
+    )
+
+
+class TimestepConfig(_Model):
+    """The timestep embedding e_t."""
+
+    kind: Literal["none", "sinusoidal", "learned"] = Field(
+        "sinusoidal", description="sinusoidal features through an MLP, one learned vector per iteration, or nothing"
+    )
+    combine: Literal["add", "concat"] = Field(
+        "add", description="add e_t to the projected state, or concatenate both and map back to the hidden size"
+    )
+
+
+class LoopLoraConfig(_Model):
+    """The loop adapters L_t."""
+
+    kind: Literal["per_iteration", "shared", "none"] = Field(
+        "per_iteration", description="one adapter per iteration, one for all, or none"
+    )
+    rank: int = Field(8, ge=1, le=1024, description="rank of each adapter")
+    alpha: float = Field(16.0, gt=0, le=1e4, description="scale: the update is multiplied by alpha / rank")
+    target_modules: tuple[str, ...] | None = Field(
+        None, description="names of the linear layers that are adapted; None: every linear layer but the LM head"
+    )
+    past_end: Literal["last", "cycle", "error"] = Field(
+        "last", description="adapter and timestep embedding past the last trained iteration"
+    )
+
+
+class ResidualConfig(_Model):
+    """How an iteration's output and an earlier state make the next state."""
+
+    source: Literal["none", "initial", "previous"] = Field("previous", description="h_0, or h_{t-1}, or nothing")
+    mix: Literal["add", "convex", "gated"] = Field(
+        "gated",
+        description="add: g + scale*s; convex: alpha*g + (1-alpha)*s; gated: the same with a learned alpha per channel",
+    )
+    scale: float = Field(0.1, ge=-10, le=10, description="the factor of `add`")
+    alpha: float = Field(0.9, gt=0, le=1, description="the share of g in `convex`, and where `gated` starts")
+    norm: bool = Field(False, description="an RMS norm with a learned weight after the mix")
+
+    @model_validator(mode="after")
+    def _gate_can_start(self) -> Self:
+        if self.mix == "gated" and self.alpha == 1:
+            raise ValueError("alpha must be below 1 for the mix `gated`, which starts there")
+        return self
+
+
+class ConvergenceConfig(_Model):
+    """When the loop stops by itself."""
+
+    criterion: Criterion = Field("relative_change", description="the distance that is compared to the threshold")
+    threshold: Threshold | None = Field(
+        None, description="stop below this; None: the default of the criterion (DEFAULT_THRESHOLDS)"
+    )
+    patience: int = Field(1, ge=1, le=64, description="consecutive iterations below the threshold before stopping")
+
+    @property
+    def effective_threshold(self) -> float:
+        """The threshold in force: the one given, or the criterion's default."""
+        return DEFAULT_THRESHOLDS[self.criterion] if self.threshold is None else self.threshold
+
+
+class GuardConfig(_Model):
+    """When a loop counts as diverged. A non-finite state always does."""
+
+    expanding_iterations: int = Field(
+        3, ge=1, le=64, description="consecutive iterations with contraction above 1 before the norm is looked at"
+    )
+    norm_factor: float = Field(
+        10.0, gt=1, le=1e6, description="diverged when, expanding for so long, the norm exceeds this multiple of |h_1|"
+    )
+
+
+class LoopConfig(_Model):
+    """The loop: workspace, stabilisers, exit."""
+
+    workspace: Literal["append"] = Field("append", description="append: a chain of continuous thoughts")
+    trained_iterations: int = Field(6, ge=1, le=64, description="iterations that have weights of their own")
+    max_iterations: int = Field(8, ge=0, le=256, description="default T of a request")
+    min_iterations: int = Field(1, ge=0, le=256, description="default minimum of a request")
+    projection: ProjectionConfig = ProjectionConfig()
+    timestep: TimestepConfig = TimestepConfig()
+    lora: LoopLoraConfig = LoopLoraConfig()
+    residual: ResidualConfig = ResidualConfig()
+    convergence: ConvergenceConfig = ConvergenceConfig()
+    guard: GuardConfig = GuardConfig()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loop adapters: the folders below ``loops/``."""
+        count = {"per_iteration": self.trained_iterations, "shared": 1, "none": 0}[self.lora.kind]
+        return tuple(f"loop_{t:02d}" for t in range(1, count + 1))
+
+
+class TextConfig(_Model):
+    """How a prompt becomes text, and when an answer ends."""
+
+    prompt_prefix: str = Field("", description="put before every prompt of /generate and /trace")
+    prompt_suffix: str = Field("", description="put after every prompt of /generate and /trace")
+    stop: tuple[str, ...] = Field((), description="strings that end an answer; they are not part of it")
+    max_new_tokens: int = Field(64, ge=1, le=65536, description="default token limit of an answer")
+
+
+class SLRConfig(_Model):
+    """The whole of ``slr_config.json``."""
+
+    format_version: Literal[1] = Field(FORMAT_VERSION, description="version of the checkpoint folder's format")
+    slr_version: str = Field("", description="version of the library that wrote the folder")
+    base: str = Field("base", description="the base model: a folder inside the checkpoint, or a hub id")
+    loop: LoopConfig = LoopConfig()
+    text: TextConfig = TextConfig()
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Validate parsed JSON.
+
+        Raises:
+            ConfigError: a field is unknown, missing or out of range; each is named with what it accepts.
+        """
+        return validated(cls, data)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Self:
+        """Read and validate a config file.
+
+        Raises:
+            ConfigError: the file is not JSON or a field is wrong.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: not a readable JSON file ({error})") from error
+        return cls.from_dict(data)
+
+    def to_json(self) -> str:
+        """Canonical JSON text, as it is written to a checkpoint."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def replace(self, **changes: Any) -> Self:
+        """A validated copy with nested fields changed: ``replace(loop={"max_iterations": 4})``."""
+        return self.from_dict(_merge(self.model_dump(mode="json"), changes))
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(old.get(key), dict)
+        merged[key] = _merge(old[key], value) if both else value
+    return merged
+
+
+def validated(model: type[M], data: Any) -> M:
+    """Validate ``data`` as JSON-like input for ``model``.
+
+    Raises:
+        ConfigError: one line per faulty field, with its dotted name.
+    """
+    try:
+        return model.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'config'}: {fault['msg']}" for fault in error.errors()
+        )
+        raise ConfigError(faults) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config is not JSON-like: {error}") from error

@@ -1,0 +1,179 @@
+"""When a loop ends: the distances, the criterion with its patience, and the divergence guard.
+
+Distances are taken in fp32. The rule that turns them into an exit decision is plain Python over
+floats, one instance per request, so that it can be tested without a model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from slr_core.config import DEFAULT_THRESHOLDS, Criterion, GuardConfig, LoopConfig
+from slr_core.errors import RequestError
+
+ExitReason = Literal["converged", "max_iterations", "diverged", "cancelled"]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What one request asks of its loop, every default filled in."""
+
+    max_iterations: int
+    min_iterations: int
+    criterion: Criterion
+    threshold: float
+    patience: int
+
+    @classmethod
+    def resolve(
+        cls,
+        loop: LoopConfig,
+        *,
+        max_iterations: int | None = None,
+        min_iterations: int | None = None,
+        criterion: Criterion | None = None,
+        threshold: float | None = None,
+        patience: int | None = None,
+    ) -> Self:
+        """Fill in the checkpoint's defaults.
+
+        A criterion given without a threshold takes that criterion's default threshold. A default
+        minimum gives way to an explicit maximum, and a default maximum to an explicit minimum.
+
+        Raises:
+            RequestError: ``min_iterations`` is above an explicit ``max_iterations``, or the loop would
+                pass the last trained iteration under the policy ``error``.
+        """
+        if max_iterations is not None and min_iterations is not None and min_iterations > max_iterations:
+            raise RequestError(
+                f"min_iterations must be at most max_iterations ({max_iterations}), got {min_iterations}",
+                param="min_iterations",
+            )
+        highest = max(loop.max_iterations, min_iterations or 0) if max_iterations is None else max_iterations
+        lowest = min(loop.min_iterations, highest) if min_iterations is None else min_iterations
+        if loop.lora.past_end == "error" and highest > loop.trained_iterations:
+            raise RequestError(
+                f"max_iterations must be at most {loop.trained_iterations}, the last trained iteration, got {highest}",
+                param="max_iterations",
+            )
+        default = loop.convergence
+        if threshold is None:
+            threshold = (
+                default.effective_threshold
+                if criterion in (None, default.criterion)
+                else DEFAULT_THRESHOLDS[criterion or default.criterion]
+            )
+        return cls(highest, lowest, criterion or default.criterion, threshold, patience or default.patience)
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether the criterion needs the LM head at every iteration."""
+        return self.criterion in ("kl", "entropy_change", "argmax_stable")
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Per-row measures of one iteration, each ``[B]`` fp32.
+
+    ``change`` is the norm of the step, ``norm`` that of the new state. The head's measures are ``None``
+    unless logits were given.
+    """
+
+    change: Tensor
+    norm: Tensor
+    relative_change: Tensor
+    cosine: Tensor
+    kl: Tensor | None = None
+    entropy: Tensor | None = None
+    entropy_change: Tensor | None = None
+    argmax_stable: Tensor | None = None
+
+
+def measure(
+    hidden: Tensor,
+    previous: Tensor,
+    output: Tensor,
+    logits: tuple[Tensor, Tensor] | None = None,
+) -> Distances:
+    """Distances between two consecutive states ``[B, d]``.
+
+    Args:
+        hidden: ``h_t``.
+        previous: ``h_{t-1}``.
+        output: what moved: ``h_t``, or ``g_t`` under a ``previous`` residual, whose small alpha must not
+            look like convergence.
+        logits: the head's ``[B, V]`` at ``h_t`` and at ``h_{t-1}``, where needed.
+    """
+    hidden, previous, output = hidden.float(), previous.float(), output.float()
+    change = (output - previous).norm(dim=-1)
+    cosine = 1 - torch.nn.functional.cosine_similarity(output, previous, dim=-1)
+    distances = {"change": change, "norm": hidden.norm(dim=-1), "relative_change": change / previous.norm(dim=-1)}
+    if logits is None:
+        return Distances(**distances, cosine=cosine)
+    now, before = (x.float().log_softmax(-1) for x in logits)
+    entropy = _entropy(now)
+    return Distances(
+        **distances,
+        cosine=cosine,
+        kl=(before.exp() * (before - now)).sum(-1),
+        entropy=entropy,
+        entropy_change=(entropy - _entropy(before)).abs(),
+        argmax_stable=(now.argmax(-1) != before.argmax(-1)).float(),
+    )
+
+
+def _entropy(log_probabilities: Tensor) -> Tensor:
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)
+
+
+class ExitRule:
+    """The exit decision of one request, fed once per iteration in order.
+
+    Args:
+        settings: the request's loop settings.
+        guard: when expanding counts as diverging.
+    """
+
+    def __init__(self, settings: LoopSettings, guard: GuardConfig) -> None:
+        self.settings, self.guard = settings, guard
+        self.settled = 0
+        self.expanding = 0
+        self.first_norm = math.nan
+        self.last_change: float | None = None
+        self.contraction: float | None = None
+
+    def update(
+        self, t: int, *, distance: float | None, change: float | None, norm: float, finite: bool = True
+    ) -> ExitReason | None:
+        """Take in iteration ``t`` (from 1) and say whether, and why, the loop ends with it.
+
+        Args:
+            t: the iteration just run.
+            distance: the criterion's value; ``None`` where it is undefined, which never counts as settled.
+            change: norm of the step; ``None`` where there is no earlier state.
+            norm: norm of the new state.
+            finite: whether the new state is finite throughout.
+        """
+        self.contraction = change / self.last_change if change is not None and self.last_change else None
+        self.last_change = change
+        if t == 1:
+            self.first_norm = norm
+        self.expanding = self.expanding + 1 if self.contraction is not None and self.contraction > 1 else 0
+        far = norm > self.guard.norm_factor * self.first_norm
+        if not finite or (self.expanding >= self.guard.expanding_iterations and far):
+            return "diverged"
+
+        below = distance is not None and distance < self.settings.threshold
+        self.settled = self.settled + 1 if below and self.settings.criterion != "fixed" else 0
+        if t >= self.settings.min_iterations and self.settled >= self.settings.patience:
+            return "converged"
+        return "max_iterations" if t >= self.settings.max_iterations else None
+
+    def last_good(self, t: int, finite: bool) -> int:
+        """The iteration whose state is decoded after a divergence at ``t``: the last one before the trouble."""
+        return t - 1 if not finite else max(0, t - self.expanding)

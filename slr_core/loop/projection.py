@@ -1,0 +1,52 @@
+"""``project``: from a state (after the final norm) to the next iteration's input embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slr_core.config import ProjectionConfig
+
+
+class Projection(nn.Module):
+    """Maps states ``[..., d]`` to inputs ``[..., d]`` of the same dtype.
+
+    Latent states are far longer than token embeddings (the norm of the final layer norm's output against
+    an embedding table initialised near 0.02), so feeding them back unscaled takes the model out of the
+    range that it knows; ``rms_match`` rescales each state to the RMS of the embedding table.
+    """
+
+    def __init__(self, config: ProjectionConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.kind = config.kind
+        self.layers: nn.Module = nn.Identity()
+        if config.kind == "linear":
+            self.layers = _near_identity(hidden_size)
+        elif config.kind == "mlp":
+            self.layers = nn.Sequential(
+                nn.Linear(hidden_size, hidden_size),
+                nn.GELU(),
+                nn.Linear(hidden_size, hidden_size),
+                nn.LayerNorm(hidden_size),
+            )
+
+    def forward(self, hidden: Tensor, embedding_rms: Tensor) -> Tensor:
+        """Project ``hidden`` ``[..., d]``; ``embedding_rms`` is a scalar, used by ``rms_match`` alone."""
+        if self.kind == "rms_match":
+            return rms_normalize(hidden) * embedding_rms.to(hidden.dtype)
+        projected: Tensor = self.layers(hidden)
+        return projected
+
+
+def rms_normalize(x: Tensor) -> Tensor:
+    """Scale ``x`` ``[..., d]`` to a root mean square of 1 over its last dimension."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def _near_identity(size: int) -> nn.Linear:
+    # Starting at the identity keeps an untrained loop close to plain feedback.
+    layer = nn.Linear(size, size)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(size) + 1e-3 * torch.randn(size, size))
+        layer.bias.zero_()
+    return layer

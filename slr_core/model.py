@@ -1,0 +1,414 @@
+"""The reference: one plain latent loop over any causal language model of ``transformers``.
+
+    u_t = combine(project(h_{t-1}), e_t)
+    g_t = f_{theta + L_t}(u_t ; context)
+    h_t = residual(g_t, h_{t-1}, h_0)
+
+``h`` is the model's last hidden state after its final norm. In the ``append`` workspace h_0 is the state
+at the last prompt position, and iteration t adds one position with input u_t (continuous thoughts: Hao
+et al., 2024, arXiv 2412.06769). Everything here is differentiable; training and evaluation stand on it,
+and the engine is held to it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from slr_core.config import SLRConfig
+from slr_core.diagnostics import IterationRecord, Stability, finite_or_none, stability
+from slr_core.errors import RequestError
+from slr_core.loop.convergence import Distances, ExitReason, ExitRule, LoopSettings, measure
+from slr_core.loop.lora import DECODE, LoopAdapters, attach, fresh, trained_index
+from slr_core.loop.projection import Projection
+from slr_core.loop.residual import Residual
+from slr_core.loop.timestep import Timestep
+
+
+@dataclass
+class Context:
+    """What a batch has run so far: one cache column per input, and which of them each row may attend to.
+
+    Attributes:
+        cache: keys and values of all columns, ``[B, heads, S, head_dim]`` per layer.
+        visible: ``[B, S]`` bool; padding and abandoned thoughts are invisible.
+        next_position: ``[B]`` long, the position id of each row's next input.
+        hidden: ``[B, d]``, the state from which each row goes on; after the prompt, h_0.
+    """
+
+    cache: DynamicCache
+    visible: Tensor
+    next_position: Tensor
+    hidden: Tensor
+
+
+@dataclass
+class LoopOutput:
+    """A finished loop, row by row.
+
+    Attributes:
+        context: ready to write the answer: exited rows see their own thoughts alone.
+        states: h_0 ... h_t of each row, ``[t + 1, d]`` each, t the iterations that the row ran.
+        iterations: iterations run.
+        kept: iterations whose thoughts stay visible; below ``iterations`` only after a divergence.
+        exit_reasons: why each row stopped.
+        records: one per iteration and row.
+        stability: summary per row.
+        durations_s: seconds from the loop's start to the row's exit.
+    """
+
+    context: Context
+    states: list[Tensor]
+    iterations: list[int]
+    kept: list[int]
+    exit_reasons: list[ExitReason]
+    records: list[list[IterationRecord]]
+    stability: list[Stability]
+    durations_s: list[float]
+
+
+@dataclass
+class _Row:
+    """Bookkeeping of one row while its batch loops."""
+
+    rule: ExitRule
+    reason: ExitReason | None = None
+    kept: int = 0
+    records: list[IterationRecord] = field(default_factory=list)
+    returns: list[float | None] = field(default_factory=list)
+    duration_s: float = 0.0
+
+
+class LatentReasoner(nn.Module):
+    """A base model, its loop adapters and the loop's own small modules.
+
+    Args:
+        base: any decoder-only model of ``transformers``; it is changed in place (adapters are attached).
+        tokenizer: its tokenizer.
+        config: the loop.
+        adapters: PEFT configs of the adapters by name; by default fresh ones as ``config`` describes them.
+            Either way they start as no-ops, and :meth:`from_pretrained` loads trained weights.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SLRConfig,
+        adapters: Mapping[str, LoraConfig] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.tokenizer, self.base = config, tokenizer, base
+        loop = config.loop
+        hidden_size = base.get_input_embeddings().embedding_dim  # type: ignore[union-attr]
+        self.adapter_configs = dict(fresh(loop) if adapters is None else adapters)
+        attach(base, self.adapter_configs)
+        self.adapters = LoopAdapters(base)
+        self.project = Projection(loop.projection, hidden_size)
+        self.timestep = Timestep(loop.timestep, hidden_size, loop.trained_iterations)
+        self.residual = Residual(loop.residual, hidden_size)
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | None = None, **options: Any) -> Self:
+        """Load a checkpoint folder or hub id; without one, the bundled ``prosqa``. See :mod:`slr_core.checkpoint`."""
+        from slr_core.checkpoint import load
+
+        return load(cls, path_or_id, **options)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write a checkpoint folder. See :mod:`slr_core.checkpoint`."""
+        from slr_core.checkpoint import save
+
+        save(self, folder)
+
+    def load_weights(self, folder: str) -> None:
+        """Load a checkpoint's weights into this model, whose shapes must agree: how training resumes."""
+        from slr_core.checkpoint import load_weights
+
+        load_weights(self, folder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the base model can address: prompt, thoughts and answer together."""
+        return int(getattr(self.base.config, "max_position_embeddings", 2**31))
+
+    def adapter_name(self, t: int) -> str | None:
+        """The adapter of iteration ``t``: ``None`` for t = 0 and where the loop has none."""
+        names = self.config.loop.adapters
+        if t == 0 or not names:
+            return None
+        return names[trained_index(t, len(names), self.config.loop.lora.past_end) - 1]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings ``[B, q, d]`` of ids ``[B, q]``."""
+        embedded: Tensor = self.base.get_input_embeddings()(input_ids)
+        return embedded
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of states ``[..., d]``: the LM head, the linear projection of the method."""
+        logits: Tensor = self.base.get_output_embeddings()(hidden)
+        return logits
+
+    def embedding_rms(self) -> Tensor:
+        """Root mean square of the embedding table, a scalar; kept while in eval mode."""
+        if self.training or self._embedding_rms is None:
+            self._embedding_rms = self.base.get_input_embeddings().weight.float().pow(2).mean().sqrt()  # type: ignore
+        return self._embedding_rms
+
+    _embedding_rms: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        self._embedding_rms = None
+        return super().train(mode)
+
+    # -- the formulas -------------------------------------------------------------------------------
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Context:
+        """Run the prompts through the plain base model; the result holds h_0.
+
+        Args:
+            input_ids: ``[B, L]`` long, padded on either side.
+            attention_mask: ``[B, L]``, non-zero at real tokens; at least one per row.
+        """
+        rows, device = input_ids.shape[0], input_ids.device
+        start = torch.zeros(rows, dtype=torch.long, device=device)
+        empty = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+        embeds = self.embed(input_ids)
+        context = Context(DynamicCache(), empty, start, embeds[:, 0])
+        present = attention_mask.bool()
+        hidden = self.advance(context, embeds, present)
+        last = (present * torch.arange(1, present.shape[1] + 1, device=device)).argmax(-1)
+        context.hidden = hidden[torch.arange(rows, device=device), last]
+        return context
+
+    def iterate(self, context: Context, t: int, initial: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One iteration: ``(g_t, h_t)``, each ``[B, d]``.
+
+        Args:
+            context: holds h_{t-1}; gains one column and h_t.
+            t: the iteration, from 1.
+            initial: h_0 ``[B, d]``.
+            active: ``[B]`` bool; the others' column stays invisible and their state as it is. ``None``: all.
+        """
+        active = torch.ones_like(context.next_position, dtype=torch.bool) if active is None else active
+        g, h = self.update(
+            context.hidden, initial, t, lambda u: self.advance(context, u[:, None], active[:, None])[:, 0]
+        )
+        context.hidden = torch.where(active[:, None], h, context.hidden)
+        return g, context.hidden
+
+    def update(
+        self, hidden: Tensor, initial: Tensor, t: int, run: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The three formulas: ``(g_t, h_t)`` from h_{t-1} and h_0, each ``[..., d]``; ``run`` is the forward pass."""
+        kind = self.config.loop.timestep.kind
+        u = self.timestep(
+            self.project(hidden, self.embedding_rms()), t if kind == "sinusoidal" else self._trained(t)
+        )
+        with self.adapters.use(self.adapter_name(t)):
+            g = run(u)
+        return g, self.residual(g, hidden, initial)
+
+    def _trained(self, t: int) -> int:
+        loop = self.config.loop
+        return trained_index(t, loop.trained_iterations, loop.lora.past_end)
+
+    def unroll(self, context: Context, iterations: int) -> Tensor:
+        """Run every row for the same number of iterations: states ``[B, iterations + 1, d]``, h_0 first."""
+        states = [context.hidden]
+        for t in range(1, iterations + 1):
+            states.append(self.iterate(context, t, states[0])[1])
+        return torch.stack(states, dim=1)
+
+    def rewind(self, context: Context, states: Tensor, kept: Tensor) -> None:
+        """Drop all but the first ``kept`` ``[B]`` thoughts of each row, as if its loop had ended there.
+
+        ``states`` ``[B, T + 1, d]`` are those of the loop that just ran, the last columns of the context.
+        """
+        iterations = states.shape[1] - 1
+        dropped = torch.arange(1, iterations + 1, device=kept.device) > kept[:, None]
+        start = context.visible.shape[1] - iterations
+        ran = context.visible[:, start:]
+        context.next_position = context.next_position - (ran & dropped).sum(-1)
+        context.visible = torch.cat([context.visible[:, :start], ran & ~dropped], dim=1)
+        context.hidden = states[torch.arange(len(kept), device=kept.device), kept]
+
+    def advance(
+        self,
+        context: Context,
+        embeds: Tensor,
+        present: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """One forward pass of the base model with whatever adapter is active: states ``[B, q, d]``.
+
+        Args:
+            context: gains ``q`` columns.
+            embeds: inputs ``[B, q, d]``.
+            present: ``[B, q]`` bool; absent inputs are invisible to all others and take no position.
+            mask: ``[B, q, S + q]`` bool in place of the causal one, for inputs that must not see each other.
+            positions: ``[B, q]`` in place of the next ones in order.
+        """
+        queries = embeds.shape[1]
+        counted = present.long().cumsum(-1)
+        if mask is None:
+            own = torch.ones(queries, queries, dtype=torch.bool, device=embeds.device).tril() & present[:, None, :]
+            # An absent input attends to itself, so that no row of the mask is empty.
+            own = own | torch.eye(queries, dtype=torch.bool, device=embeds.device)
+            mask = torch.cat([context.visible[:, None, :].expand(-1, queries, -1), own], dim=-1)
+        if positions is None:
+            positions = (context.next_position[:, None] + counted - 1).clamp_min(0)
+        output = self.base.base_model(
+            inputs_embeds=embeds,
+            attention_mask=mask[:, None],
+            position_ids=positions,
+            past_key_values=context.cache,
+            use_cache=True,
+        )
+        context.visible = torch.cat([context.visible, present], dim=1)
+        context.next_position = context.next_position + counted[:, -1]
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def answer(self, context: Context, input_ids: Tensor, present: Tensor, looped: bool) -> Tensor:
+        """Feed answer tokens ``[B, q]``: logits ``[B, q, V]``, with the adapter ``decode`` after a loop if there is one.
+
+        The first token of an answer is not read here but from the head at the context's state.
+        """
+        adapter = DECODE if looped and DECODE in self.adapters.names else None
+        with self.adapters.use(adapter):
+            return self.head(self.advance(context, self.embed(input_ids), present))
+
+    # -- the loop with its exits --------------------------------------------------------------------
+
+    def loop(
+        self, context: Context, settings: Sequence[LoopSettings], *, top_tokens: int = 0, read_head: bool = False
+    ) -> LoopOutput:
+        """Iterate until every row has met its own exit; rows stop at different iterations.
+
+        Args:
+            context: from :meth:`encode`; it is advanced in place.
+            settings: one per row.
+            top_tokens: the most likely tokens to record per iteration; implies ``read_head``.
+            read_head: record the head's measures for every row, whatever its criterion.
+
+        Raises:
+            RequestError: there are not as many settings as rows.
+        """
+        if len(settings) != len(context.hidden):
+            raise RequestError(f"expected {len(context.hidden)} loop settings, got {len(settings)}")
+        read_head = read_head or top_tokens > 0 or any(s.reads_head for s in settings)
+        rows = [_Row(ExitRule(s, self.config.loop.guard), _reason_at_zero(s)) for s in settings]
+        states = [context.hidden]
+        logits = self.head(states[0]) if read_head else None
+        started, t = time.perf_counter(), 0
+        while any(row.reason is None for row in rows):
+            t += 1
+            began = time.perf_counter()
+            active = torch.tensor([row.reason is None for row in rows], device=self.device)
+            previous = states[-1]
+            g, h = self.iterate(context, t, states[0], active)
+            states.append(h)
+            moved = g if self.config.loop.residual.source == "previous" else h
+            before, logits = logits, self.head(h) if read_head else None
+            both = (logits, before) if logits is not None and before is not None else None
+            distances = measure(h, previous, moved, both)
+            back = (h - states[-3]).float().norm(dim=-1) / distances.change if t > 1 else None
+            tops = self._top_tokens(logits, top_tokens) if logits is not None else None
+            self._observe(rows, t, h, distances, back, tops, began, started)
+        return self._finish(context, rows, torch.stack(states, dim=1))
+
+    def _observe(
+        self,
+        rows: list[_Row],
+        t: int,
+        hidden: Tensor,
+        distances: Distances,
+        back: Tensor | None,
+        tops: list[tuple[tuple[str, float], ...]] | None,
+        began: float,
+        started: float,
+    ) -> None:
+        # One transfer per measure and iteration, none per row.
+        values = {name: x.tolist() for name, x in vars(distances).items() if x is not None}
+        finite = hidden.isfinite().all(-1).tolist()
+        returns = back.tolist() if back is not None else [None] * len(rows)
+        now = time.perf_counter()
+        for i, row in enumerate(rows):
+            if row.reason is not None:
+                continue
+            measured = {name: finite_or_none(x[i]) for name, x in values.items()}
+            row.reason = row.rule.update(
+                t,
+                distance=measured.get(row.rule.settings.criterion),
+                change=measured["change"],
+                norm=values["norm"][i],
+                finite=finite[i],
+            )
+            row.kept = row.rule.last_good(t, finite[i]) if row.reason == "diverged" else t
+            row.duration_s = now - started
+            row.returns.append(finite_or_none(returns[i]))
+            row.records.append(
+                IterationRecord(
+                    t=t,
+                    relative_change=measured["relative_change"],
+                    cosine=measured["cosine"],
+                    norm=measured["norm"],
+                    contraction=finite_or_none(row.rule.contraction),
+                    kl=measured.get("kl"),
+                    entropy=measured.get("entropy"),
+                    adapter=self.adapter_name(t),
+                    duration_s=now - began,
+                    top_tokens=tops[i] if tops else (),
+                )
+            )
+
+    def _top_tokens(self, logits: Tensor, count: int) -> list[tuple[tuple[str, float], ...]] | None:
+        if count == 0:
+            return None
+        top = logits.float().softmax(-1).nan_to_num().topk(min(count, logits.shape[-1]))
+        decode: Callable[[int], str] = lambda token: str(self.tokenizer.decode([token]))  # noqa: E731
+        return [
+            tuple((decode(token), prob) for token, prob in zip(tokens, probs, strict=True))
+            for tokens, probs in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+
+    def _finish(self, context: Context, rows: list[_Row], states: Tensor) -> LoopOutput:
+        kept = torch.tensor([row.kept for row in rows], device=states.device)
+        self.rewind(context, states, kept)
+        if any(row.reason == "diverged" for row in rows):
+            # A masked NaN still poisons attention: 0 * NaN is NaN.
+            for layer in context.cache.layers:
+                layer.keys, layer.values = (torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in (layer.keys, layer.values))
+        iterations = [len(row.records) for row in rows]
+        reasons: list[ExitReason] = [row.reason or "max_iterations" for row in rows]
+        return LoopOutput(
+            context=context,
+            states=[states[i, : n + 1] for i, n in enumerate(iterations)],
+            iterations=iterations,
+            kept=[row.kept for row in rows],
+            exit_reasons=reasons,
+            records=[row.records for row in rows],
+            stability=[
+                stability(row.records, row.returns, reason == "converged")
+                for row, reason in zip(rows, reasons, strict=True)
+            ],
+            durations_s=[row.duration_s for row in rows],
+        )
+
+
+def _reason_at_zero(settings: LoopSettings) -> ExitReason | None:
+    return "max_iterations" if settings.max_iterations == 0 else None

@@ -1,0 +1,135 @@
+"""What ``slr train`` reads: one YAML file, validated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from slr_core.config import LoopConfig, TextConfig, validated
+from slr_core.errors import ConfigError
+from slr_core.tasks.prosqa import GraphSpec
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ScratchConfig(_Model):
+    """A Llama-shaped base model from random weights."""
+
+    hidden_size: int = Field(128, ge=8)
+    intermediate_size: int = Field(384, ge=8)
+    num_hidden_layers: int = Field(2, ge=1)
+    num_attention_heads: int = Field(4, ge=1)
+    max_position_embeddings: int = Field(256, ge=16)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError("hidden_size must be a multiple of 2 * num_attention_heads")
+        return self
+
+
+class OptimizerConfig(_Model):
+    """AdamW with a warm-up and a cosine down to a floor."""
+
+    learning_rate: float = Field(2e-3, gt=0, lt=1)
+    final_share: float = Field(0.05, ge=0, le=1, description="of the learning rate, at the last step")
+    warmup_steps: int = Field(200, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    adam_beta2: float = Field(0.95, gt=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    batch_size: int = Field(128, ge=1)
+
+
+class ObjectiveWeights(_Model):
+    """Weights of the loss terms; 0 switches a term off. See :mod:`slr_core.training.objectives`."""
+
+    answer: float = Field(1.0, ge=0, description="cross-entropy of the answer's tokens")
+    frontier: float = Field(1.0, ge=0, description="state t against the breadth-first frontier at distance t")
+    start: float = Field(0.1, ge=0, description="h_0 against the first token of the answer: the un-looped model")
+    chains: float = Field(1.0, ge=0, description="the frontier objective from other nodes of the same graph")
+    fixed_point: float = Field(0.3, ge=0, description="once the work is done another iteration changes nothing")
+
+
+class GraphMix(_Model):
+    """One kind of graph in a stage: the dials of :class:`slr_core.tasks.prosqa.GraphSpec`."""
+
+    nodes: int
+    min_hops: int
+    max_hops: int
+    balanced: bool = True
+
+    @model_validator(mode="after")
+    def _spec_is_possible(self) -> Self:
+        self.spec()
+        return self
+
+    def spec(self) -> GraphSpec:
+        return GraphSpec(self.nodes, self.min_hops, self.max_hops, self.balanced)
+
+
+class StageConfig(_Model):
+    """A stretch of training with one mix of graphs and one loop length."""
+
+    steps: int = Field(ge=1)
+    iterations: int = Field(ge=0, le=64)
+    graphs: tuple[GraphMix, ...] = Field(min_length=1, description="each example draws one of these at random")
+
+
+class TrainConfig(_Model):
+    """A whole recipe."""
+
+    output_dir: str
+    seed: int = 0
+    base: ScratchConfig = ScratchConfig()
+    loop: LoopConfig = LoopConfig()
+    text: TextConfig = TextConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    objectives: ObjectiveWeights = ObjectiveWeights()
+    chains: int = Field(6, ge=0, description="other start nodes per graph for the objective `chains`")
+    max_iterations: int | None = Field(
+        None, ge=0, description="caps every stage's iterations; 0 trains the control without the loop"
+    )
+    save_steps: int = Field(500, ge=1)
+    threads: int | None = Field(None, ge=1, description="torch threads; None: torch's own choice")
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: tuple[str, ...] = ()) -> Self:
+        """Read a recipe; each override is ``dotted.name=value`` with a YAML value.
+
+        Raises:
+            ConfigError: the file is not YAML, or a field is unknown or out of range.
+        """
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: not a readable YAML file ({error})") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: expected a mapping of settings")
+        for override in overrides:
+            _apply(data, override)
+        return validated(cls, data)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def iterations(self, stage: StageConfig) -> int:
+        return stage.iterations if self.max_iterations is None else min(stage.iterations, self.max_iterations)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: expected dotted.name=value")
+    *parents, last = name.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {override}: {parent} is not a group of settings")
+    data[last] = yaml.safe_load(value)

@@ -1,0 +1,207 @@
+"""``slr train``: the recipe in a YAML file, run by ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import json
+import platform
+from math import cos, pi
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from slr_core._version import __version__
+from slr_core.config import SLRConfig
+from slr_core.errors import ConfigError
+from slr_core.model import LatentReasoner
+from slr_core.training.config import ObjectiveWeights, ScratchConfig, TrainConfig
+from slr_core.training.data import Collator, StageStream
+from slr_core.training.objectives import losses
+from slr_core.training.tokenizer import prosqa_tokenizer, start_embeddings
+
+MANIFEST = "training.json"
+
+
+class Objective(nn.Module):
+    """The reasoner as the Trainer sees it: a module that maps a batch to loss terms."""
+
+    def __init__(self, reasoner: LatentReasoner, weights: ObjectiveWeights) -> None:
+        super().__init__()
+        self.reasoner, self.weights = reasoner, weights
+
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
+        return losses(self.reasoner, batch, self.weights)
+
+
+class LoopTrainer(Trainer):
+    """A ``Trainer`` whose loss is the weighted sum of the loop's objectives, each of them logged.
+
+    Its checkpoints are checkpoint folders: any of them can be served.
+    """
+
+    def __init__(self, config: TrainConfig, **options: Any) -> None:
+        super().__init__(**options)
+        self.recipe = config
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        weights = self.recipe.objectives
+        terms: dict[str, Tensor] = model(**inputs)
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, torch.zeros(())) + value.detach()
+        self._batches += 1
+        # Without a loop, h_0 alone writes the answer's first token: `start` carries the full weight of `answer`.
+        scale = {"start": weights.answer} if inputs["iterations"] == 0 else {}
+        return torch.stack([scale.get(name, getattr(weights, name)) * value for name, value in terms.items()]).sum()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            self._reasoner().save_pretrained(output_dir or str(self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._reasoner().load_weights(resume_from_checkpoint)
+
+    def _reasoner(self) -> LatentReasoner:
+        reasoner = self.accelerator.unwrap_model(self.model).reasoner
+        assert isinstance(reasoner, LatentReasoner)
+        return reasoner
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._batches:
+            logs |= {name: round(float(total) / self._batches, 4) for name, total in self._sums.items()}
+            self._sums, self._batches = {}, 0
+        super().log(logs, start_time)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Linear warm-up, then a cosine down to ``final_share`` of the learning rate."""
+        if self.lr_scheduler is None:
+            recipe = self.recipe.optimizer
+
+            def factor(step: int) -> float:
+                warm = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+                fall = 0.5 * (1 + cos(pi * min(1.0, step / num_training_steps)))
+                return warm * (recipe.final_share + (1 - recipe.final_share) * fall)
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+
+class _StopOnNaN(TrainerCallback):
+    """Stops a run whose loss is no longer a number: the last checkpoint stays good."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and loss != loss:
+            control.should_training_stop = True
+            print(f"stopped at step {state.global_step}: the loss is not a number; the last checkpoint is kept")
+
+
+def build(config: TrainConfig) -> LatentReasoner:
+    """The untrained latent reasoner of a recipe, reproducible from its seed."""
+    torch.manual_seed(config.seed)
+    tokenizer = prosqa_tokenizer()
+    base = _scratch(config.base, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        base.get_input_embeddings().weight.copy_(  # type: ignore[union-attr,operator]
+            start_embeddings(tokenizer, config.base.hidden_size, generator)
+        )
+    return LatentReasoner(base, tokenizer, SLRConfig(loop=config.loop, text=config.text))
+
+
+def _scratch(base: ScratchConfig, vocabulary: int, eos: Any, pad: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=base.hidden_size,
+            intermediate_size=base.intermediate_size,
+            num_hidden_layers=base.num_hidden_layers,
+            num_attention_heads=base.num_attention_heads,
+            num_key_value_heads=base.num_attention_heads,
+            max_position_embeddings=base.max_position_embeddings,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=eos,
+            pad_token_id=pad,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> Path:
+    """Train a recipe and write the checkpoint folder ``output_dir``; the path is returned.
+
+    The Trainer's own checkpoints (optimizer, scheduler, step) lie below ``output_dir/steps``, from where
+    ``resume`` goes on.
+
+    Raises:
+        ConfigError: there is nothing to resume.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    reasoner = build(config)
+    output, optimizer = Path(config.output_dir), config.optimizer
+    arguments = TrainingArguments(
+        output_dir=str(output / "steps"),
+        max_steps=config.total_steps,
+        per_device_train_batch_size=optimizer.batch_size,
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta2=optimizer.adam_beta2,
+        max_grad_norm=optimizer.max_grad_norm,
+        warmup_steps=optimizer.warmup_steps,
+        logging_steps=50,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        seed=config.seed,
+        dataloader_num_workers=1,
+        dataloader_prefetch_factor=8,
+        dataloader_pin_memory=False,
+        dataloader_persistent_workers=True,
+        remove_unused_columns=False,
+        report_to=["tensorboard"],
+    )
+    trainer = LoopTrainer(
+        config,
+        model=Objective(reasoner, config.objectives),
+        args=arguments,
+        train_dataset=StageStream(config),
+        data_collator=Collator(reasoner.tokenizer, config.text.prompt_prefix, config.text.prompt_suffix),
+        callbacks=[_StopOnNaN()],
+    )
+    last = get_last_checkpoint(arguments.output_dir) if resume and Path(str(arguments.output_dir)).is_dir() else None
+    if resume and last is None:
+        raise ConfigError(f"--resume: no checkpoint below {arguments.output_dir}")
+    trainer.train(resume_from_checkpoint=last)
+    reasoner.eval().save_pretrained(str(output))
+    (output / MANIFEST).write_text(json.dumps(_manifest(config, trainer), indent=2) + "\n", encoding="utf-8")
+    return output
+
+
+def _manifest(config: TrainConfig, trainer: LoopTrainer) -> dict[str, Any]:
+    return {
+        "recipe": config.model_dump(mode="json", exclude={"output_dir"}),
+        "graphs": config.total_steps * config.optimizer.batch_size,
+        "steps": trainer.state.global_step,
+        "last_log": trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {},
+        "seconds": round(trainer.state.log_history[-1].get("train_runtime", 0.0)) if trainer.state.log_history else 0,
+        "versions": {
+            "slr": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
