@@ -283,14 +283,28 @@ class LatentReasoner(nn.Module):
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def answer(self, context: Context, input_ids: Tensor, present: Tensor, looped: bool) -> Tensor:
-        """Feed answer tokens ``[B, q]``: logits ``[B, q, V]``, with the adapter ``decode`` after a loop if there is one.
+    def answer(self, context: Context, input_ids: Tensor, present: Tensor, looped: Tensor) -> Tensor:
+        """Feed answer tokens: logits ``[B, q, V]``.
 
         The first token of an answer is not read here but from the head at the context's state.
+
+        Args:
+            context: after the loop; gains ``q`` columns.
+            input_ids: ``[B, q]``.
+            present: ``[B, q]`` bool.
+            looped: ``[B]`` bool; rows that iterated use the adapter ``decode``, if there is one.
         """
-        adapter = DECODE if looped and DECODE in self.adapters.names else None
-        with self.adapters.use(adapter):
-            return self.head(self.advance(context, self.embed(input_ids), present))
+        embeds = self.embed(input_ids)
+        if DECODE not in self.adapters.names:
+            return self.head(self.advance(context, embeds, present))
+        # One adapter acts at a time: a pass for the looped rows, and one for the others.
+        hidden = torch.zeros_like(embeds)
+        for rows, adapter in ((looped, DECODE), (~looped, None)):
+            if rows.any():
+                with self.adapters.use(adapter):
+                    states = self.advance(context, embeds, present & rows[:, None])
+                hidden = torch.where(rows[:, None, None], states, hidden)
+        return self.head(hidden)
 
     # -- the loop with its exits --------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ def losses(reasoner: LatentReasoner, batch: dict[str, Any], weights: ObjectiveWe
     if weights.answer:
         spread = torch.randint_like(hops, EXIT_SPREAD)
         reasoner.rewind(context, states, (hops + 1 + spread).clamp_max(iterations))
-        terms["answer"] = answer_loss(reasoner, context, answer, looped=iterations > 0)
+        terms["answer"] = answer_loss(reasoner, context, answer, torch.full_like(hops, iterations).bool())
     return terms
 
 
@@ -79,7 +79,7 @@ def fixed_point(states: Tensor, hops: Tensor) -> Tensor:
     return (change * done).sum() / done.sum().clamp_min(1)
 
 
-def answer_loss(reasoner: LatentReasoner, context: Context, answer: Tensor, looped: bool) -> Tensor:
+def answer_loss(reasoner: LatentReasoner, context: Context, answer: Tensor, looped: Tensor) -> Tensor:
     """Cross-entropy of ``answer`` ``[B, A]``: the first token at the context's state, the rest teacher-forced."""
     inputs, present = answer[:, :-1].clamp_min(0), answer[:, :-1] != IGNORE
     first = reasoner.head(context.hidden)[:, None]

@@ -1,0 +1,45 @@
+"""Choosing the next token: greedy, or temperature with top-k and top-p."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep the whole vocabulary."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def generator(self) -> torch.Generator | None:
+        """The request's own source of randomness: its draws do not depend on its batch."""
+        if self.temperature == 0:
+            return None
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+def choose(logits: Tensor, settings: SamplingSettings, generator: torch.Generator | None) -> int:
+    """The next token's id from logits ``[V]``."""
+    if generator is None:
+        return int(logits.argmax())
+    scaled = logits.float().cpu() / settings.temperature
+    if settings.top_k:
+        kept = scaled.topk(min(settings.top_k, len(scaled))).values[-1]
+        scaled = scaled.masked_fill(scaled < kept, -torch.inf)
+    if settings.top_p < 1:
+        ordered, order = scaled.softmax(-1).sort(descending=True)
+        # Keep the smallest set that reaches top_p: drop what lies past it, never the first.
+        beyond = ordered.cumsum(-1) - ordered >= settings.top_p
+        scaled[order[beyond]] = -torch.inf
+    return int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))
