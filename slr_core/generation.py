@@ -49,7 +49,7 @@ class Result:
     """What became of a request.
 
     ``final_change`` is the relative change of the last iteration; ``forward_passes`` what the request
-    alone would have cost. ``records`` and ``stability`` are there for a traced request alone.
+    alone would have cost. The head's measures in ``records`` are complete for a traced request alone.
     """
 
     text: str
@@ -61,8 +61,8 @@ class Result:
     prompt_tokens: int
     forward_passes: int
     timings: Timings
-    records: tuple[IterationRecord, ...] = ()
-    stability: Stability | None = None
+    records: tuple[IterationRecord, ...]
+    stability: Stability
 
     @property
     def completion_tokens(self) -> int:
@@ -206,6 +206,6 @@ def _result(
         prompt_tokens=len(request.prompt_ids),
         forward_passes=1 + looped.iterations[row] + len(answer.tokens) - 1,
         timings=Timings(queue_s, prefill_s, loop_s, own_s - prefill_s - loop_s, queue_s + own_s),
-        records=tuple(looped.records[row]) if request.trace else (),
-        stability=looped.stability[row] if request.trace else None,
+        records=tuple(looped.records[row]),
+        stability=looped.stability[row],
     )
