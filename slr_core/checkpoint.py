@@ -52,7 +52,7 @@ def save(reasoner: LatentReasoner, folder: str | Path) -> None:
         target = folder / LOOPS / name
         adapter.base_model_name_or_path = None  # a path of the machine that trained it helps nobody
         adapter.inference_mode = True
-        adapter.save_pretrained(target)
+        adapter.save_pretrained(str(target))
         state = get_peft_model_state_dict(reasoner.base, adapter_name=name, save_embedding_layers=False)
         save_file({f"base_model.model.{key}": x.contiguous() for key, x in state.items()}, target / ADAPTER_WEIGHTS)
     save_file({key: x.contiguous() for key, x in modules_state(reasoner).items()}, folder / MODULES)
@@ -60,9 +60,7 @@ def save(reasoner: LatentReasoner, folder: str | Path) -> None:
 
 def base_state(base: PreTrainedModel) -> dict[str, Tensor]:
     """The base model's own weights, under the names they had before adapters were attached."""
-    return {
-        key.replace(".base_layer.", "."): value for key, value in base.state_dict().items() if ".lora_" not in key
-    }
+    return {key.replace(".base_layer.", "."): value for key, value in base.state_dict().items() if ".lora_" not in key}
 
 
 def modules_state(reasoner: LatentReasoner) -> dict[str, Tensor]:
@@ -161,7 +159,7 @@ def _adapter_config(folder: Path) -> LoraConfig:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise CheckpointError(f"{folder}: missing {ADAPTER_WEIGHTS} (only safetensors are read)")
     try:
-        config = LoraConfig.from_pretrained(folder)
+        config = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: not a readable PEFT config ({error})") from error
     if not isinstance(config, LoraConfig):
@@ -178,7 +176,7 @@ def _base(folder: Path, config: SLRConfig, dtype: torch.dtype | None) -> PreTrai
     if not inside and (Path(config.base).is_absolute() or ".." in Path(config.base).parts):
         raise CheckpointError(f"{folder / CONFIG}: base must be a folder inside the checkpoint or a hub id")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype or "auto",
             use_safetensors=True,
@@ -188,6 +186,7 @@ def _base(folder: Path, config: SLRConfig, dtype: torch.dtype | None) -> PreTrai
         )
     except Exception as error:  # transformers raises most kinds, each of them a fault of the folder
         raise CheckpointError(f"{source}: the base model cannot be loaded ({_short(error)})") from error
+    model, info = loaded
     for fault in ("missing_keys", "mismatched_keys"):
         if info[fault]:
             raise CheckpointError(f"{source}: the base model's weights have {fault}: {sorted(info[fault])[:3]}")
@@ -234,9 +233,7 @@ def _check(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) ->
         raise CheckpointError(f"{path}: {len(unknown)} tensors are unknown, such as {unknown[0]}")
     for key, tensor in found.items():
         if tensor.shape != expected[key].shape:
-            raise CheckpointError(
-                f"{path}: {key} has shape {list(tensor.shape)}, expected {list(expected[key].shape)}"
-            )
+            raise CheckpointError(f"{path}: {key} has shape {list(tensor.shape)}, expected {list(expected[key].shape)}")
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {key} holds values that are not finite")
 

@@ -151,7 +151,7 @@ class TextConfig(_Model):
 class SLRConfig(_Model):
     """The whole of ``slr_config.json``."""
 
-    format_version: Literal[1] = Field(FORMAT_VERSION, description="version of the checkpoint folder's format")
+    format_version: Literal[1] = Field(1, description="version of the checkpoint folder's format")
     slr_version: str = Field("", description="version of the library that wrote the folder")
     base: str = Field("base", description="the base model: a folder inside the checkpoint, or a hub id")
     loop: LoopConfig = LoopConfig()

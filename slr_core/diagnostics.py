@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import exp, isfinite, log
+
+from slr_core.loop.convergence import ExitReason, ExitRule
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,69 @@ def is_oscillating(returns: Sequence[float | None], iterations: int = 2, closer:
     """
     tail = returns[-iterations:]
     return len(tail) == iterations and all(r is not None and r < closer for r in tail)
+
+
+@dataclass
+class RowLog:
+    """One request while its batch loops: its exit rule, and what was seen of it so far."""
+
+    rule: ExitRule
+    reason: ExitReason | None = None
+    kept: int = 0
+    records: list[IterationRecord] = field(default_factory=list)
+    returns: list[float | None] = field(default_factory=list)
+    elapsed_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rule.settings.max_iterations == 0:
+            self.reason = "max_iterations"
+
+    def observe(
+        self,
+        t: int,
+        measured: Mapping[str, float],
+        *,
+        finite: bool,
+        back: float | None,
+        adapter: str | None,
+        duration_s: float,
+        elapsed_s: float,
+        top_tokens: tuple[tuple[str, float], ...] = (),
+    ) -> None:
+        """Record iteration ``t`` and decide whether it is the last.
+
+        Args:
+            t: the iteration, from 1.
+            measured: the row's entries of :class:`slr_core.loop.convergence.Distances`, by name.
+            finite: whether the whole state is finite.
+            back: |h_t - h_{t-2}| / |h_t - h_{t-1}|, ``None`` where undefined.
+            adapter: the adapter that acted.
+            duration_s: seconds of this iteration.
+            elapsed_s: seconds since the loop began.
+            top_tokens: the likeliest tokens at the new state and their probabilities.
+        """
+        clean = {name: finite_or_none(value) for name, value in measured.items()}
+        self.reason = self.rule.update(
+            t,
+            distance=clean.get(self.rule.settings.criterion),
+            change=clean["change"],
+            norm=measured["norm"],
+            finite=finite,
+        )
+        self.kept = self.rule.last_good(t, finite) if self.reason == "diverged" else t
+        self.elapsed_s = elapsed_s
+        self.returns.append(finite_or_none(back))
+        self.records.append(
+            IterationRecord(
+                t=t,
+                relative_change=clean["relative_change"],
+                cosine=clean["cosine"],
+                norm=clean["norm"],
+                contraction=finite_or_none(self.rule.contraction),
+                kl=clean.get("kl"),
+                entropy=clean.get("entropy"),
+                adapter=adapter,
+                duration_s=duration_s,
+                top_tokens=top_tokens,
+            )
+        )

@@ -27,10 +27,10 @@ class Request:
     prompt_ids: tuple[int, ...]
     loop: LoopSettings
     max_new_tokens: int
-    sampling: SamplingSettings = SamplingSettings()
-    stop: tuple[str, ...] = ()
-    trace: bool = False
-    top_tokens: int = 0
+    sampling: SamplingSettings
+    stop: tuple[str, ...]
+    trace: bool
+    top_tokens: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Result:
 
     @property
     def completion_tokens(self) -> int:
+        """Tokens written, the end token included."""
         return len(self.token_ids)
 
 
@@ -133,7 +134,7 @@ class _Answer:
         """Choose the next token from logits ``[V]`` and see whether the answer ends with it."""
         token = choose(logits, self.request.sampling, self.generator)
         self.tokens.append(token)
-        self.text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        self.text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
         cuts = [at for stop in self.request.stop if (at := self.text.find(stop)) >= 0]
         if cuts:
             self.text = self.text[: min(cuts)]

@@ -13,17 +13,18 @@ and the engine is held to it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from slr_core.config import SLRConfig
-from slr_core.diagnostics import IterationRecord, Stability, finite_or_none, stability
+from slr_core.diagnostics import IterationRecord, RowLog, Stability, stability
 from slr_core.errors import RequestError
 from slr_core.loop.convergence import Distances, ExitReason, ExitRule, LoopSettings, measure
 from slr_core.loop.lora import DECODE, LoopAdapters, attach, fresh, trained_index
@@ -47,6 +48,21 @@ class Context:
     visible: Tensor
     next_position: Tensor
     hidden: Tensor
+
+    def layers(self) -> Iterator[tuple[DynamicLayer, Tensor, Tensor]]:
+        """The cache's layers with their keys and values."""
+        for layer in self.cache.layers:
+            assert isinstance(layer, DynamicLayer)
+            assert layer.keys is not None
+            assert layer.values is not None
+            yield layer, layer.keys, layer.values
+
+    def fork(self) -> Context:
+        """A second context over what has run so far. The cache grows by concatenation: nothing is copied."""
+        cache = DynamicCache()
+        for index, (_, keys, values) in enumerate(self.layers()):
+            cache.update(keys, values, index)
+        return Context(cache, self.visible, self.next_position, self.hidden)
 
 
 @dataclass
@@ -74,18 +90,6 @@ class LoopOutput:
     durations_s: list[float]
 
 
-@dataclass
-class _Row:
-    """Bookkeeping of one row while its batch loops."""
-
-    rule: ExitRule
-    reason: ExitReason | None = None
-    kept: int = 0
-    records: list[IterationRecord] = field(default_factory=list)
-    returns: list[float | None] = field(default_factory=list)
-    duration_s: float = 0.0
-
-
 class LatentReasoner(nn.Module):
     """A base model, its loop adapters and the loop's own small modules.
 
@@ -107,7 +111,7 @@ class LatentReasoner(nn.Module):
         super().__init__()
         self.config, self.tokenizer, self.base = config, tokenizer, base
         loop = config.loop
-        hidden_size = base.get_input_embeddings().embedding_dim  # type: ignore[union-attr]
+        hidden_size = int(base.get_input_embeddings().weight.shape[1])  # type: ignore[index]
         self.adapter_configs = dict(fresh(loop) if adapters is None else adapters)
         attach(base, self.adapter_configs)
         self.adapters = LoopAdapters(base)
@@ -136,6 +140,7 @@ class LatentReasoner(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the base model lies."""
         return self.base.device
 
     @property
@@ -157,7 +162,8 @@ class LatentReasoner(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of states ``[..., d]``: the LM head, the linear projection of the method."""
-        logits: Tensor = self.base.get_output_embeddings()(hidden)
+        head: nn.Module = self.base.get_output_embeddings()  # type: ignore[no-untyped-call]
+        logits: Tensor = head(hidden)
         return logits
 
     def embedding_rms(self) -> Tensor:
@@ -169,6 +175,7 @@ class LatentReasoner(nn.Module):
     _embedding_rms: Tensor | None = None
 
     def train(self, mode: bool = True) -> Self:
+        """As in torch; forgets what is only kept in eval mode."""
         self._embedding_rms = None
         return super().train(mode)
 
@@ -208,14 +215,10 @@ class LatentReasoner(nn.Module):
         context.hidden = torch.where(active[:, None], h, context.hidden)
         return g, context.hidden
 
-    def update(
-        self, hidden: Tensor, initial: Tensor, t: int, run: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, hidden: Tensor, initial: Tensor, t: int, run: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """The three formulas: ``(g_t, h_t)`` from h_{t-1} and h_0, each ``[..., d]``; ``run`` is the forward pass."""
         kind = self.config.loop.timestep.kind
-        u = self.timestep(
-            self.project(hidden, self.embedding_rms()), t if kind == "sinusoidal" else self._trained(t)
-        )
+        u = self.timestep(self.project(hidden, self.embedding_rms()), t if kind == "sinusoidal" else self._trained(t))
         with self.adapters.use(self.adapter_name(t)):
             g = run(u)
         return g, self.residual(g, hidden, initial)
@@ -325,7 +328,7 @@ class LatentReasoner(nn.Module):
         if len(settings) != len(context.hidden):
             raise RequestError(f"expected {len(context.hidden)} loop settings, got {len(settings)}")
         read_head = read_head or top_tokens > 0 or any(s.reads_head for s in settings)
-        rows = [_Row(ExitRule(s, self.config.loop.guard), _reason_at_zero(s)) for s in settings]
+        rows = [RowLog(ExitRule(s, self.config.loop.guard)) for s in settings]
         states = [context.hidden]
         logits = self.head(states[0]) if read_head else None
         started, t = time.perf_counter(), 0
@@ -342,53 +345,32 @@ class LatentReasoner(nn.Module):
             distances = measure(h, previous, moved, both)
             back = (h - states[-3]).float().norm(dim=-1) / distances.change if t > 1 else None
             tops = self._top_tokens(logits, top_tokens) if logits is not None else None
-            self._observe(rows, t, h, distances, back, tops, began, started)
+            now = time.perf_counter()
+            self._observe(
+                rows,
+                t,
+                h,
+                distances,
+                back,
+                tops=tops,
+                adapter=self.adapter_name(t),
+                duration_s=now - began,
+                elapsed_s=now - started,
+            )
         return self._finish(context, rows, torch.stack(states, dim=1))
 
     def _observe(
-        self,
-        rows: list[_Row],
-        t: int,
-        hidden: Tensor,
-        distances: Distances,
-        back: Tensor | None,
-        tops: list[tuple[tuple[str, float], ...]] | None,
-        began: float,
-        started: float,
+        self, rows: list[RowLog], t: int, hidden: Tensor, distances: Distances, back: Tensor | None, **common: Any
     ) -> None:
         # One transfer per measure and iteration, none per row.
         values = {name: x.tolist() for name, x in vars(distances).items() if x is not None}
         finite = hidden.isfinite().all(-1).tolist()
         returns = back.tolist() if back is not None else [None] * len(rows)
-        now = time.perf_counter()
+        tops = common.pop("tops") or [()] * len(rows)
         for i, row in enumerate(rows):
-            if row.reason is not None:
-                continue
-            measured = {name: finite_or_none(x[i]) for name, x in values.items()}
-            row.reason = row.rule.update(
-                t,
-                distance=measured.get(row.rule.settings.criterion),
-                change=measured["change"],
-                norm=values["norm"][i],
-                finite=finite[i],
-            )
-            row.kept = row.rule.last_good(t, finite[i]) if row.reason == "diverged" else t
-            row.duration_s = now - started
-            row.returns.append(finite_or_none(returns[i]))
-            row.records.append(
-                IterationRecord(
-                    t=t,
-                    relative_change=measured["relative_change"],
-                    cosine=measured["cosine"],
-                    norm=measured["norm"],
-                    contraction=finite_or_none(row.rule.contraction),
-                    kl=measured.get("kl"),
-                    entropy=measured.get("entropy"),
-                    adapter=self.adapter_name(t),
-                    duration_s=now - began,
-                    top_tokens=tops[i] if tops else (),
-                )
-            )
+            if row.reason is None:
+                measured = {name: x[i] for name, x in values.items()}
+                row.observe(t, measured, finite=finite[i], back=returns[i], top_tokens=tops[i], **common)
 
     def _top_tokens(self, logits: Tensor, count: int) -> list[tuple[tuple[str, float], ...]] | None:
         if count == 0:
@@ -400,13 +382,14 @@ class LatentReasoner(nn.Module):
             for tokens, probs in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
 
-    def _finish(self, context: Context, rows: list[_Row], states: Tensor) -> LoopOutput:
+    def _finish(self, context: Context, rows: list[RowLog], states: Tensor) -> LoopOutput:
         kept = torch.tensor([row.kept for row in rows], device=states.device)
         self.rewind(context, states, kept)
         if any(row.reason == "diverged" for row in rows):
             # A masked NaN still poisons attention: 0 * NaN is NaN.
-            for layer in context.cache.layers:
-                layer.keys, layer.values = (torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in (layer.keys, layer.values))
+            for layer, keys, values in context.layers():
+                layer.keys = torch.nan_to_num(keys, 0.0, 0.0, 0.0)
+                layer.values = torch.nan_to_num(values, 0.0, 0.0, 0.0)
         iterations = [len(row.records) for row in rows]
         reasons: list[ExitReason] = [row.reason or "max_iterations" for row in rows]
         return LoopOutput(
@@ -420,9 +403,5 @@ class LatentReasoner(nn.Module):
                 stability(row.records, row.returns, reason == "converged")
                 for row, reason in zip(rows, reasons, strict=True)
             ],
-            durations_s=[row.duration_s for row in rows],
+            durations_s=[row.elapsed_s for row in rows],
         )
-
-
-def _reason_at_zero(settings: LoopSettings) -> ExitReason | None:
-    return "max_iterations" if settings.max_iterations == 0 else None

@@ -136,7 +136,7 @@ class Engine:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
                     return []
-                batch = []
+                batch: list[tuple[Request, Future[Result], float]] = []
                 while self._waiting and len(batch) < self.max_batch:
                     entry = self._waiting.popleft()
                     if entry[1].set_running_or_notify_cancel():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -70,32 +71,26 @@ def fresh(loop: LoopConfig) -> dict[str, LoraConfig]:
     }
 
 
-def attach(base: PreTrainedModel, configs: Mapping[str, LoraConfig]) -> PeftModel | None:
+def attach(base: PreTrainedModel, configs: Mapping[str, LoraConfig]) -> None:
     """Add adapters to ``base`` in place (``B = 0``: they change nothing until trained or loaded).
 
     Raises:
         ConfigError: a target module does not exist in the base model, or the adapter is of a kind that
             cannot serve in a loop.
     """
-    if not configs:
-        return None
     trainable = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
-    model: PeftModel | None = None
     for name, config in configs.items():
         _refuse(name, config)
         try:
-            if model is None:
-                wrapped = get_peft_model(base, config, adapter_name=name)
-                assert isinstance(wrapped, PeftModel)
-                model = wrapped
-            else:
-                model.add_adapter(name, config)
+            with warnings.catch_warnings():
+                # Several adapters on one model are the point here, and PEFT warns of the second.
+                warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+                inject_adapter_in_model(config, base, adapter_name=name)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"adapter {name}: {error}") from error
-    # PEFT freezes what it wraps and all adapters but the first: here nothing is frozen that was not before.
+    # PEFT freezes the base and all adapters but one: here nothing is frozen that was not before.
     for name, parameter in base.named_parameters():
-        parameter.requires_grad_("lora_" in name or name.replace(".base_layer", "") in trainable)
-    return model
+        parameter.requires_grad_(".lora_" in name or name.replace(".base_layer.", ".") in trainable)
 
 
 def _refuse(name: str, config: LoraConfig) -> None:

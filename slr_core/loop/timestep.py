@@ -21,6 +21,7 @@ class Timestep(nn.Module):
     def __init__(self, config: TimestepConfig, hidden_size: int, trained_iterations: int) -> None:
         super().__init__()
         self.kind, self.combine = config.kind, config.combine
+        self.frequencies: Tensor
         if config.kind == "sinusoidal":
             half = max(1, hidden_size // 2)
             self.register_buffer("frequencies", torch.exp(-log(10_000.0) * torch.arange(half) / half), persistent=False)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import exp
 
 from slr_core.errors import ConfigError, DataError
 from slr_core.tasks.base import Example
 
-NAMES = tuple(
-    "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()
-)
+NAMES = tuple("Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split())
 CONCEPTS = tuple(
     "bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus grimpus gwompus hilpus impus "
     "jelpus jompus kerpus lempus lorpus numpus quimpus rempus rompus rorpus scrompus shumpus sterpus "
@@ -99,7 +98,9 @@ def _draw(spec: GraphSpec, rng: random.Random) -> Graph | None:
         else:
             # Further parents must neither shorten the chain nor mix the sides.
             pool = [
-                n for n in range(node) if label[n] == _ROOT_LABEL[side] and depth[n] >= depth[tip[side]] and n != tip[side]
+                n
+                for n in range(node)
+                if label[n] == _ROOT_LABEL[side] and depth[n] >= depth[tip[side]] and n != tip[side]
             ]
             pool = [n for n in pool if n not in ends]
             chosen = [tip[side], *_choose(pool, _poisson(spec.mean_parents - 1, rng), depth, rng)]
@@ -118,9 +119,10 @@ def _draw(spec: GraphSpec, rng: random.Random) -> Graph | None:
     has_child = {p for p, _ in edges}
     if not {0, 1} <= has_child:
         return None
+    picked: tuple[int, int, int] | None
     if spec.balanced:
-        root = rng.randrange(2)
-        picked = root, tip[root], tip[1 - root]
+        side = rng.randrange(2)
+        picked = side, tip[side], tip[1 - side]
     else:
         leaves = [[n for n in range(2, spec.nodes) if label[n] == own and n not in has_child] for own in _ROOT_LABEL]
         picked = _pick_official(spec, rng, edges, leaves)
@@ -219,7 +221,7 @@ def to_example(graph: Graph, rng: random.Random) -> Example:
     path = _shortest_path(graph, rng)
     return Example(
         question=f"{' '.join(facts)} Is {person} a {options[0]} or {options[1]}?",
-        steps=tuple(_fact(symbols[p], symbols[c]) for p, c in zip(path, path[1:], strict=False)),
+        steps=tuple(_fact(symbols[p], symbols[c]) for p, c in pairwise(path)),
         answer=_fact(person, symbols[graph.target]),
         extra={
             "idx_to_symbol": symbols,
@@ -303,7 +305,9 @@ class ProsQA:
         return text.strip() == example.answer
 
     def baselines(self, example: Example) -> dict[str, float]:
+        """See :func:`depth_rule`."""
         return {"depth_rule": depth_rule(example)}
 
     def difficulty(self, example: Example) -> int:
+        """Hops from the person to the right concept."""
         return len(example.steps)

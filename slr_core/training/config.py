@@ -69,6 +69,7 @@ class GraphMix(_Model):
         return self
 
     def spec(self) -> GraphSpec:
+        """The generator's dials; they raise ConfigError where impossible."""
         return GraphSpec(self.nodes, self.min_hops, self.max_hops, self.balanced)
 
 
@@ -77,7 +78,7 @@ class StageConfig(_Model):
 
     steps: int = Field(ge=1)
     iterations: int = Field(ge=0, le=64)
-    graphs: tuple[GraphMix, ...] = Field(min_length=1, description="each example draws one of these at random")
+    graphs: tuple[GraphMix, ...] = Field(min_length=1, description="each batch draws one of these at random")
 
 
 class TrainConfig(_Model):
@@ -91,6 +92,7 @@ class TrainConfig(_Model):
     optimizer: OptimizerConfig = OptimizerConfig()
     objectives: ObjectiveWeights = ObjectiveWeights()
     chains: int = Field(6, ge=0, description="other start nodes per graph for the objective `chains`")
+    chain_length: int = Field(4, ge=1, description="their iterations, at most those of the stage")
     max_iterations: int | None = Field(
         None, ge=0, description="caps every stage's iterations; 0 trains the control without the loop"
     )
@@ -117,9 +119,11 @@ class TrainConfig(_Model):
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     def iterations(self, stage: StageConfig) -> int:
+        """Loop length of a stage under the cap."""
         return stage.iterations if self.max_iterations is None else min(stage.iterations, self.max_iterations)
 
 

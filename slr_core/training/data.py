@@ -49,14 +49,16 @@ class StageStream(IterableDataset[Item]):
         for stage in self.config.stages:
             specs = [mix.spec() for mix in stage.graphs]
             iterations = self.config.iterations(stage)
+            chain_length = min(self.config.chain_length, stage.iterations)
             for _ in range(stage.steps):
                 step += 1
                 if step % stride != offset:
                     continue
                 rng = random.Random(f"{self.config.seed}/{step}")
+                spec = rng.choice(specs)  # graphs of one size to a batch: little of it is padding
                 for _ in range(self.config.optimizer.batch_size):
-                    example = to_example(generate_graph(rng.choice(specs), rng), rng)
-                    yield Item(example, iterations, draw_chains(example, self.config.chains, stage.iterations, rng))
+                    example = to_example(generate_graph(spec, rng), rng)
+                    yield Item(example, iterations, draw_chains(example, self.config.chains, chain_length, rng))
 
 
 def draw_chains(
@@ -94,6 +96,7 @@ class Collator:
         self._node_tokens: dict[str, int] = {}
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
+        """The batch of one step."""
         prompts = self.tokenizer(
             [self.prefix + item.example.question + self.suffix for item in items],
             padding=True,

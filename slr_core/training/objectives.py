@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 
 from slr_core.loop.projection import rms_normalize
 from slr_core.model import Context, LatentReasoner
@@ -39,7 +38,7 @@ def losses(reasoner: LatentReasoner, batch: dict[str, Any], weights: ObjectiveWe
         weights: terms of weight 0 are not computed.
     """
     context = reasoner.encode(batch["input_ids"], batch["attention_mask"])
-    prompt = _snapshot(context)
+    prompt = context.fork()
     iterations, hops, answer = batch["iterations"], batch["hops"], batch["answer_ids"]
     states = reasoner.unroll(context, iterations)
     terms = {}
@@ -113,11 +112,3 @@ def chains(reasoner: LatentReasoner, prompt: Context, starts: Tensor, targets: T
         )
         states.append(hidden)
     return set_divergence(reasoner.head(torch.stack(states, dim=2)), targets)
-
-
-def _snapshot(context: Context) -> Context:
-    """A second context over the same prompt: the cache grows by concatenation, so the tensors can be shared."""
-    cache = DynamicCache()
-    for index, layer in enumerate(context.cache.layers):
-        cache.update(layer.keys, layer.values, index)
-    return Context(cache, context.visible, context.next_position, context.hidden)

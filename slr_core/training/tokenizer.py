@@ -28,13 +28,11 @@ def prosqa_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate([*_SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     # The blank between two sentences carries nothing: it is dropped here and put back when decoding.
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Strip(), normalizers.Replace(Regex(r"(?<=\.)\s+"), "")]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(r"(?<=\.)\s+"), "")])
     pieces = r"Every \w+|Is \w+| is a \w+\.| a \w+| or \w+\?|\w+"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex(r"\.(?=\w)"), ". ")])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<eos>",

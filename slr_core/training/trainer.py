@@ -36,6 +36,7 @@ class Objective(nn.Module):
         self.reasoner, self.weights = reasoner, weights
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
+        """Unweighted loss terms."""
         return losses(self.reasoner, batch, self.weights)
 
 
@@ -58,6 +59,7 @@ class LoopTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
+        """The weighted sum of the terms."""
         weights = self.recipe.objectives
         terms: dict[str, Tensor] = model(**inputs)
         for name, value in terms.items():
@@ -80,6 +82,7 @@ class LoopTrainer(Trainer):
         return reasoner
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of each term since the last log."""
         if "loss" in logs and self._batches:
             logs |= {name: round(float(total) / self._batches, 4) for name, total in self._sums.items()}
             self._sums, self._batches = {}, 0
@@ -95,7 +98,9 @@ class LoopTrainer(Trainer):
                 fall = 0.5 * (1 + cos(pi * min(1.0, step / num_training_steps)))
                 return warm * (recipe.final_share + (1 - recipe.final_share) * fall)
 
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None
+            self.lr_scheduler = LambdaLR(optimizer, factor)
         return self.lr_scheduler
 
 
@@ -115,10 +120,8 @@ def build(config: TrainConfig) -> LatentReasoner:
     tokenizer = prosqa_tokenizer()
     base = _scratch(config.base, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
     generator = torch.Generator().manual_seed(config.seed)
-    with torch.no_grad():
-        base.get_input_embeddings().weight.copy_(  # type: ignore[union-attr,operator]
-            start_embeddings(tokenizer, config.base.hidden_size, generator)
-        )
+    table: nn.Module = base.get_input_embeddings()
+    table.load_state_dict({"weight": start_embeddings(tokenizer, config.base.hidden_size, generator)})
     return LatentReasoner(base, tokenizer, SLRConfig(loop=config.loop, text=config.text))
 
 
@@ -136,7 +139,7 @@ def _scratch(base: ScratchConfig, vocabulary: int, eos: Any, pad: Any) -> LlamaF
             bos_token_id=None,
             eos_token_id=eos,
             pad_token_id=pad,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # type: ignore[call-arg]
         )
     )
 
@@ -182,9 +185,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         data_collator=Collator(reasoner.tokenizer, config.text.prompt_prefix, config.text.prompt_suffix),
         callbacks=[_StopOnNaN()],
     )
-    last = get_last_checkpoint(arguments.output_dir) if resume and Path(str(arguments.output_dir)).is_dir() else None
+    steps = Path(str(arguments.output_dir))
+    last = get_last_checkpoint(str(steps)) if resume and steps.is_dir() else None  # type: ignore[no-untyped-call]
     if resume and last is None:
-        raise ConfigError(f"--resume: no checkpoint below {arguments.output_dir}")
+        raise ConfigError(f"--resume: no checkpoint below {steps}")
     trainer.train(resume_from_checkpoint=last)
     reasoner.eval().save_pretrained(str(output))
     (output / MANIFEST).write_text(json.dumps(_manifest(config, trainer), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,40 @@
+# Everything runs in .venv, made on first use from the pinned versions of requirements.lock.
+PYTHON ?= python3.11
+HOST ?= 127.0.0.1
+PORT ?= 8000
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-all lint train clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/.serve: pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e .
+	touch $@
+
+.venv/.dev: .venv/.serve
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	touch $@
+
+serve: .venv/.serve  ## serve the bundled checkpoint on HOST:PORT (127.0.0.1:8000)
+	$(BIN)/slr-serve --host $(HOST) --port $(PORT)
+
+test: .venv/.dev  ## the tests, in a few minutes
+	$(BIN)/python -m pytest
+
+test-all: .venv/.dev  ## the slow tests as well
+	$(BIN)/python -m pytest -m ''
+
+lint: .venv/.dev  ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+train: .venv/.dev  ## train the bundled checkpoint again, into runs/prosqa (more than an hour on two cores)
+	$(BIN)/slr train configs/prosqa.yaml
+
+clean:  ## remove the environment and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,0 +1,157 @@
+"""Tiny random models of three architectures, and latent reasoners made of them."""
+
+import copy
+import json
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from slr_core.config import SLRConfig
+from slr_core.generation import Request, prepare
+from slr_core.loop.convergence import LoopSettings
+from slr_core.loop.lora import DECODE, fresh
+from slr_core.model import LatentReasoner
+
+KINDS = ("llama", "qwen3", "gpt2")
+WORDS = ("<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(37)))
+PAD, EOS = 0, 1
+POSITIONS = 64
+
+LOOP: dict[str, Any] = {
+    "trained_iterations": 3,
+    "max_iterations": 5,
+    "lora": {"rank": 2, "alpha": 4},
+    "timestep": {"kind": "learned"},
+}
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, words between blanks."""
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def base(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """Two layers of 32 channels, weights large enough that positions, adapters and context all matter."""
+    torch.manual_seed(seed)
+    special = {"vocab_size": len(WORDS), "eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": None}
+    llama_like = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": 0.25,
+    }
+    match kind:
+        case "llama":
+            return LlamaForCausalLM(LlamaConfig(**special, **llama_like)).eval()
+        case "qwen3":
+            return Qwen3ForCausalLM(Qwen3Config(**special, **llama_like, head_dim=8, tie_word_embeddings=True)).eval()
+        case "gpt2":
+            sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "initializer_range": 0.25}
+            return GPT2LMHeadModel(GPT2Config(**special, **sizes)).eval()
+    raise AssertionError(kind)
+
+
+def config(loop: dict[str, Any] | None = None, **top: Any) -> SLRConfig:
+    """The tiny loop with nested changes."""
+    return SLRConfig.from_dict({"loop": LOOP}).replace(loop=loop or {}, **top)
+
+
+def reasoner(
+    kind: str = "llama",
+    loop: dict[str, Any] | None = None,
+    *,
+    decode: bool = False,
+    seed: int = 0,
+    plain: PreTrainedModel | None = None,
+    **top: Any,
+) -> LatentReasoner:
+    """A tiny reasoner in eval mode, every weight that starts as a no-op made to matter."""
+    plain = plain or base(kind, seed)
+    settings = config(loop, **top)
+    adapters = fresh(settings.loop)
+    if decode:
+        targets = ["c_attn", "c_proj"] if kind == "gpt2" else ["q_proj", "down_proj"]
+        adapters[DECODE] = LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        # GPT-2's Conv1D; test_lora.py asks that nobody needs to see it.
+        warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
+        made = LatentReasoner(plain, tokenizer(), settings, adapters)
+    shake(made, seed)
+    return made.eval()
+
+
+def shake(made: LatentReasoner, seed: int = 0) -> None:
+    """Random values where training would have put some."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            elif not name.startswith("base."):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def twin(made: LatentReasoner) -> LatentReasoner:
+    """An independent copy."""
+    return copy.deepcopy(made)
+
+
+def words(*ids: int) -> str:
+    """A prompt of the tokens ``w<id>``."""
+    return " ".join(f"w{i}" for i in ids)
+
+
+PROMPTS = (
+    words(3),
+    words(1, 2, 3, 4, 5),
+    words(30, 4, 4, 17),
+    words(9, 8, 7, 6, 5, 4, 3, 2, 1),
+    words(20, 21),
+    words(36, 0, 35, 1, 34, 2),
+    words(12, 13, 14),
+    words(5, 5, 5, 5, 5, 5, 5, 5),
+)
+
+
+def request(made: LatentReasoner, prompt: str, loop: dict[str, Any] | None = None, **options: Any) -> Request:
+    """A prepared request; ``loop`` goes to ``LoopSettings.resolve``."""
+    options.setdefault("max_new_tokens", 6)
+    return prepare(made, prompt, LoopSettings.resolve(made.config.loop, **(loop or {})), **options)
+
+
+def ids(prompt: str) -> list[int]:
+    """Token ids of a prompt."""
+    return list(tokenizer()(prompt).input_ids)
+
+
+def batch(prompts: tuple[str, ...] | list[str], side: str = "right") -> tuple[Tensor, Tensor]:
+    """Padded ids and their mask."""
+    made = tokenizer()(list(prompts), padding=True, padding_side=side, return_tensors="pt")
+    return made["input_ids"], made["attention_mask"]
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
