@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from slr_core.context import Context
 from slr_core.diagnostics import IterationRecord, Stability
 from slr_core.errors import RequestError
 from slr_core.loop.convergence import ExitReason, LoopSettings
-from slr_core.model import Context, LatentReasoner, LoopOutput
+from slr_core.model import LatentReasoner, LoopOutput
 from slr_core.sampling import SamplingSettings, choose
 
 FinishReason = Literal["stop", "length"]
@@ -89,6 +90,10 @@ def prepare(
     text = reasoner.config.text
     if not prompt.strip():
         raise RequestError("prompt must not be empty", param="prompt")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"prompt is not valid Unicode: {error.reason}", param="prompt") from error
     ids = reasoner.tokenizer(text.prompt_prefix + prompt + text.prompt_suffix).input_ids
     if not ids:
         raise RequestError("prompt holds no tokens of this model", param="prompt")

@@ -13,7 +13,7 @@ and the engine is held to it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -21,9 +21,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
 
 from slr_core.config import SLRConfig
+from slr_core.context import Context
 from slr_core.diagnostics import IterationRecord, RowLog, Stability, stability
 from slr_core.errors import RequestError
 from slr_core.loop.convergence import Distances, ExitReason, ExitRule, LoopSettings, measure
@@ -31,38 +31,6 @@ from slr_core.loop.lora import DECODE, LoopAdapters, attach, fresh, trained_inde
 from slr_core.loop.projection import Projection
 from slr_core.loop.residual import Residual
 from slr_core.loop.timestep import Timestep
-
-
-@dataclass
-class Context:
-    """What a batch has run so far: one cache column per input, and which of them each row may attend to.
-
-    Attributes:
-        cache: keys and values of all columns, ``[B, heads, S, head_dim]`` per layer.
-        visible: ``[B, S]`` bool; padding and abandoned thoughts are invisible.
-        next_position: ``[B]`` long, the position id of each row's next input.
-        hidden: ``[B, d]``, the state from which each row goes on; after the prompt, h_0.
-    """
-
-    cache: DynamicCache
-    visible: Tensor
-    next_position: Tensor
-    hidden: Tensor
-
-    def layers(self) -> Iterator[tuple[DynamicLayer, Tensor, Tensor]]:
-        """The cache's layers with their keys and values."""
-        for layer in self.cache.layers:
-            assert isinstance(layer, DynamicLayer)
-            assert layer.keys is not None
-            assert layer.values is not None
-            yield layer, layer.keys, layer.values
-
-    def fork(self) -> Context:
-        """A second context over what has run so far. The cache grows by concatenation: nothing is copied."""
-        cache = DynamicCache()
-        for index, (_, keys, values) in enumerate(self.layers()):
-            cache.update(keys, values, index)
-        return Context(cache, self.visible, self.next_position, self.hidden)
 
 
 @dataclass
@@ -115,9 +83,9 @@ class LatentReasoner(nn.Module):
         self.adapter_configs = dict(fresh(loop) if adapters is None else adapters)
         attach(base, self.adapter_configs)
         self.adapters = LoopAdapters(base)
-        self.project = Projection(loop.projection, hidden_size)
-        self.timestep = Timestep(loop.timestep, hidden_size, loop.trained_iterations)
-        self.residual = Residual(loop.residual, hidden_size)
+        self.project = Projection(loop.projection, hidden_size).to(base.dtype)
+        self.timestep = Timestep(loop.timestep, hidden_size, loop.trained_iterations).to(base.dtype)
+        self.residual = Residual(loop.residual, hidden_size).to(base.dtype)
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | None = None, **options: Any) -> Self:
@@ -168,8 +136,14 @@ class LatentReasoner(nn.Module):
 
     def embedding_rms(self) -> Tensor:
         """Root mean square of the embedding table, a scalar; kept while in eval mode."""
-        if self.training or self._embedding_rms is None:
-            self._embedding_rms = self.base.get_input_embeddings().weight.float().pow(2).mean().sqrt()  # type: ignore
+        table = self.base.get_input_embeddings().weight
+        assert isinstance(table, Tensor)
+        if self.training:
+            return _rms(table)
+        if self._embedding_rms is None:
+            # An inference tensor kept here could not take part in a later backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                self._embedding_rms = _rms(table)
         return self._embedding_rms
 
     _embedding_rms: Tensor | None = None
@@ -405,3 +379,7 @@ class LatentReasoner(nn.Module):
             ],
             durations_s=[row.elapsed_s for row in rows],
         )
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.float().pow(2).mean().sqrt()

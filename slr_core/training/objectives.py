@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slr_core.context import Context
 from slr_core.loop.projection import rms_normalize
-from slr_core.model import Context, LatentReasoner
+from slr_core.model import LatentReasoner
 from slr_core.training.config import ObjectiveWeights
 from slr_core.training.data import IGNORE
 
