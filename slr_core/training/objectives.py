@@ -49,7 +49,7 @@ def losses(reasoner: LatentReasoner, batch: dict[str, Any], weights: ObjectiveWe
         terms["frontier"] = set_divergence(reasoner.head(states[:, 1:]), batch["targets"])
     if weights.fixed_point and iterations > 1:
         terms["fixed_point"] = fixed_point(states, hops)
-    if weights.chains and batch["chain_starts"] is not None:
+    if weights.chains and iterations and batch["chain_starts"] is not None:
         terms["chains"] = chains(reasoner, prompt, batch["chain_starts"], batch["chain_targets"])
     if weights.answer:
         spread = torch.randint_like(hops, EXIT_SPREAD)
