@@ -1,0 +1,1 @@
+"""HTTP for the engine: the only package that knows about sockets, status codes and metrics."""

@@ -100,12 +100,6 @@ class LatentReasoner(nn.Module):
 
         save(self, folder)
 
-    def load_weights(self, folder: str) -> None:
-        """Load a checkpoint's weights into this model, whose shapes must agree: how training resumes."""
-        from slr_core.checkpoint import load_weights
-
-        load_weights(self, folder)
-
     @property
     def device(self) -> torch.device:
         """Where the base model lies."""

@@ -33,7 +33,8 @@ def choose(logits: Tensor, settings: SamplingSettings, generator: torch.Generato
     """The next token's id from logits ``[V]``."""
     if generator is None:
         return int(logits.argmax())
-    scaled = logits.float().cpu() / settings.temperature
+    scaled = logits.float().cpu()
+    scaled = (scaled - scaled.max()) / settings.temperature  # at most 0: a small temperature cannot overflow
     if settings.top_k:
         kept = scaled.topk(min(settings.top_k, len(scaled))).values[-1]
         scaled = scaled.masked_fill(scaled < kept, -torch.inf)
@@ -41,5 +42,6 @@ def choose(logits: Tensor, settings: SamplingSettings, generator: torch.Generato
         ordered, order = scaled.softmax(-1).sort(descending=True)
         # Keep the smallest set that reaches top_p: drop what lies past it, never the first.
         beyond = ordered.cumsum(-1) - ordered >= settings.top_p
+        beyond[0] = False
         scaled[order[beyond]] = -torch.inf
     return int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))

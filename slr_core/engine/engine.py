@@ -11,19 +11,22 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
-from slr_core.errors import EngineError, RequestError
+from slr_core.errors import EngineError, SLRError
 from slr_core.generation import Request, Result, generate, prepare
 from slr_core.loop.convergence import LoopSettings
 from slr_core.model import LatentReasoner
 
 logger = logging.getLogger(__name__)
 
+Waiting = tuple[Request, Future[Result], float]
+"""A request, where its result goes, and since when it waits (``time.perf_counter``)."""
+
 
 class Engine:
     """Runs requests of any settings in batches on one thread of its own.
 
     Waiting requests are taken first come first served, at most ``max_batch`` at a time; a batch that
-    fails fails its own requests and the engine goes on. Use as a context manager, or :meth:`close` it.
+    fails is run again row by row, so that the row at fault fails alone, and the engine goes on. Use as a context manager, or :meth:`close` it.
 
     Args:
         reasoner: the model, in eval mode; nothing else may run it while the engine lives.
@@ -35,7 +38,7 @@ class Engine:
         self.max_batch = max_batch
         self.last_progress = time.monotonic()
         """When the engine last finished a batch, or had nothing to do (``time.monotonic``)."""
-        self._waiting: deque[tuple[Request, Future[Result], float]] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._running = 0
         self._changed = threading.Condition()
         self._closed = False
@@ -82,8 +85,9 @@ class Engine:
 
     @property
     def queued(self) -> int:
-        """Requests that wait."""
-        return len(self._waiting)
+        """Requests that wait and that somebody still waits for."""
+        with self._changed:
+            return sum(not future.cancelled() for _, future, _ in self._waiting)
 
     @property
     def in_flight(self) -> int:
@@ -129,14 +133,14 @@ class Engine:
             if future.set_running_or_notify_cancel():
                 future.set_exception(EngineError("the engine is shut down"))
 
-    def _next_batch(self) -> list[tuple[Request, Future[Result], float]]:
+    def _next_batch(self) -> list[Waiting]:
         """The requests to run next; empty once the engine is closed."""
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
                     return []
-                batch: list[tuple[Request, Future[Result], float]] = []
+                batch: list[Waiting] = []
                 while self._waiting and len(batch) < self.max_batch:
                     entry = self._waiting.popleft()
                     if entry[1].set_running_or_notify_cancel():
@@ -145,18 +149,21 @@ class Engine:
                     self._running = len(batch)
                     return batch
 
-    def _run_batch(self, batch: list[tuple[Request, Future[Result], float]]) -> None:
+    def _run_batch(self, batch: list[Waiting]) -> None:
         now = time.perf_counter()
         try:
             results = generate(
                 self.reasoner, [request for request, _, _ in batch], queued_s=[now - since for _, _, since in batch]
             )
         except Exception as error:  # whatever it is, its requests must hear of it and the engine must go on
-            logger.exception("a batch of %d requests failed", len(batch))
-            for _, future, _ in batch:
-                future.set_exception(
-                    error if isinstance(error, RequestError) else EngineError(f"the batch failed: {error}")
-                )
+            if len(batch) > 1:
+                logger.warning("a batch of %d requests failed (%r), running each alone", len(batch), error)
+                for entry in batch:
+                    self._run_batch([entry])
+                return
+            logger.exception("a request failed")
+            ours = isinstance(error, SLRError)
+            batch[0][1].set_exception(error if ours else EngineError(f"the request failed: {error}"))
             return
         for (_, future, _), result in zip(batch, results, strict=True):
             future.set_result(result)

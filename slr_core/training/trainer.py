@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from slr_core._version import __version__
+from slr_core.checkpoint import load_weights
 from slr_core.config import SLRConfig
 from slr_core.errors import ConfigError
 from slr_core.model import LatentReasoner
@@ -74,7 +75,7 @@ class LoopTrainer(Trainer):
             self._reasoner().save_pretrained(output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._reasoner().load_weights(resume_from_checkpoint)
+        load_weights(self._reasoner(), resume_from_checkpoint)
 
     def _reasoner(self) -> LatentReasoner:
         reasoner = self.accelerator.unwrap_model(self.model).reasoner

@@ -1,0 +1,118 @@
+"""The command ``slr-serve``."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+import uvicorn
+from pydantic import ValidationError
+from pydantic_settings import CliApp, SettingsError
+from uvicorn.config import Config
+
+from server.settings import Settings
+from slr_core.errors import SLRError
+
+if TYPE_CHECKING:
+    from server.service import Service
+
+
+class _Server(uvicorn.Server):
+    """Says when the model can be asked, and ends when it never will."""
+
+    def __init__(self, config: Config, service: Service, address: str) -> None:
+        super().__init__(config)
+        self.service, self.address = service, address
+        self._announced = False
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.service.failure is not None:
+            return True
+        if self.service.ready and not self._announced:
+            self._announced = True
+            print(f"slr-serve: {self.service.settings.model_name} ready at {self.address}", flush=True)
+        return await super().on_tick(counter)
+
+
+def main() -> None:
+    """Parse flags and environment, serve until told to stop."""
+    # An orderly end, before the server has set up its own and after it has raised the signal again.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        settings = CliApp.run(Settings)
+    except (ValidationError, SettingsError) as error:
+        _fail(_explain(error), 2)
+    try:
+        serve(settings)
+    except KeyboardInterrupt:
+        sys.exit(0)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until a signal comes; exits with status 1 where that cannot begin."""
+    # Here, so that --help and a wrong flag are answered without waiting for torch.
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    from server.app import create_app
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bars()
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    app = create_app(settings)
+    try:
+        listener = _listen(settings.host, settings.port)
+    except OSError as error:
+        _fail(f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error})")
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    service: Service = app.state.service
+    config = Config(
+        app,
+        lifespan="on",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # By then every request has been answered or has timed out.
+        timeout_graceful_shutdown=math.ceil(settings.request_timeout_s) + 1,
+    )
+    _Server(config, service, f"http://{host}:{listener.getsockname()[1]}").run([listener])
+    if service.failure is not None:
+        if not isinstance(service.failure, SLRError):
+            raise service.failure
+        _fail(str(service.failure))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+    )[0]
+    # With the protocol spelled out, which socket.create_server does not: without it asyncio leaves Nagle's
+    # algorithm on, and every response waits 40 ms for the client's delayed acknowledgement.
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _explain(error: ValidationError | SettingsError) -> str:
+    if isinstance(error, SettingsError):
+        return str(error)
+    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
+    print(f"slr-serve: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""From exceptions to error responses: the one place that knows which failure is which status.
+
+Errors of the client name their field. Errors of the server say nothing about its insides: those are in
+the log, under the request's id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.schemas import ErrorDetail, ErrorResponse
+from slr_core.errors import RequestError, SLRError
+
+CLIENT_CLOSED_REQUEST = 499
+"""The status in logs and metrics of a request whose client left; nobody receives it."""
+
+_INVALID, _SERVER = "invalid_request_error", "server_error"
+_MOST_FAULTS, _LONGEST_NAME = 5, 100
+
+
+class InvalidJSON(SLRError):
+    """The body is not JSON."""
+
+
+class UnsupportedMediaType(SLRError):
+    """The body is declared as something other than JSON."""
+
+
+class BodyTooLarge(SLRError):
+    """The body is over the limit."""
+
+
+class QueueFull(SLRError):
+    """The engine has as much waiting work as it may.
+
+    Attributes:
+        retry_after_s: seconds until there should be room.
+    """
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(SLRError):
+    """The engine is loading, stopped or stuck; another replica may answer."""
+
+
+class TimedOut(SLRError):
+    """The answer took too long."""
+
+
+class ClientGone(SLRError):
+    """The client closed the connection before its answer."""
+
+
+_KINDS: dict[type[Exception], tuple[int, str, str]] = {
+    RequestError: (400, _INVALID, "invalid_value"),
+    InvalidJSON: (400, _INVALID, "invalid_json"),
+    BodyTooLarge: (413, _INVALID, "body_too_large"),
+    UnsupportedMediaType: (415, _INVALID, "unsupported_media_type"),
+    QueueFull: (429, "rate_limit_error", "queue_full"),
+    ClientGone: (CLIENT_CLOSED_REQUEST, _INVALID, "client_closed_request"),
+    Unavailable: (503, "unavailable_error", "unavailable"),
+    TimedOut: (504, "timeout_error", "timeout"),
+}
+"""Status, type and code of the errors whose message is for the caller. All others are a plain 500."""
+
+_HTTP_ERRORS: dict[int, tuple[str, str]] = {
+    404: ("not_found", "no such path"),
+    405: ("method_not_allowed", "this path does not take that method"),
+}
+
+_CODES = {"extra_forbidden": "unknown_field", "missing": "missing_field"}
+_MESSAGES = {"extra_forbidden": "unknown field", "missing": "required"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An error response before it is one."""
+
+    status: int
+    type: str
+    code: str
+    message: str
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def response(self) -> JSONResponse:
+        """The response with the error body."""
+        detail = ErrorDetail(type=self.type, message=self.message, param=self.param, code=self.code)
+        return JSONResponse(ErrorResponse(error=detail).model_dump(), self.status, headers=dict(self.headers))
+
+
+def describe(error: Exception) -> Problem:
+    """The response that an exception deserves."""
+    if isinstance(error, RequestValidationError):
+        return _validation(error.errors())
+    if isinstance(error, HTTPException):
+        return _http(error)
+    for kind in type(error).__mro__:
+        if kind in _KINDS:
+            status, family, code = _KINDS[kind]
+            param = error.param if isinstance(error, RequestError) else None
+            headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, QueueFull) else {}
+            return Problem(status, family, code, str(error), param, headers)
+    return Problem(500, _SERVER, "internal_error", "the server failed to answer this request")
+
+
+def _http(error: HTTPException) -> Problem:
+    code, message = _HTTP_ERRORS.get(error.status_code, ("http_error", str(error.detail)))
+    family = _SERVER if error.status_code >= 500 else _INVALID
+    return Problem(error.status_code, family, code, message, headers=error.headers or {})
+
+
+def _validation(faults: Sequence[Mapping[str, Any]]) -> Problem:
+    first = faults[0]
+    if tuple(first["loc"]) == ("body",):
+        return Problem(400, _INVALID, "invalid_value", "the body must be a JSON object")
+    messages = [f"{_param(fault)}: {_message(fault)}" for fault in faults[:_MOST_FAULTS]]
+    if len(faults) > _MOST_FAULTS:
+        messages.append(f"and {len(faults) - _MOST_FAULTS} more")
+    code = _CODES.get(first["type"], "invalid_value")
+    return Problem(400, _INVALID, code, "; ".join(messages), _param(first))
+
+
+def _param(fault: Mapping[str, Any]) -> str:
+    # loc starts with "body". A name may be one that the client made up, and as long as it likes.
+    return ".".join(map(str, fault["loc"][1:]))[:_LONGEST_NAME]
+
+
+def _message(fault: Mapping[str, Any]) -> str:
+    message: str = _MESSAGES.get(fault["type"], fault["msg"])
+    return message.replace("Input should be", "must be")
+
+
+async def _handle(request: Request, error: Exception) -> Response:
+    return describe(error).response()
+
+
+def install(app: FastAPI) -> None:
+    """Give every deliberate error of the application the error body.
+
+    What nobody foresaw is answered in :class:`server.middleware.RequestContext`, which alone sees all of it.
+    """
+    for kind in (SLRError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _handle)

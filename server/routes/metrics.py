@@ -1,0 +1,19 @@
+"""``GET /metrics``."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse
+from prometheus_client.exposition import choose_encoder
+from starlette.responses import Response
+
+from server.routes.common import ServiceDependency
+
+router = APIRouter(tags=["operation"])
+
+
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+async def metrics(request: Request, service: ServiceDependency) -> Response:
+    """All metrics in the text format that the scraper asks for."""
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(service.metrics.registry), headers={"Content-Type": content_type})

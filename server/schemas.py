@@ -1,0 +1,255 @@
+"""Requests and responses as JSON, strict: what is not described here is refused.
+
+Booleans are no numbers, numbers are finite and in range, no field is unknown. The upper limits that an
+operator sets (:mod:`server.settings`) are checked where a request is planned (:mod:`server.plan`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
+
+from slr_core.config import Criterion, Threshold
+from slr_core.diagnostics import IterationRecord
+from slr_core.generation import FinishReason, Result
+from slr_core.loop.convergence import ExitReason
+
+DEFAULT_TOP_TOKENS = 5
+_QUESTION = "Every yumpus is a rorpus. Every rorpus is a lempus. Alex is a yumpus. Is Alex a lempus or zhorpus?"
+_GENERATE_EXAMPLES: list[JsonValue] = [
+    {"prompt": _QUESTION},
+    {
+        "prompt": [_QUESTION, _QUESTION],
+        "max_iterations": 8,
+        "convergence": {"criterion": "relative_change", "threshold": 0.05, "patience": 2},
+        "max_new_tokens": 32,
+    },
+]
+_TRACE_EXAMPLES: list[JsonValue] = [{"prompt": _QUESTION, "top_tokens": 3}]
+
+
+def _as_list(value: Any) -> Any:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return value
+    raise PydanticCustomError("prompt_type", "must be a string or a list of strings")
+
+
+def _not_minute(value: float) -> float:
+    # Logits divided by less overflow, and a softmax of infinities has nothing to draw from.
+    if 0 < value < 1e-3:
+        raise PydanticCustomError("temperature_range", "must be 0 (greedy) or at least 0.001")
+    return value
+
+
+Prompts = Annotated[
+    list[str],
+    BeforeValidator(_as_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+]
+Temperature = Annotated[float, Field(ge=0, le=10), AfterValidator(_not_minute)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Convergence(_Request):
+    """When the loop stops by itself."""
+
+    criterion: Criterion | None = Field(None, description="the distance that is compared to the threshold")
+    threshold: Threshold | None = Field(
+        None, description="stop below this; a criterion named without one takes its own default"
+    )
+    patience: int | None = Field(None, ge=1, le=64, description="iterations in a row below the threshold")
+
+
+class GenerateRequest(_Request):
+    """What ``POST /generate`` takes. What is left out takes the checkpoint's default."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": _GENERATE_EXAMPLES})
+
+    prompt: Prompts = Field(min_length=1, description="a prompt, or several that are answered independently")
+    max_iterations: int | None = Field(None, ge=0, description="most iterations of the loop; 0: the base model")
+    min_iterations: int | None = Field(None, ge=0, description="iterations before the loop may stop by itself")
+    convergence: Convergence | None = None
+    max_new_tokens: int | None = Field(None, ge=1, description="most tokens of an answer")
+    temperature: Temperature | None = Field(None, description="0 (the default) is greedy")
+    # Less would be 0 in the arithmetic of the sampler.
+    top_p: float | None = Field(None, ge=1e-6, le=1, description="draw from the smallest set with this probability")
+    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="draw from so many tokens; 0: from all")
+    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="sample i of a prompt draws with seed + i")
+    stop: list[StopString] | None = Field(
+        None, max_length=16, description="strings that end an answer; they are not part of it"
+    )
+    n: int | None = Field(None, ge=1, description="answers per prompt; 1 by default")
+
+
+class TraceRequest(GenerateRequest):
+    """What ``POST /trace`` takes: a generate request that is answered with every iteration's diagnostics."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": _TRACE_EXAMPLES})
+
+    top_tokens: int | None = Field(
+        None, ge=0, description=f"likely tokens to read per iteration; {DEFAULT_TOP_TOKENS} by default"
+    )
+
+
+class _Response(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Usage(_Response):
+    """What an answer cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    forward_passes: int = Field(description="passes of the model that this answer alone would have taken")
+
+
+class Timings(_Response):
+    """Seconds in each stage."""
+
+    queue_s: float
+    prefill_s: float
+    loop_s: float
+    decode_s: float
+    total_s: float
+
+
+class GenerateResult(_Response):
+    """One answer."""
+
+    index: int = Field(description="running number: all samples of the first prompt, then of the next")
+    text: str
+    finish_reason: FinishReason
+    iterations: int = Field(description="iterations that the loop ran")
+    exit_reason: ExitReason
+    final_change: float | None = Field(description="relative change of the last iteration")
+    usage: Usage
+    timings: Timings
+
+    @classmethod
+    def of(cls, index: int, result: Result) -> Self:
+        """A result of the engine as JSON shows it."""
+        return cls(**cls._fields(index, result))
+
+    @classmethod
+    def _fields(cls, index: int, result: Result) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": result.text,
+            "finish_reason": result.finish_reason,
+            "iterations": result.iterations,
+            "exit_reason": result.exit_reason,
+            "final_change": result.final_change,
+            "usage": Usage(
+                prompt_tokens=result.prompt_tokens,
+                completion_tokens=result.completion_tokens,
+                forward_passes=result.forward_passes,
+            ),
+            "timings": Timings(**vars(result.timings)),
+        }
+
+
+class TopToken(_Response):
+    """A token that the LM head reads from a state."""
+
+    token: str
+    prob: float
+
+
+class Iteration(_Response):
+    """One iteration of the loop. ``null`` marks what is undefined or not finite."""
+
+    t: int
+    relative_change: float | None
+    cosine: float | None
+    norm: float | None
+    contraction: float | None = Field(description="this step's length over the last one's; above 1 it expands")
+    kl: float | None
+    entropy: float | None
+    adapter: str | None = Field(description="the loop adapter that was active")
+    duration_s: float
+    top_tokens: list[TopToken]
+
+    @classmethod
+    def of(cls, record: IterationRecord) -> Self:
+        """A record of the loop as JSON shows it."""
+        tops = [TopToken(token=token, prob=prob) for token, prob in record.top_tokens]
+        return cls(**{**vars(record), "top_tokens": tops})
+
+
+class Stability(_Response):
+    """What the iterations together say."""
+
+    contraction_rate: float | None
+    oscillating: bool
+    converged: bool
+
+
+class TraceResult(GenerateResult):
+    """One answer and how the loop came to it."""
+
+    trace: list[Iteration]
+    stability: Stability
+
+    @classmethod
+    def _fields(cls, index: int, result: Result) -> dict[str, Any]:
+        return {
+            **super()._fields(index, result),
+            "trace": [Iteration.of(record) for record in result.records],
+            "stability": Stability(**vars(result.stability)),
+        }
+
+
+class GenerateResponse(_Response):
+    """Answers, prompt by prompt."""
+
+    id: str
+    model: str
+    created: int = Field(description="seconds since 1970")
+    results: list[GenerateResult]
+
+
+class TraceResponse(_Response):
+    """Answers with their traces, prompt by prompt."""
+
+    id: str
+    model: str
+    created: int = Field(description="seconds since 1970")
+    results: list[TraceResult]
+
+
+class Health(_Response):
+    """The body of a passed health check."""
+
+    status: str
+
+
+class ErrorDetail(_Response):
+    """What went wrong."""
+
+    type: str = Field(description="the kind of error", examples=["invalid_request_error"])
+    message: str
+    param: str | None = Field(description="the field at fault, dotted, where it is one", examples=["prompt"])
+    code: str = Field(description="the error, for programs", examples=["invalid_value"])
+
+
+class ErrorResponse(_Response):
+    """The body of every error."""
+
+    error: ErrorDetail

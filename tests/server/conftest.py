@@ -1,0 +1,91 @@
+"""A tiny engine behind the application, in process."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from server.app import create_app
+from server.settings import Settings
+from slr_core.engine import Engine
+from slr_core.model import LatentReasoner
+from tests import tiny
+
+for name in [name for name in os.environ if name.startswith("SLR_")]:
+    del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def reasoner() -> LatentReasoner:
+    """The engine's model; tests that run a model themselves take ``reference``."""
+    return tiny.reasoner()
+
+
+@pytest.fixture(scope="session")
+def reference(reasoner) -> LatentReasoner:
+    return tiny.twin(reasoner)
+
+
+@pytest.fixture(scope="session")
+def engine(reasoner) -> Iterator[Engine]:
+    with Engine(reasoner) as made:
+        yield made
+
+
+@pytest.fixture
+def app(engine) -> FastAPI:
+    return create_app(Settings(), engine)
+
+
+@pytest.fixture
+def client(app) -> Iterator[TestClient]:
+    with TestClient(app) as made:
+        yield made
+
+
+@dataclass
+class Gate:
+    """Stops a model before each forward pass while it is shut, and can make a pass fail."""
+
+    opened: threading.Event = field(default_factory=threading.Event)
+    reached: threading.Event = field(default_factory=threading.Event)
+    fail_next: bool = False
+
+    def __call__(self, *_: object) -> None:
+        self.reached.set()
+        assert self.opened.wait(20)
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("secret of the engine")
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def gated(reasoner, gate) -> Iterator[Callable[..., TestClient]]:
+    """Makes clients of a server whose engine stands at ``gate``; settings are arguments."""
+    made = tiny.twin(reasoner)
+    made.base.base_model.register_forward_pre_hook(gate)
+    with Engine(made, max_batch=2) as engine:
+        clients = []
+
+        def build(**settings) -> TestClient:
+            clients.append(TestClient(create_app(Settings(**settings), engine)))
+            return clients[-1].__enter__()
+
+        yield build
+        gate.opened.set()
+        for client in clients:
+            client.__exit__(None, None, None)
+
+
+def sample(client: TestClient, name: str, **labels: str) -> float | None:
+    """One value of a client's metrics."""
+    return client.app.state.service.metrics.registry.get_sample_value(name, labels)

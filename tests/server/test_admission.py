@@ -1,0 +1,45 @@
+import pytest
+
+from server.admission import Admission
+from server.errors import QueueFull
+
+
+@pytest.fixture
+def admission():
+    made = Admission(10, lambda: made.waiting, lambda: made.now)
+    made.waiting, made.now = 0, 100.0
+    return made
+
+
+def retry_after(admission, count):
+    with pytest.raises(QueueFull) as error, admission.reserve(count):
+        pass
+    return error.value.retry_after_s
+
+
+def test_all_or_nothing(admission):
+    admission.waiting = 4
+    with admission.reserve(4):
+        with admission.reserve(2):
+            retry_after(admission, 1)
+        retry_after(admission, 3)
+    with admission.reserve(6):
+        pass
+
+
+def test_a_failure_gives_its_room_back(admission):
+    with pytest.raises(ZeroDivisionError), admission.reserve(10):
+        raise ZeroDivisionError
+    with admission.reserve(10):
+        pass
+
+
+def test_retry_after_follows_queue_and_rate(admission):
+    admission.waiting = 10
+    assert retry_after(admission, 1) == 1, "nothing is known yet"
+    for _ in range(20):
+        admission.finished()
+        admission.now += 0.5
+    assert retry_after(admission, 1) == 1
+    assert retry_after(admission, 8) == 4, "two a second"
+    assert retry_after(admission, 10_000) == 60

@@ -1,0 +1,52 @@
+import pytest
+from starlette.exceptions import HTTPException
+
+from server import errors
+from slr_core.errors import CheckpointError, ConfigError, DataError, EngineError, RequestError, SLRError
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (RequestError("m", "seed"), 400, "invalid_value"),
+        (errors.InvalidJSON("m"), 400, "invalid_json"),
+        (errors.BodyTooLarge("m"), 413, "body_too_large"),
+        (errors.UnsupportedMediaType("m"), 415, "unsupported_media_type"),
+        (errors.QueueFull("m", 7), 429, "queue_full"),
+        (errors.ClientGone("m"), 499, "client_closed_request"),
+        (errors.Unavailable("m"), 503, "unavailable"),
+        (errors.TimedOut("m"), 504, "timeout"),
+    ],
+)
+def test_errors_for_the_caller(error, status, code):
+    problem = errors.describe(error)
+    assert (problem.status, problem.code, problem.message) == (status, code, "m")
+    assert problem.param == ("seed" if isinstance(error, RequestError) else None)
+    assert problem.headers == ({"Retry-After": "7"} if status == 429 else {})
+
+
+@pytest.mark.parametrize(
+    "kind", [SLRError, EngineError, ConfigError, CheckpointError, DataError, ValueError, MemoryError]
+)
+def test_other_errors_say_nothing(kind):
+    problem = errors.describe(kind("/secret/path"))
+    assert (problem.status, problem.type, problem.code) == (500, "server_error", "internal_error")
+    assert "secret" not in problem.response().body.decode()
+
+
+@pytest.mark.parametrize(("status", "code"), [(404, "not_found"), (405, "method_not_allowed"), (418, "http_error")])
+def test_http_errors_keep_their_headers(status, code):
+    problem = errors.describe(HTTPException(status, "m", {"Allow": "POST"}))
+    assert (problem.status, problem.code, problem.headers) == (status, code, {"Allow": "POST"})
+
+
+def test_paths_and_methods(client):
+    for response, status, code in (
+        (client.get("/nope"), 404, "not_found"),
+        (client.post("/generate/", json={"prompt": "w1"}), 404, "not_found"),
+        (client.get("/generate"), 405, "method_not_allowed"),
+        (client.post("/livez"), 405, "method_not_allowed"),
+    ):
+        assert response.status_code == status
+        assert response.json()["error"]["code"] == code
+    assert client.get("/generate").headers["allow"] == "POST"

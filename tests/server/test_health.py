@@ -1,0 +1,69 @@
+import pytest
+from fastapi.testclient import TestClient
+
+from server.app import create_app
+from server.settings import Settings
+from slr_core.engine import Engine
+from tests import tiny
+
+
+def test_ready(client):
+    assert client.get("/livez").json() == {"status": "alive"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+
+
+def refused(client: TestClient, message: str) -> None:
+    for response in (client.get("/readyz"), client.post("/generate", json={"prompt": "w1"})):
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "unavailable"
+        assert message in response.json()["error"]["message"]
+    assert client.get("/livez").status_code == 200
+
+
+def test_a_stopped_engine_is_not_ready(reasoner):
+    engine = Engine(tiny.twin(reasoner))
+    with TestClient(create_app(Settings(), engine)) as client:
+        engine.close()
+        refused(client, "stopped")
+
+
+def test_a_stuck_engine_is_not_ready(gated, gate):
+    client = gated(request_timeout_s=0.3)
+    assert client.post("/generate", json={"prompt": "w1"}).status_code == 504
+    refused(client, "no progress")
+    gate.opened.set()
+
+
+def test_loading(monkeypatch, reasoner, gate):
+    engine = Engine(tiny.twin(reasoner))
+
+    def load(*_, **__):
+        gate()
+        return engine
+
+    monkeypatch.setattr(Engine, "from_pretrained", load)
+    with TestClient(create_app(Settings(threads=1))) as client:
+        refused(client, "loading")
+        gate.opened.set()
+        service = client.app.state.service
+        client.portal.call(lambda: service.loading)
+        assert client.get("/readyz").status_code == 200
+    assert not engine.alive, "an engine of the application's own is closed with it"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
+def test_a_model_that_cannot_be_loaded(monkeypatch, kind):
+    def load(*_, **__):
+        raise kind("nope")
+
+    monkeypatch.setattr(Engine, "from_pretrained", load)
+    with TestClient(create_app(Settings())) as client:
+        client.portal.call(lambda: client.app.state.service.loading)
+        refused(client, "could not be loaded")
+        assert isinstance(client.app.state.service.failure, kind)
+
+
+def test_the_owner_closes_an_engine_that_was_given(client, engine):
+    with TestClient(create_app(Settings(), engine)):
+        pass
+    assert engine.alive

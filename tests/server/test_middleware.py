@@ -1,0 +1,66 @@
+import logging
+from pathlib import Path
+
+import pytest
+
+import server
+from tests.server.conftest import sample
+
+
+@pytest.mark.parametrize("given", ["abc-1.2:3_4", "x" * 128])
+def test_a_sane_request_id_is_kept(client, given):
+    assert client.get("/livez", headers={"x-request-id": given}).headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "<script>", "a\tb"])
+def test_another_is_replaced(client, given):
+    made = client.get("/livez", headers={"x-request-id": given}).headers["x-request-id"]
+    assert len(made) == 32
+    assert made != client.get("/livez", headers={"x-request-id": given}).headers["x-request-id"]
+
+
+def test_errors_carry_the_id_too(client):
+    response = client.post("/generate", content=b"x" * (2 << 20), headers={"x-request-id": "big"})
+    assert (response.status_code, response.headers["x-request-id"]) == (413, "big")
+
+
+def test_one_log_line_a_request(client, caplog):
+    caplog.set_level(logging.INFO, "slr.access")
+    client.post("/generate", json={"prompt": "w1"}, headers={"x-request-id": "one"})
+    client.get("/a%0Ab", headers={"x-request-id": "two"})
+    one, two = (record.getMessage() for record in caplog.records if record.name == "slr.access")
+    assert " POST /generate 200 " in one
+    assert one.endswith(" one")
+    assert " GET /a%0Ab 404 " in two
+
+
+def test_a_body_that_does_not_say_its_length(client):
+    def chunks(size):
+        for _ in range(size >> 16):
+            yield b" " * (1 << 16)
+        yield b'{"prompt": "w1"}'
+
+    headers = {"content-type": "application/json"}
+    assert client.post("/generate", content=chunks(1 << 19), headers=headers).status_code == 200
+    response = client.post("/generate", content=chunks(1 << 21), headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_what_nobody_foresaw(client, monkeypatch, caplog):
+    monkeypatch.setattr("server.service.check_limits", lambda *_: 1 / 0)
+    response = client.post("/generate", json={"prompt": "w1"}, headers={"x-request-id": "odd"})
+    assert response.status_code == 500
+    assert response.headers["x-request-id"] == "odd"
+    assert response.json()["error"]["code"] == "internal_error"
+    assert "division" not in response.text
+    assert "request odd failed" in caplog.text
+    assert "division by zero" in caplog.text
+    assert sample(client, "slr_requests_total", endpoint="/generate", status="error") == 1
+    monkeypatch.undo()
+    assert client.post("/generate", json={"prompt": "w1"}).status_code == 200
+
+
+def test_plain_asgi_throughout():
+    # Starlette's own base class answers from another task: a handler behind it never sees its client leave.
+    sources = [path.read_text() for path in Path(server.__file__).parent.rglob("*.py")]
+    assert not any("BaseHTTPMiddleware" in source or '.middleware("http")' in source for source in sources)

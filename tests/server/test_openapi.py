@@ -1,0 +1,71 @@
+import pytest
+
+from server import schemas
+
+
+@pytest.fixture
+def document(client):
+    return client.get("/openapi.json").json()
+
+
+def references(node):
+    if isinstance(node, dict):
+        if isinstance(node.get("$ref"), str):
+            yield node["$ref"]
+        for child in node.values():
+            yield from references(child)
+    elif isinstance(node, list):
+        for child in node:
+            yield from references(child)
+
+
+def test_document(document):
+    assert document["openapi"].startswith("3.")
+    assert set(document["paths"]) == {"/generate", "/trace", "/livez", "/readyz", "/metrics"}
+    names = set(document["components"]["schemas"])
+    used = set(references(document))
+    assert used == {f"#/components/schemas/{name}" for name in names}, "nothing dangles, nothing is left over"
+    identifiers = [op["operationId"] for path in document["paths"].values() for op in path.values()]
+    assert len(set(identifiers)) == len(identifiers)
+    for path in document["paths"].values():
+        for operation in path.values():
+            assert operation["summary"]
+            assert operation["description"]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/trace"])
+def test_errors_are_documented(document, path):
+    responses = document["paths"][path]["post"]["responses"]
+    assert set(responses) == {"200", "400", "413", "415", "429", "500", "503", "504", "default"}
+    for status, response in responses.items():
+        (content,) = response["content"].values()
+        is_error = content["schema"]["$ref"].endswith("/ErrorResponse")
+        assert is_error == (status != "200")
+    assert "Retry-After" in responses["429"]["headers"]
+
+
+def test_requests_are_closed(document):
+    for name in ("GenerateRequest", "TraceRequest", "Convergence"):
+        schema = document["components"]["schemas"][name]
+        assert schema["additionalProperties"] is False
+    temperature = document["components"]["schemas"]["GenerateRequest"]["properties"]["temperature"]
+    assert temperature["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 10}
+
+
+@pytest.mark.parametrize("model", [schemas.GenerateRequest, schemas.TraceRequest])
+def test_examples_are_valid(model):
+    for example in model.model_config["json_schema_extra"]["examples"]:
+        model.model_validate(example)
+
+
+def test_answers_are_as_documented(client):
+    body = {"prompt": "w1", "max_new_tokens": 2}
+    schemas.GenerateResponse.model_validate_json(client.post("/generate", json=body).content, strict=True)
+    schemas.TraceResponse.model_validate_json(client.post("/trace", json=body).content, strict=True)
+    schemas.ErrorResponse.model_validate_json(client.post("/trace", json={}).content, strict=True)
+
+
+def test_page(client):
+    response = client.get("/docs")
+    assert response.status_code == 200
+    assert "text/html" in response.headers["content-type"]

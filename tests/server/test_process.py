@@ -1,0 +1,136 @@
+"""A real server: its own process, a checkpoint from a folder, sockets."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from slr_core.generation import generate
+from tests import tiny
+from tests.server.bad_input import CASES
+
+
+class Server:
+    def __init__(self, folder, log):
+        # A file, because a pipe that nobody reads would fill up and stop the server.
+        self.log = log
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "server.cli", "--model", str(folder), "--port", "0", "--threads", "1"],
+                env={**os.environ, "SLR_MAX_NEW_TOKENS": "40"},
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        self.line = self.process.stdout.readline()
+        self.url = self.line.split()[-1] if self.line else ""
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, reasoner):
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    reasoner.save_pretrained(str(folder))
+    started = Server(folder, folder.parent / "log")
+    yield started
+    started.process.kill()
+    started.process.wait()
+    started.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=20) as client:
+        yield client
+
+
+def test_start(server, http):
+    assert server.line.startswith("slr-serve: tiny ready at http://127.0.0.1:")
+    assert http.get("/livez").status_code == http.get("/readyz").status_code == 200
+    # The environment is read as well.
+    error = http.post("/generate", json={"prompt": "w1", "max_new_tokens": 41}).json()["error"]
+    assert error["param"] == "max_new_tokens"
+
+
+def test_generate_and_trace(http, reference):
+    body = {"prompt": tiny.PROMPTS[1], "max_new_tokens": 6}
+    expected = generate(reference, [tiny.request(reference, tiny.PROMPTS[1])])[0]
+    for path in ("/generate", "/trace"):
+        answer = http.post(path, json=body).json()
+        assert answer["model"] == "tiny"
+        (result,) = answer["results"]
+        assert (result["text"], result["iterations"]) == (expected.text, expected.iterations)
+    assert len(result["trace"]) == expected.iterations
+
+
+def test_responses_do_not_wait_for_acknowledgements(http):
+    http.get("/livez")
+    durations = sorted(http.get("/livez").elapsed.total_seconds() for _ in range(9))
+    assert durations[4] < 0.03
+
+
+def test_bad_input(http):
+    for given in CASES:
+        content, headers, status, param, code = given.values
+        response = http.post("/generate", content=content, headers=headers)
+        assert response.status_code == status, given.id
+        assert (response.json()["error"]["param"], response.json()["error"]["code"]) == (param, code), given.id
+    assert http.post("/generate", json={"prompt": "w1"}).status_code == 200
+
+
+def test_a_body_that_never_ends_is_refused(http):
+    def chunks():
+        for _ in range(64):
+            yield b" " * (1 << 16)
+
+    response = http.post("/generate", content=chunks(), headers={"content-type": "application/json"})
+    assert response.status_code == 413
+
+
+def test_concurrent_requests(http, reference):
+    def ask(prompt):
+        return http.post("/generate", json={"prompt": prompt, "max_new_tokens": 6}).json()["results"][0]["text"]
+
+    prompts = tiny.PROMPTS * 4
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(ask, prompts))
+    expected = {p: generate(reference, [tiny.request(reference, p)])[0].text for p in tiny.PROMPTS}
+    assert texts == [expected[prompt] for prompt in prompts]
+
+
+def test_a_client_that_gives_up_harms_nobody(http):
+    for _ in range(5):
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/generate", json={"prompt": list(tiny.PROMPTS) * 2}, timeout=0.01)
+    assert http.post("/generate", json={"prompt": "w1"}).status_code == 200
+    deadline = time.monotonic() + 20
+    while "slr_requests_queued 0.0" not in http.get("/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    metrics = http.get("/metrics").text
+    assert 'slr_requests_total{endpoint="/generate",status="cancelled"} 5.0' in metrics
+    assert 'slr_requests_total{endpoint="/generate",status="error"} 0.0' in metrics
+
+
+def test_sigterm_answers_what_runs_and_exits_cleanly(server, http):
+    prompts = list(tiny.PROMPTS) * 8
+
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(http.post, "/generate", json={"prompt": prompts, "max_new_tokens": 40})
+        while "slr_requests_in_flight 0.0" in httpx.get(f"{server.url}/metrics").text:
+            assert not running.done()
+        assert server.stop() == 0
+        assert len(running.result(20).json()["results"]) == len(prompts)
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    assert " POST /generate 200 " in log
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/livez")

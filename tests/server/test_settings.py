@@ -1,0 +1,46 @@
+import pytest
+from pydantic import ValidationError
+
+from server.settings import Settings
+
+
+def test_every_setting_is_described():
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv("SLR_PORT", "8123")
+    monkeypatch.setenv("SLR_MAX_QUEUE", "3")
+    settings = Settings()
+    assert (settings.port, settings.max_queue) == (8123, 3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": -1},
+        {"port": 65536},
+        {"max_queue": 0},
+        {"max_batch": 0},
+        {"threads": 0},
+        {"request_timeout_s": 0},
+        {"request_timeout_s": float("inf")},
+        {"log_level": "loud"},
+        {"prot": 1},
+    ],
+)
+def test_wrong_settings(wrong):
+    with pytest.raises(ValidationError):
+        Settings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(None, "prosqa"), ("/some/where/tiny", "tiny"), ("tiny/", "tiny"), ("someone/tiny", "tiny")]
+)
+def test_model_name(model, name):
+    assert Settings(model=model).model_name == name
+
+
+def test_the_name_of_this_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert Settings(model=".").model_name == tmp_path.name
