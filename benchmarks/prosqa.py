@@ -87,12 +87,11 @@ def _cell(report: Evaluation) -> str:
 
 
 def _print_levels(name: str, report: Evaluation) -> None:
-    deepest = len(report.overall.relative_change)
     print(f"\n{name}, with its loop, by hops:\n")
     head = "| hops | n | accuracy | mean iterations | converged | passes | relative change at t = 1, 2, ... |"
     print(head + "\n|---|---|---|---|---|---|---|")
     for hops, summary in {**report.by_difficulty, "all": report.overall}.items():
-        changes = " ".join(f"{change:.2f}" for change in summary.relative_change[:deepest])
+        changes = " ".join("-" if change is None else f"{change:.2f}" for change in summary.relative_change)
         print(
             f"| {hops} | {summary.questions} | {summary.accuracy:.3f} | {summary.iterations:.2f} "
             f"| {summary.converged:.1%} | {summary.forward_passes:.2f} | {changes} |"

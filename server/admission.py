@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from server.errors import QueueFull
 
 _LONGEST_WAIT_S = 60
+_RECENT_S = 60  # an idle hour says nothing about the rate under load
 _REMEMBERED = 256
 
 
@@ -50,6 +51,8 @@ class Admission:
 
     def _retry_after_s(self, missing: int) -> int:
         """Seconds in which the recent rate frees ``missing`` places."""
+        while self._finished and self._finished[0] < self._clock() - _RECENT_S:
+            self._finished.popleft()
         if not self._finished:
             return 1
         rate = len(self._finished) / max(self._clock() - self._finished[0], 1e-3)

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from slr_core._version import __version__
-from slr_core.errors import CheckpointError, ConfigError, DataError, EngineError, RequestError, SLRError
+from slr_core.errors import CheckpointError, ConfigError, DataError, EngineError, RequestError, SLRError, TrainingError
 
 if TYPE_CHECKING:
     from slr_core.config import SLRConfig
@@ -29,6 +29,7 @@ __all__ = [
     "RequestError",
     "SLRConfig",
     "SLRError",
+    "TrainingError",
     "__version__",
 ]
 

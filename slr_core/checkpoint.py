@@ -12,6 +12,7 @@ Only safetensors and JSON are read: nothing in a checkpoint can run code.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +38,7 @@ R = TypeVar("R", bound="LatentReasoner")
 CONFIG, MODULES, LOOPS, BASE = "slr_config.json", "slr_modules.safetensors", "loops", "base"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BUNDLED = Path(__file__).parent / "checkpoints" / "prosqa"
+_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _READ_FROM_HUB = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
 
 
@@ -48,6 +50,9 @@ def save(reasoner: LatentReasoner, folder: str | Path) -> None:
     (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
     reasoner.base.save_pretrained(folder / BASE, state_dict=base_state(reasoner.base))
     reasoner.tokenizer.save_pretrained(folder)
+    for stale in (folder / LOOPS).glob("*/"):
+        if stale.name not in reasoner.adapter_configs and (stale / ADAPTER_CONFIG).is_file():
+            shutil.rmtree(stale)
     for name, adapter in reasoner.adapter_configs.items():
         target = folder / LOOPS / name
         adapter.base_model_name_or_path = None  # a path of the machine that trained it helps nobody
@@ -87,6 +92,9 @@ def load(
     adapters = {name: _adapter_config(folder / LOOPS / name) for name in _adapter_names(folder, config)}
     base = _base(folder, config, dtype)
     tokenizer = _tokenizer(folder)
+    embeddings = base.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    if len(tokenizer) > embeddings:
+        raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the base model {embeddings}")
     try:
         reasoner = cls(base, tokenizer, config, adapters)
     except ConfigError as error:
@@ -111,6 +119,7 @@ def load_weights(reasoner: LatentReasoner, folder: str | Path) -> None:
         for key, tensor in found.items():
             expected[key].copy_(tensor)
     _load_loop(reasoner, folder)
+    reasoner.train(reasoner.training)  # forgets what was derived from the old weights
 
 
 def _load_loop(reasoner: LatentReasoner, folder: Path) -> None:
@@ -123,9 +132,9 @@ def _folder(path_or_id: str | Path | None) -> Path:
     if path_or_id is None:
         return BUNDLED
     folder = Path(path_or_id)
-    if folder.is_dir():
-        return folder
     try:
+        if folder.is_dir():
+            return folder
         return Path(snapshot_download(str(path_or_id), allow_patterns=_READ_FROM_HUB))
     except (HFValidationError, OSError, ValueError) as error:
         raise CheckpointError(f"{path_or_id}: neither a folder nor a hub id that can be fetched ({error})") from error
@@ -160,7 +169,7 @@ def _adapter_config(folder: Path) -> LoraConfig:
         raise CheckpointError(f"{folder}: missing {ADAPTER_WEIGHTS} (only safetensors are read)")
     try:
         config = LoraConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # peft raises most kinds, each of them a fault of the file
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: not a readable PEFT config ({error})") from error
     if not isinstance(config, LoraConfig):
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: peft_type must be LORA")
@@ -168,13 +177,21 @@ def _adapter_config(folder: Path) -> LoraConfig:
 
 
 def _base(folder: Path, config: SLRConfig, dtype: torch.dtype | None) -> PreTrainedModel:
-    local = (folder / config.base).resolve()
+    try:
+        local = (folder / config.base).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: base is not a usable name ({error})") from error
     inside = local.is_relative_to(folder.resolve()) and local.is_dir()
     if config.base == BASE and not inside:
-        raise CheckpointError(f"{folder}: the base model's folder {BASE}/ is missing")
+        raise CheckpointError(f"{folder}: the base model's folder {BASE}/ is missing, or a link out of the checkpoint")
     source = str(local) if inside else config.base
-    if not inside and (Path(config.base).is_absolute() or ".." in Path(config.base).parts):
-        raise CheckpointError(f"{folder / CONFIG}: base must be a folder inside the checkpoint or a hub id")
+    # A relative name that exists beside the process would be taken for the hub id.
+    if not inside and (
+        Path(config.base).is_absolute() or ".." in Path(config.base).parts or Path(config.base).exists()
+    ):
+        raise CheckpointError(
+            f"{folder / CONFIG}: base must be a folder inside the checkpoint or a hub id, got {config.base}"
+        )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -185,12 +202,15 @@ def _base(folder: Path, config: SLRConfig, dtype: torch.dtype | None) -> PreTrai
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises most kinds, each of them a fault of the folder
-        raise CheckpointError(f"{source}: the base model cannot be loaded ({_short(error)})") from error
+        raise CheckpointError(f"{folder}: the base model {source} cannot be loaded ({_short(error)})") from error
     model, info = loaded
     for fault in ("missing_keys", "mismatched_keys"):
         if info[fault]:
             raise CheckpointError(f"{source}: the base model's weights have {fault}: {sorted(info[fault])[:3]}")
     assert isinstance(model, PreTrainedModel)
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise CheckpointError(f"{source}: the base model's {key} holds values that are not finite")
     return model
 
 
@@ -234,6 +254,10 @@ def _check(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) ->
     for key, tensor in found.items():
         if tensor.shape != expected[key].shape:
             raise CheckpointError(f"{path}: {key} has shape {list(tensor.shape)}, expected {list(expected[key].shape)}")
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{path}: {key} has dtype {tensor.dtype}, expected one of {sorted(map(str, _DTYPES))}"
+            )
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {key} holds values that are not finite")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -124,7 +125,10 @@ def trace(
     if as_json:
         from dataclasses import asdict
 
-        records = [asdict(record) for record in result.records]
+        records = [
+            asdict(record) | {"top_tokens": [{"token": token, "prob": prob} for token, prob in record.top_tokens]}
+            for record in result.records
+        ]
         _print_json({**_result_json(result), "trace": records, "stability": asdict(result.stability)})
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -134,7 +138,7 @@ def trace(
     table.add_column("reads as")
     for record in result.records:
         numbers = (record.relative_change, record.cosine, record.contraction, record.entropy)
-        tokens = "  ".join(f"{token.strip()} {probability:.2f}" for token, probability in record.top_tokens)
+        tokens = "  ".join(f"{escape(token.strip())} {probability:.2f}" for token, probability in record.top_tokens)
         table.add_row(str(record.t), *map(_number, numbers), record.adapter or "-", tokens)
     console.print(table)
     print(f"\n{result.text}\n[{_summary_line(result)}]")
@@ -219,6 +223,8 @@ def evaluate(
 
     if task != ProsQA.name:
         raise ConfigError(f"--task must be prosqa, got {task}")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"--json {json_file}: its folder does not exist")
     if (data is None) == (generate is None):
         raise ConfigError("give exactly one of --data FILE and --generate N")
     examples: list[Example]
@@ -253,7 +259,7 @@ def evaluate(
 
 
 def _print_evaluation(report: Evaluation, title: str) -> None:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in ("steps", "questions", "accuracy", "95 % interval", "iterations", "converged", "passes"):
         table.add_column(column, justify="right", no_wrap=True)
     for level, summary in report.by_difficulty.items():
@@ -262,8 +268,8 @@ def _print_evaluation(report: Evaluation, title: str) -> None:
     table.add_row("all", *_cells(report.overall), style="bold")
     console.print(table)
     for name, score in report.baselines.items():
-        console.print(f"shortcut {name} (never looks at the question): {score:.3f}")
-    changes = "  ".join(f"{change:.2f}" for change in report.overall.relative_change)
+        console.print(f"shortcut {name} : {score:.3f}")
+    changes = "  ".join(map(_number, report.overall.relative_change))
     if changes:
         console.print(f"mean relative change by iteration: {changes}")
     console.print(f"{report.seconds:.1f} s")
@@ -298,16 +304,13 @@ def _loop_settings(
     threshold: float | None,
     patience: int | None,
 ) -> LoopSettings:
-    from slr_core.config import DEFAULT_THRESHOLDS
     from slr_core.loop.convergence import LoopSettings
 
-    if criterion is not None and criterion not in DEFAULT_THRESHOLDS:
-        raise ConfigError(f"--criterion must be one of {', '.join(DEFAULT_THRESHOLDS)}, got {criterion}")
     return LoopSettings.resolve(
         reasoner.config.loop,
         max_iterations=max_iterations,
         min_iterations=min_iterations,
-        criterion=criterion,  # type: ignore[arg-type]  # checked above
+        criterion=criterion,  # type: ignore[arg-type]  # checked there
         threshold=threshold,
         patience=patience,
     )

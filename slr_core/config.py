@@ -123,7 +123,7 @@ class LoopConfig(_Model):
 
     workspace: Literal["append"] = Field("append", description="append: a chain of continuous thoughts")
     trained_iterations: int = Field(6, ge=1, le=64, description="iterations that have weights of their own")
-    max_iterations: int = Field(8, ge=0, le=256, description="default T of a request")
+    max_iterations: int = Field(6, ge=0, le=256, description="default T of a request")
     min_iterations: int = Field(1, ge=0, le=256, description="default minimum of a request")
     projection: ProjectionConfig = ProjectionConfig()
     timestep: TimestepConfig = TimestepConfig()
@@ -131,6 +131,12 @@ class LoopConfig(_Model):
     residual: ResidualConfig = ResidualConfig()
     convergence: ConvergenceConfig = ConvergenceConfig()
     guard: GuardConfig = GuardConfig()
+
+    @model_validator(mode="after")
+    def _default_is_allowed(self) -> Self:
+        if self.lora.past_end == "error" and self.max_iterations > self.trained_iterations:
+            raise ValueError("max_iterations must be at most trained_iterations under lora.past_end `error`")
+        return self
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -151,7 +157,9 @@ class TextConfig(_Model):
 class SLRConfig(_Model):
     """The whole of ``slr_config.json``."""
 
-    format_version: Literal[1] = Field(1, description="version of the checkpoint folder's format")
+    format_version: int = Field(
+        FORMAT_VERSION, ge=1, le=FORMAT_VERSION, description="version of the checkpoint folder's format"
+    )
     slr_version: str = Field("", description="version of the library that wrote the folder")
     base: str = Field("base", description="the base model: a folder inside the checkpoint, or a hub id")
     loop: LoopConfig = LoopConfig()
@@ -209,5 +217,5 @@ def validated(model: type[M], data: Any) -> M:
             f"{'.'.join(map(str, fault['loc'])) or 'config'}: {fault['msg']}" for fault in error.errors()
         )
         raise ConfigError(faults) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"config is not JSON-like: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,8 +36,7 @@ class Context:
             yield layer, layer.keys, layer.values
 
     def fork(self) -> Context:
-        """A second context over what has run so far. The cache grows by concatenation: nothing is copied."""
+        """A second context over what has run so far. A layer grows by replacing its tensors: none is copied."""
         cache = DynamicCache()
-        for index, (_, keys, values) in enumerate(self.layers()):
-            cache.update(keys, values, index)
+        cache.layers = [copy(layer) for layer, _, _ in self.layers()]
         return Context(cache, self.visible, self.next_position, self.hidden)

@@ -4,6 +4,7 @@
       ConfigError       a setting is wrong (also a ValueError): the field and what would be accepted
       CheckpointError   a checkpoint folder cannot be used: the path and what is wrong with it
       DataError         a data file or example cannot be used
+      TrainingError     a training run cannot go on
       RequestError      a request cannot be run (also a ValueError); ``param`` names its field
       EngineError       the engine failed or is closed; the request was not at fault
 
@@ -28,6 +29,10 @@ class CheckpointError(SLRError):
 
 class DataError(SLRError):
     """A data file or an example cannot be used."""
+
+
+class TrainingError(SLRError):
+    """A training run cannot go on; what it saved before is good."""
 
 
 class RequestError(SLRError, ValueError):

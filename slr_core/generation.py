@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from slr_core.context import Context
 from slr_core.diagnostics import IterationRecord, Stability
 from slr_core.errors import RequestError
 from slr_core.loop.convergence import ExitReason, LoopSettings
@@ -85,9 +84,14 @@ def prepare(
     """Apply the checkpoint's text settings and check that the request fits the model.
 
     Raises:
-        RequestError: the prompt is empty, or prompt, loop and answer together exceed the model's positions.
+        RequestError: a setting is out of range, the prompt is empty, or prompt, loop and answer together
+            exceed the model's positions.
     """
     text = reasoner.config.text
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens must be at least 1, got {max_new_tokens}", param="max_new_tokens")
+    if "" in stop:
+        raise RequestError("stop must not hold an empty string", param="stop")
     if not prompt.strip():
         raise RequestError("prompt must not be empty", param="prompt")
     try:
@@ -129,6 +133,7 @@ class _Answer:
 
     def __init__(self, reasoner: LatentReasoner, request: Request) -> None:
         self.tokenizer, self.request = reasoner.tokenizer, request
+        self.end_tokens = reasoner.end_tokens
         self.generator = request.sampling.generator()
         self.tokens: list[int] = []
         self.text = ""
@@ -143,7 +148,7 @@ class _Answer:
         cuts = [at for stop in self.request.stop if (at := self.text.find(stop)) >= 0]
         if cuts:
             self.text = self.text[: min(cuts)]
-        if cuts or token == self.tokenizer.eos_token_id:
+        if cuts or token in self.end_tokens:
             self.end("stop")
         elif len(self.tokens) >= self.request.max_new_tokens:
             self.end("length")
@@ -175,16 +180,16 @@ def generate(
         top_tokens=max(request.top_tokens for request in requests),
         read_head=any(request.trace for request in requests),
     )
-    answers = _decode(reasoner, looped.context, requests)
+    answers = _decode(reasoner, looped, requests)
     return [
         _result(request, looped, i, answer, prefill_s, started, queued_s[i] if queued_s else 0.0)
         for i, (request, answer) in enumerate(zip(requests, answers, strict=True))
     ]
 
 
-def _decode(reasoner: LatentReasoner, context: Context, requests: Sequence[Request]) -> list[_Answer]:
+def _decode(reasoner: LatentReasoner, output: LoopOutput, requests: Sequence[Request]) -> list[_Answer]:
     answers = [_Answer(reasoner, request) for request in requests]
-    looped = torch.tensor([request.loop.max_iterations > 0 for request in requests], device=reasoner.device)
+    context, looped = output.context, torch.tensor(output.kept, device=reasoner.device) > 0
     logits = reasoner.head(context.hidden)
     while True:
         for row, answer in enumerate(answers):
@@ -212,6 +217,7 @@ def _result(
         prompt_tokens=len(request.prompt_ids),
         forward_passes=1 + looped.iterations[row] + len(answer.tokens) - 1,
         timings=Timings(queue_s, prefill_s, loop_s, own_s - prefill_s - loop_s, queue_s + own_s),
-        records=tuple(looped.records[row]),
+        # A batch reads as many tokens as its most curious row.
+        records=tuple(replace(r, top_tokens=r.top_tokens[: request.top_tokens]) for r in looped.records[row]),
         stability=looped.stability[row],
     )

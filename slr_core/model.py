@@ -25,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from slr_core.config import SLRConfig
 from slr_core.context import Context
 from slr_core.diagnostics import IterationRecord, RowLog, Stability, stability
-from slr_core.errors import RequestError
+from slr_core.errors import ConfigError, RequestError
 from slr_core.loop.convergence import Distances, ExitReason, ExitRule, LoopSettings, measure
 from slr_core.loop.lora import DECODE, LoopAdapters, attach, fresh, trained_index
 from slr_core.loop.projection import Projection
@@ -62,11 +62,15 @@ class LatentReasoner(nn.Module):
     """A base model, its loop adapters and the loop's own small modules.
 
     Args:
-        base: any decoder-only model of ``transformers``; it is changed in place (adapters are attached).
+        base: a decoder-only model of ``transformers`` with full attention in every layer and a plain linear
+            head; it is changed in place (adapters are attached).
         tokenizer: its tokenizer.
         config: the loop.
         adapters: PEFT configs of the adapters by name; by default fresh ones as ``config`` describes them.
             Either way they start as no-ops, and :meth:`from_pretrained` loads trained weights.
+
+    Raises:
+        ConfigError: the base model or an adapter is of a kind that this loop would not run faithfully.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class LatentReasoner(nn.Module):
         super().__init__()
         self.config, self.tokenizer, self.base = config, tokenizer, base
         loop = config.loop
+        _refuse_unfaithful(base)
         hidden_size = int(base.get_input_embeddings().weight.shape[1])  # type: ignore[index]
         self.adapter_configs = dict(fresh(loop) if adapters is None else adapters)
         attach(base, self.adapter_configs)
@@ -106,6 +111,13 @@ class LatentReasoner(nn.Module):
         return self.base.device
 
     @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids that end an answer: the tokenizer's end token and those that the base generates with."""
+        configured = self.base.generation_config.eos_token_id if self.base.generation_config else None
+        listed = configured if isinstance(configured, list) else [configured]
+        return frozenset(i for i in (self.tokenizer.eos_token_id, *listed) if isinstance(i, int))
+
+    @property
     def max_positions(self) -> int:
         """Positions that the base model can address: prompt, thoughts and answer together."""
         return int(getattr(self.base.config, "max_position_embeddings", 2**31))
@@ -115,7 +127,8 @@ class LatentReasoner(nn.Module):
         names = self.config.loop.adapters
         if t == 0 or not names:
             return None
-        return names[trained_index(t, len(names), self.config.loop.lora.past_end) - 1]
+        index = self._trained(t)
+        return names[0] if self.config.loop.lora.kind == "shared" else names[index - 1]
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings ``[B, q, d]`` of ids ``[B, q]``."""
@@ -185,8 +198,7 @@ class LatentReasoner(nn.Module):
 
     def update(self, hidden: Tensor, initial: Tensor, t: int, run: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """The three formulas: ``(g_t, h_t)`` from h_{t-1} and h_0, each ``[..., d]``; ``run`` is the forward pass."""
-        kind = self.config.loop.timestep.kind
-        u = self.timestep(self.project(hidden, self.embedding_rms()), t if kind == "sinusoidal" else self._trained(t))
+        u = self.timestep(self.project(hidden, self.embedding_rms()), self._trained(t))
         with self.adapters.use(self.adapter_name(t)):
             g = run(u)
         return g, self.residual(g, hidden, initial)
@@ -244,7 +256,7 @@ class LatentReasoner(nn.Module):
             positions = (context.next_position[:, None] + counted - 1).clamp_min(0)
         output = self.base.base_model(
             inputs_embeds=embeds,
-            attention_mask=mask[:, None],
+            attention_mask=self._attention_mask(mask, embeds.dtype),
             position_ids=positions,
             past_key_values=context.cache,
             use_cache=True,
@@ -253,6 +265,14 @@ class LatentReasoner(nn.Module):
         context.next_position = context.next_position + counted[:, -1]
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _attention_mask(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.base.config._attn_implementation == "sdpa":
+            return mask[:, None]
+        # Eager attention adds its mask to the scores.
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[
+            :, None
+        ]
 
     def answer(self, context: Context, input_ids: Tensor, present: Tensor, looped: Tensor) -> Tensor:
         """Feed answer tokens: logits ``[B, q, V]``.
@@ -311,7 +331,7 @@ class LatentReasoner(nn.Module):
             before, logits = logits, self.head(h) if read_head else None
             both = (logits, before) if logits is not None and before is not None else None
             distances = measure(h, previous, moved, both)
-            back = (h - states[-3]).float().norm(dim=-1) / distances.change if t > 1 else None
+            back = _length(h - states[-3]) / _length(h - previous) if t > 1 else None
             tops = self._top_tokens(logits, top_tokens) if logits is not None else None
             now = time.perf_counter()
             self._observe(
@@ -353,9 +373,9 @@ class LatentReasoner(nn.Module):
     def _finish(self, context: Context, rows: list[RowLog], states: Tensor) -> LoopOutput:
         kept = torch.tensor([row.kept for row in rows], device=states.device)
         self.rewind(context, states, kept)
-        if any(row.reason == "diverged" for row in rows):
+        for layer, keys, values in context.layers():
             # A masked NaN still poisons attention: 0 * NaN is NaN.
-            for layer, keys, values in context.layers():
+            if not (keys.isfinite().all() and values.isfinite().all()):
                 layer.keys = torch.nan_to_num(keys, 0.0, 0.0, 0.0)
                 layer.values = torch.nan_to_num(values, 0.0, 0.0, 0.0)
         iterations = [len(row.records) for row in rows]
@@ -373,6 +393,23 @@ class LatentReasoner(nn.Module):
             ],
             durations_s=[row.elapsed_s for row in rows],
         )
+
+
+def _length(x: Tensor) -> Tensor:
+    length: Tensor = x.float().norm(dim=-1)
+    return length
+
+
+def _refuse_unfaithful(base: PreTrainedModel) -> None:
+    config = base.config
+    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if windows or (not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None)):
+        raise ConfigError(f"{type(base).__name__}: layers without full attention are not supported as a base")
+    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            raise ConfigError(f"{type(base).__name__}: {field} is not supported, the head must be plainly linear")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        base.set_attn_implementation("sdpa")  # the others do not take the masks that a loop needs
 
 
 def _rms(x: Tensor) -> Tensor:

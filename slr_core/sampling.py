@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
 
+from slr_core.errors import RequestError
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep the whole vocabulary."""
+    """How tokens are chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep the whole vocabulary.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, fine, accepted in (
+            ("temperature", 0 <= self.temperature < inf, "a number from 0"),
+            ("top_k", self.top_k >= 0, "a whole number from 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**64, "a whole number from 0 to 2**64 - 1"),
+        ):
+            if not fine:
+                raise RequestError(f"{name} must be {accepted}, got {getattr(self, name)}", param=name)
 
     def generator(self) -> torch.Generator | None:
         """The request's own source of randomness: its draws do not depend on its batch."""

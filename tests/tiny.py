@@ -60,7 +60,7 @@ def base(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": POSITIONS,
-        "initializer_range": 0.25,
+        "initializer_range": 0.12,
     }
     match kind:
         case "llama":
@@ -68,7 +68,7 @@ def base(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
         case "qwen3":
             return Qwen3ForCausalLM(Qwen3Config(**special, **llama_like, head_dim=8, tie_word_embeddings=True)).eval()
         case "gpt2":
-            sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "initializer_range": 0.25}
+            sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "initializer_range": 0.12}
             return GPT2LMHeadModel(GPT2Config(**special, **sizes)).eval()
     raise AssertionError(kind)
 
@@ -108,7 +108,7 @@ def shake(made: LatentReasoner, seed: int = 0) -> None:
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
             elif not name.startswith("base."):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
-from slr_core.errors import EngineError, SLRError
+from slr_core.errors import ConfigError, EngineError, SLRError
 from slr_core.generation import Request, Result, generate, prepare
 from slr_core.loop.convergence import LoopSettings
 from slr_core.model import LatentReasoner
@@ -25,15 +25,21 @@ Waiting = tuple[Request, Future[Result], float]
 class Engine:
     """Runs requests of any settings in batches on one thread of its own.
 
-    Waiting requests are taken first come first served, at most ``max_batch`` at a time; a batch that
-    fails is run again row by row, so that the row at fault fails alone, and the engine goes on. Use as a context manager, or :meth:`close` it.
+    Waiting requests are taken first come first served, at most ``max_batch`` at a time. A batch that fails
+    is run again row by row: the row at fault fails alone, and the engine goes on. Use as a context manager,
+    or :meth:`close` it.
 
     Args:
         reasoner: the model, in eval mode; nothing else may run it while the engine lives.
         max_batch: most requests in one batch.
+
+    Raises:
+        ConfigError: ``max_batch`` is below 1.
     """
 
     def __init__(self, reasoner: LatentReasoner, *, max_batch: int = 32) -> None:
+        if max_batch < 1:
+            raise ConfigError(f"max_batch must be at least 1, got {max_batch}")
         self.reasoner = reasoner
         self.max_batch = max_batch
         self.last_progress = time.monotonic()
@@ -160,6 +166,7 @@ class Engine:
                 logger.warning("a batch of %d requests failed (%r), running each alone", len(batch), error)
                 for entry in batch:
                     self._run_batch([entry])
+                    self.last_progress = time.monotonic()
                 return
             logger.exception("a request failed")
             ours = isinstance(error, SLRError)

@@ -38,7 +38,7 @@ class Summary:
     converged: float
     diverged: float
     forward_passes: float
-    relative_change: tuple[float, ...]
+    relative_change: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def summarize(graded: Sequence[tuple[Result, bool]]) -> Summary:
         converged=fmean(result.exit_reason == "converged" for result in results),
         diverged=fmean(result.exit_reason == "diverged" for result in results),
         forward_passes=fmean(result.forward_passes for result in results),
-        relative_change=tuple(fmean(x) for x in changes if x),
+        relative_change=tuple(fmean(x) if x else None for x in changes),
     )
 
 

@@ -46,9 +46,21 @@ class LoopSettings:
         minimum gives way to an explicit maximum, and a default maximum to an explicit minimum.
 
         Raises:
-            RequestError: ``min_iterations`` is above an explicit ``max_iterations``, or the loop would
-                pass the last trained iteration under the policy ``error``.
+            RequestError: a value is out of range, ``min_iterations`` is above an explicit ``max_iterations``,
+                or the loop would pass the last trained iteration under the policy ``error``.
         """
+        for name, value, least in (
+            ("max_iterations", max_iterations, 0),
+            ("min_iterations", min_iterations, 0),
+            ("patience", patience, 1),
+            ("threshold", threshold, 0),
+        ):
+            if value is not None and not value >= least:  # so written, NaN is refused too
+                raise RequestError(f"{name} must be at least {least}, got {value}", param=name)
+        if criterion is not None and criterion not in DEFAULT_THRESHOLDS:
+            raise RequestError(
+                f"criterion must be one of {', '.join(DEFAULT_THRESHOLDS)}, got {criterion}", param="criterion"
+            )
         if max_iterations is not None and min_iterations is not None and min_iterations > max_iterations:
             raise RequestError(
                 f"min_iterations must be at most max_iterations ({max_iterations}), got {min_iterations}",

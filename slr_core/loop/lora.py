@@ -10,6 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from slr_core.config import LoopConfig
 from slr_core.errors import ConfigError, RequestError
@@ -79,34 +80,54 @@ def attach(base: PreTrainedModel, configs: Mapping[str, LoraConfig]) -> None:
             cannot serve in a loop.
     """
     trainable = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
+    transposed = any(isinstance(module, Conv1D) for module in base.modules())
     for name, config in configs.items():
         _refuse(name, config)
+        config.fan_in_fan_out = config.fan_in_fan_out or transposed
         try:
             with warnings.catch_warnings():
                 # Several adapters on one model are the point here, and PEFT warns of the second.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
                 inject_adapter_in_model(config, base, adapter_name=name)
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # PEFT raises most kinds, each of them a fault of the config
             raise ConfigError(f"adapter {name}: {error}") from error
+        head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+        embeds = any(isinstance(m, LoraLayer) and isinstance(m.get_base_layer(), nn.Embedding) for m in base.modules())
+        if embeds or isinstance(head, LoraLayer):
+            raise ConfigError(
+                f"adapter {name}: the embeddings or the LM head in target_modules are not supported in a loop adapter"
+            )
     # PEFT freezes the base and all adapters but one: here nothing is frozen that was not before.
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.replace(".base_layer.", ".") in trainable)
 
 
+_PLAIN = {
+    "alpha_pattern",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_rslora",
+    # not about what the adapter computes:
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+}
+
+
 def _refuse(name: str, config: LoraConfig) -> None:
-    targets = config.target_modules or ()
-    listed = {targets} if isinstance(targets, str) else set(targets)
-    faults = {
-        "use_dora": bool(config.use_dora),
-        "modules_to_save": bool(config.modules_to_save),
-        "trainable_token_indices": bool(config.trainable_token_indices),
-        "target_parameters": bool(config.target_parameters),
-        "lora_bias": bool(config.lora_bias),
-        "bias": config.bias != "none",
-        "target_modules (embedding or LM head)": any(
-            target.split(".")[-1] in ("embed_tokens", "wte", "lm_head") for target in listed
-        ),
-    }
-    for fault, present in faults.items():
-        if present:
-            raise ConfigError(f"adapter {name}: {fault} is not supported in a loop adapter; use plain LoRA")
+    # Whatever else PEFT offers changes what an adapter computes (DoRA), trains more than the adapter
+    # (modules_to_save), or rewrites the base weights that all iterations share (starts such as PiSSA).
+    defaults = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
+    for field, value in config.to_dict().items():  # type: ignore[no-untyped-call]
+        if field not in _PLAIN and value != defaults.get(field):
+            raise ConfigError(f"adapter {name}: {field} is not supported in a loop adapter; use plain LoRA")

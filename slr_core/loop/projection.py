@@ -40,7 +40,8 @@ class Projection(nn.Module):
 
 def rms_normalize(x: Tensor) -> Tensor:
     """Scale ``x`` ``[..., d]`` to a root mean square of 1 over its last dimension."""
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    wide = x if x.dtype == torch.float64 else x.float()  # the squares of a long state overflow fp16
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def _near_identity(size: int) -> nn.Linear:

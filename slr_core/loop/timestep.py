@@ -14,17 +14,15 @@ class Timestep(nn.Module):
     """``combine(x, e_t)``.
 
     ``sinusoidal`` embeds ``t`` as transformers embed positions and diffusion models embed time (Vaswani
-    et al., 2017; Ho et al., 2020), then passes it through an MLP; it is defined for every ``t``.
-    ``learned`` is one vector per trained iteration.
+    et al., 2017; Ho et al., 2020), then passes it through an MLP. ``learned`` is one vector per trained
+    iteration. Either is asked for trained iterations alone: past the last, the caller applies the policy.
     """
 
     def __init__(self, config: TimestepConfig, hidden_size: int, trained_iterations: int) -> None:
         super().__init__()
         self.kind, self.combine = config.kind, config.combine
-        self.frequencies: Tensor
         if config.kind == "sinusoidal":
             half = max(1, hidden_size // 2)
-            self.register_buffer("frequencies", torch.exp(-log(10_000.0) * torch.arange(half) / half), persistent=False)
             self.mlp = nn.Sequential(
                 nn.Linear(2 * half, hidden_size), nn.SiLU(), _small(nn.Linear(hidden_size, hidden_size))
             )
@@ -37,11 +35,15 @@ class Timestep(nn.Module):
                 self.merge.bias.zero_()
 
     def embedding(self, t: int) -> Tensor:
-        """``e_t`` ``[d]`` for a 1-based iteration ``t`` (within the table for ``learned``)."""
+        """``e_t`` ``[d]`` for a 1-based iteration ``t`` ."""
         if self.kind == "learned":
             return self.table[t - 1]
-        angles = t * self.frequencies
-        embedding: Tensor = self.mlp(torch.cat([angles.sin(), angles.cos()]))
+        first = self.mlp[0].weight
+        assert isinstance(first, Tensor)
+        half = first.shape[1] // 2
+        # In fp32 whatever the model's dtype: coarse angles would blur neighbouring iterations.
+        angles = t * torch.exp(-log(10_000.0) * torch.arange(half, device=first.device) / half)
+        embedding: Tensor = self.mlp(torch.cat([angles.sin(), angles.cos()]).to(first.dtype))
         return embedding
 
     def forward(self, x: Tensor, t: int) -> Tensor:

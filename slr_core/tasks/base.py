@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +58,8 @@ def read_jsonl(path: str | Path) -> list[Example]:
     path = Path(path)
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        lines = raw.decode("utf-8").splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        lines = raw.decode("utf-8").split("\n")  # not splitlines: JSON strings may hold other line separators
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     return list(_parse(path, lines))
 
@@ -70,10 +71,11 @@ def _parse(path: Path, lines: Sequence[str]) -> Iterator[Example]:
         try:
             record = json.loads(line)
             question, steps, answer = record.pop("question"), record.pop("steps"), record.pop("answer")
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f'{path}, line {number}: expected {{"question": str, "steps": [str], "answer": str}} ({error!r})'
             ) from error
-        if not isinstance(question, str) or not isinstance(answer, str) or not isinstance(steps, list):
+        strings = isinstance(steps, list) and all(isinstance(x, str) for x in (question, answer, *steps))
+        if not strings:
             raise DataError(f"{path}, line {number}: question and answer must be strings, steps a list of strings")
-        yield Example(question, tuple(map(str, steps)), answer, record)
+        yield Example(question, tuple(steps), answer, record)

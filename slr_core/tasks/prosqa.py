@@ -51,6 +51,8 @@ class GraphSpec:
     def __post_init__(self) -> None:
         if not 6 <= self.nodes <= len(CONCEPTS) + 2:
             raise ConfigError(f"nodes must be 6 to {len(CONCEPTS) + 2}, got {self.nodes}")
+        if not 0 < self.mean_parents <= 10:
+            raise ConfigError(f"mean_parents must be above 0 and at most 10, got {self.mean_parents}")
         if not 1 <= self.min_hops <= self.max_hops <= self.nodes // 2 - 1:
             raise ConfigError(
                 f"hops must satisfy 1 <= min_hops <= max_hops <= nodes / 2 - 1, got {self.min_hops} to "
@@ -255,7 +257,7 @@ def graph_of(example: Example) -> Graph:
     """
     try:
         extra = example.extra
-        return Graph(
+        graph = Graph(
             nodes=len(extra["idx_to_symbol"]),
             edges=tuple((int(p), int(c)) for p, c in extra["edges"]),
             root=int(extra["root"]),
@@ -264,6 +266,10 @@ def graph_of(example: Example) -> Graph:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"a ProsQA example needs idx_to_symbol, edges, root, target, neg_target ({error!r})") from error
+    named = (graph.root, graph.target, graph.neg_target, *(n for edge in graph.edges for n in edge))
+    if not all(0 <= n < graph.nodes for n in named):
+        raise DataError(f"a ProsQA example names a node that it does not have: {graph.nodes} nodes, {max(named)} named")
+    return graph
 
 
 def frontiers(example: Example) -> list[list[str]]:
@@ -275,6 +281,8 @@ def frontiers(example: Example) -> list[list[str]]:
     graph = graph_of(example)
     symbols = example.extra["idx_to_symbol"]
     distance = distances(graph.edges, graph.root)
+    if graph.target not in distance:
+        raise DataError(f"no path leads from {symbols[graph.root]} to {symbols[graph.target]}")
     by_step: list[list[str]] = [[] for _ in range(distance[graph.target] + 1)]
     for node, d in distance.items():
         if d < len(by_step):
@@ -291,7 +299,10 @@ def depth_rule(example: Example) -> float:
     graph = graph_of(example)
     children = {child for _, child in graph.edges}
     per_root = [distances(graph.edges, n) for n in range(graph.nodes) if n not in children]
-    depth = [min(d[option] for d in per_root if option in d) for option in (graph.target, graph.neg_target)]
+    options = (graph.target, graph.neg_target)
+    depth = [min((d[option] for d in per_root if option in d), default=-1) for option in options]
+    if min(depth) < 0:
+        raise DataError("an option of a ProsQA example lies below no parentless node")
     return 0.5 if depth[0] == depth[1] else float(depth[0] > depth[1])
 
 

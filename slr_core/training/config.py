@@ -52,7 +52,13 @@ class ObjectiveWeights(_Model):
     frontier: float = Field(1.0, ge=0, description="state t against the breadth-first frontier at distance t")
     start: float = Field(0.1, ge=0, description="h_0 against the first token of the answer: the un-looped model")
     chains: float = Field(1.0, ge=0, description="the frontier objective from other nodes of the same graph")
-    fixed_point: float = Field(0.3, ge=0, description="once the work is done another iteration changes nothing")
+    fixed_point: float = Field(1.0, ge=0, description="once the work is done another iteration changes nothing")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        if not any(self.model_dump().values()):
+            raise ValueError("at least one weight must be above 0")
+        return self
 
 
 class GraphMix(_Model):
@@ -136,4 +142,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {override}: {parent} is not a group of settings")
-    data[last] = yaml.safe_load(value)
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML ({error})") from error

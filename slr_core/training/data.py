@@ -65,6 +65,8 @@ def draw_chains(
     example: Example, count: int, length: int, rng: random.Random
 ) -> tuple[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]], ...]:
     """Start sets of one or two nodes, each with its breadth-first frontiers, at most ``length`` of them."""
+    if length == 0:
+        return ()
     graph, symbols = graph_of(example), example.extra["idx_to_symbol"]
     parents = sorted({parent for parent, _ in graph.edges})
     chains = []
@@ -155,7 +157,7 @@ def _pad(nested: list[Any]) -> Tensor:
     level: list[Any] = nested
     while level and isinstance(level[0], list):
         shape.append(max(map(len, level)))
-        level = [x for inner in level for x in inner] or [[]]
+        level = [x for inner in level for x in inner]
     full = torch.full([len(nested), *shape], IGNORE)
     _fill(full, nested)
     return full

@@ -50,7 +50,7 @@ def losses(reasoner: LatentReasoner, batch: dict[str, Any], weights: ObjectiveWe
     if weights.fixed_point and iterations > 1:
         terms["fixed_point"] = fixed_point(states, hops)
     if weights.chains and iterations and batch["chain_starts"] is not None:
-        terms["chains"] = chains(reasoner, prompt, batch["chain_starts"], batch["chain_targets"])
+        terms["chains"] = chains(reasoner, prompt, batch["chain_starts"], batch["chain_targets"][:, :, :iterations])
     if weights.answer:
         spread = torch.randint_like(hops, EXIT_SPREAD)
         reasoner.rewind(context, states, (hops + 1 + spread).clamp_max(iterations))

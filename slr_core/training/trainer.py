@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from math import cos, pi
+from math import cos, isfinite, pi
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 
 from slr_core._version import __version__
 from slr_core.checkpoint import load_weights
 from slr_core.config import SLRConfig
-from slr_core.errors import ConfigError
+from slr_core.errors import ConfigError, TrainingError
 from slr_core.model import LatentReasoner
 from slr_core.training.config import ObjectiveWeights, ScratchConfig, TrainConfig
 from slr_core.training.data import Collator, StageStream
@@ -71,7 +72,9 @@ class LoopTrainer(Trainer):
         return torch.stack([scale.get(name, getattr(weights, name)) * value for name, value in terms.items()]).sum()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
+        # Never replace good weights by broken ones, also between two looks at the loss.
+        finite = all(bool(p.isfinite().all()) for p in self._reasoner().parameters())
+        if self.args.should_save and finite:
             self._reasoner().save_pretrained(output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -106,13 +109,15 @@ class LoopTrainer(Trainer):
 
 
 class _StopOnNaN(TrainerCallback):
-    """Stops a run whose loss is no longer a number: the last checkpoint stays good."""
+    """Stops a run whose loss is no longer finite: the last checkpoint stays good."""
+
+    failed_at: int | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         loss = (logs or {}).get("loss")
-        if loss is not None and loss != loss:
-            control.should_training_stop = True
-            print(f"stopped at step {state.global_step}: the loss is not a number; the last checkpoint is kept")
+        if loss is not None and not isfinite(loss):
+            self.failed_at = state.global_step
+            control.should_training_stop, control.should_save = True, False
 
 
 def build(config: TrainConfig) -> LatentReasoner:
@@ -153,6 +158,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
 
     Raises:
         ConfigError: there is nothing to resume.
+        TrainingError: the loss stopped being finite.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -176,21 +182,27 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         dataloader_pin_memory=False,
         dataloader_persistent_workers=True,
         remove_unused_columns=False,
-        report_to=["tensorboard"],
+        report_to=["tensorboard"] if is_tensorboard_available() else [],  # type: ignore[no-untyped-call]
+        logging_nan_inf_filter=False,
     )
+    watch = _StopOnNaN()
     trainer = LoopTrainer(
         config,
         model=Objective(reasoner, config.objectives),
         args=arguments,
         train_dataset=StageStream(config),
         data_collator=Collator(reasoner.tokenizer, config.text.prompt_prefix, config.text.prompt_suffix),
-        callbacks=[_StopOnNaN()],
+        callbacks=[watch],
     )
     steps = Path(str(arguments.output_dir))
     last = get_last_checkpoint(str(steps)) if resume and steps.is_dir() else None  # type: ignore[no-untyped-call]
     if resume and last is None:
         raise ConfigError(f"--resume: no checkpoint below {steps}")
     trainer.train(resume_from_checkpoint=last)
+    if watch.failed_at is not None:
+        raise TrainingError(
+            f"the loss was not finite at step {watch.failed_at}; the last checkpoint in {steps} is kept"
+        )
     reasoner.eval().save_pretrained(str(output))
     (output / MANIFEST).write_text(json.dumps(_manifest(config, trainer), indent=2) + "\n", encoding="utf-8")
     return output
@@ -202,7 +214,9 @@ def _manifest(config: TrainConfig, trainer: LoopTrainer) -> dict[str, Any]:
         "graphs": config.total_steps * config.optimizer.batch_size,
         "steps": trainer.state.global_step,
         "last_log": trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {},
-        "seconds": round(trainer.state.log_history[-1].get("train_runtime", 0.0)) if trainer.state.log_history else 0,
+        "seconds_since_start_or_resume": round(trainer.state.log_history[-1].get("train_runtime", 0.0))
+        if trainer.state.log_history
+        else 0,
         "versions": {
             "slr": __version__,
             "torch": torch.__version__,

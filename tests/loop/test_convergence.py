@@ -1,0 +1,285 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slr_core.config import (
+    DEFAULT_THRESHOLDS,
+    ConvergenceConfig,
+    GuardConfig,
+    LoopConfig,
+    LoopLoraConfig,
+)
+from slr_core.errors import RequestError
+from slr_core.loop.convergence import ExitRule, LoopSettings, measure
+
+CRITERIA = tuple(DEFAULT_THRESHOLDS)
+positive = st.floats(0, 1e6, allow_nan=False)
+maybe_distance = st.none() | st.floats(0, 10, allow_nan=False)
+
+
+def settings_of(max_iterations=5, min_iterations=0, criterion="relative_change", threshold=0.1, patience=1):
+    return LoopSettings(max_iterations, min_iterations, criterion, threshold, patience)
+
+
+@st.composite
+def any_settings(draw):
+    most = draw(st.integers(1, 20))
+    return LoopSettings(
+        most,
+        draw(st.integers(0, most)),
+        draw(st.sampled_from(CRITERIA)),
+        draw(st.floats(0, 10)),
+        draw(st.integers(1, 5)),
+    )
+
+
+def play(rule, distances, changes=None, norms=None, finite=None):
+    """Feed a loop until it ends: its last iteration and reason."""
+    for t, distance in enumerate(distances, start=1):
+        reason = rule.update(
+            t,
+            distance=distance,
+            change=changes[t - 1] if changes else 1.0,
+            norm=norms[t - 1] if norms else 1.0,
+            finite=finite[t - 1] if finite else True,
+        )
+        if reason is not None:
+            return t, reason
+    return len(distances), None
+
+
+# -- the rule --------------------------------------------------------------------------------------------
+
+
+@given(any_settings(), st.lists(maybe_distance, min_size=20, max_size=20), st.data())
+def test_a_loop_ends_within_its_bounds_and_for_its_reason(settings, distances, data):
+    changes = data.draw(st.lists(positive, min_size=20, max_size=20))
+    t, reason = play(ExitRule(settings, GuardConfig()), distances, changes)
+    assert 1 <= t <= settings.max_iterations
+    assert reason in ("converged", "max_iterations")
+    if reason == "max_iterations":
+        assert t == settings.max_iterations
+    else:
+        assert t >= settings.min_iterations
+        tail = distances[t - settings.patience : t]
+        assert len(tail) == settings.patience
+        assert all(x is not None and x < settings.threshold for x in tail)
+    # It ends at the first chance: no earlier iteration satisfied everything.
+    for earlier in range(max(settings.patience, settings.min_iterations, 1), t):
+        tail = distances[earlier - settings.patience : earlier]
+        assert settings.criterion == "fixed" or not all(x is not None and x < settings.threshold for x in tail)
+
+
+@given(st.integers(1, 20), st.lists(maybe_distance, min_size=20, max_size=20), st.floats(0, 1e6))
+def test_fixed_never_converges(most, distances, threshold):
+    settings = settings_of(most, criterion="fixed", threshold=threshold)
+    assert play(ExitRule(settings, GuardConfig()), distances) == (most, "max_iterations")
+
+
+@given(any_settings(), st.integers(1, 20), st.floats(0, 10), st.booleans())
+def test_a_state_that_is_not_finite_always_diverges(settings, at, distance, at_once):
+    rule = ExitRule(settings, GuardConfig())
+    distances = [1e9] * (at - 1) + [distance]
+    finite = [True] * (at - 1) + [False]
+    t, reason = play(rule, distances, finite=finite)
+    if at <= settings.max_iterations:
+        assert (t, reason) == (at, "diverged")
+        assert rule.last_good(t, finite=False) == at - 1
+    else:
+        assert (t, reason) == (settings.max_iterations, "max_iterations")
+
+
+def test_patience_counts_consecutive_iterations():
+    rule = ExitRule(settings_of(10, patience=3), GuardConfig())
+    assert play(rule, [0.05, 0.05, 0.2, 0.05, None, 0.05, 0.05, 0.05, 0.05]) == (8, "converged")
+
+
+def test_settled_iterations_before_the_minimum_count_towards_patience():
+    assert play(ExitRule(settings_of(10, 4, patience=3), GuardConfig()), [0.0] * 9) == (4, "converged")
+
+
+def test_the_threshold_itself_is_not_below_the_threshold():
+    assert play(ExitRule(settings_of(3, threshold=0.1), GuardConfig()), [0.1, 0.1, 0.1]) == (3, "max_iterations")
+
+
+def test_convergence_at_the_last_iteration_is_convergence():
+    assert play(ExitRule(settings_of(2), GuardConfig()), [1.0, 0.0]) == (2, "converged")
+
+
+# -- divergence ------------------------------------------------------------------------------------------
+
+
+def test_expanding_and_far_away_is_divergence():
+    rule = ExitRule(settings_of(10), GuardConfig(expanding_iterations=3, norm_factor=10))
+    changes, norms = [1, 2, 4, 8, 16], [1.0, 5.0, 9.0, 10.5, 99.0]
+    assert play(rule, [1.0] * 5, changes, norms) == (4, "diverged")
+    assert rule.contraction == 2
+    assert rule.last_good(4, finite=True) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "norms"),
+    [
+        ([1, 2, 4, 8, 16], [1.0, 5.0, 9.0, 9.9, 10.0]),  # expanding, never past the multiple
+        ([1, 2, 4, 3, 6, 12], [1.0, 50, 50, 50, 50, 50]),  # far, never expanding for three in a row
+        ([4, 2, 1, 1, 1], [1.0, 50, 50, 50, 50]),  # contraction of 1 is not above 1
+        ([1, 2, 0, 2, 4, 8], [1.0, 50, 50, 50, 50, 50]),  # undefined after a step of zero
+        ([1, 2, None, 2, 4, 8], [1.0, 50, 50, 50, 50, 50]),
+    ],
+)
+def test_one_of_both_is_not_divergence(changes, norms):
+    rule = ExitRule(settings_of(len(changes)), GuardConfig(expanding_iterations=3, norm_factor=10))
+    assert play(rule, [1.0] * len(changes), changes, norms) == (len(changes), "max_iterations")
+
+
+def test_divergence_outranks_convergence():
+    rule = ExitRule(settings_of(10, threshold=1e6), GuardConfig())
+    assert rule.update(1, distance=0.0, change=1.0, norm=math.nan, finite=False) == "diverged"
+
+
+def test_a_loop_that_expands_from_the_start_falls_back_to_its_first_state():
+    rule = ExitRule(settings_of(10), GuardConfig(expanding_iterations=2, norm_factor=2))
+    assert play(rule, [1.0] * 3, [1, 2, 4], [1.0, 3.0, 9.0]) == (3, "diverged")
+    assert rule.last_good(3, finite=True) == 1
+
+
+# -- settings --------------------------------------------------------------------------------------------
+
+maybe_count = st.none() | st.integers(0, 30)
+
+
+@given(
+    st.integers(0, 20),
+    st.integers(0, 20),
+    st.sampled_from(CRITERIA),
+    st.none() | st.floats(0, 5),
+    maybe_count,
+    maybe_count,
+    st.none() | st.sampled_from(CRITERIA),
+    st.none() | st.floats(0, 5),
+    st.none() | st.integers(1, 9),
+)
+def test_requests_override_defaults(t_max, t_min, criterion, threshold, most, least, asked, asked_threshold, patience):
+    loop = LoopConfig(
+        max_iterations=t_max,
+        min_iterations=t_min,
+        convergence=ConvergenceConfig(criterion=criterion, threshold=threshold, patience=2),
+    )
+    options = {"max_iterations": most, "min_iterations": least, "criterion": asked, "threshold": asked_threshold}
+    if most is not None and least is not None and least > most:
+        with pytest.raises(RequestError, match="min_iterations must be at most") as caught:
+            LoopSettings.resolve(loop, **options)
+        assert caught.value.param == "min_iterations"
+        return
+    made = LoopSettings.resolve(loop, **options, patience=patience)
+    assert made.min_iterations <= made.max_iterations
+    assert made.max_iterations == (max(t_max, least or 0) if most is None else most)
+    assert made.min_iterations == (min(t_min, made.max_iterations) if least is None else least)
+    assert made.criterion == (asked or criterion)
+    assert made.patience == (2 if patience is None else patience)
+    if asked_threshold is not None:
+        assert made.threshold == asked_threshold
+    elif made.criterion == criterion and threshold is not None:
+        assert made.threshold == threshold
+    else:
+        assert made.threshold == DEFAULT_THRESHOLDS[made.criterion]
+
+
+def test_a_threshold_of_zero_is_kept():
+    assert LoopSettings.resolve(LoopConfig(), threshold=0.0).threshold == 0.0
+    assert LoopSettings.resolve(LoopConfig(), max_iterations=0).max_iterations == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_iterations", -1), ("min_iterations", -1), ("patience", 0), ("threshold", math.nan), ("threshold", -1.0)],
+)
+def test_settings_that_cannot_be_meant_are_refused(field, value):
+    with pytest.raises(RequestError) as caught:
+        LoopSettings.resolve(LoopConfig(), **{field: value})
+    assert caught.value.param == field
+
+
+def test_an_unknown_criterion_is_a_request_error():
+    with pytest.raises(RequestError):
+        LoopSettings.resolve(LoopConfig(), criterion="vibes")
+
+
+def test_the_policy_error_bounds_the_maximum():
+    loop = LoopConfig(trained_iterations=4, max_iterations=4, lora=LoopLoraConfig(past_end="error"))
+    assert LoopSettings.resolve(loop, max_iterations=4).max_iterations == 4
+    for options in ({"max_iterations": 5}, {"min_iterations": 5}):
+        with pytest.raises(RequestError, match="at most 4, the last trained iteration, got 5"):
+            LoopSettings.resolve(loop, **options)
+
+
+def test_the_head_is_read_only_where_it_is_needed():
+    reading = {c for c in CRITERIA if LoopSettings.resolve(LoopConfig(), criterion=c).reads_head}
+    assert reading == {"kl", "entropy_change", "argmax_stable"}
+
+
+# -- distances -------------------------------------------------------------------------------------------
+
+
+def test_distances_by_hand():
+    previous, h = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[3.0, 5.0], [0.0, 2.0]])
+    d = measure(h, previous, h)
+    torch.testing.assert_close(d.change, torch.tensor([1.0, math.sqrt(5)]))
+    torch.testing.assert_close(d.norm, torch.tensor([math.sqrt(34), 2.0]))
+    torch.testing.assert_close(d.relative_change, torch.tensor([0.2, math.sqrt(5)]))
+    torch.testing.assert_close(d.cosine, torch.tensor([1 - 29 / (5 * math.sqrt(34)), 1.0]))
+    assert d.kl is d.entropy is d.entropy_change is d.argmax_stable is None
+
+
+def test_the_step_is_taken_from_what_moved():
+    previous, h, g = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.1]]), torch.tensor([[1.0, 1.0]])
+    d = measure(h, previous, g)
+    assert d.relative_change.item() == pytest.approx(1.0)
+    assert d.norm.item() == pytest.approx(math.hypot(1, 0.1))
+    assert d.cosine.item() == pytest.approx(1 - 1 / math.sqrt(2))
+
+
+def test_the_heads_distances_by_hand():
+    now, before = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.3, 0.5, 0.2]])
+    h = torch.ones(1, 2)
+    d = measure(h, h, h, (now.log() + 3, before.log() - 2))
+
+    def entropy(p):
+        return -sum(x * math.log(x) for x in p[0].tolist())
+
+    kl = sum(p * math.log(p / q) for p, q in zip(before[0].tolist(), now[0].tolist(), strict=True))
+    assert d.kl.item() == pytest.approx(kl, rel=1e-5)
+    assert d.entropy.item() == pytest.approx(entropy(now), rel=1e-5)
+    assert d.entropy_change.item() == pytest.approx(abs(entropy(now) - entropy(before)), rel=1e-5)
+    assert d.argmax_stable.item() == 1.0
+
+
+def test_equal_states_have_no_distance():
+    h, logits = torch.randn(3, 8), torch.randn(3, 11)
+    d = measure(h, h, h, (logits, logits))
+    for name in ("change", "relative_change", "cosine", "kl", "entropy_change", "argmax_stable"):
+        torch.testing.assert_close(getattr(d, name), torch.zeros(3), rtol=0, atol=1e-6, msg=name)
+
+
+def test_distances_are_taken_in_fp32():
+    # In bfloat16 the sum of squares and the difference would both be lost.
+    previous = torch.full((1, 4096), 8.0, dtype=torch.bfloat16)
+    h = previous + 0.0625
+    d = measure(h, previous, h)
+    assert d.relative_change.dtype == torch.float32
+    assert d.relative_change.item() == pytest.approx(0.0625 / 8, rel=1e-6)
+
+
+@given(st.integers(0, 10_000))
+def test_divergences_are_not_negative(seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = [6 * torch.randn(4, 9, generator=generator) for _ in range(2)]
+    h = torch.randn(4, 5, generator=generator)
+    d = measure(h, h.flip(0), h, tuple(logits))
+    assert (d.kl >= -1e-6).all()
+    assert (d.entropy >= -1e-6).all()
+    assert (d.entropy <= math.log(9) + 1e-5).all()
+    assert ((d.cosine >= -1e-6) & (d.cosine <= 2 + 1e-6)).all()

@@ -1,0 +1,132 @@
+"""The checkpoint that ships: what its model card claims, measured."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from slr_core.checkpoint import BUNDLED
+from slr_core.evaluation.evaluate import Evaluation, evaluate
+from slr_core.generation import generate, prepare
+from slr_core.loop.convergence import LoopSettings
+from slr_core.model import LatentReasoner
+from slr_core.tasks.base import Example
+from slr_core.tasks.prosqa import GraphSpec, ProsQA
+from slr_core.tasks.prosqa import generate as make
+
+SEED = 4711  # not the seed of the card's figures, nor one that training used
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "prosqa.json"
+
+
+@pytest.fixture(scope="module")
+def reasoner() -> LatentReasoner:
+    return LatentReasoner.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[Example]:
+    return list(islice(make(GraphSpec(10, 2, 4, balanced=True), SEED), 500))
+
+
+@pytest.fixture(scope="module")
+def report(reasoner: LatentReasoner, questions: list[Example]) -> Evaluation:
+    return evaluate(reasoner, ProsQA(), questions, settings=LoopSettings.resolve(reasoner.config.loop))
+
+
+def test_answers_balanced_questions(report: Evaluation) -> None:
+    assert report.overall.accuracy >= 0.95
+    assert report.baselines == {"depth_rule": 0.5}
+
+
+def test_needs_its_loop(reasoner: LatentReasoner, questions: list[Example], report: Evaluation) -> None:
+    settings = LoopSettings.resolve(reasoner.config.loop, max_iterations=0)
+    without = evaluate(reasoner, ProsQA(), questions, settings=settings)
+    assert without.overall.accuracy < report.overall.accuracy - 0.2
+
+
+def test_stops_by_itself_and_later_on_longer_paths(report: Evaluation) -> None:
+    assert report.overall.converged > 0.95
+    assert report.overall.diverged == 0
+    iterations = [summary.iterations for _, summary in sorted(report.by_difficulty.items())]
+    assert iterations == sorted(iterations)
+    assert iterations[-1] - iterations[0] > 1
+
+
+def test_relative_change_falls(report: Evaluation) -> None:
+    for summary in report.by_difficulty.values():
+        first, *_, last = summary.relative_change
+        assert last < first / 2
+
+
+def test_no_iterations_is_the_base_model(reasoner: LatentReasoner, questions: list[Example]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(BUNDLED / "base").eval()
+    settings = LoopSettings.resolve(reasoner.config.loop, max_iterations=0)
+    for example in questions[:20]:
+        request = prepare(reasoner, example.question, settings, max_new_tokens=4)
+        (result,) = generate(reasoner, [request])
+        prompt = torch.tensor([request.prompt_ids])
+        with torch.inference_mode():
+            expected = base.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+        assert list(result.token_ids) == expected[0, prompt.shape[1] :].tolist()
+
+
+def test_a_mixed_batch_answers_as_each_question_alone(reasoner: LatentReasoner, questions: list[Example]) -> None:
+    loop = reasoner.config.loop
+    mixed = [
+        LoopSettings.resolve(loop),
+        LoopSettings.resolve(loop, max_iterations=0),
+        LoopSettings.resolve(loop, max_iterations=3),
+        LoopSettings.resolve(loop, min_iterations=7),
+        LoopSettings.resolve(loop, criterion="argmax_stable"),
+    ]
+    requests = [prepare(reasoner, e.question, mixed[i % len(mixed)]) for i, e in enumerate(questions[:60])]
+    for request, together in zip(requests, generate(reasoner, requests), strict=True):
+        (alone,) = generate(reasoner, [request])
+        near = any(
+            record.relative_change is not None
+            and abs(record.relative_change - request.loop.threshold) < 1e-3 * request.loop.threshold
+            for record in alone.records
+        )
+        assert near or (together.token_ids, together.iterations, together.exit_reason) == (
+            alone.token_ids,
+            alone.iterations,
+            alone.exit_reason,
+        )
+
+
+def test_first_iteration_is_pefts_own_adapter(reasoner: LatentReasoner, questions: list[Example]) -> None:
+    request = prepare(reasoner, questions[0].question, LoopSettings.resolve(reasoner.config.loop))
+    prompt = torch.tensor([request.prompt_ids])
+    with torch.inference_mode():
+        context = reasoner.encode(prompt, torch.ones_like(prompt))
+        h0 = context.hidden
+        u1 = reasoner.timestep(reasoner.project(h0, reasoner.embedding_rms()), 1)
+        g1, _ = reasoner.iterate(context, 1, h0)
+
+        plain = AutoModelForCausalLM.from_pretrained(BUNDLED / "base").eval()
+        peft = PeftModel.from_pretrained(plain, BUNDLED / "loops" / "loop_01").eval()
+        with peft.disable_adapter():
+            cache = peft(input_ids=prompt, use_cache=True).past_key_values
+        logits = peft(inputs_embeds=u1[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(reasoner.head(g1), logits, atol=1e-4, rtol=1e-4)
+
+
+def test_is_small_and_holds_nothing_that_can_run_code() -> None:
+    files = [path for path in BUNDLED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 10 * 2**20
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+
+
+def test_card_quotes_the_committed_figures() -> None:
+    card = (BUNDLED / "README.md").read_text(encoding="utf-8")
+    figures = json.loads(RESULTS.read_text(encoding="utf-8"))["figures"]
+    for name, methods in figures.items():
+        (row,) = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
+        for report in methods.values():
+            assert f"{report['overall']['accuracy']:.3f}" in row

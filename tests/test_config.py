@@ -1,0 +1,170 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from slr_core.config import (
+    DEFAULT_THRESHOLDS,
+    ConvergenceConfig,
+    LoopConfig,
+    SLRConfig,
+    validated,
+)
+from slr_core.errors import ConfigError
+
+
+def test_defaults_are_valid_and_round_trip():
+    config = SLRConfig()
+    assert SLRConfig.from_dict(json.loads(config.to_json())) == config
+    assert SLRConfig.from_dict({}) == config
+
+
+loops = st.fixed_dictionaries(
+    {},
+    optional={
+        "trained_iterations": st.integers(1, 64),
+        "max_iterations": st.integers(0, 256),
+        "projection": st.fixed_dictionaries({"kind": st.sampled_from(["identity", "rms_match", "linear", "mlp"])}),
+        "timestep": st.fixed_dictionaries(
+            {"kind": st.sampled_from(["none", "sinusoidal", "learned"]), "combine": st.sampled_from(["add", "concat"])}
+        ),
+        "lora": st.fixed_dictionaries(
+            {
+                "kind": st.sampled_from(["per_iteration", "shared", "none"]),
+                "rank": st.integers(1, 1024),
+                "target_modules": st.none() | st.lists(st.text(max_size=9), max_size=3),
+            }
+        ),
+        "residual": st.fixed_dictionaries({"mix": st.sampled_from(["add", "convex"]), "alpha": st.floats(0.01, 1)}),
+        "convergence": st.fixed_dictionaries(
+            {"criterion": st.sampled_from(sorted(DEFAULT_THRESHOLDS)), "threshold": st.none() | st.floats(0, 1e6)}
+        ),
+    },
+)
+
+
+@given(loops, st.text(max_size=20), st.lists(st.text(max_size=5), max_size=3))
+def test_any_config_round_trips(loop, prefix, stop):
+    data = {"loop": loop, "text": {"prompt_prefix": prefix, "stop": stop}}
+    config = SLRConfig.from_dict(data)
+    assert SLRConfig.from_dict(json.loads(config.to_json())) == config
+    dumped = config.model_dump(mode="json")
+    assert all(
+        dumped["loop"][key] == value or dumped["loop"][key].items() >= value.items() for key, value in loop.items()
+    )
+
+
+def test_it_is_read_from_a_file(tmp_path):
+    path = tmp_path / "slr_config.json"
+    path.write_text(SLRConfig(base="some/model").to_json())
+    assert SLRConfig.from_json(path).base == "some/model"
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 100_000])
+def test_a_file_that_is_not_json_is_named(content, tmp_path):
+    path = tmp_path / "slr_config.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"slr_config\.json"):
+        SLRConfig.from_json(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.json"):
+        SLRConfig.from_json(tmp_path / "nowhere.json")
+
+
+WRONG = {
+    "unknown": ({"speed": 11}, "speed"),
+    "unknown-nested": ({"loop": {"lora": {"dropout": 0.1}}}, "loop.lora.dropout"),
+    "newer": ({"format_version": 2}, "format_version"),
+    "boolean-version": ({"format_version": True}, "format_version"),
+    "type": ({"loop": {"trained_iterations": "six"}}, "loop.trained_iterations"),
+    "numeric-string": ({"loop": {"trained_iterations": "6"}}, "loop.trained_iterations"),
+    "boolean": ({"loop": {"max_iterations": True}}, "loop.max_iterations"),
+    "fraction": ({"loop": {"max_iterations": 2.5}}, "loop.max_iterations"),
+    "negative": ({"loop": {"max_iterations": -1}}, "loop.max_iterations"),
+    "absurd": ({"loop": {"max_iterations": 10**9}}, "loop.max_iterations"),
+    "zero-trained": ({"loop": {"trained_iterations": 0}}, "loop.trained_iterations"),
+    "choice": ({"loop": {"workspace": "sideways"}}, "loop.workspace"),
+    "nan": ({"loop": {"convergence": {"threshold": float("nan")}}}, ""),
+    "infinite": ({"loop": {"lora": {"alpha": float("inf")}}}, ""),
+    "criterion": ({"loop": {"convergence": {"criterion": "vibes"}}}, "loop.convergence.criterion"),
+    "patience": ({"loop": {"convergence": {"patience": 0}}}, "loop.convergence.patience"),
+    "gate": ({"loop": {"residual": {"mix": "gated", "alpha": 1}}}, "alpha must be below 1"),
+    "not-an-object": ([1, 2], "config"),
+    "null": (None, "config"),
+    "null-part": ({"loop": None}, "loop"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named(case):
+    data, named = WRONG[case]
+    with pytest.raises(ConfigError) as caught:
+        SLRConfig.from_dict(data)
+    assert named in str(caught.value)
+
+
+def test_every_fault_is_listed():
+    with pytest.raises(ConfigError) as caught:
+        SLRConfig.from_dict({"speed": 1, "loop": {"max_iterations": -1}})
+    assert "speed" in str(caught.value)
+    assert "loop.max_iterations" in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [object(), {"a": {1, 2}}, {"loop": {"a": object()}}, {("a", "b"): 1}])
+def test_what_is_not_json_like_is_a_config_error(data):
+    with pytest.raises(ConfigError):
+        validated(SLRConfig, data)
+
+
+@pytest.mark.parametrize("depth", [50, 500, 900, 2_000, 100_000])
+def test_deep_nesting_is_a_config_error(depth):
+    data: dict = {}
+    for _ in range(depth):
+        data = {"loop": data}
+    with pytest.raises(ConfigError):
+        validated(SLRConfig, data)
+
+
+def test_replace_merges_nested_fields_and_validates():
+    config = SLRConfig.from_dict({"loop": {"lora": {"rank": 3}, "max_iterations": 9}, "text": {"stop": ["x"]}})
+    changed = config.replace(loop={"residual": {"source": "none"}, "lora": {"alpha": 2}}, base="b")
+    assert changed.loop.residual.source == "none"
+    assert (changed.loop.lora.rank, changed.loop.lora.alpha) == (3, 2)
+    assert (changed.loop.max_iterations, changed.base, changed.text.stop) == (9, "b", ("x",))
+    assert config.loop.residual.source == "previous"
+    with pytest.raises(ConfigError, match="rank"):
+        config.replace(loop={"lora": {"rank": 0}})
+
+
+def test_configs_are_frozen():
+    with pytest.raises(ValidationError):
+        SLRConfig().loop.max_iterations = 3
+
+
+def test_every_criterion_has_a_default_threshold():
+    for criterion, threshold in DEFAULT_THRESHOLDS.items():
+        config = SLRConfig.from_dict({"loop": {"convergence": {"criterion": criterion}}})
+        assert config.loop.convergence.effective_threshold == threshold
+    assert ConvergenceConfig(threshold=0.0).effective_threshold == 0.0
+
+
+def test_adapters_are_named_by_iteration():
+    assert LoopConfig(trained_iterations=12).adapters[8:] == ("loop_09", "loop_10", "loop_11", "loop_12")
+
+
+def test_every_field_is_described_by_its_schema():
+    schema = SLRConfig.model_json_schema()
+    for name, part in schema["$defs"].items():
+        assert part.get("description"), name
+    leaves = [
+        (name, field, value)
+        for name, part in schema["$defs"].items()
+        for field, value in part["properties"].items()
+        if "$ref" not in value
+    ]
+    assert leaves
+    assert [(name, field) for name, field, value in leaves if not value.get("description")] == []

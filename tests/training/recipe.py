@@ -1,0 +1,34 @@
+"""A recipe that trains in a moment."""
+
+from typing import Any
+
+from slr_core.config import validated
+from slr_core.training.config import TrainConfig
+
+GRAPHS = [{"nodes": 6, "min_hops": 1, "max_hops": 2}, {"nodes": 8, "min_hops": 2, "max_hops": 3, "balanced": False}]
+
+DATA: dict[str, Any] = {
+    "output_dir": "unused",
+    "seed": 3,
+    "base": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 96,
+    },
+    "loop": {"trained_iterations": 4, "max_iterations": 4, "lora": {"rank": 2}, "timestep": {"kind": "learned"}},
+    "text": {"max_new_tokens": 6},
+    "optimizer": {"batch_size": 4, "warmup_steps": 2, "learning_rate": 0.01},
+    "chains": 2,
+    "save_steps": 100,
+    "stages": [
+        {"steps": 2, "iterations": 2, "graphs": GRAPHS[:1]},
+        {"steps": 4, "iterations": 4, "graphs": GRAPHS},
+    ],
+}
+
+
+def recipe(**changes: Any) -> TrainConfig:
+    """The recipe with top-level fields changed."""
+    return validated(TrainConfig, {**DATA, **{key: str(x) if key == "output_dir" else x for key, x in changes.items()}})
