@@ -54,6 +54,13 @@ def _not_minute(value: float) -> float:
     return value
 
 
+def _only_false(value: bool) -> bool:
+    if value:
+        raise PydanticCustomError("not_supported", "must be false, true is not supported yet")
+    return value
+
+
+OnlyFalse = Annotated[bool, AfterValidator(_only_false)]
 Prompts = Annotated[
     list[str],
     BeforeValidator(_as_list),
@@ -96,6 +103,7 @@ class GenerateRequest(_Request):
         None, max_length=16, description="strings that end an answer; they are not part of it"
     )
     n: int | None = Field(None, ge=1, description="answers per prompt; 1 by default")
+    stream: OnlyFalse | None = Field(None, description="answers come whole: false is all that is accepted")
 
 
 class TraceRequest(GenerateRequest):
@@ -106,6 +114,7 @@ class TraceRequest(GenerateRequest):
     top_tokens: int | None = Field(
         None, ge=0, description=f"likely tokens to read per iteration; {DEFAULT_TOP_TOKENS} by default"
     )
+    include_states: OnlyFalse | None = Field(None, description="states are not returned: false is all that is accepted")
 
 
 class _Response(BaseModel):

@@ -100,6 +100,7 @@ def test_a_mixed_batch_answers_as_each_question_alone(reasoner: LatentReasoner, 
         )
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
 def test_first_iteration_is_pefts_own_adapter(reasoner: LatentReasoner, questions: list[Example]) -> None:
     request = prepare(reasoner, questions[0].question, LoopSettings.resolve(reasoner.config.loop))
     prompt = torch.tensor([request.prompt_ids])
@@ -114,7 +115,8 @@ def test_first_iteration_is_pefts_own_adapter(reasoner: LatentReasoner, question
         with peft.disable_adapter():
             cache = peft(input_ids=prompt, use_cache=True).past_key_values
         logits = peft(inputs_embeds=u1[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
-    torch.testing.assert_close(reasoner.head(g1), logits, atol=1e-4, rtol=1e-4)
+        expected = reasoner.head(g1)
+    torch.testing.assert_close(expected, logits, atol=1e-4, rtol=1e-4)
 
 
 def test_is_small_and_holds_nothing_that_can_run_code() -> None:

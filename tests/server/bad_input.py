@@ -50,8 +50,8 @@ CASES = [
     # fields
     case("no prompt", {}, 400, "prompt", "missing_field"),
     fields("unknown field", "tokens", "unknown_field", tokens=3),
-    fields("stream", "stream", "unknown_field", stream=True),
-    fields("include_states", "include_states", "unknown_field", include_states=True),
+    fields("stream", "stream", stream=True),
+    fields("stream as a number", "stream", stream=0),
     fields("unknown nested field", "convergence.speed", "unknown_field", convergence={"speed": 1}),
     fields("long unknown field", "x" * 100, "unknown_field", **{"x" * 5000: 1}),
     # prompts
