@@ -41,7 +41,7 @@ class Service:
         self._owned = engine is None
         self.loading: asyncio.Task[None] | None = None
         """Ends when the model is there, or :attr:`failure` is."""
-        # One thread: the tokenizers are not made for several callers, and the cores belong to the engine.
+        # One thread: the cores belong to the engine.
         self._tokenizing = ThreadPoolExecutor(1, "slr-tokenize")
         self._admission = Admission(settings.max_queue, self._queued)
         self.metrics = Metrics(settings.model_name, self._queued, self._in_flight)
