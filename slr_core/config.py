@@ -18,7 +18,8 @@ M = TypeVar("M", bound=BaseModel)
 
 FORMAT_VERSION = 1
 
-Criterion = Literal["relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "fixed"]
+Criterion = Literal["relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "learned", "fixed"]
+WorkspaceKind = Literal["append", "block", "prompt"]
 
 DEFAULT_THRESHOLDS: dict[str, float] = {
     "relative_change": 0.1,
@@ -26,10 +27,12 @@ DEFAULT_THRESHOLDS: dict[str, float] = {
     "kl": 0.01,
     "entropy_change": 0.01,
     "argmax_stable": 0.5,
+    "learned": 0.5,
     "fixed": 0.0,
 }
 """The threshold of a criterion that is named without one. Every criterion is a distance that is
-small when settled; ``argmax_stable`` is 0 or 1, ``fixed`` never falls below its threshold."""
+small when settled; ``argmax_stable`` is 0 or 1, ``learned`` is 1 - p_halt, ``fixed`` never falls below its
+threshold."""
 
 Threshold = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
@@ -55,6 +58,12 @@ class TimestepConfig(_Model):
     combine: Literal["add", "concat"] = Field(
         "add", description="add e_t to the projected state, or concatenate both and map back to the hidden size"
     )
+    noise_level: bool = Field(
+        False, description="e_t also depends on the log of the last relative change, through a small MLP"
+    )
+
+
+Rank = Annotated[int, Field(ge=1, le=1024)]
 
 
 class LoopLoraConfig(_Model):
@@ -63,13 +72,16 @@ class LoopLoraConfig(_Model):
     kind: Literal["per_iteration", "shared", "none"] = Field(
         "per_iteration", description="one adapter per iteration, one for all, or none"
     )
-    rank: int = Field(8, ge=1, le=1024, description="rank of each adapter")
+    rank: Rank | tuple[Rank, ...] = Field(8, description="rank of the adapters, or one rank per trained iteration")
     alpha: float = Field(16.0, gt=0, le=1e4, description="scale: the update is multiplied by alpha / rank")
     target_modules: tuple[str, ...] | None = Field(
         None, description="names of the linear layers that are adapted; None: every linear layer but the LM head"
     )
     past_end: Literal["last", "cycle", "error"] = Field(
         "last", description="adapter and timestep embedding past the last trained iteration"
+    )
+    decode_rank: Rank | None = Field(
+        None, description="rank of the adapter `decode`, which writes the answer after a loop; None: the plain base"
     )
 
 
@@ -118,10 +130,50 @@ class GuardConfig(_Model):
     )
 
 
-class LoopConfig(_Model):
-    """The loop: workspace, stabilisers, exit."""
+class LatentDecoderConfig(_Model):
+    """A small transformer that reads latent states by cross-attention and writes text.
 
-    workspace: Literal["append"] = Field("append", description="append: a chain of continuous thoughts")
+    It shares the base model's embeddings and LM head, so that its size does not depend on the vocabulary.
+    """
+
+    hidden_size: int = Field(128, ge=8, le=8192, multiple_of=2, description="width of its layers")
+    layers: int = Field(2, ge=1, le=48, description="transformer layers")
+    heads: int = Field(4, ge=1, le=128, description="attention heads; they divide the width")
+    max_thought_tokens: int = Field(16, ge=1, le=1024, description="longest thought of a trace, in tokens")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size must be a multiple of heads ({self.heads})")
+        return self
+
+
+class DecoderConfig(_Model):
+    """Who puts states into words."""
+
+    answers: Literal["lm_head", "latent_decoder"] = Field(
+        "lm_head", description="who writes the answer after a loop: the base model's head, or the latent decoder"
+    )
+    latent_decoder: LatentDecoderConfig | None = Field(
+        None, description="with one, every iteration of a trace has a `thought`; None: there is none"
+    )
+
+    @model_validator(mode="after")
+    def _writer_exists(self) -> Self:
+        if self.answers == "latent_decoder" and self.latent_decoder is None:
+            raise ValueError("answers `latent_decoder` needs a latent_decoder; `latent_decoder: {}` takes the defaults")
+        return self
+
+
+class LoopConfig(_Model):
+    """The loop: workspace, stabilisers, exit, decoder."""
+
+    workspace: WorkspaceKind = Field(
+        "append",
+        description="append: a chain of continuous thoughts; block: block_size latent positions after the prompt, "
+        "refined in place; prompt: the prompt's own positions",
+    )
+    block_size: int = Field(8, ge=1, le=1024, description="positions of the workspace `block`; the others ignore it")
     trained_iterations: int = Field(6, ge=1, le=64, description="iterations that have weights of their own")
     max_iterations: int = Field(6, ge=0, le=256, description="default T of a request")
     min_iterations: int = Field(1, ge=0, le=256, description="default minimum of a request")
@@ -131,11 +183,23 @@ class LoopConfig(_Model):
     residual: ResidualConfig = ResidualConfig()
     convergence: ConvergenceConfig = ConvergenceConfig()
     guard: GuardConfig = GuardConfig()
+    halting_head: bool = Field(False, description="a linear head that learns when to stop: the criterion `learned`")
+    decoder: DecoderConfig = DecoderConfig()
 
     @model_validator(mode="after")
-    def _default_is_allowed(self) -> Self:
+    def _parts_fit_together(self) -> Self:
         if self.lora.past_end == "error" and self.max_iterations > self.trained_iterations:
             raise ValueError("max_iterations must be at most trained_iterations under lora.past_end `error`")
+        if isinstance(self.lora.rank, tuple):
+            if self.lora.kind != "per_iteration":
+                raise ValueError(f"lora.rank must be one number for lora.kind `{self.lora.kind}`")
+            if len(self.lora.rank) != self.trained_iterations:
+                raise ValueError(
+                    f"lora.rank must be one number or {self.trained_iterations}, one per trained iteration, "
+                    f"got {len(self.lora.rank)}"
+                )
+        if self.convergence.criterion == "learned" and not self.halting_head:
+            raise ValueError("convergence.criterion `learned` needs halting_head to be true")
         return self
 
     @property
@@ -145,12 +209,24 @@ class LoopConfig(_Model):
         return tuple(f"loop_{t:02d}" for t in range(1, count + 1))
 
 
+TokenId = Annotated[int, Field(ge=0)]
+
+
 class TextConfig(_Model):
     """How a prompt becomes text, and when an answer ends."""
 
     prompt_prefix: str = Field("", description="put before every prompt of /generate and /trace")
     prompt_suffix: str = Field("", description="put after every prompt of /generate and /trace")
-    stop: tuple[str, ...] = Field((), description="strings that end an answer; they are not part of it")
+    answer_prefix: str = Field(
+        "", description="what every answer begins with: fed after the loop, not written and not part of the answer"
+    )
+    chat_template: str | None = Field(
+        None, description="Jinja template of a chat, in place of the tokenizer's own; run in a sandbox"
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="strings that end an answer; they are not part of it"
+    )
+    stop_token_ids: tuple[TokenId, ...] = Field((), description="tokens that end an answer, besides the end token")
     max_new_tokens: int = Field(64, ge=1, le=65536, description="default token limit of an answer")
 
 

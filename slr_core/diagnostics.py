@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, isfinite, log
 
-from slr_core.loop.convergence import ExitReason, ExitRule
+from torch import Tensor
+
+from slr_core.loop.convergence import Distances, ExitReason, ExitRule
 
 
 @dataclass(frozen=True)
@@ -14,8 +16,9 @@ class IterationRecord:
     """One iteration of one request, as ``POST /trace`` shows it.
 
     Distances are dimensionless except ``norm`` (length of the state), ``entropy`` and ``kl`` (nats) and
-    ``duration_s`` (seconds). ``None`` marks what is undefined (contraction before the second iteration,
-    whatever is not finite) or was not asked for (the head's measures outside a trace).
+    ``duration_s`` (seconds). ``None`` marks what is undefined (whatever compares with a state that is none,
+    such as contraction at the first iteration; whatever is not finite) or was not asked for (the head's
+    measures outside a trace, ``thought`` without a latent decoder).
     """
 
     t: int
@@ -28,6 +31,7 @@ class IterationRecord:
     adapter: str | None
     duration_s: float
     top_tokens: tuple[tuple[str, float], ...] = ()
+    thought: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class RowLog:
         self.reason = self.rule.update(
             t,
             distance=clean.get(self.rule.settings.criterion),
-            change=clean["change"],
+            change=clean.get("change"),
             norm=measured["norm"],
             finite=finite,
         )
@@ -126,8 +130,8 @@ class RowLog:
         self.records.append(
             IterationRecord(
                 t=t,
-                relative_change=clean["relative_change"],
-                cosine=clean["cosine"],
+                relative_change=clean.get("relative_change"),
+                cosine=clean.get("cosine"),
                 norm=clean["norm"],
                 contraction=finite_or_none(self.rule.contraction),
                 kl=clean.get("kl"),
@@ -137,3 +141,33 @@ class RowLog:
                 top_tokens=top_tokens,
             )
         )
+
+
+def observe(
+    rows: Sequence[RowLog],
+    t: int,
+    distances: Distances,
+    *,
+    finite: Tensor,
+    back: Tensor | None,
+    tops: Sequence[tuple[tuple[str, float], ...]] | None,
+    adapter: str | None,
+    duration_s: float,
+    elapsed_s: float,
+) -> None:
+    """Tell every row that still loops what iteration ``t`` did to it; the arguments are those of a row, batched."""
+    # One transfer per measure and iteration, none per row.
+    values = {name: x.tolist() for name, x in vars(distances).items() if x is not None}
+    all_finite, returns = finite.tolist(), back.tolist() if back is not None else [None] * len(rows)
+    for i, row in enumerate(rows):
+        if row.reason is None:
+            row.observe(
+                t,
+                {name: x[i] for name, x in values.items()},
+                finite=all_finite[i],
+                back=returns[i],
+                adapter=adapter,
+                duration_s=duration_s,
+                elapsed_s=elapsed_s,
+                top_tokens=tops[i] if tops else (),
+            )

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from slr_core.context import Context, LoopOutput
 from slr_core.diagnostics import IterationRecord, Stability
 from slr_core.errors import RequestError
 from slr_core.loop.convergence import ExitReason, LoopSettings
-from slr_core.model import LatentReasoner, LoopOutput
-from slr_core.sampling import SamplingSettings, choose
-
-FinishReason = Literal["stop", "length"]
+from slr_core.model import LatentReasoner
+from slr_core.sampling import SamplingSettings
+from slr_core.writing import Answer, FinishReason, LatentWriter, LMHead, pad, put_into_words, write
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class Request:
     """One prompt, ready to run: tokenized, every setting resolved. Made by :func:`prepare`."""
 
     prompt_ids: tuple[int, ...]
+    answer_prefix_ids: tuple[int, ...]
     loop: LoopSettings
     max_new_tokens: int
     sampling: SamplingSettings
     stop: tuple[str, ...]
     trace: bool
     top_tokens: int
+    include_states: bool
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Result:
     timings: Timings
     records: tuple[IterationRecord, ...]
     stability: Stability
+    states: Tensor | None = None
+    """h_0 ... h_t as they were, ``[t + 1, W, d]``, on the CPU; where the request asked for them."""
 
     @property
     def completion_tokens(self) -> int:
@@ -70,9 +74,15 @@ class Result:
         return len(self.token_ids)
 
 
+Think = Callable[[Context, Sequence[LoopSettings]], LoopOutput]
+"""From an encoded batch to its finished loops."""
+Messages = Sequence[Mapping[str, str]]
+"""A chat: ``{"role": ..., "content": ...}`` each."""
+
+
 def prepare(
     reasoner: LatentReasoner,
-    prompt: str,
+    prompt: str | Messages,
     loop: LoopSettings,
     *,
     max_new_tokens: int | None = None,
@@ -80,8 +90,20 @@ def prepare(
     stop: Sequence[str] = (),
     trace: bool = False,
     top_tokens: int = 0,
+    include_states: bool = False,
 ) -> Request:
     """Apply the checkpoint's text settings and check that the request fits the model.
+
+    Args:
+        reasoner: whose tokenizer, texts and limits apply.
+        prompt: a text, which gets the prompt prefix and suffix, or a chat, which gets the chat template.
+        loop: resolved settings.
+        max_new_tokens: the checkpoint's default where ``None``; a default gives way to what fits.
+        sampling: greedy where ``None``.
+        stop: strings that end the answer, besides the checkpoint's.
+        trace: measure the head at every iteration, and put the states into words where a decoder can.
+        top_tokens: likely tokens to record per iteration.
+        include_states: return the states themselves.
 
     Raises:
         RequestError: a setting is out of range, the prompt is empty, or prompt, loop and answer together
@@ -92,74 +114,87 @@ def prepare(
         raise RequestError(f"max_new_tokens must be at least 1, got {max_new_tokens}", param="max_new_tokens")
     if "" in stop:
         raise RequestError("stop must not hold an empty string", param="stop")
-    if not prompt.strip():
-        raise RequestError("prompt must not be empty", param="prompt")
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RequestError(f"prompt is not valid Unicode: {error.reason}", param="prompt") from error
-    ids = reasoner.tokenizer(text.prompt_prefix + prompt + text.prompt_suffix).input_ids
-    if not ids:
-        raise RequestError("prompt holds no tokens of this model", param="prompt")
+    ids = _tokenize(reasoner, prompt)
+    prefix = reasoner.tokenizer(text.answer_prefix, add_special_tokens=False).input_ids if text.answer_prefix else []
+    taken = reasoner.workspace.loop_positions(loop.max_iterations) + len(prefix)
     limit = reasoner.max_positions
     most = text.max_new_tokens if max_new_tokens is None else max_new_tokens
-    if len(ids) + loop.max_iterations + 1 > limit:
+    if len(ids) + taken + 1 > limit:
         raise RequestError(
             f"prompt has {len(ids)} tokens; with {loop.max_iterations} iterations and an answer at most "
-            f"{max(0, limit - loop.max_iterations - 1)} fit this model",
-            param="prompt",
+            f"{max(0, limit - taken - 1)} fit this model",
+            param=_field(prompt),
         )
-    if len(ids) + loop.max_iterations + most > limit:
+    if len(ids) + taken + most > limit:
         if max_new_tokens is not None:
             raise RequestError(
-                f"max_new_tokens must be at most {limit - len(ids) - loop.max_iterations} with this prompt of "
+                f"max_new_tokens must be at most {limit - len(ids) - taken} with this prompt of "
                 f"{len(ids)} tokens and {loop.max_iterations} iterations, got {most}",
                 param="max_new_tokens",
             )
-        most = limit - len(ids) - loop.max_iterations
+        most = limit - len(ids) - taken
     return Request(
         prompt_ids=tuple(ids),
+        answer_prefix_ids=tuple(prefix),
         loop=loop,
         max_new_tokens=most,
         sampling=sampling or SamplingSettings(),
         stop=(*text.stop, *stop),
         trace=trace,
         top_tokens=top_tokens,
+        include_states=include_states,
     )
 
 
-class _Answer:
-    """A row while its answer is written."""
+def _field(prompt: str | Messages) -> str:
+    return "prompt" if isinstance(prompt, str) else "messages"
 
-    def __init__(self, reasoner: LatentReasoner, request: Request) -> None:
-        self.tokenizer, self.request = reasoner.tokenizer, request
-        self.end_tokens = reasoner.end_tokens
-        self.generator = request.sampling.generator()
-        self.tokens: list[int] = []
-        self.text = ""
-        self.finished: FinishReason | None = None
-        self.ended_at = 0.0
 
-    def take(self, logits: Tensor) -> None:
-        """Choose the next token from logits ``[V]`` and see whether the answer ends with it."""
-        token = choose(logits, self.request.sampling, self.generator)
-        self.tokens.append(token)
-        self.text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
-        cuts = [at for stop in self.request.stop if (at := self.text.find(stop)) >= 0]
-        if cuts:
-            self.text = self.text[: min(cuts)]
-        if cuts or token in self.end_tokens:
-            self.end("stop")
-        elif len(self.tokens) >= self.request.max_new_tokens:
-            self.end("length")
+def _tokenize(reasoner: LatentReasoner, prompt: str | Messages) -> list[int]:
+    text, tokenizer = reasoner.config.text, reasoner.tokenizer
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise RequestError("prompt must not be empty", param="prompt")
+        rendered = text.prompt_prefix + prompt + text.prompt_suffix
+    else:
+        rendered = _render_chat(reasoner, prompt)
+    try:
+        rendered.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"prompt is not valid Unicode: {error.reason}", param=_field(prompt)) from error
+    # A chat template writes its own special tokens.
+    ids: list[int] = tokenizer(rendered, add_special_tokens=isinstance(prompt, str)).input_ids
+    if not ids:
+        raise RequestError("prompt holds no tokens of this model", param=_field(prompt))
+    return ids
 
-    def end(self, reason: FinishReason) -> None:
-        self.finished, self.ended_at = reason, time.perf_counter()
+
+def _render_chat(reasoner: LatentReasoner, messages: Messages) -> str:
+    template = reasoner.config.text.chat_template or None
+    if template is None and not reasoner.tokenizer.chat_template:
+        raise RequestError("this checkpoint has no chat template", param="messages")
+    if not messages:
+        raise RequestError("messages must not be empty", param="messages")
+    try:
+        return str(
+            reasoner.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        )
+    except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from error
 
 
 @torch.inference_mode()
 def generate(
-    reasoner: LatentReasoner, requests: Sequence[Request], *, queued_s: Sequence[float] | None = None
+    reasoner: LatentReasoner,
+    requests: Sequence[Request],
+    *,
+    queued_s: Sequence[float] | None = None,
+    think: Think | None = None,
 ) -> list[Result]:
     """Run a batch to its end: each row gets the iterations and the tokens that it would get alone.
 
@@ -167,57 +202,65 @@ def generate(
         reasoner: in eval mode.
         requests: any mix of settings.
         queued_s: seconds that each request waited before, for its timings.
+        think: runs the loop in place of :meth:`LatentReasoner.loop`, for experiments that interfere with it.
     """
     started = time.perf_counter()
-    ids = [torch.tensor(request.prompt_ids) for request in requests]
-    padded = pad_sequence(ids, batch_first=True).to(reasoner.device)
-    lengths = torch.tensor([len(x) for x in ids], device=reasoner.device)
-    context = reasoner.encode(padded, torch.arange(padded.shape[1], device=reasoner.device) < lengths[:, None])
+    ids, present = pad([request.prompt_ids for request in requests], reasoner.device)
+    context = reasoner.encode(ids, present)
     prefill_s = time.perf_counter() - started
-    looped = reasoner.loop(
-        context,
-        [request.loop for request in requests],
-        top_tokens=max(request.top_tokens for request in requests),
-        read_head=any(request.trace for request in requests),
-    )
-    answers = _decode(reasoner, looped, requests)
+    top_tokens, traced = max(request.top_tokens for request in requests), any(request.trace for request in requests)
+    think = think or partial(reasoner.loop, top_tokens=top_tokens, read_head=traced)
+    looped = think(context, [request.loop for request in requests])
+    answers = [Answer(reasoner, request) for request in requests]
+    by_decoder = [reasoner.answers_from_states and kept > 0 for kept in looped.kept]
+    write(answers, LMHead(reasoner, looped, requests), [not by for by in by_decoder])
+    write(answers, LatentWriter.of_answers(reasoner, looped, requests), by_decoder)
+    thoughts = put_into_words(reasoner, looped, requests)
     return [
-        _result(request, looped, i, answer, prefill_s, started, queued_s[i] if queued_s else 0.0)
-        for i, (request, answer) in enumerate(zip(requests, answers, strict=True))
+        _result(
+            reasoner, looped, i, request, answers[i], thoughts[i], prefill_s, started, queued_s[i] if queued_s else 0.0
+        )
+        for i, request in enumerate(requests)
     ]
 
 
-def _decode(reasoner: LatentReasoner, output: LoopOutput, requests: Sequence[Request]) -> list[_Answer]:
-    answers = [_Answer(reasoner, request) for request in requests]
-    context, looped = output.context, torch.tensor(output.kept, device=reasoner.device) > 0
-    logits = reasoner.head(context.hidden)
-    while True:
-        for row, answer in enumerate(answers):
-            if answer.finished is None:
-                answer.take(logits[row])
-        active = torch.tensor([answer.finished is None for answer in answers], device=reasoner.device)
-        if not active.any():
-            return answers
-        tokens = torch.tensor([answer.tokens[-1:] for answer in answers], device=reasoner.device)
-        logits = reasoner.answer(context, tokens, active[:, None], looped)[:, 0]
-
-
 def _result(
-    request: Request, looped: LoopOutput, row: int, answer: _Answer, prefill_s: float, started: float, queue_s: float
+    reasoner: LatentReasoner,
+    looped: LoopOutput,
+    row: int,
+    request: Request,
+    answer: Answer,
+    thoughts: list[str | None],
+    prefill_s: float,
+    started: float,
+    queue_s: float,
 ) -> Result:
     loop_s = looped.durations_s[row]
     own_s = answer.ended_at - started
+    records = looped.records[row]
     return Result(
         text=answer.text,
         token_ids=tuple(answer.tokens),
         finish_reason=answer.finished or "length",
         iterations=looped.iterations[row],
         exit_reason=looped.exit_reasons[row],
-        final_change=looped.records[row][-1].relative_change if looped.records[row] else None,
+        final_change=records[-1].relative_change if records else None,
         prompt_tokens=len(request.prompt_ids),
-        forward_passes=1 + looped.iterations[row] + len(answer.tokens) - 1,
+        forward_passes=_passes(reasoner, request, looped.iterations[row], looped.kept[row], len(answer.tokens)),
         timings=Timings(queue_s, prefill_s, loop_s, own_s - prefill_s - loop_s, queue_s + own_s),
         # A batch reads as many tokens as its most curious row.
-        records=tuple(replace(r, top_tokens=r.top_tokens[: request.top_tokens]) for r in looped.records[row]),
+        records=tuple(
+            replace(record, top_tokens=record.top_tokens[: request.top_tokens], thought=thought)
+            for record, thought in zip(records, thoughts, strict=True)
+        ),
         stability=looped.stability[row],
+        states=looped.states[row].float().cpu() if request.include_states else None,
     )
+
+
+def _passes(reasoner: LatentReasoner, request: Request, iterations: int, kept: int, tokens: int) -> int:
+    """Passes of the base model that a row alone takes; those of the latent decoder's few layers do not count."""
+    passes = reasoner.workspace.passes(iterations)
+    if reasoner.answers_from_states and kept:
+        return passes
+    return passes + reasoner.workspace.closing_passes(kept) + bool(request.answer_prefix_ids) + tokens - 1

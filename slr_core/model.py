@@ -4,58 +4,60 @@
     g_t = f_{theta + L_t}(u_t ; context)
     h_t = residual(g_t, h_{t-1}, h_0)
 
-``h`` is the model's last hidden state after its final norm. In the ``append`` workspace h_0 is the state
-at the last prompt position, and iteration t adds one position with input u_t (continuous thoughts: Hao
-et al., 2024, arXiv 2412.06769). Everything here is differentiable; training and evaluation stand on it,
-and the engine is held to it.
+``h`` is the model's last hidden state after its final norm, at the positions of the workspace
+(:mod:`slr_core.loop.workspace`). Everything here is differentiable; training and evaluation stand on it, and
+the engine is held to it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slr_core.config import SLRConfig
-from slr_core.context import Context
-from slr_core.diagnostics import IterationRecord, RowLog, Stability, stability
+from slr_core.base import attention_mask, end_tokens, hidden_size, refuse_unfaithful
+from slr_core.config import LoopConfig, SLRConfig
+from slr_core.context import Context, LoopOutput
+from slr_core.diagnostics import RowLog, observe, stability
 from slr_core.errors import ConfigError, RequestError
-from slr_core.loop.convergence import Distances, ExitReason, ExitRule, LoopSettings, measure
+from slr_core.loop.convergence import ExitReason, ExitRule, LoopSettings, measure, step
+from slr_core.loop.decoder import LatentDecoder
+from slr_core.loop.halting import HaltingHead
 from slr_core.loop.lora import DECODE, LoopAdapters, attach, fresh, trained_index
 from slr_core.loop.projection import Projection
 from slr_core.loop.residual import Residual
 from slr_core.loop.timestep import Timestep
+from slr_core.loop.workspace import Workspace, readout
+from slr_core.loop.workspace import build as build_workspace
 
 
-@dataclass
-class LoopOutput:
-    """A finished loop, row by row.
+class Parts(NamedTuple):
+    """The loop's own modules, by the names that their weights have in a checkpoint."""
 
-    Attributes:
-        context: ready to write the answer: exited rows see their own thoughts alone.
-        states: h_0 ... h_t of each row, ``[t + 1, d]`` each, t the iterations that the row ran.
-        iterations: iterations run.
-        kept: iterations whose thoughts stay visible; below ``iterations`` only after a divergence.
-        exit_reasons: why each row stopped.
-        records: one per iteration and row.
-        stability: summary per row.
-        durations_s: seconds from the loop's start to the row's exit.
-    """
+    workspace: Workspace
+    project: Projection
+    timestep: Timestep
+    residual: Residual
+    halting: HaltingHead | None
+    decoder: LatentDecoder | None
 
-    context: Context
-    states: list[Tensor]
-    iterations: list[int]
-    kept: list[int]
-    exit_reasons: list[ExitReason]
-    records: list[list[IterationRecord]]
-    stability: list[Stability]
-    durations_s: list[float]
+    @classmethod
+    def build(cls, loop: LoopConfig, hidden_size: int) -> Self:
+        """Untrained parts for a base model of this hidden size."""
+        latent = loop.decoder.latent_decoder
+        return cls(
+            workspace=build_workspace(loop, hidden_size),
+            project=Projection(loop.projection, hidden_size),
+            timestep=Timestep(loop.timestep, hidden_size, loop.trained_iterations),
+            residual=Residual(loop.residual, hidden_size),
+            halting=HaltingHead(hidden_size) if loop.halting_head else None,
+            decoder=None if latent is None else LatentDecoder(latent, hidden_size),
+        )
 
 
 class LatentReasoner(nn.Module):
@@ -82,15 +84,15 @@ class LatentReasoner(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.tokenizer, self.base = config, tokenizer, base
-        loop = config.loop
-        _refuse_unfaithful(base)
-        hidden_size = int(base.get_input_embeddings().weight.shape[1])  # type: ignore[index]
-        self.adapter_configs = dict(fresh(loop) if adapters is None else adapters)
+        refuse_unfaithful(base)
+        self.adapter_configs = dict(fresh(config.loop) if adapters is None else adapters)
         attach(base, self.adapter_configs)
         self.adapters = LoopAdapters(base)
-        self.project = Projection(loop.projection, hidden_size).to(base.dtype)
-        self.timestep = Timestep(loop.timestep, hidden_size, loop.trained_iterations).to(base.dtype)
-        self.residual = Residual(loop.residual, hidden_size).to(base.dtype)
+        parts = Parts.build(config.loop, hidden_size(base))
+        self.workspace, self.project, self.timestep, self.residual, self.halting, self.decoder = parts
+        for part in parts:
+            if part is not None:
+                part.to(base.dtype)
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | None = None, **options: Any) -> Self:
@@ -112,15 +114,17 @@ class LatentReasoner(nn.Module):
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """Ids that end an answer: the tokenizer's end token and those that the base generates with."""
-        configured = self.base.generation_config.eos_token_id if self.base.generation_config else None
-        listed = configured if isinstance(configured, list) else [configured]
-        return frozenset(i for i in (self.tokenizer.eos_token_id, *listed) if isinstance(i, int))
+        """Ids that end an answer: the tokenizer's end token, those that the base generates with, the config's."""
+        return end_tokens(self.base, self.tokenizer) | frozenset(self.config.text.stop_token_ids)
 
     @property
     def max_positions(self) -> int:
         """Positions that the base model can address: prompt, thoughts and answer together."""
         return int(getattr(self.base.config, "max_position_embeddings", 2**31))
+
+    def state_values(self, prompt_tokens: int, iterations: int) -> int:
+        """Numbers in the states h_1 ... h_t of one row."""
+        return iterations * self.workspace.width(prompt_tokens) * hidden_size(self.base)
 
     def adapter_name(self, t: int) -> str | None:
         """The adapter of iteration ``t``: ``None`` for t = 0 and where the loop has none."""
@@ -163,69 +167,76 @@ class LatentReasoner(nn.Module):
     # -- the formulas -------------------------------------------------------------------------------
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Context:
-        """Run the prompts through the plain base model; the result holds h_0.
+        """Everything before the first iteration; the result holds h_0.
 
         Args:
             input_ids: ``[B, L]`` long, padded on either side.
             attention_mask: ``[B, L]``, non-zero at real tokens; at least one per row.
         """
-        rows, device = input_ids.shape[0], input_ids.device
-        start = torch.zeros(rows, dtype=torch.long, device=device)
-        empty = torch.zeros(rows, 0, dtype=torch.bool, device=device)
-        embeds = self.embed(input_ids)
-        context = Context(DynamicCache(), empty, start, embeds[:, 0])
-        present = attention_mask.bool()
-        hidden = self.advance(context, embeds, present)
-        last = (present * torch.arange(1, present.shape[1] + 1, device=device)).argmax(-1)
-        context.hidden = hidden[torch.arange(rows, device=device), last]
-        return context
+        return self.workspace.begin(self, input_ids, attention_mask.bool())
 
-    def iterate(self, context: Context, t: int, initial: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One iteration: ``(g_t, h_t)``, each ``[B, d]``.
+    def iterate(self, context: Context, t: int, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One iteration: ``(g_t, h_t)``, each ``[B, W, d]``.
 
         Args:
-            context: holds h_{t-1}; gains one column and h_t.
+            context: holds h_0 and h_{t-1}; gains h_t.
             t: the iteration, from 1.
-            initial: h_0 ``[B, d]``.
-            active: ``[B]`` bool; the others' column stays invisible and their state as it is. ``None``: all.
+            active: ``[B]`` bool; the others' state stays as it is. ``None``: all.
         """
         active = torch.ones_like(context.next_position, dtype=torch.bool) if active is None else active
+        before = context.hidden
         g, h = self.update(
-            context.hidden, initial, t, lambda u: self.advance(context, u[:, None], active[:, None])[:, 0]
+            before, context.initial, t, lambda u: self.workspace.run(self, context, u, active), context.change[:, None]
         )
-        context.hidden = torch.where(active[:, None], h, context.hidden)
+        # Padding stays as it was: what became of it could poison the row's own positions in the next pass.
+        context.hidden = torch.where((active[:, None] & context.own)[..., None], h, before)
+        if self.timestep.noise_level and self.is_state(t - 1):
+            _, change = step(self.moved(g, h).detach(), before.detach(), context.own)
+            context.change = torch.where(active, change, context.change)
         return g, context.hidden
 
-    def update(self, hidden: Tensor, initial: Tensor, t: int, run: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """The three formulas: ``(g_t, h_t)`` from h_{t-1} and h_0, each ``[..., d]``; ``run`` is the forward pass."""
-        u = self.timestep(self.project(hidden, self.embedding_rms()), self._trained(t))
+    def update(
+        self, hidden: Tensor, initial: Tensor, t: int, run: Callable[[Tensor], Tensor], change: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The three formulas: ``(g_t, h_t)`` from h_{t-1} and h_0, each ``[..., d]``.
+
+        ``run`` is the forward pass; ``change`` the last relative change, for :class:`Timestep`.
+        """
+        u = self.timestep(self.project_in(hidden), self._trained(t), change)
         with self.adapters.use(self.adapter_name(t)):
             g = run(u)
         return g, self.residual(g, hidden, initial)
+
+    def project_in(self, hidden: Tensor) -> Tensor:
+        """``project``: inputs ``[..., d]`` from states ``[..., d]``."""
+        projected: Tensor = self.project(hidden, self.embedding_rms())
+        return projected
+
+    def moved(self, g: Tensor, h: Tensor) -> Tensor:
+        """What is compared to h_{t-1}: g_t under a ``previous`` residual, else h_t."""
+        return g if self.config.loop.residual.source == "previous" else h
+
+    def is_state(self, t: int) -> bool:
+        """Whether h_t is a state: h_0 may be an input."""
+        return t > 0 or self.workspace.starts_from_state
 
     def _trained(self, t: int) -> int:
         loop = self.config.loop
         return trained_index(t, loop.trained_iterations, loop.lora.past_end)
 
     def unroll(self, context: Context, iterations: int) -> Tensor:
-        """Run every row for the same number of iterations: states ``[B, iterations + 1, d]``, h_0 first."""
+        """Run every row for the same number of iterations: states ``[B, iterations + 1, W, d]``, h_0 first."""
         states = [context.hidden]
         for t in range(1, iterations + 1):
-            states.append(self.iterate(context, t, states[0])[1])
+            states.append(self.iterate(context, t)[1])
         return torch.stack(states, dim=1)
 
-    def rewind(self, context: Context, states: Tensor, kept: Tensor) -> None:
-        """Drop all but the first ``kept`` ``[B]`` thoughts of each row, as if its loop had ended there.
+    def close(self, context: Context, states: Tensor, kept: Tensor) -> None:
+        """Make ``context`` ready to write, as if each row's loop had ended after ``kept`` ``[B]`` iterations.
 
-        ``states`` ``[B, T + 1, d]`` are those of the loop that just ran, the last columns of the context.
+        ``states`` ``[B, T + 1, W, d]`` are those of the loop that just ran.
         """
-        iterations = states.shape[1] - 1
-        dropped = torch.arange(1, iterations + 1, device=kept.device) > kept[:, None]
-        start = context.visible.shape[1] - iterations
-        ran = context.visible[:, start:]
-        context.next_position = context.next_position - (ran & dropped).sum(-1)
-        context.visible = torch.cat([context.visible[:, :start], ran & ~dropped], dim=1)
-        context.hidden = states[torch.arange(len(kept), device=kept.device), kept]
+        self.workspace.close(self, context, states, kept)
 
     def advance(
         self,
@@ -256,7 +267,7 @@ class LatentReasoner(nn.Module):
             positions = (context.next_position[:, None] + counted - 1).clamp_min(0)
         output = self.base.base_model(
             inputs_embeds=embeds,
-            attention_mask=self._attention_mask(mask, embeds.dtype),
+            attention_mask=attention_mask(self.base, mask, embeds.dtype),
             position_ids=positions,
             past_key_values=context.cache,
             use_cache=True,
@@ -266,28 +277,17 @@ class LatentReasoner(nn.Module):
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _attention_mask(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.base.config._attn_implementation == "sdpa":
-            return mask[:, None]
-        # Eager attention adds its mask to the scores.
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[
-            :, None
-        ]
-
-    def answer(self, context: Context, input_ids: Tensor, present: Tensor, looped: Tensor) -> Tensor:
-        """Feed answer tokens: logits ``[B, q, V]``.
-
-        The first token of an answer is not read here but from the head at the context's state.
+    def write(self, context: Context, embeds: Tensor, present: Tensor, looped: Tensor) -> Tensor:
+        """A pass after the loop: states ``[B, q, d]``.
 
         Args:
-            context: after the loop; gains ``q`` columns.
-            input_ids: ``[B, q]``.
+            context: gains columns.
+            embeds: inputs ``[B, q, d]``.
             present: ``[B, q]`` bool.
-            looped: ``[B]`` bool; rows that iterated use the adapter ``decode``, if there is one.
+            looped: ``[B]`` bool; rows that kept an iteration use the adapter ``decode``, if there is one.
         """
-        embeds = self.embed(input_ids)
         if DECODE not in self.adapters.names:
-            return self.head(self.advance(context, embeds, present))
+            return self.advance(context, embeds, present)
         # One adapter acts at a time: a pass for the looped rows, and one for the others.
         hidden = torch.zeros_like(embeds)
         for rows, adapter in ((looped, DECODE), (~looped, None)):
@@ -295,7 +295,29 @@ class LatentReasoner(nn.Module):
                 with self.adapters.use(adapter):
                     states = self.advance(context, embeds, present & rows[:, None])
                 hidden = torch.where(rows[:, None, None], states, hidden)
-        return self.head(hidden)
+        return hidden
+
+    def answer(self, context: Context, input_ids: Tensor, present: Tensor, looped: Tensor) -> Tensor:
+        """Feed answer tokens ``[B, q]``: logits ``[B, q, V]``; the other arguments as in :meth:`write`.
+
+        The first token of an answer is not read here but from the head at the context's state.
+        """
+        return self.head(self.write(context, self.embed(input_ids), present, looped))
+
+    def decode_latent(self, memory: Tensor, present: Tensor, input_ids: Tensor) -> Tensor:
+        """Logits ``[B, n + 1, V]`` of the latent decoder: at its start, and after each of ``n`` tokens.
+
+        Args:
+            memory: states ``[B, S, d]`` that it reads.
+            present: ``[B, S]`` bool, the real ones.
+            input_ids: ``[B, n]`` long, the tokens so far.
+
+        Raises:
+            ConfigError: this model has no latent decoder.
+        """
+        if self.decoder is None:
+            raise ConfigError("this model has no latent decoder: loop.decoder.latent_decoder is null")
+        return self.head(self.decoder(memory, present, self.embed(input_ids)))
 
     # -- the loop with its exits --------------------------------------------------------------------
 
@@ -318,47 +340,41 @@ class LatentReasoner(nn.Module):
         read_head = read_head or top_tokens > 0 or any(s.reads_head for s in settings)
         rows = [RowLog(ExitRule(s, self.config.loop.guard)) for s in settings]
         states = [context.hidden]
-        logits = self.head(states[0]) if read_head else None
+        logits = self.head(readout(states[0], context.own)) if read_head and self.is_state(0) else None
         started, t = time.perf_counter(), 0
         while any(row.reason is None for row in rows):
             t += 1
             began = time.perf_counter()
             active = torch.tensor([row.reason is None for row in rows], device=self.device)
-            previous = states[-1]
-            g, h = self.iterate(context, t, states[0], active)
+            g, h = self.iterate(context, t, active)
             states.append(h)
-            moved = g if self.config.loop.residual.source == "previous" else h
-            before, logits = logits, self.head(h) if read_head else None
-            both = (logits, before) if logits is not None and before is not None else None
-            distances = measure(h, previous, moved, both)
-            back = _length(h - states[-3]) / _length(h - previous) if t > 1 else None
+            before, logits = logits, self.head(readout(h, context.own)) if read_head else None
+            distances = measure(
+                h,
+                context.own,
+                previous=states[-2] if self.is_state(t - 1) else None,
+                moved=self.moved(g, h),
+                logits=logits,
+                logits_before=before,
+                p_halt=None if self.halting is None else self.halting(h, context.own),
+            )
+            back = None
+            if t > 1 and self.is_state(t - 2):
+                back = step(h, states[-3], context.own)[0] / step(h, states[-2], context.own)[0]
             tops = self._top_tokens(logits, top_tokens) if logits is not None else None
             now = time.perf_counter()
-            self._observe(
+            observe(
                 rows,
                 t,
-                h,
                 distances,
-                back,
+                finite=h.masked_fill(~context.own[..., None], 0).isfinite().flatten(1).all(-1),
+                back=back,
                 tops=tops,
                 adapter=self.adapter_name(t),
                 duration_s=now - began,
                 elapsed_s=now - started,
             )
         return self._finish(context, rows, torch.stack(states, dim=1))
-
-    def _observe(
-        self, rows: list[RowLog], t: int, hidden: Tensor, distances: Distances, back: Tensor | None, **common: Any
-    ) -> None:
-        # One transfer per measure and iteration, none per row.
-        values = {name: x.tolist() for name, x in vars(distances).items() if x is not None}
-        finite = hidden.isfinite().all(-1).tolist()
-        returns = back.tolist() if back is not None else [None] * len(rows)
-        tops = common.pop("tops") or [()] * len(rows)
-        for i, row in enumerate(rows):
-            if row.reason is None:
-                measured = {name: x[i] for name, x in values.items()}
-                row.observe(t, measured, finite=finite[i], back=returns[i], top_tokens=tops[i], **common)
 
     def _top_tokens(self, logits: Tensor, count: int) -> list[tuple[tuple[str, float], ...]] | None:
         if count == 0:
@@ -372,7 +388,8 @@ class LatentReasoner(nn.Module):
 
     def _finish(self, context: Context, rows: list[RowLog], states: Tensor) -> LoopOutput:
         kept = torch.tensor([row.kept for row in rows], device=states.device)
-        self.rewind(context, states, kept)
+        if not (self.answers_from_states and all(kept)):
+            self.close(context, states, kept)
         for layer, keys, values in context.layers():
             # A masked NaN still poisons attention: 0 * NaN is NaN.
             if not (keys.isfinite().all() and values.isfinite().all()):
@@ -382,7 +399,7 @@ class LatentReasoner(nn.Module):
         reasons: list[ExitReason] = [row.reason or "max_iterations" for row in rows]
         return LoopOutput(
             context=context,
-            states=[states[i, : n + 1] for i, n in enumerate(iterations)],
+            states=[states[i, : n + 1, context.own[i]] for i, n in enumerate(iterations)],
             iterations=iterations,
             kept=[row.kept for row in rows],
             exit_reasons=reasons,
@@ -394,23 +411,12 @@ class LatentReasoner(nn.Module):
             durations_s=[row.elapsed_s for row in rows],
         )
 
-
-def _length(x: Tensor) -> Tensor:
-    length: Tensor = x.float().norm(dim=-1)
-    return length
-
-
-def _refuse_unfaithful(base: PreTrainedModel) -> None:
-    config = base.config
-    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if windows or (not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None)):
-        raise ConfigError(f"{type(base).__name__}: layers without full attention are not supported as a base")
-    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, field, None) not in (None, 1, 1.0):
-            raise ConfigError(f"{type(base).__name__}: {field} is not supported, the head must be plainly linear")
-    if config._attn_implementation not in ("sdpa", "eager"):
-        base.set_attn_implementation("sdpa")  # the others do not take the masks that a loop needs
+    @property
+    def answers_from_states(self) -> bool:
+        """Whether the latent decoder writes the answers after a loop."""
+        return self.config.loop.decoder.answers == "latent_decoder"
 
 
 def _rms(x: Tensor) -> Tensor:
-    return x.float().pow(2).mean().sqrt()
+    wide = x if x.dtype == torch.float64 else x.float()
+    return wide.pow(2).mean().sqrt()

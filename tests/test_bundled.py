@@ -106,15 +106,14 @@ def test_first_iteration_is_pefts_own_adapter(reasoner: LatentReasoner, question
     prompt = torch.tensor([request.prompt_ids])
     with torch.inference_mode():
         context = reasoner.encode(prompt, torch.ones_like(prompt))
-        h0 = context.hidden
-        u1 = reasoner.timestep(reasoner.project(h0, reasoner.embedding_rms()), 1)
-        g1, _ = reasoner.iterate(context, 1, h0)
+        u1 = reasoner.timestep(reasoner.project_in(context.hidden), 1)
+        g1, _ = reasoner.iterate(context, 1)
 
         plain = AutoModelForCausalLM.from_pretrained(BUNDLED / "base").eval()
         peft = PeftModel.from_pretrained(plain, BUNDLED / "loops" / "loop_01").eval()
         with peft.disable_adapter():
             cache = peft(input_ids=prompt, use_cache=True).past_key_values
-        logits = peft(inputs_embeds=u1[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = peft(inputs_embeds=u1, past_key_values=cache, use_cache=True).logits
         expected = reasoner.head(g1)
     torch.testing.assert_close(expected, logits, atol=1e-4, rtol=1e-4)
 

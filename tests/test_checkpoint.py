@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slr_core.checkpoint import describe, load, load_weights, save
+from slr_core.checkpoint import load, load_weights, save
+from slr_core.describe import describe
 from slr_core.errors import CheckpointError
 from slr_core.generation import generate
 from slr_core.loop.convergence import LoopSettings
@@ -137,9 +138,10 @@ def test_sizes_are_described(made):
     lora = sum(p.numel() for name, p in made.named_parameters() if "lora_" in name)
     own = sum(p.numel() for name, p in made.named_parameters() if not name.startswith("base."))
     plain = sum(p.numel() for p in tiny.base().parameters())
-    assert (sizes["base_parameters"], sizes["adapter_parameters"], sizes["module_parameters"]) == (plain, lora, own)
-    assert sizes["added_share"] == pytest.approx((lora + own) / plain)
-    assert (sizes["architecture"], sizes["vocabulary"]) == ("LlamaForCausalLM", len(tiny.WORDS))
+    assert (sizes.base_parameters, sizes.adapter_parameters, sizes.module_parameters) == (plain, lora, own)
+    assert sizes.added_parameters == lora + own
+    assert sizes.added_share == pytest.approx((lora + own) / plain)
+    assert (sizes.architecture, sizes.vocabulary) == ("LlamaForCausalLM", len(tiny.WORDS))
 
 
 # -- one error for each way to be wrong ------------------------------------------------------------------
@@ -283,7 +285,6 @@ def larger_tokenizer(folder):
 
 
 @pytest.mark.parametrize("case", BROKEN)
-@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
 def test_a_broken_folder_is_one_clear_error(case, folder):
     breaking, named = BROKEN[case]
     breaking(folder)

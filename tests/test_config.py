@@ -22,18 +22,33 @@ def test_defaults_are_valid_and_round_trip():
 
 
 loops = st.fixed_dictionaries(
-    {},
+    {"halting_head": st.just(True)},  # without one, not every criterion is possible
     optional={
+        "workspace": st.sampled_from(["append", "block", "prompt"]),
+        "block_size": st.integers(1, 1024),
+        "decoder": st.fixed_dictionaries(
+            {
+                "answers": st.sampled_from(["lm_head", "latent_decoder"]),
+                "latent_decoder": st.builds(
+                    lambda heads, width, layers: {"hidden_size": 2 * heads * width, "heads": heads, "layers": layers},
+                    st.integers(1, 16),
+                    st.integers(4, 64),
+                    st.integers(1, 48),
+                ),
+            }
+        ),
         "trained_iterations": st.integers(1, 64),
         "max_iterations": st.integers(0, 256),
         "projection": st.fixed_dictionaries({"kind": st.sampled_from(["identity", "rms_match", "linear", "mlp"])}),
         "timestep": st.fixed_dictionaries(
-            {"kind": st.sampled_from(["none", "sinusoidal", "learned"]), "combine": st.sampled_from(["add", "concat"])}
+            {"kind": st.sampled_from(["none", "sinusoidal", "learned"]), "combine": st.sampled_from(["add", "concat"])},
+            optional={"noise_level": st.booleans()},
         ),
         "lora": st.fixed_dictionaries(
             {
                 "kind": st.sampled_from(["per_iteration", "shared", "none"]),
                 "rank": st.integers(1, 1024),
+                "decode_rank": st.none() | st.integers(1, 1024),
                 "target_modules": st.none() | st.lists(st.text(max_size=9), max_size=3),
             }
         ),
@@ -45,15 +60,20 @@ loops = st.fixed_dictionaries(
 )
 
 
-@given(loops, st.text(max_size=20), st.lists(st.text(max_size=5), max_size=3))
+@given(loops, st.text(max_size=20), st.lists(st.text(min_size=1, max_size=5), max_size=3))
 def test_any_config_round_trips(loop, prefix, stop):
     data = {"loop": loop, "text": {"prompt_prefix": prefix, "stop": stop}}
     config = SLRConfig.from_dict(data)
     assert SLRConfig.from_dict(json.loads(config.to_json())) == config
     dumped = config.model_dump(mode="json")
-    assert all(
-        dumped["loop"][key] == value or dumped["loop"][key].items() >= value.items() for key, value in loop.items()
-    )
+    assert holds(dumped["loop"], loop)
+
+
+def holds(whole, part):
+    """Whether every setting of a nested ``part`` has its value in ``whole``."""
+    if not isinstance(part, dict):
+        return whole == part
+    return all(holds(whole[key], value) for key, value in part.items())
 
 
 def test_it_is_read_from_a_file(tmp_path):
@@ -92,6 +112,20 @@ WRONG = {
     "infinite": ({"loop": {"lora": {"alpha": float("inf")}}}, ""),
     "criterion": ({"loop": {"convergence": {"criterion": "vibes"}}}, "loop.convergence.criterion"),
     "patience": ({"loop": {"convergence": {"patience": 0}}}, "loop.convergence.patience"),
+    "block-size": ({"loop": {"block_size": 0}}, "loop.block_size"),
+    "block-size-absurd": ({"loop": {"block_size": 1025}}, "loop.block_size"),
+    "noise-level": ({"loop": {"timestep": {"noise_level": 0.5}}}, "loop.timestep.noise_level"),
+    "halting-head": ({"loop": {"halting_head": "yes"}}, "loop.halting_head"),
+    "rank-zero": ({"loop": {"lora": {"rank": [1, 0]}}}, "loop.lora.rank"),
+    "rank-absurd": ({"loop": {"lora": {"rank": 1025}}}, "loop.lora.rank"),
+    "decode-rank": ({"loop": {"lora": {"decode_rank": 0}}}, "loop.lora.decode_rank"),
+    "decoder-field": ({"loop": {"decoder": {"latent_decoder": {"depth": 1}}}}, "loop.decoder.latent_decoder.depth"),
+    "decoder-odd": ({"loop": {"decoder": {"latent_decoder": {"hidden_size": 33}}}}, "latent_decoder.hidden_size"),
+    "thought-length": ({"loop": {"decoder": {"latent_decoder": {"max_thought_tokens": 0}}}}, "max_thought_tokens"),
+    "stop-empty": ({"text": {"stop": [""]}}, "text.stop.0"),
+    "stop-token": ({"text": {"stop_token_ids": [-1]}}, "text.stop_token_ids.0"),
+    "answer-prefix": ({"text": {"answer_prefix": None}}, "text.answer_prefix"),
+    "chat-template": ({"text": {"chat_template": ["x"]}}, "text.chat_template"),
     "gate": ({"loop": {"residual": {"mix": "gated", "alpha": 1}}}, "alpha must be below 1"),
     "not-an-object": ([1, 2], "config"),
     "null": (None, "config"),
@@ -105,6 +139,69 @@ def test_what_is_wrong_is_named(case):
     with pytest.raises(ConfigError) as caught:
         SLRConfig.from_dict(data)
     assert named in str(caught.value)
+
+
+LATENT = {"hidden_size": 24, "heads": 5}
+MISFITS = {
+    "heads": (
+        {"decoder": {"latent_decoder": LATENT}},
+        "loop.decoder.latent_decoder: Value error, hidden_size must be a multiple of heads (5)",
+    ),
+    "nobody-answers": (
+        {"decoder": {"answers": "latent_decoder"}},
+        "loop.decoder: Value error, answers `latent_decoder` needs a latent_decoder; "
+        "`latent_decoder: {}` takes the defaults",
+    ),
+    "shared-ranks": (
+        {"lora": {"kind": "shared", "rank": [8]}},
+        "loop: Value error, lora.rank must be one number for lora.kind `shared`",
+    ),
+    "no-adapters-ranks": (
+        {"lora": {"kind": "none", "rank": [1, 2, 3, 4, 5, 6]}},
+        "loop: Value error, lora.rank must be one number for lora.kind `none`",
+    ),
+    "few-ranks": (
+        {"trained_iterations": 3, "lora": {"rank": [8, 4]}},
+        "loop: Value error, lora.rank must be one number or 3, one per trained iteration, got 2",
+    ),
+    "no-ranks": (
+        {"lora": {"rank": []}},
+        "loop: Value error, lora.rank must be one number or 6, one per trained iteration, got 0",
+    ),
+    "no-head": (
+        {"convergence": {"criterion": "learned"}},
+        "loop: Value error, convergence.criterion `learned` needs halting_head to be true",
+    ),
+    "past-the-end": (
+        {"trained_iterations": 3, "max_iterations": 4, "lora": {"past_end": "error"}},
+        "loop: Value error, max_iterations must be at most trained_iterations under lora.past_end `error`",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_parts_that_do_not_fit_together_are_named(case):
+    loop, message = MISFITS[case]
+    with pytest.raises(ConfigError) as caught:
+        SLRConfig.from_dict({"loop": loop})
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        {"trained_iterations": 3, "lora": {"rank": [8, 4, 2]}},
+        {"decoder": {"answers": "latent_decoder", "latent_decoder": {}}},
+        {"decoder": {"latent_decoder": {"hidden_size": 24, "heads": 6}}},
+        {"halting_head": True, "convergence": {"criterion": "learned"}},
+        {"trained_iterations": 4, "max_iterations": 4, "lora": {"past_end": "error"}},
+    ],
+    ids=str,
+)
+def test_parts_that_fit_together_round_trip(loop):
+    config = SLRConfig.from_dict({"loop": loop})
+    assert SLRConfig.from_dict(json.loads(config.to_json())) == config
+    assert holds(config.model_dump(mode="json")["loop"], loop)
 
 
 def test_every_fault_is_listed():
@@ -147,7 +244,7 @@ def test_configs_are_frozen():
 
 def test_every_criterion_has_a_default_threshold():
     for criterion, threshold in DEFAULT_THRESHOLDS.items():
-        config = SLRConfig.from_dict({"loop": {"convergence": {"criterion": criterion}}})
+        config = SLRConfig.from_dict({"loop": {"convergence": {"criterion": criterion}, "halting_head": True}})
         assert config.loop.convergence.effective_threshold == threshold
     assert ConvergenceConfig(threshold=0.0).effective_threshold == 0.0
 

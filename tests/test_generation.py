@@ -1,4 +1,7 @@
+import copy
+
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from slr_core.config import TextConfig
 from slr_core.errors import RequestError
@@ -66,6 +69,155 @@ def test_the_whole_budget_can_be_used(kind):
     (result,) = generate(made, [request])
     assert result.iterations == 4
     assert result.completion_tokens == 40 or result.finish_reason == "stop"
+
+
+# One position an iteration, K however many, none; and an answer prefix of two tokens.
+TAKEN = [("append", 0, 0), ("append", 5, 5), ("block", 0, 0), ("block", 5, 3), ("prompt", 0, 0), ("prompt", 5, 0)]
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize(("workspace", "iterations", "taken"), TAKEN)
+def test_a_loop_takes_the_positions_of_its_workspace(workspace, iterations, taken, prefix):
+    text = {"answer_prefix": tiny.words(*range(prefix))}
+    made = tiny.reasoner(loop={"workspace": workspace, "block_size": 3}, text=text)
+    settings = loop(made, max_iterations=iterations)
+    fits = tiny.POSITIONS - taken - prefix - 1
+    assert prepare(made, tiny.words(*[1] * fits), settings).max_new_tokens == 1
+    with pytest.raises(RequestError, match=f"prompt has {fits + 1} tokens; .* at most {fits} fit") as caught:
+        prepare(made, tiny.words(*[1] * (fits + 1)), settings)
+    assert caught.value.param == "prompt"
+    with pytest.raises(RequestError, match=r"max_new_tokens must be at most 6 .* got 7"):
+        prepare(made, tiny.words(*[1] * (fits - 5)), settings, max_new_tokens=7)
+
+
+def test_an_answer_prefix_is_tokens_of_its_own():
+    made = tiny.reasoner(text={"answer_prefix": "w7 w8", "prompt_suffix": " w2"})
+    request = prepare(made, "w5", loop(made))
+    assert request.prompt_ids == tuple(tiny.ids("w5 w2"))
+    assert request.answer_prefix_ids == tuple(tiny.ids("w7 w8"))
+    assert prepare(tiny.reasoner(), "w5", loop(made)).answer_prefix_ids == ()
+
+
+# -- chats -----------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}{{ {'user': 'w1', 'assistant': 'w2'}[m.role] }} {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}w3{% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": "w5"},
+    {"role": "assistant", "content": "w6 w7"},
+    {"role": "user", "content": "w8"},
+]
+RENDERED = "w1 w5 w2 w6 w7 w1 w8 w3"
+
+
+def chatty(template, **text):
+    """A reasoner whose tokenizer has a template of its own."""
+    made = tiny.reasoner(text=text)
+    made.tokenizer = copy.deepcopy(made.tokenizer)
+    made.tokenizer.chat_template = template
+    return made
+
+
+def test_a_chat_gets_the_configs_template_and_no_prefix():
+    made = tiny.reasoner(text={"chat_template": TEMPLATE, "prompt_prefix": "w9 ", "prompt_suffix": " w9"})
+    assert prepare(made, CHAT, loop(made)).prompt_ids == tuple(tiny.ids(RENDERED))
+
+
+def test_the_tokenizers_template_serves_where_the_config_has_none():
+    assert prepare(chatty(TEMPLATE), CHAT, loop(tiny.reasoner())).prompt_ids == tuple(tiny.ids(RENDERED))
+    made = chatty("w36", chat_template=TEMPLATE)
+    assert prepare(made, CHAT, loop(made)).prompt_ids == tuple(tiny.ids(RENDERED))
+
+
+def test_of_several_templates_of_a_tokenizer_the_default_serves():
+    made = chatty({"default": TEMPLATE, "rag": "w36"})
+    assert prepare(made, CHAT, loop(made)).prompt_ids == tuple(tiny.ids(RENDERED))
+    made = chatty({"rag": "w36"})
+    with pytest.raises(RequestError, match="multiple chat templates"):
+        prepare(made, CHAT, loop(made))
+
+
+def test_a_chat_is_answered_as_its_text():
+    made = tiny.reasoner(text={"chat_template": TEMPLATE})
+    chat, text = (prepare(made, asked, loop(made), max_new_tokens=4) for asked in (CHAT, RENDERED))
+    (first,), (second,) = generate(made, [chat]), generate(made, [text])
+    assert first.token_ids == second.token_ids
+
+
+def test_special_tokens_are_added_to_a_text_alone():
+    # A chat template writes its own, and an answer prefix stands inside a text.
+    made = chatty(TEMPLATE, answer_prefix="w7")
+    opening = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 2)])
+    made.tokenizer.backend_tokenizer.post_processor = opening
+    assert prepare(made, "w5", loop(made)).prompt_ids == (2, *tiny.ids("w5"))
+    chat = prepare(made, CHAT, loop(made))
+    assert chat.prompt_ids == tuple(tiny.ids(RENDERED))
+    assert chat.answer_prefix_ids == tuple(tiny.ids("w7"))
+
+
+def test_without_a_template_there_are_no_chats(made):
+    with pytest.raises(RequestError, match="no chat template") as caught:
+        prepare(made, CHAT, loop(made))
+    assert caught.value.param == "messages"
+
+
+STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('who?') }}{% endif %}" + TEMPLATE
+BAD_CHATS = {
+    "empty": [],
+    "text": ["w5"],
+    "numbers": [3],
+    "none": [None],
+    "unknown-role": [{"role": "captain", "content": "w5"}],
+    "no-role": [{"content": "w5"}],
+    "surrogate": [{"role": "user", "content": "w5 \ud800"}],
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHATS)
+def test_messages_that_cannot_be_rendered_are_refused(case):
+    made = tiny.reasoner(text={"chat_template": STRICT})
+    with pytest.raises(RequestError):
+        prepare(made, BAD_CHATS[case], loop(made))
+
+
+BAD_TEMPLATES = {
+    "syntax": "{% for m in messages %}{{ m.content }}",
+    "undefined": "{{ nonesuch.field }}",
+    "type": "{{ messages + 1 }}",
+    "division": "{{ 1 // (messages | length - 3) }}",
+    "range": "{% for i in range(10 ** 9) %}w1{% endfor %}",
+    "recursion": "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    "nothing": "{# only a comment #}",
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEMPLATES)
+def test_a_template_that_fails_is_an_error_of_the_request(case):
+    made = tiny.reasoner(text={"chat_template": BAD_TEMPLATES[case]})
+    with pytest.raises(RequestError):
+        prepare(made, CHAT, loop(made))
+
+
+ESCAPES = [
+    "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "{{ ''.__class__.__base__.__subclasses__() }}",
+    "{{ raise_exception.__globals__ }}",
+    "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "{{ messages.append('w5') }}",
+    "{{ '{0.__class__}'.format(messages) }}",
+    "{% include '/etc/passwd' %}",
+]
+
+
+@pytest.mark.parametrize("template", ESCAPES)
+def test_a_template_runs_in_a_sandbox(template):
+    # A checkpoint is data: what its template reaches for is refused, or empty.
+    made = tiny.reasoner(text={"chat_template": template})
+    with pytest.raises(RequestError, match=r"refuses|holds no tokens"):
+        prepare(made, CHAT, loop(made))
+    assert len(CHAT) == 3
 
 
 # -- generate --------------------------------------------------------------------------------------------

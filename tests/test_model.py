@@ -9,6 +9,8 @@ from slr_core.generation import generate
 from slr_core.loop.convergence import LoopSettings
 from tests import tiny
 
+WORKSPACES = ("append", "block", "prompt")
+
 
 @pytest.fixture(scope="module")
 def made():
@@ -27,48 +29,92 @@ def run(made, prompts, *loops, **options):
 # -- records ---------------------------------------------------------------------------------------------
 
 
-def test_records_are_measured_on_the_states(made):
-    output = run(made, [tiny.PROMPTS[1]], {"max_iterations": 4, "criterion": "fixed"}, read_head=True)
-    h, records = output.states[0], output.records[0]
+def of(workspace, **loop):
+    return tiny.reasoner(loop={"workspace": workspace, "block_size": 3, "halting_head": True, **loop})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_records_are_measured_on_the_states(workspace, side):
+    made = of(workspace)
+    fixed = LoopSettings.resolve(made.config.loop, max_iterations=4, criterion="fixed")
+    with torch.no_grad():
+        # Beside a longer row, so that there is padding.
+        context = made.encode(*tiny.batch([tiny.PROMPTS[1], tiny.PROMPTS[3]], side))
+        output = made.loop(context, [fixed] * 2, read_head=True)
+        h, records = output.states[0], output.records[0]
+        alpha, log_p = made.residual.gate.sigmoid(), made.head(h[:, -1]).log_softmax(-1)
+    width = {"append": 1, "block": 3, "prompt": 5}[workspace]
+    assert h.shape == (5, width, 32)
     assert [record.t for record in records] == [1, 2, 3, 4]
     assert [record.adapter for record in records] == ["loop_01", "loop_02", "loop_03", "loop_03"]
-    alpha = made.residual.gate.sigmoid()
-    log_p = made.head(h).log_softmax(-1)
-    last = None
+    first = 1 if workspace == "append" else 2  # h_0 may be an input: nothing compares with it
+    steps = {}
     for t, record in enumerate(records, start=1):
-        g = (h[t] - (1 - alpha) * h[t - 1]) / alpha  # the `previous` residual: what moved is g
-        step = (g - h[t - 1]).norm().item()
-        assert record.relative_change == pytest.approx(step / h[t - 1].norm().item(), rel=1e-3)
         assert record.norm == pytest.approx(h[t].norm().item(), rel=1e-4)
-        assert record.cosine == pytest.approx(1 - torch.cosine_similarity(g, h[t - 1], dim=0).item(), rel=1e-3)
-        expected = None if last is None else pytest.approx(step / last, rel=1e-3)
-        assert record.contraction == expected
-        kl = (log_p[t - 1].exp() * (log_p[t - 1] - log_p[t])).sum().item()
-        assert record.kl == pytest.approx(kl, rel=1e-3, abs=1e-6)
         assert record.entropy == pytest.approx(-(log_p[t].exp() * log_p[t]).sum().item(), rel=1e-3)
         assert record.duration_s >= 0
-        last = step
-    rate = math.prod(record.contraction for record in records[1:]) ** (1 / 3)
+        if t < first:
+            assert record.relative_change is record.cosine is record.contraction is record.kl is None
+            continue
+        g = (h[t] - (1 - alpha) * h[t - 1]) / alpha  # the `previous` residual: what moved is g
+        steps[t] = (g - h[t - 1]).norm().item()
+        assert record.relative_change == pytest.approx(steps[t] / h[t - 1].norm().item(), rel=1e-3)
+        cosine = torch.cosine_similarity(g.flatten(), h[t - 1].flatten(), dim=0).item()
+        assert record.cosine == pytest.approx(1 - cosine, rel=1e-3)
+        assert record.contraction == (None if t == first else pytest.approx(steps[t] / steps[t - 1], rel=1e-3))
+        kl = (log_p[t - 1].exp() * (log_p[t - 1] - log_p[t])).sum().item()
+        assert record.kl == pytest.approx(kl, rel=1e-3, abs=1e-6)
+    contractions = [record.contraction for record in records if record.t > first]
+    rate = math.prod(contractions) ** (1 / len(contractions))
     assert output.stability[0].contraction_rate == pytest.approx(rate, rel=1e-4)
     assert output.durations_s[0] >= 0.999 * sum(record.duration_s for record in records)
 
 
 @pytest.mark.parametrize("source", ["none", "initial"])
-def test_without_a_previous_residual_the_state_itself_is_what_moved(source):
-    made = tiny.reasoner(loop={"residual": {"source": source}})
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_without_a_previous_residual_the_state_itself_is_what_moved(source, workspace):
+    made = of(workspace, residual={"source": source})
     output = run(made, [tiny.PROMPTS[1]], {"max_iterations": 3, "criterion": "fixed"})
     h = output.states[0]
-    for t, record in enumerate(output.records[0], start=1):
-        assert record.relative_change == pytest.approx(float((h[t] - h[t - 1]).norm() / h[t - 1].norm()), rel=1e-4)
+    measured = [record for record in output.records[0] if record.relative_change is not None]
+    assert len(measured) == (3 if workspace == "append" else 2)
+    for record in measured:
+        before, after = h[record.t - 1], h[record.t]
+        assert record.relative_change == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
 
 
-def test_top_tokens_are_the_heads_likeliest(made):
-    output = run(made, [tiny.PROMPTS[1]], {"max_iterations": 2, "criterion": "fixed"}, top_tokens=3)
-    for state, record in zip(output.states[0][1:], output.records[0], strict=True):
-        top = made.head(state).softmax(-1).topk(3)
-        assert [token for token, _ in record.top_tokens] == [tiny.WORDS[i] for i in top.indices]
-        assert [p for _, p in record.top_tokens] == pytest.approx(top.values.tolist(), rel=1e-4)
-        assert record.kl is not None
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_top_tokens_are_the_heads_likeliest_at_the_last_position(workspace):
+    made = of(workspace)
+    output = run(made, tiny.PROMPTS[1:4], *[{"max_iterations": 2, "criterion": "fixed"}] * 3, top_tokens=3)
+    for states, records in zip(output.states, output.records, strict=True):
+        for state, record in zip(states[1:], records, strict=True):
+            top = made.head(state[-1]).softmax(-1).topk(3)
+            assert [token for token, _ in record.top_tokens] == [tiny.WORDS[i] for i in top.indices]
+            assert [p for _, p in record.top_tokens] == pytest.approx(top.values.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_a_limit_cycle_is_told(workspace, monkeypatch):
+    made = of(workspace, residual={"source": "none"})
+    iterate = made.workspace.run
+
+    def flip(model, context, u, active):
+        iterate(model, context, u, active)
+        flip.sign = -flip.sign
+        return torch.ones_like(u) + 0.5 * flip.sign
+
+    flip.sign = 1
+    monkeypatch.setattr(made.workspace, "run", flip)
+    if workspace == "block":
+        with torch.no_grad():
+            made.workspace.vectors.fill_(1.5)  # h_2: but an input is no state to come back to
+    # h_1 is the first state of the cycle: h_3 and h_4 come back.
+    for most in (3, 4, 5):
+        fixed = {"max_iterations": most, "criterion": "fixed"}
+        summaries = run(made, tiny.PROMPTS[1:3], fixed, fixed).stability
+        assert [summary.oscillating for summary in summaries] == [most > 3] * 2
 
 
 def test_more_top_tokens_than_the_vocabulary_are_the_vocabulary(made):
@@ -81,14 +127,17 @@ def test_the_head_is_not_read_unless_asked(made):
     assert all(r.kl is None and r.entropy is None and r.top_tokens == () for r in output.records[0])
 
 
+@pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("criterion", ["relative_change", "cosine", "kl", "entropy_change", "argmax_stable"])
-def test_the_recorded_criterion_explains_the_exit(made, criterion):
+def test_the_recorded_criterion_explains_the_exit(workspace, criterion):
+    made = of(workspace)
+    first = 1 if workspace == "append" else 2
     threshold = {"relative_change": 0.8, "cosine": 0.3, "kl": 0.3, "entropy_change": 0.2, "argmax_stable": 0.5}
     loop = {"max_iterations": 12, "criterion": criterion, "threshold": threshold[criterion]}
     output = run(made, tiny.PROMPTS, *[loop] * len(tiny.PROMPTS), read_head=True)
     reasons = set()
     for states, records, reason in zip(output.states, output.records, output.exit_reasons, strict=True):
-        log_p = made.head(states).log_softmax(-1)
+        log_p = made.head(states[:, -1]).log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)
         values = {
             "relative_change": [r.relative_change for r in records],
@@ -97,7 +146,7 @@ def test_the_recorded_criterion_explains_the_exit(made, criterion):
             "entropy_change": (entropy[1:] - entropy[:-1]).abs().tolist(),
             "argmax_stable": (log_p.argmax(-1)[1:] != log_p.argmax(-1)[:-1]).float().tolist(),
         }[criterion]
-        below = [value < threshold[criterion] for value in values]
+        below = [t >= first and value < threshold[criterion] for t, value in enumerate(values, start=1)]
         assert not any(below[:-1])
         assert below[-1] == (reason == "converged")
         reasons.add(reason)
@@ -119,17 +168,21 @@ def test_a_finished_row_is_left_as_it_was(made):
         assert int(context.visible[row].sum()) == length + iterations
 
 
-def test_an_inactive_row_stays_as_it_is(made):
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_an_inactive_row_stays_as_it_is(workspace):
+    made = of(workspace, timestep={"noise_level": True})
     with torch.no_grad():
         context = made.encode(*tiny.batch(tiny.PROMPTS[:2]))
-        before, positions = context.hidden, context.next_position
-        g, h = made.iterate(context, 1, before, torch.tensor([True, False]))
+        made.iterate(context, 1)
+        before, positions, change = context.hidden, context.next_position, context.change
+        g, h = made.iterate(context, 2, torch.tensor([True, False]))
     assert torch.equal(h[1], before[1])
     assert not torch.equal(h[0], before[0])
     assert torch.equal(context.hidden, h)
-    assert context.visible[:, -1].tolist() == [True, False]
-    assert (context.next_position - positions).tolist() == [1, 0]
+    assert (context.next_position - positions).tolist() == [int(workspace == "append"), 0]
     assert g.shape == h.shape
+    torch.testing.assert_close(context.change[1], change[1], equal_nan=True)
+    assert context.change[0].isfinite()
 
 
 def test_as_many_settings_as_rows(made):
@@ -137,22 +190,9 @@ def test_as_many_settings_as_rows(made):
         run(made, tiny.PROMPTS[:2], {})
 
 
-def test_rewinding_is_as_if_the_loop_had_ended_there(made):
-    tokens, present = tiny.batch([tiny.words(7, 8)] * 3)
-    looped = torch.ones(3, dtype=torch.bool)
-    with torch.inference_mode():
-        context = made.encode(*tiny.batch(tiny.PROMPTS[:3]))
-        made.rewind(context, made.unroll(context, 5), torch.tensor([2, 5, 0]))
-        rewound = made.answer(context, tokens, present.bool(), looped)
-        for row, kept in enumerate((2, 5, 0)):
-            alone = made.encode(*tiny.batch([tiny.PROMPTS[row]]))
-            states = made.unroll(alone, kept)
-            torch.testing.assert_close(context.hidden[row], states[0, -1], rtol=1e-5, atol=1e-5)
-            expected = made.answer(alone, tokens[:1], present[:1].bool(), looped[:1])
-            torch.testing.assert_close(rewound[row], expected[0], rtol=1e-4, atol=1e-4)
-
-
-def test_a_fork_and_its_origin_do_not_see_each_other(made):
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_a_fork_and_its_origin_do_not_see_each_other(workspace):
+    made = of(workspace)
     with torch.inference_mode():
         origin = made.encode(*tiny.batch(tiny.PROMPTS[:2]))
         fork = origin.fork()
@@ -161,11 +201,15 @@ def test_a_fork_and_its_origin_do_not_see_each_other(made):
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def test_unrolling_is_the_loop_without_exits(made):
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_unrolling_is_the_loop_without_exits(workspace):
+    made = of(workspace)
     with torch.inference_mode():
-        states = made.unroll(made.encode(*tiny.batch(tiny.PROMPTS[:3])), 4)
+        context = made.encode(*tiny.batch(tiny.PROMPTS[:3]))
+        states = made.unroll(context, 4)
     output = run(made, tiny.PROMPTS[:3], *[{"max_iterations": 4, "criterion": "fixed"}] * 3)
-    torch.testing.assert_close(states, torch.stack(output.states), rtol=1e-5, atol=1e-5)
+    for row, expected in enumerate(output.states):
+        torch.testing.assert_close(states[row][:, context.own[row]], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_answer_in_one_pass_is_the_answer_token_by_token():
@@ -214,13 +258,16 @@ ABLATIONS = [
     {"projection": {"kind": "mlp"}},
     {"residual": {"norm": True}},
     {"residual": {"mix": "convex", "source": "initial"}},
+    {"workspace": "block", "timestep": {"noise_level": True}},
+    {"workspace": "prompt", "halting_head": True, "convergence": {"criterion": "learned"}},
+    {"decoder": {"answers": "latent_decoder", "latent_decoder": {"hidden_size": 16, "heads": 2}}},
 ]
 
 
 @pytest.mark.parametrize("loop", ABLATIONS, ids=str)
 def test_every_part_runs_on_a_base_model_in_half_precision(loop):
     made = tiny.reasoner(loop=loop, plain=tiny.base().to(torch.bfloat16))
-    requests = [tiny.request(made, prompt, {"max_iterations": 3}) for prompt in tiny.PROMPTS[:2]]
+    requests = [tiny.request(made, prompt, {"max_iterations": 3}, trace=True) for prompt in tiny.PROMPTS[:2]]
     results = generate(made, requests)
     assert all(result.iterations >= 1 and result.exit_reason != "diverged" for result in results)
 
@@ -262,6 +309,16 @@ def test_sizes():
     assert made.max_positions == tiny.POSITIONS
     assert tiny.reasoner("gpt2").max_positions == tiny.POSITIONS
     assert made.device == torch.device("cpu")
+    assert made.state_values(7, 3) == 3 * 32
+    assert of("block").state_values(7, 3) == 3 * 3 * 32
+    assert of("prompt").state_values(7, 3) == 3 * 7 * 32
+
+
+def test_end_tokens_are_the_tokenizers_the_bases_and_the_configs():
+    assert tiny.reasoner().end_tokens == {tiny.EOS}
+    plain = tiny.base()
+    plain.generation_config.eos_token_id = [tiny.EOS, 7]
+    assert tiny.reasoner(plain=plain, text={"stop_token_ids": [9]}).end_tokens == {tiny.EOS, 7, 9}
 
 
 def test_an_overlong_chain_of_left_padding_stays_within_the_positions():

@@ -1,14 +1,17 @@
-"""Tiny random models of three architectures, and latent reasoners made of them."""
+"""Tiny random models of the architectures that the project runs, and latent reasoners made of them."""
 
 import copy
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -16,8 +19,12 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -28,7 +35,7 @@ from slr_core.loop.convergence import LoopSettings
 from slr_core.loop.lora import DECODE, fresh
 from slr_core.model import LatentReasoner
 
-KINDS = ("llama", "qwen3", "gpt2")
+KINDS = ("llama", "qwen2", "qwen3", "gpt2")
 WORDS = ("<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(37)))
 PAD, EOS = 0, 1
 POSITIONS = 64
@@ -39,6 +46,13 @@ LOOP: dict[str, Any] = {
     "lora": {"rank": 2, "alpha": 4},
     "timestep": {"kind": "learned"},
 }
+WORKSPACES: dict[str, dict[str, Any]] = {
+    "append": {},
+    "block": {"workspace": "block", "block_size": 3},
+    "prompt": {"workspace": "prompt"},
+}
+"""The changes to ``LOOP`` that make each workspace."""
+LATENT_DECODER: dict[str, Any] = {"hidden_size": 16, "layers": 2, "heads": 2, "max_thought_tokens": 4}
 
 
 @cache
@@ -50,7 +64,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def base(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
-    """Two layers of 32 channels, weights large enough that positions, adapters and context all matter."""
+    """Two layers of 32 channels, weights large enough that positions, adapters and context all matter.
+
+    ``mistral`` has a sliding window, which a loop refuses; it is not among ``KINDS``.
+    """
     torch.manual_seed(seed)
     special = {"vocab_size": len(WORDS), "eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": None}
     llama_like = {
@@ -65,6 +82,15 @@ def base(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
     match kind:
         case "llama":
             return LlamaForCausalLM(LlamaConfig(**special, **llama_like)).eval()
+        case "mistral":
+            return MistralForCausalLM(MistralConfig(**special, **llama_like, sliding_window=8)).eval()
+        case "qwen2":
+            made = Qwen2ForCausalLM(Qwen2Config(**special, **llama_like)).eval()
+            with torch.no_grad():  # attention biases, which start at zero
+                for name, parameter in made.named_parameters():
+                    if name.endswith(".bias"):
+                        parameter.normal_(std=0.3)
+            return made
         case "qwen3":
             return Qwen3ForCausalLM(Qwen3Config(**special, **llama_like, head_dim=8, tie_word_embeddings=True)).eval()
         case "gpt2":
@@ -111,11 +137,31 @@ def shake(made: LatentReasoner, seed: int = 0) -> None:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
             elif not name.startswith("base."):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+                if name.startswith("decoder.") and parameter.dim() > 1:
+                    parameter.mul_(4)  # or it would write the same whatever it reads
 
 
 def twin(made: LatentReasoner) -> LatentReasoner:
     """An independent copy."""
     return copy.deepcopy(made)
+
+
+@contextmanager
+def passes(made: LatentReasoner) -> Iterator[list[tuple[str | None, list[list[int]]]]]:
+    """The base model's forward passes inside the block: the adapter that acts, and the position ids ``[B, q]``."""
+    seen: list[tuple[str | None, list[list[int]]]] = []
+    layers = [module for module in made.base.modules() if isinstance(module, LoraLayer)]
+
+    def note(_module: torch.nn.Module, _args: Any, options: dict[str, Any]) -> None:
+        (active,) = {tuple(layer.active_adapters) for layer in layers} or {()}
+        (adapter,) = active or (None,)
+        seen.append((adapter, options["position_ids"].tolist()))
+
+    handle = made.base.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def words(*ids: int) -> str:

@@ -7,7 +7,7 @@ floats, one instance per request, so that it can be tested without a model.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -61,6 +61,8 @@ class LoopSettings:
             raise RequestError(
                 f"criterion must be one of {', '.join(DEFAULT_THRESHOLDS)}, got {criterion}", param="criterion"
             )
+        if criterion == "learned" and not loop.halting_head:
+            raise RequestError("criterion learned needs a checkpoint with a halting head", param="criterion")
         if max_iterations is not None and min_iterations is not None and min_iterations > max_iterations:
             raise RequestError(
                 f"min_iterations must be at most max_iterations ({max_iterations}), got {min_iterations}",
@@ -90,53 +92,87 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Distances:
-    """Per-row measures of one iteration, each ``[B]`` fp32.
+    """Per-row measures of one iteration, each ``[B]`` fp32, ``None`` where undefined or not asked for.
 
-    ``change`` is the norm of the step, ``norm`` that of the new state. The head's measures are ``None``
-    unless logits were given.
+    ``norm`` is the length of the new state and ``change`` that of the step. What compares two states is
+    undefined where h_{t-1} is an input and not a state; the head's measures need logits, ``learned`` a
+    halting head.
     """
 
-    change: Tensor
     norm: Tensor
-    relative_change: Tensor
-    cosine: Tensor
+    change: Tensor | None = None
+    relative_change: Tensor | None = None
+    cosine: Tensor | None = None
     kl: Tensor | None = None
     entropy: Tensor | None = None
     entropy_change: Tensor | None = None
     argmax_stable: Tensor | None = None
+    learned: Tensor | None = None
+
+
+def step(moved: Tensor, previous: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Length of a step and its share of |h_{t-1}|, each ``[B]`` fp32, by the Frobenius norm over own positions.
+
+    Args:
+        moved: what moved, ``[B, W, d]``: h_t, or g_t under a ``previous`` residual, whose small alpha must
+            not look like convergence.
+        previous: h_{t-1} ``[B, W, d]``.
+        own: ``[B, W]`` bool, the positions that count.
+    """
+    change = _flat(moved.float() - previous.float(), own).norm(dim=-1)
+    return change, change / _flat(previous.float(), own).norm(dim=-1)
 
 
 def measure(
     hidden: Tensor,
-    previous: Tensor,
-    output: Tensor,
-    logits: tuple[Tensor, Tensor] | None = None,
+    own: Tensor,
+    *,
+    previous: Tensor | None = None,
+    moved: Tensor | None = None,
+    logits: Tensor | None = None,
+    logits_before: Tensor | None = None,
+    p_halt: Tensor | None = None,
 ) -> Distances:
-    """Distances between two consecutive states ``[B, d]``.
+    """What one iteration says about its loop.
 
     Args:
-        hidden: ``h_t``.
-        previous: ``h_{t-1}``.
-        output: what moved: ``h_t``, or ``g_t`` under a ``previous`` residual, whose small alpha must not
-            look like convergence.
-        logits: the head's ``[B, V]`` at ``h_t`` and at ``h_{t-1}``, where needed.
+        hidden: h_t ``[B, W, d]``.
+        own: ``[B, W]`` bool, the positions that count.
+        previous: h_{t-1}, where it is a state; without it nothing that compares states is defined.
+        moved: see :func:`step`; by default h_t.
+        logits: the head's ``[B, V]`` at h_t, where needed.
+        logits_before: the same at h_{t-1}.
+        p_halt: ``[B]``, the halting head's, where there is one.
     """
-    hidden, previous, output = hidden.float(), previous.float(), output.float()
-    change = (output - previous).norm(dim=-1)
-    cosine = 1 - torch.nn.functional.cosine_similarity(output, previous, dim=-1)
-    distances = {"change": change, "norm": hidden.norm(dim=-1), "relative_change": change / previous.norm(dim=-1)}
-    if logits is None:
-        return Distances(**distances, cosine=cosine)
-    now, before = (x.float().log_softmax(-1) for x in logits)
-    entropy = _entropy(now)
-    return Distances(
-        **distances,
-        cosine=cosine,
-        kl=(before.exp() * (before - now)).sum(-1),
+    norm = _flat(hidden.float(), own).norm(dim=-1)
+    now = None if logits is None else logits.float().log_softmax(-1)
+    entropy = None if now is None else _entropy(now)
+    if previous is None:
+        return Distances(norm, entropy=entropy)
+    moved = hidden if moved is None else moved
+    change, relative_change = step(moved, previous, own)
+    flat, flat_before = _flat(moved.float(), own), _flat(previous.float(), own)
+    distances = Distances(
+        norm,
+        change=change,
+        relative_change=relative_change,
+        cosine=1 - torch.nn.functional.cosine_similarity(flat, flat_before, dim=-1),
         entropy=entropy,
+        learned=None if p_halt is None else 1 - p_halt,
+    )
+    if now is None or entropy is None or logits_before is None:
+        return distances
+    before = logits_before.float().log_softmax(-1)
+    return replace(
+        distances,
+        kl=(before.exp() * (before - now)).sum(-1),
         entropy_change=(entropy - _entropy(before)).abs(),
         argmax_stable=(now.argmax(-1) != before.argmax(-1)).float(),
     )
+
+
+def _flat(x: Tensor, own: Tensor) -> Tensor:
+    return x.masked_fill(~own[..., None], 0).flatten(-2)
 
 
 def _entropy(log_probabilities: Tensor) -> Tensor:

@@ -59,16 +59,20 @@ class LoopAdapters:
 
 
 def fresh(loop: LoopConfig) -> dict[str, LoraConfig]:
-    """PEFT configs of untrained loop adapters, by adapter name."""
+    """PEFT configs of untrained adapters, by adapter name: the loop's, and ``decode`` where there is one."""
     config = loop.lora
+    ranks = list(config.rank) if isinstance(config.rank, tuple) else [config.rank] * len(loop.adapters)
+    named = dict(zip(loop.adapters, ranks, strict=True))
+    if config.decode_rank is not None:
+        named[DECODE] = config.decode_rank
     return {
         name: LoraConfig(
-            r=config.rank,
+            r=rank,
             lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft scales by alpha / r: any number will do
             target_modules="all-linear" if config.target_modules is None else list(config.target_modules),
             task_type="CAUSAL_LM",
         )
-        for name in loop.adapters
+        for name, rank in named.items()
     }
 
 

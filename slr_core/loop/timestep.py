@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from math import log
+from math import log, nan
 
 import torch
 from torch import Tensor, nn
 
 from slr_core.config import TimestepConfig
+
+NOISE_WIDTH = 16
+"""Width of the MLP that reads the noise level."""
+LEAST_CHANGE = 1e-6
+"""Relative changes are read between this and its inverse: the logarithm of a standstill has no end."""
 
 
 class Timestep(nn.Module):
@@ -16,11 +21,15 @@ class Timestep(nn.Module):
     ``sinusoidal`` embeds ``t`` as transformers embed positions and diffusion models embed time (Vaswani
     et al., 2017; Ho et al., 2020), then passes it through an MLP. ``learned`` is one vector per trained
     iteration. Either is asked for trained iterations alone: past the last, the caller applies the policy.
+
+    With ``noise_level``, e_t also depends on how far the state still is from settled, as diffusion models
+    condition on the noise that is left (Karras et al., 2022): the log of the last relative change goes
+    through a small MLP, and what it gives is added to e_t. Where there is none yet, a learned value stands in.
     """
 
     def __init__(self, config: TimestepConfig, hidden_size: int, trained_iterations: int) -> None:
         super().__init__()
-        self.kind, self.combine = config.kind, config.combine
+        self.kind, self.combine, self.noise_level = config.kind, config.combine, config.noise_level
         if config.kind == "sinusoidal":
             half = max(1, hidden_size // 2)
             self.mlp = nn.Sequential(
@@ -28,14 +37,24 @@ class Timestep(nn.Module):
             )
         elif config.kind == "learned":
             self.table = nn.Parameter(0.02 * torch.randn(trained_iterations, hidden_size))
-        if config.kind != "none" and config.combine == "concat":
+        if config.noise_level:
+            self.first_level = nn.Parameter(torch.zeros(()))
+            self.level_mlp = nn.Sequential(
+                nn.Linear(1, NOISE_WIDTH), nn.SiLU(), _small(nn.Linear(NOISE_WIDTH, hidden_size))
+            )
+        if self.acts and config.combine == "concat":
             self.merge = nn.Linear(2 * hidden_size, hidden_size)
             with torch.no_grad():
                 self.merge.weight.copy_(torch.cat([torch.eye(hidden_size)] * 2, dim=1))
                 self.merge.bias.zero_()
 
+    @property
+    def acts(self) -> bool:
+        """Whether there is an embedding at all."""
+        return self.kind != "none" or self.noise_level
+
     def embedding(self, t: int) -> Tensor:
-        """``e_t`` ``[d]`` for a 1-based iteration ``t`` ."""
+        """The part of ``e_t`` that depends on the iteration alone: ``[d]`` for a 1-based ``t``; never for `none`."""
         if self.kind == "learned":
             return self.table[t - 1]
         first = self.mlp[0].weight
@@ -46,11 +65,26 @@ class Timestep(nn.Module):
         embedding: Tensor = self.mlp(torch.cat([angles.sin(), angles.cos()]).to(first.dtype))
         return embedding
 
-    def forward(self, x: Tensor, t: int) -> Tensor:
-        """Combine inputs ``[..., d]`` with ``e_t``; the result has the shape and dtype of ``x``."""
-        if self.kind == "none":
+    def level(self, change: Tensor) -> Tensor:
+        """The part of ``e_t`` that depends on the last relative change ``[...]`` (NaN: none yet): ``[..., d]``."""
+        known = change.detach().clamp(LEAST_CHANGE, 1 / LEAST_CHANGE).log().to(self.first_level.dtype)
+        embedding: Tensor = self.level_mlp(torch.where(change.isnan(), self.first_level, known)[..., None])
+        return embedding
+
+    def forward(self, x: Tensor, t: int, change: Tensor | None = None) -> Tensor:
+        """Combine inputs with ``e_t``; the result has the shape and dtype of ``x``.
+
+        Args:
+            x: ``[..., d]``.
+            t: a trained iteration, from 1.
+            change: the last relative change, of a shape that broadcasts against ``[...]``, NaN where there is
+                none yet; read by ``noise_level`` alone. ``None``: none yet anywhere.
+        """
+        if not self.acts:
             return x
-        e_t = self.embedding(t).to(x.dtype)
+        e_t = self.embedding(t).to(x.dtype) if self.kind != "none" else torch.zeros((), dtype=x.dtype, device=x.device)
+        if self.noise_level:
+            e_t = e_t + self.level(torch.full((), nan, device=x.device) if change is None else change).to(x.dtype)
         if self.combine == "add":
             return x + e_t
         merged: Tensor = self.merge(torch.cat([x, e_t.expand_as(x)], dim=-1))

@@ -106,6 +106,22 @@ class TrainConfig(_Model):
     threads: int | None = Field(None, ge=1, description="torch threads; None: torch's own choice")
     stages: tuple[StageConfig, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _objectives_suit_the_loop(self) -> Self:
+        terms, loops = self.objectives, self.max_iterations != 0
+        if (
+            terms.chains
+            and self.chains
+            and loops
+            and (self.loop.workspace != "append" or self.loop.timestep.noise_level)
+        ):
+            raise ValueError(
+                "objectives.chains must be 0 unless loop.workspace is `append` and loop.timestep.noise_level false"
+            )
+        if terms.start and loops and self.loop.workspace == "prompt":
+            raise ValueError("objectives.start must be 0 in the workspace `prompt`, which never runs the plain prompt")
+        return self
+
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: tuple[str, ...] = ()) -> Self:
         """Read a recipe; each override is ``dotted.name=value`` with a YAML value.

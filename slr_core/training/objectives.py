@@ -22,6 +22,7 @@ from torch import Tensor
 
 from slr_core.context import Context
 from slr_core.loop.projection import rms_normalize
+from slr_core.loop.workspace import readout
 from slr_core.model import LatentReasoner
 from slr_core.training.config import ObjectiveWeights
 from slr_core.training.data import IGNORE
@@ -41,10 +42,14 @@ def losses(reasoner: LatentReasoner, batch: dict[str, Any], weights: ObjectiveWe
     context = reasoner.encode(batch["input_ids"], batch["attention_mask"])
     prompt = context.fork()
     iterations, hops, answer = batch["iterations"], batch["hops"], batch["answer_ids"]
-    states = reasoner.unroll(context, iterations)
+    workspace = reasoner.unroll(context, iterations)
+    states = readout(workspace, context.own)
+    if iterations == 0:
+        reasoner.close(context, workspace, torch.zeros_like(hops))
+    start = context.state
     terms = {}
     if weights.start or iterations == 0:
-        terms["start"] = F.cross_entropy(reasoner.head(states[:, 0]), answer[:, 0])
+        terms["start"] = F.cross_entropy(reasoner.head(start), answer[:, 0])
     if weights.frontier and iterations:
         terms["frontier"] = set_divergence(reasoner.head(states[:, 1:]), batch["targets"])
     if weights.fixed_point and iterations > 1:
@@ -52,8 +57,9 @@ def losses(reasoner: LatentReasoner, batch: dict[str, Any], weights: ObjectiveWe
     if weights.chains and iterations and batch["chain_starts"] is not None:
         terms["chains"] = chains(reasoner, prompt, batch["chain_starts"], batch["chain_targets"][:, :, :iterations])
     if weights.answer:
-        spread = torch.randint_like(hops, EXIT_SPREAD)
-        reasoner.rewind(context, states, (hops + 1 + spread).clamp_max(iterations))
+        if iterations:
+            spread = torch.randint_like(hops, EXIT_SPREAD)
+            reasoner.close(context, workspace, (hops + 1 + spread).clamp_max(iterations))
         terms["answer"] = answer_loss(reasoner, context, answer, torch.full_like(hops, iterations).bool())
     return terms
 
@@ -82,7 +88,7 @@ def fixed_point(states: Tensor, hops: Tensor) -> Tensor:
 def answer_loss(reasoner: LatentReasoner, context: Context, answer: Tensor, looped: Tensor) -> Tensor:
     """Cross-entropy of ``answer`` ``[B, A]``: the first token at the context's state, the rest teacher-forced."""
     inputs, present = answer[:, :-1].clamp_min(0), answer[:, :-1] != IGNORE
-    first = reasoner.head(context.hidden)[:, None]
+    first = reasoner.head(context.state)[:, None]
     rest = reasoner.answer(context, inputs, present, looped)
     return F.cross_entropy(torch.cat([first, rest], dim=1).transpose(1, 2), answer, ignore_index=IGNORE)
 

@@ -103,6 +103,26 @@ def test_generate_answers_in_the_order_of_its_prompts(made):
     assert facts(single) == facts(expected[2])
 
 
+@pytest.mark.parametrize("workspace", ["append", "block", "prompt"])
+@pytest.mark.parametrize("answers", ["lm_head", "latent_decoder"])
+def test_every_workspace_and_writer_is_served_as_alone(workspace, answers):
+    decoder = {"answers": answers, "latent_decoder": {"hidden_size": 16, "layers": 1, "heads": 2}}
+    loop = {"workspace": workspace, "block_size": 3, "decoder": decoder, "timestep": {"noise_level": True}}
+    made = tiny.reasoner(loop=loop, decode=True, text={"answer_prefix": "w7"})
+    requests = [
+        tiny.request(made, prompt, LOOPS[i % len(LOOPS)], trace=i % 2 == 0, include_states=i % 3 == 0)
+        for i, prompt in enumerate(tiny.PROMPTS)
+    ]
+    expected = [generate(made, [request])[0] for request in requests]
+    with Engine(made, max_batch=5) as serving:
+        results = [future.result(TIMEOUT) for future in [serving.submit(request) for request in requests]]
+    for i, (result, alone) in enumerate(zip(results, expected, strict=True)):
+        assert facts(result) == facts(alone)
+        assert result.forward_passes == alone.forward_passes
+        assert [record.thought for record in result.records] == [record.thought for record in alone.records]
+        assert (result.states is not None) == (i % 3 == 0)
+
+
 def test_generate_refuses_before_anything_runs(made, gate):
     with Engine(made) as serving:
         for prompts, loop in ((["w1", ""], {}), ("w1", {"max_iterations": 2, "min_iterations": 3})):

@@ -13,7 +13,7 @@ from slr_core.config import (
     LoopLoraConfig,
 )
 from slr_core.errors import RequestError
-from slr_core.loop.convergence import ExitRule, LoopSettings, measure
+from slr_core.loop.convergence import ExitRule, LoopSettings, measure, step
 
 CRITERIA = tuple(DEFAULT_THRESHOLDS)
 positive = st.floats(0, 1e6, allow_nan=False)
@@ -167,6 +167,7 @@ def test_requests_override_defaults(t_max, t_min, criterion, threshold, most, le
         max_iterations=t_max,
         min_iterations=t_min,
         convergence=ConvergenceConfig(criterion=criterion, threshold=threshold, patience=2),
+        halting_head=True,
     )
     options = {"max_iterations": most, "min_iterations": least, "criterion": asked, "threshold": asked_threshold}
     if most is not None and least is not None and least > most:
@@ -217,26 +218,73 @@ def test_the_policy_error_bounds_the_maximum():
 
 
 def test_the_head_is_read_only_where_it_is_needed():
-    reading = {c for c in CRITERIA if LoopSettings.resolve(LoopConfig(), criterion=c).reads_head}
+    loop = LoopConfig(halting_head=True)
+    reading = {c for c in CRITERIA if LoopSettings.resolve(loop, criterion=c).reads_head}
     assert reading == {"kl", "entropy_change", "argmax_stable"}
+
+
+def test_the_learned_criterion_needs_a_head():
+    with pytest.raises(RequestError, match="halting head") as caught:
+        LoopSettings.resolve(LoopConfig(), criterion="learned")
+    assert caught.value.param == "criterion"
+    loop = LoopConfig(halting_head=True, convergence=ConvergenceConfig(criterion="learned", threshold=0.2))
+    assert LoopSettings.resolve(loop).threshold == 0.2
+    assert LoopSettings.resolve(loop, criterion="fixed").threshold == DEFAULT_THRESHOLDS["fixed"]
 
 
 # -- distances -------------------------------------------------------------------------------------------
 
+ONE = torch.tensor([[True]])
+
+
+def one_each(*states):
+    """Workspaces of a single position, ``[B, 1, d]``, and their mask."""
+    made = torch.tensor(states)[:, None]
+    return made, torch.ones(made.shape[:2], dtype=torch.bool)
+
 
 def test_distances_by_hand():
-    previous, h = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[3.0, 5.0], [0.0, 2.0]])
-    d = measure(h, previous, h)
+    previous, own = one_each([3.0, 4.0], [1.0, 0.0])
+    h, _ = one_each([3.0, 5.0], [0.0, 2.0])
+    d = measure(h, own, previous=previous)
     torch.testing.assert_close(d.change, torch.tensor([1.0, math.sqrt(5)]))
     torch.testing.assert_close(d.norm, torch.tensor([math.sqrt(34), 2.0]))
     torch.testing.assert_close(d.relative_change, torch.tensor([0.2, math.sqrt(5)]))
     torch.testing.assert_close(d.cosine, torch.tensor([1 - 29 / (5 * math.sqrt(34)), 1.0]))
-    assert d.kl is d.entropy is d.entropy_change is d.argmax_stable is None
+    assert d.kl is d.entropy is d.entropy_change is d.argmax_stable is d.learned is None
+
+
+def test_over_several_positions_the_norm_is_frobenius():
+    previous, h = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]]), torch.tensor([[[3.0, 1.0], [2.0, 6.0]]])
+    own = torch.ones(1, 2, dtype=torch.bool)
+    d = measure(h, own, previous=previous)
+    assert d.norm.item() == pytest.approx(math.sqrt(9 + 1 + 4 + 36))
+    assert d.change.item() == pytest.approx(3.0)
+    assert d.relative_change.item() == pytest.approx(3 / 5)
+    assert d.cosine.item() == pytest.approx(1 - (9 + 24) / (5 * math.sqrt(50)))
+    torch.testing.assert_close(step(h, previous, own), (d.change, d.relative_change))
+
+
+@pytest.mark.parametrize("filler", [0.0, 1e4, math.nan, math.inf])
+@pytest.mark.parametrize("left", [0, 2])
+def test_padding_is_no_part_of_a_distance(filler, left):
+    generator = torch.Generator().manual_seed(0)
+    h, previous, moved = (torch.randn(1, 3, 5, generator=generator) for _ in range(3))
+    own = torch.zeros(1, 5, dtype=torch.bool)
+    own[:, left : left + 3] = True
+
+    def padded(x):
+        return torch.full((1, 5, 5), filler).masked_scatter(own[..., None], x)
+
+    bare = measure(h, torch.ones(1, 3, dtype=torch.bool), previous=previous, moved=moved)
+    d = measure(padded(h), own, previous=padded(previous), moved=padded(moved))
+    for name in ("norm", "change", "relative_change", "cosine"):
+        torch.testing.assert_close(getattr(d, name), getattr(bare, name), msg=name)
 
 
 def test_the_step_is_taken_from_what_moved():
-    previous, h, g = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.1]]), torch.tensor([[1.0, 1.0]])
-    d = measure(h, previous, g)
+    (previous, own), (h, _), (g, _) = one_each([1.0, 0.0]), one_each([1.0, 0.1]), one_each([1.0, 1.0])
+    d = measure(h, own, previous=previous, moved=g)
     assert d.relative_change.item() == pytest.approx(1.0)
     assert d.norm.item() == pytest.approx(math.hypot(1, 0.1))
     assert d.cosine.item() == pytest.approx(1 - 1 / math.sqrt(2))
@@ -244,8 +292,8 @@ def test_the_step_is_taken_from_what_moved():
 
 def test_the_heads_distances_by_hand():
     now, before = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.3, 0.5, 0.2]])
-    h = torch.ones(1, 2)
-    d = measure(h, h, h, (now.log() + 3, before.log() - 2))
+    h, own = one_each([1.0, 1.0])
+    d = measure(h, own, previous=h, logits=now.log() + 3, logits_before=before.log() - 2)
 
     def entropy(p):
         return -sum(x * math.log(x) for x in p[0].tolist())
@@ -257,18 +305,40 @@ def test_the_heads_distances_by_hand():
     assert d.argmax_stable.item() == 1.0
 
 
+def test_learned_is_the_probability_of_going_on():
+    h, own = one_each([1.0, 1.0], [0.0, 2.0])
+    d = measure(h, own, previous=h, p_halt=torch.tensor([0.9, 0.25]))
+    torch.testing.assert_close(d.learned, torch.tensor([0.1, 0.75]))
+
+
+def test_without_an_earlier_state_only_the_new_one_is_measured():
+    h, own = one_each([3.0, 4.0])
+    logits = torch.tensor([[0.5, 0.5]]).log()
+    d = measure(h, own, moved=h + 1, logits=logits, logits_before=logits, p_halt=torch.tensor([0.9]))
+    assert {name for name, value in vars(d).items() if value is not None} == {"norm", "entropy"}
+    assert d.norm.item() == pytest.approx(5.0)
+    assert d.entropy.item() == pytest.approx(math.log(2))
+
+
+def test_without_earlier_logits_there_is_an_entropy_but_no_comparison():
+    h, own = one_each([3.0, 4.0])
+    d = measure(h, own, previous=2 * h, logits=torch.zeros(1, 4))
+    assert d.entropy.item() == pytest.approx(math.log(4))
+    assert d.relative_change.item() == pytest.approx(0.5)
+    assert d.kl is d.entropy_change is d.argmax_stable is None
+
+
 def test_equal_states_have_no_distance():
-    h, logits = torch.randn(3, 8), torch.randn(3, 11)
-    d = measure(h, h, h, (logits, logits))
+    h, logits = torch.randn(3, 2, 8), torch.randn(3, 11)
+    d = measure(h, torch.ones(3, 2, dtype=torch.bool), previous=h, logits=logits, logits_before=logits)
     for name in ("change", "relative_change", "cosine", "kl", "entropy_change", "argmax_stable"):
         torch.testing.assert_close(getattr(d, name), torch.zeros(3), rtol=0, atol=1e-6, msg=name)
 
 
 def test_distances_are_taken_in_fp32():
     # In bfloat16 the sum of squares and the difference would both be lost.
-    previous = torch.full((1, 4096), 8.0, dtype=torch.bfloat16)
-    h = previous + 0.0625
-    d = measure(h, previous, h)
+    previous = torch.full((1, 1, 4096), 8.0, dtype=torch.bfloat16)
+    d = measure(previous + 0.0625, ONE, previous=previous)
     assert d.relative_change.dtype == torch.float32
     assert d.relative_change.item() == pytest.approx(0.0625 / 8, rel=1e-6)
 
@@ -276,9 +346,10 @@ def test_distances_are_taken_in_fp32():
 @given(st.integers(0, 10_000))
 def test_divergences_are_not_negative(seed):
     generator = torch.Generator().manual_seed(seed)
-    logits = [6 * torch.randn(4, 9, generator=generator) for _ in range(2)]
-    h = torch.randn(4, 5, generator=generator)
-    d = measure(h, h.flip(0), h, tuple(logits))
+    now, before = (6 * torch.randn(4, 9, generator=generator) for _ in range(2))
+    h = torch.randn(4, 3, 5, generator=generator)
+    own = torch.ones(4, 3, dtype=torch.bool)
+    d = measure(h, own, previous=h.flip(0), logits=now, logits_before=before)
     assert (d.kl >= -1e-6).all()
     assert (d.entropy >= -1e-6).all()
     assert (d.entropy <= math.log(9) + 1e-5).all()

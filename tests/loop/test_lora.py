@@ -9,7 +9,7 @@ from peft import LoraConfig
 from slr_core.config import LoopConfig, LoopLoraConfig
 from slr_core.errors import ConfigError, RequestError
 from slr_core.loop.convergence import LoopSettings
-from slr_core.loop.lora import LoopAdapters, attach, fresh, trained_index
+from slr_core.loop.lora import DECODE, LoopAdapters, attach, fresh, trained_index
 from tests import tiny
 
 
@@ -145,6 +145,26 @@ def test_rank_and_alpha_reach_the_layers(plain):
     assert layer.lora_A["loop_03"].weight.shape == (5, 32)
     assert layer.scaling["loop_03"] == 4.0
     assert not hasattr(plain.model.layers[1].self_attn.q_proj, "lora_A")
+
+
+def test_ranks_may_differ_by_iteration(plain):
+    loop = tiny.config({"lora": {"rank": [1, 4, 2], "alpha": 8, "target_modules": ["v_proj"]}}).loop
+    attach(plain, fresh(loop))
+    layer = plain.model.layers[0].self_attn.v_proj
+    assert [layer.lora_A[name].weight.shape for name in loop.adapters] == [(1, 32), (4, 32), (2, 32)]
+    assert [layer.scaling[name] for name in loop.adapters] == [8, 2, 4]
+    assert run(tiny.reasoner(loop={"lora": {"rank": [1, 4, 2]}}), 5).iterations == [5]
+
+
+@pytest.mark.parametrize("kind", ["per_iteration", "shared", "none"])
+def test_the_adapter_decode_has_a_rank_of_its_own(kind):
+    configs = fresh(tiny.config({"lora": {"kind": kind, "decode_rank": 5}}).loop)
+    loop_adapters = {"per_iteration": 3, "shared": 1, "none": 0}[kind]
+    assert list(configs)[-1] == DECODE
+    assert [config.r for config in configs.values()] == [2] * loop_adapters + [5]
+    assert configs[DECODE].lora_alpha == 4
+    assert DECODE in tiny.reasoner(loop={"lora": {"kind": kind, "decode_rank": 5}}).adapters.names
+    assert DECODE not in tiny.reasoner(loop={"lora": {"kind": kind}}).adapters.names
 
 
 def test_unknown_target_modules_are_a_config_error(plain):

@@ -1,6 +1,7 @@
 import pytest
 import yaml
 
+from slr_core.config import LoopConfig, validated
 from slr_core.errors import ConfigError
 from slr_core.training.config import TrainConfig
 from tests.training.recipe import DATA, GRAPHS, recipe
@@ -81,6 +82,40 @@ def test_a_file_that_is_not_a_recipe_is_named(content, path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         TrainConfig.from_yaml(tmp_path / "nowhere.yaml")
+
+
+NO_CHAINS = "objectives.chains must be 0 unless loop.workspace is `append` and loop.timestep.noise_level false"
+NO_START = "objectives.start must be 0 in the workspace `prompt`"
+MISFITS = {
+    "chains-block": ({"loop": {"workspace": "block"}}, NO_CHAINS),
+    "chains-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"start": 0}}, NO_CHAINS),
+    "chains-noise": ({"loop": {"timestep": {"noise_level": True}}}, NO_CHAINS),
+    "start-prompt": ({"loop": {"workspace": "prompt"}, "chains": 0}, NO_START),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_objectives_that_do_not_suit_the_loop_are_refused(case):
+    changes, message = MISFITS[case]
+    with pytest.raises(ConfigError) as caught:
+        recipe(**changes)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loop": {"workspace": "block"}, "chains": 0},
+        {"loop": {"workspace": "block"}, "objectives": {"chains": 0}},
+        {"loop": {"workspace": "prompt"}, "objectives": {"chains": 0, "start": 0}},
+        {"loop": {"timestep": {"noise_level": True}}, "objectives": {"chains": 0}},
+        {"loop": {"workspace": "prompt"}, "max_iterations": 0},
+    ],
+    ids=str,
+)
+def test_objectives_that_suit_the_loop_are_taken(changes):
+    config = recipe(**changes)
+    assert config.loop == validated(LoopConfig, changes["loop"])
 
 
 # -- overrides -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from slr_core.training.data import IGNORE, Collator, StageStream
 from slr_core.training.objectives import answer_loss, chains, fixed_point, losses, set_divergence
 from slr_core.training.trainer import build
 from tests import tiny
-from tests.training.recipe import recipe
+from tests.training.recipe import DATA, recipe
 
 
 def spread(sets, size=6, inside=0.0, outside=-50.0):
@@ -100,7 +100,7 @@ def test_every_term_is_there_and_is_what_its_parts_say(setup):
     terms = losses(reasoner.train(), batch, ObjectiveWeights())
     assert set(terms) == {"start", "frontier", "fixed_point", "chains", "answer"}
     assert all(term.shape == () and term.isfinite() and term > 0 for term in terms.values())
-    states = reasoner.unroll(reasoner.encode(batch["input_ids"], batch["attention_mask"]), 4)
+    states = reasoner.unroll(reasoner.encode(batch["input_ids"], batch["attention_mask"]), 4)[:, :, 0]
     expected = {
         "start": F.cross_entropy(reasoner.head(states[:, 0]), batch["answer_ids"][:, 0]),
         "frontier": set_divergence(reasoner.head(states[:, 1:]), batch["targets"]),
@@ -137,12 +137,12 @@ def test_the_answer_is_scored_token_by_token(setup):
     looped = torch.ones(4, dtype=torch.bool)
     with torch.no_grad():
         context = reasoner.encode(batch["input_ids"], batch["attention_mask"])
-        reasoner.unroll(context, 3)
+        reasoner.close(context, reasoner.unroll(context, 3), torch.full((4,), 3))
         total = count = 0.0
         for row in range(4):
             alone = reasoner.encode(batch["input_ids"][[row]], batch["attention_mask"][[row]])
-            reasoner.unroll(alone, 3)
-            logits = reasoner.head(alone.hidden)
+            reasoner.close(alone, reasoner.unroll(alone, 3), torch.tensor([3]))
+            logits = reasoner.head(alone.state)
             for target in answer[row]:
                 if target != IGNORE:
                     total += float(-logits.log_softmax(-1)[0, target])
@@ -162,8 +162,8 @@ def test_chains_side_by_side_are_chains_one_by_one(setup):
         states = []
         for q in range(starts.shape[1]):
             alone = prompt.fork()
-            alone.hidden = rms_normalize(reasoner.embed(starts[:, q]).mean(1))
-            states.append(reasoner.unroll(alone, targets.shape[2])[:, 1:])
+            alone.hidden = alone.initial = rms_normalize(reasoner.embed(starts[:, q]).mean(1, keepdim=True))
+            states.append(reasoner.unroll(alone, targets.shape[2])[:, 1:, 0])
         expected = set_divergence(reasoner.head(torch.stack(states, dim=1)), targets)
     assert starts.shape[1] == 2
     assert targets.shape[2] > 1
@@ -193,4 +193,95 @@ def test_every_part_is_trained(setup):
     sum(losses(reasoner, batch, ObjectiveWeights()).values()).backward()
     still = [name for name, p in reasoner.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     reasoner.zero_grad()
+    assert still == []
+
+
+# -- in the other workspaces -----------------------------------------------------------------------------
+
+OTHERS = ("block", "prompt")
+TERMS = {
+    "append": ObjectiveWeights(chains=0.0),
+    "block": ObjectiveWeights(chains=0.0),
+    "prompt": ObjectiveWeights(chains=0.0, start=0.0),
+}
+
+
+def other(workspace, setup, **loop):
+    """An untrained reasoner with this workspace and a batch for it."""
+    loop = {**DATA["loop"], "workspace": workspace, "block_size": 3, **loop}
+    objectives = TERMS[workspace].model_dump()
+    return build(recipe(loop=loop, objectives=objectives)), setup[1]
+
+
+@pytest.mark.parametrize("workspace", OTHERS)
+def test_terms_are_read_at_the_last_position_of_a_workspace(workspace, setup):
+    reasoner, batch = other(workspace, setup)
+    tiny.shake(reasoner)
+    terms = losses(reasoner.eval(), batch, TERMS[workspace])
+    with torch.no_grad():
+        context = reasoner.encode(batch["input_ids"], batch["attention_mask"])
+        states = reasoner.unroll(context, 4)
+        last = states[:, :, -1]
+        if workspace == "prompt":
+            lengths = batch["attention_mask"].sum(-1).tolist()
+            assert len(set(lengths)) > 1
+            at = [int(mask.nonzero()[-1]) for mask in batch["attention_mask"]]
+            last = torch.stack([states[row, :, position] for row, position in enumerate(at)])
+        expected = {
+            "frontier": set_divergence(reasoner.head(last[:, 1:]), batch["targets"]),
+            "fixed_point": fixed_point(last, batch["hops"]),
+        }
+        if workspace == "block":
+            start = reasoner.encode(batch["input_ids"], batch["attention_mask"]).state
+            expected["start"] = F.cross_entropy(reasoner.head(start), batch["answer_ids"][:, 0])
+    assert set(terms) == {*expected, "answer"}
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("workspace", TERMS)
+def test_without_a_loop_the_terms_are_the_base_models(workspace, setup):
+    reasoner, batch = other(workspace, setup)
+    with torch.no_grad():
+        for parameter in reasoner.base.parameters():
+            parameter.mul_(8)  # fresh weights hardly look at their context
+    weights = ObjectiveWeights(chains=0.0)
+    terms = losses(reasoner.eval(), {**batch, "iterations": 0, "targets": None}, weights)
+    answer, total, count = batch["answer_ids"], 0.0, 0
+    with torch.no_grad():
+        for row in range(4):
+            prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+            tokens = answer[row][answer[row] != IGNORE]
+            logits = reasoner.base(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+            total += float(F.cross_entropy(logits, tokens, reduction="sum"))
+            count += len(tokens)
+    assert set(terms) == {"start", "answer"}
+    assert float(terms["answer"].detach()) == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("workspace", OTHERS)
+def test_thirty_steps_on_one_batch_lower_the_terms_of_other_workspaces(workspace, setup):
+    reasoner, batch = other(workspace, setup, timestep={"kind": "learned", "noise_level": True})
+    reasoner.train()
+    optimizer = torch.optim.AdamW(reasoner.parameters(), lr=1e-2)
+    history = []
+    torch.manual_seed(0)
+    for _ in range(30):
+        terms = losses(reasoner, batch, TERMS[workspace])
+        history.append({name: float(term.detach()) for name, term in terms.items()})
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+    for name in ("answer", "frontier"):
+        assert history[-1][name] < 0.8 * history[0][name], name
+
+
+@pytest.mark.parametrize("workspace", OTHERS)
+def test_every_part_of_other_workspaces_is_trained(workspace, setup):
+    loop = {"lora": {"rank": 2, "decode_rank": 2}, "timestep": {"kind": "learned", "noise_level": True}}
+    reasoner, batch = other(workspace, setup, **loop)
+    tiny.shake(reasoner)
+    torch.manual_seed(0)
+    sum(losses(reasoner.train(), batch, TERMS[workspace]).values()).backward()
+    still = [name for name, p in reasoner.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert still == []

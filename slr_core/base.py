@@ -1,0 +1,46 @@
+"""What the loop has to know of its base: any decoder-only model of ``transformers`` that it can run faithfully."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slr_core.errors import ConfigError
+
+
+def refuse_unfaithful(base: PreTrainedModel) -> None:
+    """Refuse what the loop's masks and its plain reading of the head would silently change.
+
+    Raises:
+        ConfigError: a layer does not attend to everything before it, or the head is not plainly linear.
+    """
+    config = base.config
+    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if windows or (not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None)):
+        raise ConfigError(f"{type(base).__name__}: layers without full attention are not supported as a base")
+    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            raise ConfigError(f"{type(base).__name__}: {field} is not supported, the head must be plainly linear")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        base.set_attn_implementation("sdpa")  # the others do not take the masks that a loop needs
+
+
+def attention_mask(base: PreTrainedModel, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask ``[B, q, S]`` bool in the form that the base's attention takes: ``[B, 1, q, S]``."""
+    if base.config._attn_implementation == "sdpa":
+        return mask[:, None]
+    # Eager attention adds its mask to the scores.
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[:, None]
+
+
+def hidden_size(base: PreTrainedModel) -> int:
+    """Width of the embeddings, and so of the states."""
+    return int(base.get_input_embeddings().weight.shape[1])  # type: ignore[index]
+
+
+def end_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end a text: the tokenizer's end token and those that the base generates with."""
+    configured = base.generation_config.eos_token_id if base.generation_config else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in (tokenizer.eos_token_id, *listed) if isinstance(i, int))

@@ -1,0 +1,31 @@
+"""The halting head: a loop that learns when to stop."""
+
+from __future__ import annotations
+
+from math import log
+
+from torch import Tensor, nn
+
+
+class HaltingHead(nn.Module):
+    """``p_halt`` from a workspace's states: a linear probe on their mean (adaptive computation time: Graves, 2016).
+
+    It starts at ``p_halt = 0.1`` whatever the state: an untrained head does not stop a loop.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.probe = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.probe.weight)
+        nn.init.constant_(self.probe.bias, log(0.1 / 0.9))
+
+    def forward(self, hidden: Tensor, own: Tensor) -> Tensor:
+        """Probability of stopping, ``[...]`` fp32.
+
+        Args:
+            hidden: states ``[..., W, d]`` of a workspace.
+            own: ``[..., W]`` bool, its real positions, at least one.
+        """
+        mean = hidden.masked_fill(~own[..., None], 0).sum(-2) / own.sum(-1, keepdim=True)
+        probability: Tensor = self.probe(mean.to(self.probe.weight.dtype)).float().sigmoid().squeeze(-1)
+        return probability

@@ -1,0 +1,111 @@
+"""What a loop is held against: the base model without iterations, PEFT's own adapter at the first; and which bases."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from slr_core.checkpoint import load
+from slr_core.errors import CheckpointError, ConfigError
+from slr_core.generation import generate
+from slr_core.loop.convergence import LoopSettings
+from slr_core.model import LatentReasoner
+from tests import tiny
+from tests.contract.derivation import clone, plain_base, with_peft
+
+DECODER = {"decoder": {"answers": "latent_decoder", "latent_decoder": tiny.LATENT_DECODER}}
+
+
+@pytest.mark.parametrize("prefix", ["", "w7 w8"], ids=["", "answer-prefix"])
+@pytest.mark.parametrize("writer", [{}, DECODER], ids=["lm-head", "latent-decoder"])
+def test_without_iterations_it_is_the_base_model(kind, loop, saved, writer, prefix):
+    plain = plain_base(saved[1])
+    made = tiny.reasoner(kind, {**loop, **writer}, decode=True, text={"answer_prefix": prefix})
+    results = generate(made, [tiny.request(made, p, {"max_iterations": 0}, max_new_tokens=12) for p in tiny.PROMPTS])
+    for prompt, result in zip(tiny.PROMPTS, results, strict=True):
+        prompt_ids = torch.tensor([tiny.ids(f"{prompt} {prefix}")])
+        expected = plain.generate(
+            prompt_ids, attention_mask=torch.ones_like(prompt_ids), do_sample=False, max_new_tokens=12
+        )
+        assert list(result.token_ids) == expected[0, prompt_ids.shape[1] :].tolist()
+        assert (result.iterations, result.exit_reason, result.final_change) == (0, "max_iterations", None)
+        assert result.records == ()
+    # Iterations do change the answer, or the above would say nothing.
+    looped = generate(made, [tiny.request(made, p, {"max_iterations": 3}, max_new_tokens=12) for p in tiny.PROMPTS])
+    assert [r.token_ids for r in looped] != [r.token_ids for r in results]
+
+
+def test_iteration_1_is_what_peft_makes_of_the_first_adapter(saved):
+    made, folder = saved
+    peft_model = with_peft(plain_base(folder), folder, ["loop_01"])
+    input_ids, mask = tiny.batch([tiny.PROMPTS[3]])
+    length, workspace = input_ids.shape[1], made.config.loop.workspace
+    with torch.inference_mode():
+        context = made.encode(input_ids, mask)
+        h_0 = context.hidden
+        u = made.timestep(made.project_in(h_0), 1)
+        g, _ = made.iterate(context, 1)
+
+        with peft_model.disable_adapter():
+            prompt = peft_model(input_ids=input_ids, use_cache=True, output_hidden_states=True)
+        start = {
+            "append": lambda: prompt.hidden_states[-1][:, -1:],
+            "block": lambda: made.workspace.vectors[None],
+            "prompt": lambda: peft_model.get_input_embeddings()(input_ids),
+        }[workspace]()
+        torch.testing.assert_close(start, h_0, rtol=1e-5, atol=1e-5)
+        first = 0 if workspace == "prompt" else length
+
+        def run():
+            return peft_model(
+                inputs_embeds=u,
+                position_ids=torch.arange(first, first + u.shape[1])[None],
+                past_key_values=None if workspace == "prompt" else clone(prompt.past_key_values),
+            ).logits
+
+        with_adapter = run()
+        with peft_model.disable_adapter():
+            without = run()
+        torch.testing.assert_close(made.head(g), with_adapter, rtol=1e-5, atol=1e-5)
+        assert (with_adapter - without).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("workspace", tiny.WORKSPACES)
+def test_a_base_with_a_sliding_window_is_refused(workspace, tmp_path):
+    with pytest.raises(ConfigError, match="MistralForCausalLM: layers without full attention are not supported"):
+        tiny.reasoner(loop=tiny.WORKSPACES[workspace], plain=tiny.base("mistral"))
+    # So is a checkpoint whose base was exchanged for one.
+    tiny.reasoner(loop=tiny.WORKSPACES[workspace]).save_pretrained(str(tmp_path))
+    tiny.base("mistral").save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="without full attention"):
+        load(LatentReasoner, tmp_path)
+
+
+SIZES = {"vocab_size": len(tiny.WORDS), "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("final_logit_softcapping", 30.0), ("logit_scale", 0.5), ("logits_scaling", 8.0)]
+)
+def test_a_head_that_is_not_plainly_linear_is_refused(field, value):
+    plain = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1))
+    setattr(plain.config, field, value)
+    with pytest.raises(ConfigError, match=f"{field} is not supported"):
+        tiny.reasoner(plain=plain)
+
+
+def test_one_layer_with_a_window_among_full_ones_is_refused():
+    plain = tiny.base("qwen2")
+    plain.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ConfigError, match="Qwen2ForCausalLM: layers without full attention"):
+        tiny.reasoner(plain=plain)
+
+
+@pytest.mark.parametrize("workspace", tiny.WORKSPACES)
+def test_the_same_architecture_without_its_window_runs(workspace):
+    config = MistralConfig(**SIZES, num_hidden_layers=1, num_key_value_heads=2, sliding_window=None)
+    made = tiny.reasoner(loop=tiny.WORKSPACES[workspace], plain=MistralForCausalLM(config).eval())
+    settings = LoopSettings.resolve(made.config.loop, max_iterations=3, criterion="fixed")
+    with torch.inference_mode():
+        output = made.loop(made.encode(*tiny.batch(tiny.PROMPTS)), [settings] * 8)
+    assert output.iterations == [3] * 8
+    assert output.exit_reasons == ["max_iterations"] * 8
