@@ -60,8 +60,9 @@ def plan(reasoner: LatentReasoner, body: GenerateRequest, settings: Settings) ->
         seed=body.seed,
     )
     trace = isinstance(body, TraceRequest)
-    top_tokens = 0
+    top_tokens, states = 0, False
     if isinstance(body, TraceRequest):
+        states = bool(body.include_states)
         asked = body.top_tokens
         top_tokens = min(DEFAULT_TOP_TOKENS, settings.max_top_tokens) if asked is None else asked
     requests = []
@@ -76,6 +77,7 @@ def plan(reasoner: LatentReasoner, body: GenerateRequest, settings: Settings) ->
                 stop=body.stop or (),
                 trace=trace,
                 top_tokens=top_tokens,
+                include_states=states,
             )
         except RequestError as error:
             if error.param == "prompt" and len(body.prompt) > 1:
@@ -84,19 +86,36 @@ def plan(reasoner: LatentReasoner, body: GenerateRequest, settings: Settings) ->
         # The checkpoint's default gives way to the operator's limit.
         request = replace(request, max_new_tokens=min(request.max_new_tokens, settings.max_new_tokens))
         requests += [replace(request, sampling=_sample(sampling, i)) for i in range(body.n or 1)]
+    if states:
+        _check_states(reasoner, requests, settings.max_state_values)
     return requests
+
+
+def _check_states(reasoner: LatentReasoner, requests: list[Request], limit: int) -> None:
+    values = sum(reasoner.state_values(len(r.prompt_ids), r.loop.max_iterations) for r in requests)
+    if values > limit:
+        raise RequestError(
+            f"include_states: the states may hold {values} numbers, this server returns at most {limit}; "
+            "ask for fewer prompts, answers or iterations",
+            param="include_states",
+        )
 
 
 def _loop(reasoner: LatentReasoner, body: GenerateRequest, limit: int) -> LoopSettings:
     convergence = body.convergence or Convergence()
-    loop = LoopSettings.resolve(
-        reasoner.config.loop,
-        max_iterations=body.max_iterations,
-        min_iterations=body.min_iterations,
-        criterion=convergence.criterion,
-        threshold=convergence.threshold,
-        patience=convergence.patience,
-    )
+    try:
+        loop = LoopSettings.resolve(
+            reasoner.config.loop,
+            max_iterations=body.max_iterations,
+            min_iterations=body.min_iterations,
+            criterion=convergence.criterion,
+            threshold=convergence.threshold,
+            patience=convergence.patience,
+        )
+    except RequestError as error:
+        if error.param in vars(convergence):
+            raise RequestError(str(error), param=f"convergence.{error.param}") from error
+        raise
     return replace(loop, max_iterations=min(loop.max_iterations, limit), min_iterations=min(loop.min_iterations, limit))
 
 

@@ -19,11 +19,13 @@ from pydantic import (
     WithJsonSchema,
 )
 from pydantic_core import PydanticCustomError
+from torch import Tensor
 
 from slr_core.config import Criterion, Threshold
-from slr_core.diagnostics import IterationRecord
-from slr_core.generation import FinishReason, Result
+from slr_core.diagnostics import IterationRecord, finite_or_none
+from slr_core.generation import Result
 from slr_core.loop.convergence import ExitReason
+from slr_core.writing import FinishReason
 
 DEFAULT_TOP_TOKENS = 5
 _QUESTION = "Every yumpus is a rorpus. Every rorpus is a lempus. Alex is a yumpus. Is Alex a lempus or zhorpus?"
@@ -52,6 +54,14 @@ def _not_minute(value: float) -> float:
     if 0 < value < 1e-3:
         raise PydanticCustomError("temperature_range", "must be 0 (greedy) or at least 0.001")
     return value
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _finite_or_null(state: Tensor) -> list[list[float | None]]:
+    return [[finite_or_none(value) for value in position] for position in state.tolist()]
 
 
 def _only_false(value: bool) -> bool:
@@ -114,7 +124,9 @@ class TraceRequest(GenerateRequest):
     top_tokens: int | None = Field(
         None, ge=0, description=f"likely tokens to read per iteration; {DEFAULT_TOP_TOKENS} by default"
     )
-    include_states: OnlyFalse | None = Field(None, description="states are not returned: false is all that is accepted")
+    include_states: bool | None = Field(
+        None, description="return every iteration's state, as far as the operator's limit on their size allows"
+    )
 
 
 class _Response(BaseModel):
@@ -194,12 +206,19 @@ class Iteration(_Response):
     adapter: str | None = Field(description="the loop adapter that was active")
     duration_s: float
     top_tokens: list[TopToken]
+    thought: str | None = Field(
+        None, exclude_if=_is_none, description="the state in words, where the model has a latent decoder"
+    )
+    state: list[list[float | None]] | None = Field(
+        None, exclude_if=_is_none, description="with include_states: h_t, a list of numbers per workspace position"
+    )
 
     @classmethod
-    def of(cls, record: IterationRecord) -> Self:
-        """A record of the loop as JSON shows it."""
+    def of(cls, record: IterationRecord, states: Tensor | None) -> Self:
+        """A record of the loop as JSON shows it; ``states`` ``[t + 1, W, d]`` are those of the whole loop."""
         tops = [TopToken(token=token, prob=prob) for token, prob in record.top_tokens]
-        return cls(**{**vars(record), "top_tokens": tops})
+        state = None if states is None else _finite_or_null(states[record.t])
+        return cls(**{**vars(record), "top_tokens": tops, "state": state})
 
 
 class Stability(_Response):
@@ -220,7 +239,7 @@ class TraceResult(GenerateResult):
     def _fields(cls, index: int, result: Result) -> dict[str, Any]:
         return {
             **super()._fields(index, result),
-            "trace": [Iteration.of(record) for record in result.records],
+            "trace": [Iteration.of(record, result.states) for record in result.records],
             "stability": Stability(**vars(result.stability)),
         }
 

@@ -17,6 +17,7 @@ from server.metrics import Metrics
 from server.plan import check_limits, count, plan
 from server.schemas import GenerateRequest
 from server.settings import Settings
+from slr_core.describe import describe
 from slr_core.engine import Engine
 from slr_core.errors import EngineError
 from slr_core.generation import Request, Result
@@ -138,7 +139,12 @@ class Service:
         except Exception as error:  # whatever it is, the process must hear of it: see server.cli
             self.failure = error
             return
-        logger.info("model %s loaded in %.1f s", self.settings.model_name, time.monotonic() - began)
+        logger.info(
+            "model %s loaded in %.1f s: %s",
+            self.settings.model_name,
+            time.monotonic() - began,
+            describe(self._engine.reasoner).sizes,
+        )
 
     def _build(self) -> Engine:
         if self.settings.threads is not None:

@@ -34,6 +34,9 @@ class Settings(BaseSettings):
     max_iterations: int = Field(64, ge=0, description="largest max_iterations of a request")
     max_new_tokens: int = Field(1024, ge=1, description="largest max_new_tokens of a request")
     max_top_tokens: int = Field(50, ge=0, description="largest top_tokens of a trace")
+    max_state_values: int = Field(
+        1 << 20, ge=0, description="most numbers of all states that a trace may return; 0: no states"
+    )
     request_timeout_s: float = Field(
         120.0, gt=0, le=86400, allow_inf_nan=False, description="seconds until an unanswered request gets 504"
     )

@@ -81,6 +81,7 @@ CASES = [
     fields("empty stop", "stop.0", stop=[""]),
     fields("convergence as text", "convergence", convergence="cosine"),
     fields("unknown criterion", "convergence.criterion", convergence={"criterion": "vibes"}),
+    fields("learned without a head", "convergence.criterion", convergence={"criterion": "learned"}),
     fields("negative threshold", "convergence.threshold", convergence={"threshold": -0.1}),
     fields("boolean threshold", "convergence.threshold", convergence={"threshold": True}),
     fields("no patience", "convergence.patience", convergence={"patience": 0}),

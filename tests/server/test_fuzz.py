@@ -26,7 +26,7 @@ sensible = {
         {},
         optional={
             "criterion": st.sampled_from(
-                ["relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "fixed"]
+                ["relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "learned", "fixed"]
             ),
             "threshold": st.floats(0, 1e6),
             "patience": st.integers(1, 64),
@@ -44,7 +44,10 @@ bodies = st.fixed_dictionaries(
     optional={name: value for name, value in sensible.items() if name != "prompt"},
 )
 spoiled = st.builds(
-    lambda body, name, value: {**body, name: value}, bodies, st.sampled_from([*sensible, "stream"]) | text, junk
+    lambda body, name, value: {**body, name: value},
+    bodies,
+    st.sampled_from([*sensible, "stream", "include_states"]) | text,
+    junk,
 )
 
 

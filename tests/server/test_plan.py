@@ -52,6 +52,44 @@ def test_limits(body, settings, param):
     assert error.value.param == param
 
 
+def test_states_are_asked_for_by_traces(reference):
+    def asked(**body):
+        (request,) = plan(reference, TraceRequest(prompt="w1", **body), Settings())
+        return request.include_states
+
+    assert asked(include_states=True)
+    assert not asked(include_states=False)
+    assert not asked(include_states=None)
+    assert not asked()
+    (request,) = planned(reference, {"prompt": "w1"})
+    assert not request.include_states
+
+
+@pytest.mark.parametrize(("workspace", "values"), [("append", 2 * 3), ("block", 2 * 3 * 4), ("prompt", (1 + 3) * 3)])
+def test_the_size_of_the_states_is_capped(workspace, values):
+    # Two prompts of 1 and 3 tokens and 3 iterations; a block has 4 positions, a state 32 numbers.
+    made = tiny.reasoner(loop={"workspace": workspace, "block_size": 4})
+    body = TraceRequest(prompt=["w1", "w1 w2 w3"], max_iterations=3, include_states=True)
+    assert len(plan(made, body, Settings(max_state_values=32 * values))) == 2
+    with pytest.raises(RequestError, match=f"include_states: .* {32 * values} numbers, .* at most 50;") as error:
+        plan(made, body, Settings(max_state_values=50))
+    assert error.value.param == "include_states"
+    with pytest.raises(RequestError):
+        plan(made, body, Settings(max_state_values=32 * values - 1))
+    with pytest.raises(RequestError):
+        plan(made, body.model_copy(update={"n": 2}), Settings(max_state_values=32 * values))
+    assert len(plan(made, body.model_copy(update={"include_states": False}), Settings(max_state_values=0))) == 2
+
+
+def test_a_criterion_that_the_checkpoint_cannot_serve_is_named_as_the_body_names_it(reference):
+    with pytest.raises(RequestError) as error:
+        planned(reference, {"prompt": "w1", "convergence": {"criterion": "learned"}})
+    assert error.value.param == "convergence.criterion"
+    halting = tiny.reasoner(loop={"halting_head": True})
+    (request,) = planned(halting, {"prompt": "w1", "convergence": {"criterion": "learned"}})
+    assert (request.loop.criterion, request.loop.threshold) == ("learned", 0.5)
+
+
 def test_the_loops_own_policy_is_kept():
     strict = tiny.reasoner(loop={"max_iterations": 3, "lora": {"past_end": "error"}})
     with pytest.raises(RequestError) as error:

@@ -23,6 +23,7 @@ def test_environment(monkeypatch):
         {"max_queue": 0},
         {"max_batch": 0},
         {"threads": 0},
+        {"max_state_values": -1},
         {"request_timeout_s": 0},
         {"request_timeout_s": float("inf")},
         {"log_level": "loud"},

@@ -1,0 +1,158 @@
+"""What a trace shows besides the numbers: states and thoughts."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from server import schemas
+from server.app import create_app
+from server.settings import Settings
+from slr_core.engine import Engine
+from slr_core.generation import generate
+from tests import tiny
+
+WORKSPACES = ("append", "block", "prompt")
+LATENT = {"hidden_size": 16, "layers": 1, "heads": 2, "max_thought_tokens": 4}
+
+
+@contextmanager
+def serving(made, **settings):
+    with Engine(made) as engine, TestClient(create_app(Settings(**settings), engine)) as client:
+        yield client
+
+
+def trace(client, prompt=tiny.PROMPTS[1], **more):
+    body = {"prompt": prompt, "max_new_tokens": 2, "max_iterations": 3, "convergence": {"criterion": "fixed"}, **more}
+    response = client.post("/trace", json=body)
+    assert response.status_code == 200, response.text
+    schemas.TraceResponse.model_validate_json(response.content)
+    return response.json()["results"]
+
+
+@pytest.mark.parametrize(("workspace", "width"), [("append", 1), ("block", 3), ("prompt", 5)])
+def test_states_of_every_iteration(workspace, width):
+    made = tiny.reasoner(loop={"workspace": workspace, "block_size": 3})
+    request = tiny.request(made, tiny.PROMPTS[1], {"max_iterations": 3, "criterion": "fixed"}, include_states=True)
+    (expected,) = generate(made, [request])
+    with serving(made) as client:
+        (shown,) = trace(client, include_states=True)
+    states = torch.tensor([step["state"] for step in shown["trace"]])
+    assert states.shape == (3, width, 32)
+    torch.testing.assert_close(states, expected.states[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_each_prompt_has_the_states_of_its_own_positions():
+    made = tiny.reasoner(loop={"workspace": "prompt"})
+    with serving(made) as client:
+        results = trace(client, list(tiny.PROMPTS[:4]), include_states=True)
+    widths = [{len(step["state"]) for step in result["trace"]} for result in results]
+    assert widths == [{1}, {5}, {4}, {9}]
+
+
+@pytest.mark.parametrize("asked", [{}, {"include_states": False}, {"include_states": None}], ids=str)
+def test_states_are_shown_to_whom_asks(client, asked):
+    (shown,) = trace(client, **asked)
+    assert shown["trace"]
+    assert all("state" not in step for step in shown["trace"])
+
+
+def test_without_iterations_there_are_no_states(client):
+    (shown,) = trace(client, max_iterations=0, include_states=True)
+    assert shown["trace"] == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "status"), [(3 * 32, 200), (3 * 32 - 1, 400), (0, 400)], ids=["enough", "short", "none"]
+)
+def test_their_size_is_capped(engine, limit, status):
+    body = {"prompt": "w1", "max_iterations": 3, "max_new_tokens": 1, "include_states": True}
+    with TestClient(create_app(Settings(max_state_values=limit), engine)) as client:
+        response = client.post("/trace", json=body)
+        assert response.status_code == status
+        if status == 400:
+            error = response.json()["error"]
+            assert (error["param"], error["code"]) == ("include_states", "invalid_value")
+            assert "include_states" in error["message"]
+            assert str(limit) in error["message"]
+        assert client.post("/trace", json={**body, "include_states": False}).status_code == 200
+
+
+@pytest.mark.parametrize("value", ["true", 1, 0, [], {}])
+def test_include_states_is_a_boolean(client, value):
+    response = client.post("/trace", json={"prompt": "w1", "include_states": value})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "include_states"
+
+
+def test_states_belong_to_traces(client):
+    response = client.post("/generate", json={"prompt": "w1", "include_states": True})
+    assert response.json()["error"]["code"] == "unknown_field"
+
+
+def test_what_is_not_finite_in_a_state_is_null(client, monkeypatch, engine):
+    real = engine.reasoner.residual.forward
+
+    def spoil(g, *others):
+        h = real(g, *others).clone()
+        h[..., 3] = float("inf")
+        h[..., 5] = float("nan")
+        return h
+
+    monkeypatch.setattr(engine.reasoner.residual, "forward", spoil)
+    (shown,) = trace(client, include_states=True)
+    (step,) = shown["trace"]
+    (state,) = step["state"]
+    assert shown["exit_reason"] == "diverged"
+    assert [i for i, value in enumerate(state) if value is None] == [3, 5]
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_thoughts_where_the_model_has_a_latent_decoder(workspace):
+    loop = {"workspace": workspace, "block_size": 3, "decoder": {"latent_decoder": LATENT}}
+    made = tiny.reasoner(loop=loop)
+    request = tiny.request(made, tiny.PROMPTS[1], {"max_iterations": 3, "criterion": "fixed"}, trace=True)
+    (expected,) = generate(made, [request])
+    with serving(made) as client:
+        (shown,) = trace(client)
+        plain = client.post("/generate", json={"prompt": "w1", "max_new_tokens": 2})
+    assert [step["thought"] for step in shown["trace"]] == [record.thought for record in expected.records]
+    assert "thought" not in plain.text
+
+
+def test_no_thoughts_where_it_has_none(client):
+    (shown,) = trace(client)
+    assert all("thought" not in step for step in shown["trace"])
+
+
+@pytest.mark.parametrize("workspace", ["block", "prompt"])
+def test_what_an_input_cannot_be_compared_with_is_null(workspace):
+    with serving(tiny.reasoner(loop={"workspace": workspace, "halting_head": True})) as client:
+        (shown,) = trace(client, convergence={"criterion": "learned", "threshold": 1.0})
+    first, second = shown["trace"]
+    assert (shown["iterations"], shown["exit_reason"]) == (2, "converged")
+    for name in ("relative_change", "cosine", "contraction", "kl"):
+        assert first[name] is None
+        assert (second[name] is None) == (name == "contraction")
+    assert first["entropy"] > 0
+
+
+def test_both_are_documented(client):
+    schema = client.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("thought", "state"):
+        shown = schema["Iteration"]["properties"][name]
+        assert shown["description"]
+        assert name not in schema["Iteration"]["required"]
+    state = json.dumps(schema["Iteration"]["properties"]["state"])
+    assert state.count('"array"') == 2
+    assert schema["TraceRequest"]["properties"]["include_states"]["description"]
+    assert "include_states" not in schema["GenerateRequest"]["properties"]
+
+
+def test_every_field_is_documented_in_requests(client):
+    schema = client.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("GenerateRequest", "TraceRequest", "Convergence"):
+        for field, value in schema[name]["properties"].items():
+            assert value.get("description") or "$ref" in json.dumps(value), f"{name}.{field}"
