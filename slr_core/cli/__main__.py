@@ -1,0 +1,5 @@
+"""``python -m slr_core.cli``."""
+
+from slr_core.cli import main
+
+main()
