@@ -49,7 +49,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 BUNDLED = Path(__file__).parent / "checkpoints" / "prosqa"
 _DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_MOST = 1024  # layers of a base model, experts of a layer, labels: made one by one, before any weight is looked at
+_MOST = 1024  # layers, experts, labels of a base model: made one by one, before any weight is looked at
 _MOST_BUFFERS = 2**26  # values that a base model computes for itself, such as the angles of its positions
 _PACKED = 16  # parameters that one stored number may hold in a quantized base model
 _READ_FROM_HUB = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
@@ -248,13 +248,21 @@ def _base(folder: Path, config: SLRConfig, dtype: torch.dtype | None) -> PreTrai
     positions = getattr(model.config, "max_position_embeddings", 1)
     if not isinstance(positions, int) or positions < 1:
         raise _fault(source, f"max_position_embeddings must be a positive integer, got {positions}")
+    try:
+        # Not every config that makes a model makes one that runs.
+        with torch.inference_mode():
+            state = model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long)).last_hidden_state
+    except Exception as error:  # as above
+        raise _fault(source, f"the base model does not run ({_short(error)})") from error
+    if not state.isfinite().all():
+        raise _fault(source, "the base model's states are not finite")
     return model
 
 
 def _check_base(path: Path) -> None:
     """Refuse a base model that claims to be larger than its files before anything of that size is allocated."""
     for key, value in _integers(_json(path / "config.json")):
-        if re.search("layer|expert|label", key) and value > _MOST:
+        if re.search("(layers?|blocks|experts|labels)$", key) and value > _MOST:
             raise _fault(path / "config.json", f"{key} must be at most {_MOST}")
     if (path / ADAPTER_CONFIG).exists():
         raise _fault(path, f"a base model must not have an adapter of its own ({ADAPTER_CONFIG})")

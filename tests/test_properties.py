@@ -214,11 +214,16 @@ def test_a_minimum_that_is_the_maximum_equals_the_criterion_fixed(kind, loop, ro
     ours, theirs = (looped(made, rows, [ask] * len(rows)) for ask in (forced, fixed))
     assert (ours.iterations, ours.kept) == (theirs.iterations, theirs.kept)
     assert all(torch.equal(a, b) for a, b in zip(ours.states, theirs.states, strict=True))
-    for reason, plain, iterations in zip(ours.exit_reasons, theirs.exit_reasons, ours.iterations, strict=True):
+    for i, (reason, plain) in enumerate(zip(ours.exit_reasons, theirs.exit_reasons, strict=True)):
         assert plain in ("max_iterations", "diverged")
-        assert iterations == count or plain == "diverged"
-        # A criterion that is met by then has been met; nothing else differs.
+        assert ours.iterations[i] == count or plain == "diverged"
+        # A criterion that is met at the last iteration has been met: nothing else may differ.
         assert reason == plain or (reason, plain) == ("converged", "max_iterations")
+        resolved = LoopSettings.resolve(made.config.loop, **forced)
+        if plain == "max_iterations" and resolved.criterion in ("relative_change", "cosine", "kl"):
+            last = [getattr(record, resolved.criterion) for record in ours.records[i][-resolved.patience :]]
+            met = len(last) == resolved.patience and all(x is not None and x < resolved.threshold for x in last)
+            assert (reason == "converged") == met
     answers = [generate(made, [tiny.request(made, row, ask) for row in rows]) for ask in (forced, fixed)]
     assert [r.token_ids for r in answers[0]] == [r.token_ids for r in answers[1]]
 
