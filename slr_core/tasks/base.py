@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
-from slr_core.errors import DataError
+from slr_core.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,114 @@ class Example:
         return {"question": self.question, "steps": list(self.steps), "answer": self.answer, **self.extra}
 
 
-class Task(Protocol):
-    """A source of questions and the rule that grades their answers."""
+Dial = int | float | bool | str
 
-    name: str
 
+@dataclass(frozen=True)
+class HubSplit:
+    """Where one split of a public data set lies: data set id, subset (configuration) and split name."""
+
+    dataset: str
+    subset: str | None
+    split: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a reader of a figure has to know about the data behind it.
+
+    Attributes:
+        origin: who made it, how.
+        licence: of the data.
+        splits: name of each split and what it is.
+        grading: the rule by which an answer counts, and whose rule it is.
+        known_faults: what is known to be wrong with the data or with its grading.
+        shortcuts: each rule of ``baselines`` and what it is worth where that was measured.
+    """
+
+    origin: str
+    licence: str
+    splits: Mapping[str, str]
+    grading: str
+    known_faults: tuple[str, ...] = ()
+    shortcuts: Mapping[str, str] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """A source of questions and the rule that grades their answers.
+
+    Attributes:
+        name: under which the registry knows it.
+        card: about the data.
+        hub: the public data, by the name under which a split is asked for; empty where none is known.
+        dials: the generator's settings and their defaults; empty where questions cannot be generated.
+        needs: modules of the extra ``slr[eval]`` without which nothing can be graded.
+    """
+
+    name: ClassVar[str]
+    card: ClassVar[Card]
+    hub: ClassVar[Mapping[str, HubSplit]] = {}
+    dials: ClassVar[Mapping[str, Dial]] = {}
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def prompt(self, example: Example) -> str:
+        """The text put to the model; the checkpoint's own prefix and suffix come around it.
+
+        The published evaluations of latent reasoners (Coconut, CODI) put the bare question.
+        """
+        return example.question
+
+    @abstractmethod
+    def extract(self, text: str) -> str | None:
+        """The final answer as written in ``text``; None where it states none."""
+
+    @abstractmethod
     def grade(self, example: Example, text: str) -> bool:
         """Whether ``text``, as the model wrote it, answers ``example``."""
-        ...
 
     def baselines(self, example: Example) -> dict[str, float]:
         """Expected score (0 to 1) of each known shortcut rule on ``example``; empty where none is known."""
-        ...
+        return {}
 
     def difficulty(self, example: Example) -> int:
-        """The number of reasoning steps that the question needs."""
-        ...
+        """The number of reasoning steps that the question needs, or the level that the data states."""
+        return len(example.steps)
+
+    def from_row(self, row: Mapping[str, Any]) -> Example:
+        """One row of the public data set as an example."""
+        raise ConfigError(f"the task {self.name} has no public data set")
+
+    def generate(self, seed: int, **dials: Dial) -> Iterator[Example]:
+        """Endless stream of examples, the same for the same seed and dials.
+
+        A dial given as a string is read as its default's type.
+
+        Raises:
+            ConfigError: there is no generator, no such dial, or a value that it does not take.
+        """
+        if not self.dials:
+            raise ConfigError(f"the task {self.name} cannot generate questions: give a file or a split")
+        unknown = sorted(dials.keys() - self.dials.keys())
+        if unknown:
+            raise ConfigError(f"{self.name} has no dial {unknown[0]}; it has {', '.join(self.dials)}")
+        settings = dict(self.dials) | {k: _dial(self.name, k, v, self.dials[k]) for k, v in dials.items()}
+        return self._generate(seed, settings)
+
+    def _generate(self, seed: int, dials: Mapping[str, Any]) -> Iterator[Example]:
+        raise NotImplementedError
+
+
+def _dial(task: str, name: str, value: Dial, default: Dial) -> Dial:
+    kind = type(default)
+    if isinstance(value, str):
+        words: dict[str, Dial] = {"true": True, "false": False}
+        try:
+            return words[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            pass
+    elif type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise ConfigError(f"{task}: {name} must be like {default!r}, got {value!r}")
 
 
 def read_jsonl(path: str | Path) -> list[Example]:

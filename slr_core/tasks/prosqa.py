@@ -8,13 +8,14 @@ a ``balanced`` form without their depth shortcut: see :func:`depth_rule`.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from math import exp
+from typing import Any, ClassVar
 
 from slr_core.errors import ConfigError, DataError
-from slr_core.tasks.base import Example
+from slr_core.tasks.base import Card, Dial, Example, Task
 
 NAMES = tuple("Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split())
 CONCEPTS = tuple(
@@ -306,19 +307,45 @@ def depth_rule(example: Example) -> float:
     return 0.5 if depth[0] == depth[1] else float(depth[0] > depth[1])
 
 
-class ProsQA:
+class ProsQA(Task):
     """The task: grading by the answer sentence, the depth rule as baseline, hops as difficulty."""
 
     name = "prosqa"
+    dials: ClassVar[Mapping[str, Dial]] = {f.name: getattr(GraphSpec, f.name) for f in fields(GraphSpec)}
+    card = Card(
+        origin="Hao et al. 2024 (Coconut, arXiv 2412.06769); facebookresearch/coconut, data/prosqa_*.json",
+        licence="MIT",
+        splits={
+            "valid": "300, official",
+            "test": "500, official",
+            "train_regen": "17,886, regenerated: the official file is not obtainable; say so with every figure",
+            "prosqa_balanced": "17,886/300/1000, ours: both options equally deep, no depth shortcut",
+            "prosqa_ood": "ours: longer paths, larger and denser graphs",
+        },
+        grading="the text after the last '#' (without one: the last line) must be the whole answer sentence (Coconut)",
+        known_faults=(
+            "the official files do not follow the paper's Algorithm 1 as printed",
+            "the right option is the deepest exclusive leaf, the wrong one any leaf: see depth_rule",
+            "controls without any thought come within about a point of the published method (95.5 against 97.0)",
+        ),
+        shortcuts={
+            "depth_rule": "never looks at the person: 0.911 on the official test file, 0.925 on valid, 0.5 on balanced"
+        },
+    )
+
+    def extract(self, text: str) -> str | None:
+        """The text after the last ``#``, as published; without one, the last line."""
+        _, mark, after = text.rpartition("#")
+        lines = [after] if mark else text.strip().splitlines()[-1:]
+        return (lines[0].strip() or None) if lines else None
 
     def grade(self, example: Example, text: str) -> bool:
         """The whole answer sentence must match, as in the published evaluation."""
-        return text.strip() == example.answer
+        return self.extract(text) == example.answer
 
     def baselines(self, example: Example) -> dict[str, float]:
         """See :func:`depth_rule`."""
         return {"depth_rule": depth_rule(example)}
 
-    def difficulty(self, example: Example) -> int:
-        """Hops from the person to the right concept."""
-        return len(example.steps)
+    def _generate(self, seed: int, dials: Mapping[str, Any]) -> Iterator[Example]:
+        return generate(GraphSpec(**dials), seed)

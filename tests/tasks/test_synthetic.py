@@ -1,0 +1,154 @@
+import math
+import re
+from itertools import islice
+from statistics import mean
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slr_core.errors import DataError
+from slr_core.tasks import get
+from slr_core.tasks.base import Example
+
+
+def take(name, count, seed=0, **dials):
+    return list(islice(get(name).generate(seed, **dials), count))
+
+
+def shortcut(name, rule, count=2000, **dials):
+    return mean(get(name).baselines(e)[rule] for e in take(name, count, **dials))
+
+
+# -- reachability ----------------------------------------------------------------------------------------
+
+
+def reached(links, source):
+    """Everything that links lead to, by matrix powers over sets: not a breadth-first search with distances."""
+    found, count = {source}, 0
+    while True:
+        more = {b for a, b in links if a in found} - found
+        if not more:
+            return found, count
+        found |= more
+        count += 1
+
+
+def shortest(links, source, target):
+    found = {source}
+    for steps in range(1, len(links) + 1):
+        found |= {b for a, b in links if a in found}
+        if target in found:
+            return steps
+    return None
+
+
+@given(st.integers(1, 5), st.integers(0, 12), st.floats(1, 2.5), st.integers(0, 10**6))
+@settings(max_examples=60)
+def test_reachability_is_what_its_links_say(hops, more, degree, seed):
+    (example,) = take("reachability", 1, seed, hops=hops, nodes=max(12, 2 * (hops + 1)) + more, degree=degree)
+    text, _, asked = example.question.partition(" True or false: ")
+    links = [(int(a), int(b)) for a, b in re.findall(r"(\d+) to (\d+)\.", text)]
+    target, source = map(int, re.findall(r"\d+", asked))
+    assert [list(link) for link in links] == example.extra["links"]
+    assert len(set(links)) == len(links)
+    assert all(a != b for a, b in links)
+    assert (target in reached(links, source)[0]) == (example.answer == "True")
+    if example.answer == "True":
+        assert shortest(links, source, target) == hops == len(example.steps)
+        assert str(target) in re.findall(r"\d+", example.steps[-1])[1:]
+    else:
+        assert len(example.steps) == reached(links, source)[1] >= hops
+    levels = [set(map(int, step.partition(": ")[2].rstrip(".").split(", "))) for step in example.steps]
+    assert set().union({source}, *levels) <= reached(links, source)[0]
+    assert sum(map(len, levels)) == len(set().union(*levels))
+
+
+def test_reachability_has_the_links_that_its_degree_asks_for():
+    assert {len(e.extra["links"]) for e in take("reachability", 50, nodes=16, degree=1.5)} == {24}
+
+
+def test_neither_the_prior_nor_one_end_alone_tells_whether_it_is_reached():
+    examples = take("reachability", 2000)
+    assert shortcut("reachability", "always_true") == pytest.approx(0.5, abs=0.035)
+
+    def degree(example, node, end):
+        return sum(link[end] == example.extra[node] for link in example.extra["links"])
+
+    for node, end in (("source", 0), ("source", 1), ("target", 0), ("target", 1)):
+        by_answer = [mean(degree(e, node, end) for e in examples if e.answer == answer) for answer in ("True", "False")]
+        assert by_answer[0] == pytest.approx(by_answer[1], abs=0.15), (node, end)
+
+
+# -- arithmetic ------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 30), st.sampled_from(["add", "multiply"]), st.integers(0, 10**6))
+@settings(max_examples=60)
+def test_arithmetic_is_exact_and_its_steps_are_true(digits, operation, seed):
+    (example,) = take("arithmetic", 1, seed, digits=digits, operation=operation)
+    a, sign, b = re.fullmatch(r"What is (\d+) ([+*]) (\d+)\?", example.question).groups()
+    assert (len(a), len(b)) == (digits, digits)
+    assert sign == {"add": "+", "multiply": "*"}[operation]
+    assert int(example.answer) == (int(a) + int(b) if sign == "+" else int(a) * int(b))
+    assert len(example.steps) == digits
+    terms = [[int(n) for n in re.findall(r"\d+", step)] for step in example.steps]
+    if sign == "+":
+        assert all(x + y + carry == total for x, y, carry, total in terms)
+        carries = [0, *(total // 10 for *_, total in terms)]
+        assert [carry for *_, carry, _ in terms] == carries[:-1]
+        written = "".join(str(total % 10) for *_, total in terms)[::-1]
+        assert int(f"{carries[-1]}{written}") == int(example.answer)
+    else:
+        assert all(x == int(a) and x * part == product for x, part, product in terms)
+        assert sum(product for *_, product in terms) == int(example.answer)
+
+
+def test_dropping_carries_is_worth_what_the_card_says():
+    # A first digit is 1 to 9, so there the share of pairs without a carry is 36/81; elsewhere 55/100.
+    for digits in (1, 2, 3):
+        expected = (36 / 81) * 0.55 ** (digits - 1)
+        assert shortcut("arithmetic", "no_carry", digits=digits) == pytest.approx(expected, abs=0.035)
+    assert shortcut("arithmetic", "no_carry", digits=6) < 0.05
+    assert shortcut("arithmetic", "no_carry", digits=4, operation="multiply") < 0.01
+
+
+@pytest.mark.parametrize(
+    ("question", "score"),
+    [("12 + 34", 1), ("19 + 34", 0), ("91 + 34", 0), ("12 * 34", 0), ("12 * 13", 1), ("20 * 40", 1), ("11 * 55", 0)],
+)
+def test_the_carry_rule_is_right_where_nothing_is_carried(question, score):
+    assert get("arithmetic").baselines(Example(f"What is {question}?", (), "")) == {"no_carry": score}
+
+
+def test_the_baselines_refuse_a_question_of_another_task():
+    for name in ("arithmetic", "state_tracking"):
+        with pytest.raises(DataError, match="not a"):
+            get(name).baselines(Example("Is Tom a lempus?", (), "Tom is a lempus."))
+
+
+# -- state tracking --------------------------------------------------------------------------------------
+
+
+@given(st.integers(3, 5), st.integers(1, 12), st.integers(0, 10**6))
+@settings(max_examples=60)
+def test_the_order_is_that_of_the_permutations_one_after_the_other(elements, length, seed):
+    (example,) = take("state_tracking", 1, seed, elements=elements, length=length)
+    start, *moves = example.question.removesuffix(" What is the order now?").split(". ")
+    row = start.removeprefix("Start with ").split()
+    assert row == list("abcde"[:elements])
+    assert (len(moves), len(example.steps)) == (length, length)
+    for move, step in zip(moves, example.steps, strict=True):
+        places = [int(place) for place in re.findall(r"\d", move)]
+        assert sorted(places) == list(range(1, elements + 1))
+        before = dict(enumerate(row, start=1))
+        row = [before[place] for place in places]
+        assert step == " ".join(row)
+    assert example.answer == " ".join(row)
+
+
+@pytest.mark.parametrize("elements", [3, 4, 5])
+def test_guessing_the_start_is_worth_one_over_the_orders_at_any_length(elements):
+    for length in (1, 5):
+        score = shortcut("state_tracking", "identity", elements=elements, length=length)
+        assert score == pytest.approx(1 / math.factorial(elements), abs=0.03)
