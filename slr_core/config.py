@@ -44,8 +44,10 @@ class _Model(BaseModel):
 class ProjectionConfig(_Model):
     """How a state becomes the next iteration's input."""
 
-    kind: Literal["identity", "rms_match", "linear", "mlp"] = Field(
-        "rms_match", description="rms_match rescales the state to the RMS of the embedding table"
+    kind: Literal["identity", "rms_match", "linear", "mlp", "pause"] = Field(
+        "rms_match",
+        description="rms_match rescales the state to the RMS of the embedding table; pause is a control for the "
+        "workspace `append`: a learned vector whatever the state, so that no thought reaches the next",
     )
 
 
@@ -190,6 +192,8 @@ class LoopConfig(_Model):
     def _parts_fit_together(self) -> Self:
         if self.lora.past_end == "error" and self.max_iterations > self.trained_iterations:
             raise ValueError("max_iterations must be at most trained_iterations under lora.past_end `error`")
+        if self.projection.kind == "pause" and self.workspace != "append":
+            raise ValueError("projection.kind `pause` needs workspace `append`: the others would lose their own input")
         if isinstance(self.lora.rank, tuple):
             if self.lora.kind != "per_iteration":
                 raise ValueError(f"lora.rank must be one number for lora.kind `{self.lora.kind}`")

@@ -172,6 +172,10 @@ MISFITS = {
         {"convergence": {"criterion": "learned"}},
         "loop: Value error, convergence.criterion `learned` needs halting_head to be true",
     ),
+    "pause-of-a-prompt": (
+        {"workspace": "prompt", "projection": {"kind": "pause"}},
+        "loop: Value error, projection.kind `pause` needs workspace `append`: the others would lose their own input",
+    ),
     "past-the-end": (
         {"trained_iterations": 3, "max_iterations": 4, "lora": {"past_end": "error"}},
         "loop: Value error, max_iterations must be at most trained_iterations under lora.past_end `error`",

@@ -13,14 +13,17 @@ class Projection(nn.Module):
 
     Latent states are far longer than token embeddings (the norm of the final layer norm's output against
     an embedding table initialised near 0.02), so feeding them back unscaled takes the model out of the
-    range that it knows; ``rms_match`` rescales each state to the RMS of the embedding table.
+    range that it knows; ``rms_match`` rescales each state to the RMS of the embedding table. ``pause`` is the
+    control of Goyal et al. (2023, arXiv 2310.02226) and Hao et al. (2024): a learned vector, no feedback.
     """
 
     def __init__(self, config: ProjectionConfig, hidden_size: int) -> None:
         super().__init__()
         self.kind = config.kind
         self.layers: nn.Module = nn.Identity()
-        if config.kind == "linear":
+        if config.kind == "pause":
+            self.vector = nn.Parameter(0.02 * torch.randn(hidden_size))
+        elif config.kind == "linear":
             self.layers = _near_identity(hidden_size)
         elif config.kind == "mlp":
             self.layers = nn.Sequential(
@@ -32,6 +35,8 @@ class Projection(nn.Module):
 
     def forward(self, hidden: Tensor, embedding_rms: Tensor) -> Tensor:
         """Project ``hidden`` ``[..., d]``; ``embedding_rms`` is a scalar, used by ``rms_match`` alone."""
+        if self.kind == "pause":
+            return self.vector.to(hidden.dtype).expand_as(hidden)
         if self.kind == "rms_match":
             return rms_normalize(hidden) * embedding_rms.to(hidden.dtype)
         projected: Tensor = self.layers(hidden)

@@ -102,6 +102,9 @@ class TrainConfig(_Model):
     max_iterations: int | None = Field(
         None, ge=0, description="caps every stage's iterations; 0 trains the control without the loop"
     )
+    chain_of_thought: bool = Field(
+        False, description="trains the method `cot`: the steps in words before the answer, in place of a loop"
+    )
     save_steps: int = Field(500, ge=1)
     threads: int | None = Field(None, ge=1, description="torch threads; None: torch's own choice")
     stages: tuple[StageConfig, ...] = Field(min_length=1)
@@ -109,14 +112,14 @@ class TrainConfig(_Model):
     @model_validator(mode="after")
     def _objectives_suit_the_loop(self) -> Self:
         terms, loops = self.objectives, self.max_iterations != 0
-        if (
-            terms.chains
-            and self.chains
-            and loops
-            and (self.loop.workspace != "append" or self.loop.timestep.noise_level)
-        ):
+        if self.chain_of_thought and loops:
+            raise ValueError("max_iterations must be 0 with chain_of_thought: it thinks in words or in a loop")
+        loop = self.loop
+        blind = loop.workspace != "append" or loop.timestep.noise_level or loop.projection.kind == "pause"
+        if terms.chains and self.chains and loops and blind:
             raise ValueError(
-                "objectives.chains must be 0 unless loop.workspace is `append` and loop.timestep.noise_level false"
+                "objectives.chains must be 0 unless loop.workspace is `append`, loop.timestep.noise_level false and "
+                "loop.projection.kind not `pause`"
             )
         if terms.start and loops and self.loop.workspace == "prompt":
             raise ValueError("objectives.start must be 0 in the workspace `prompt`, which never runs the plain prompt")

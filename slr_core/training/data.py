@@ -93,8 +93,11 @@ class Collator:
     chains ``chain_starts`` ``[B, Q, 2]`` and ``chain_targets`` ``[B, Q, S, K]``.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prefix: str, suffix: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prefix: str, suffix: str, *, chain_of_thought: bool = False
+    ) -> None:
         self.tokenizer, self.prefix, self.suffix = tokenizer, prefix, suffix
+        self.chain_of_thought = chain_of_thought
         self._node_tokens: dict[str, int] = {}
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
@@ -105,7 +108,8 @@ class Collator:
             padding_side="right",
             return_tensors="pt",
         )
-        answers = [[*ids, self._eos()] for ids in self.tokenizer([item.example.answer for item in items]).input_ids]
+        texts = [self._written(item.example) for item in items]
+        answers = [[*ids, self._eos()] for ids in self.tokenizer(texts).input_ids]
         iterations = items[0].iterations
         hops, targets = [], []
         for item, answer in zip(items, answers, strict=True):
@@ -125,6 +129,10 @@ class Collator:
             "chain_starts": _pad([[self._pair(start) for start, _ in row] for row in chains]) if chains[0] else None,
             "chain_targets": _pad(levels) if chains[0] else None,
         }
+
+    def _written(self, example: Example) -> str:
+        # The mark is where the published evaluation looks for the answer.
+        return " ".join([*example.steps, "#", example.answer]) if self.chain_of_thought else example.answer
 
     def node_token(self, symbol: str) -> int:
         """The token that a state shows when it has reached ``symbol``: its object form, or a person's name.

@@ -21,17 +21,20 @@ _NAME_TEMPLATES = ("{}", "Is {}")
 _CONCEPT_TEMPLATES = ("Every {}", " is a {}.", " a {}", " or {}?")
 
 
-def prosqa_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer; what it does not know becomes ``<unk>``."""
+def prosqa_tokenizer(*, chain_of_thought: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer; what it does not know becomes ``<unk>``. A chain of thought needs one token more, ``#``."""
     words = [t.format(name) for t in _NAME_TEMPLATES for name in NAMES]
     words += [t.format(concept) for t in _CONCEPT_TEMPLATES for concept in CONCEPTS]
+    words += ["#"] if chain_of_thought else []
     vocabulary = {word: i for i, word in enumerate([*_SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     # The blank between two sentences carries nothing: it is dropped here and put back when decoding.
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(r"(?<=\.)\s+"), "")])
-    pieces = r"Every \w+|Is \w+| is a \w+\.| a \w+| or \w+\?|\w+"
+    blanks = [normalizers.Replace(Regex(r"(?<=\.)\s+"), ""), normalizers.Replace(Regex(r"\s*#\s*"), "#")]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), *blanks[: 1 + chain_of_thought]])
+    pieces = r"Every \w+|Is \w+| is a \w+\.| a \w+| or \w+\?|\w+" + ("|#" if chain_of_thought else "")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "isolated")
-    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex(r"\.(?=\w)"), ". ")])
+    spaced = [decoders.Replace(Regex(r"\.(?=\w)"), ". "), decoders.Replace(Regex("#"), " # ")]
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), *spaced[: 1 + chain_of_thought]])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -123,7 +123,7 @@ class _StopOnNaN(TrainerCallback):
 def build(config: TrainConfig) -> LatentReasoner:
     """The untrained latent reasoner of a recipe, reproducible from its seed."""
     torch.manual_seed(config.seed)
-    tokenizer = prosqa_tokenizer()
+    tokenizer = prosqa_tokenizer(chain_of_thought=config.chain_of_thought)
     base = _scratch(config.base, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
     generator = torch.Generator().manual_seed(config.seed)
     table: nn.Module = base.get_input_embeddings()
@@ -191,7 +191,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         model=Objective(reasoner, config.objectives),
         args=arguments,
         train_dataset=StageStream(config),
-        data_collator=Collator(reasoner.tokenizer, config.text.prompt_prefix, config.text.prompt_suffix),
+        data_collator=Collator(
+            reasoner.tokenizer,
+            config.text.prompt_prefix,
+            config.text.prompt_suffix,
+            chain_of_thought=config.chain_of_thought,
+        ),
         callbacks=[watch],
     )
     steps = Path(str(arguments.output_dir))

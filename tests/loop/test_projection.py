@@ -55,3 +55,12 @@ def test_a_zero_state_stays_finite():
 @pytest.mark.parametrize("kind", ["identity", "rms_match"])
 def test_the_input_keeps_the_states_dtype(kind):
     assert projection(kind)(states().bfloat16(), RMS).dtype == torch.bfloat16
+
+
+def test_a_pause_is_the_same_whatever_the_state():
+    made = Projection(ProjectionConfig(kind="pause"), 8)
+    one, other = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8)
+    assert torch.equal(made(one, torch.ones(())), made(other, torch.ones(())))
+    made(one, torch.ones(())).sum().backward()
+    assert one.grad is None
+    assert made.vector.grad.abs().sum() > 0

@@ -84,12 +84,14 @@ def test_a_missing_file_is_named(tmp_path):
         TrainConfig.from_yaml(tmp_path / "nowhere.yaml")
 
 
-NO_CHAINS = "objectives.chains must be 0 unless loop.workspace is `append` and loop.timestep.noise_level false"
+NO_CHAINS = "objectives.chains must be 0 unless loop.workspace is `append`"
 NO_START = "objectives.start must be 0 in the workspace `prompt`"
 MISFITS = {
     "chains-block": ({"loop": {"workspace": "block"}}, NO_CHAINS),
     "chains-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"start": 0}}, NO_CHAINS),
     "chains-noise": ({"loop": {"timestep": {"noise_level": True}}}, NO_CHAINS),
+    "chains-pause": ({"loop": {"projection": {"kind": "pause"}}}, NO_CHAINS),
+    "words-and-loop": ({"chain_of_thought": True}, "max_iterations must be 0 with chain_of_thought"),
     "start-prompt": ({"loop": {"workspace": "prompt"}, "chains": 0}, NO_START),
 }
 
@@ -110,6 +112,7 @@ def test_objectives_that_do_not_suit_the_loop_are_refused(case):
         {"loop": {"workspace": "prompt"}, "objectives": {"chains": 0, "start": 0}},
         {"loop": {"timestep": {"noise_level": True}}, "objectives": {"chains": 0}},
         {"loop": {"workspace": "prompt"}, "max_iterations": 0},
+        {"loop": {"workspace": "append"}, "max_iterations": 0, "chain_of_thought": True},
     ],
     ids=str,
 )

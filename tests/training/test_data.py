@@ -252,3 +252,11 @@ def test_a_generated_batch_holds_its_frontiers():
             found = batch["targets"][row, t]
             assert set(found[found != IGNORE].tolist()) == {node(word) for word in level}
     assert batch["input_ids"].dtype == batch["targets"].dtype == torch.long
+
+
+def test_a_chain_of_thought_is_written_before_the_answer():
+    tokenizer = prosqa_tokenizer(chain_of_thought=True)
+    batch = Collator(tokenizer, "", "", chain_of_thought=True)([Item(HAND, 0, ())])
+    (written,) = batch["answer_ids"].tolist()
+    assert written[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(written[:-1]) == " ".join([*HAND.steps, "#", HAND.answer])

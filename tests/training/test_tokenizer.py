@@ -62,3 +62,16 @@ def test_tokens_of_one_word_start_alike():
     )
     assert torch.cosine_similarity(every, stated, dim=0) > 0.4
     assert torch.cosine_similarity(every, other, dim=0).abs() < 0.25
+
+
+@given(st.integers(0, 10**6))
+def test_a_chain_of_thought_survives_with_its_mark(seed):
+    tokenizer = prosqa_tokenizer(chain_of_thought=True)
+    example = next(generate(GraphSpec(12, 2, 4, True), seed))
+    text = " ".join([*example.steps, "#", example.answer])
+    ids = tokenizer(text).input_ids
+    assert tokenizer.unk_token_id not in ids
+    assert len(ids) == 2 * len(example.steps) + 3
+    assert tokenizer.decode(ids) == text
+    # Every other token is the same: only the mark is new.
+    assert tokenizer.get_vocab() == {**TOKENIZER.get_vocab(), "#": len(TOKENIZER)}
