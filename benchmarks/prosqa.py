@@ -2,7 +2,7 @@
 
     python -m benchmarks.prosqa --control runs/prosqa_no_loop --data ../shared/data --out benchmarks/results/prosqa.json
 
-Data sets that are not there are left out, and the table says so.
+Data sets that are not there are left out. `slr compare` does the same for one set and more methods.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from slr_core.evaluation.evaluate import Evaluation, evaluate
-from slr_core.loop.convergence import LoopSettings
+from slr_core.evaluation.backends import Local
+from slr_core.evaluation.methods import METHODS, Method, Settings
+from slr_core.evaluation.outcomes import Outcome
+from slr_core.evaluation.run import run_method
+from slr_core.evaluation.statistics import by_difficulty, summarize
 from slr_core.model import LatentReasoner
 from slr_core.tasks.base import Example, read_jsonl
 from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate
@@ -44,23 +48,27 @@ def main() -> None:
     sets = {name: list(islice(generate(spec, SEED), options.questions)) for name, spec in GENERATED.items()} | _read(
         options.data
     )
-    reasoner = LatentReasoner.from_pretrained(options.model)
-    methods = {"with its loop": (reasoner, None), "the same model, max_iterations 0": (reasoner, 0)}
+    tested = Local(LatentReasoner.from_pretrained(options.model))
+    methods = {
+        "with its loop": (tested, METHODS["slr"]),
+        "the same model, max_iterations 0": (tested, METHODS["no_cot"]),
+    }
     if options.control:
-        methods["trained without the loop"] = (LatentReasoner.from_pretrained(str(options.control)), 0)
+        control = Local(LatentReasoner.from_pretrained(str(options.control)))
+        methods["trained without the loop"] = (control, METHODS["no_thought"])
 
     figures: dict[str, dict[str, Any]] = {}
     print("| questions | n | depth rule |", *(f"{method} |" for method in methods))
     print("|---|---|---|" + "---|" * len(methods))
-    looped: dict[str, Evaluation] = {}
+    looped: dict[str, list[Outcome]] = {}
     for name, examples in sets.items():
-        row = {method: _score(model, examples, most) for method, (model, most) in methods.items()}
+        row = {label: _answer(backend, method, examples) for label, (backend, method) in methods.items()}
         looped[name] = row["with its loop"]
-        figures[name] = {method: report.to_json() for method, report in row.items()}
-        rule = looped[name].baselines["depth_rule"]
-        print(f"| {name} | {len(examples)} | {rule:.3f} |", *(f"{_cell(report)} |" for report in row.values()))
-    for name, report in looped.items():
-        _print_levels(name, report)
+        rule = sum(ProsQA().baselines(example)["depth_rule"] for example in examples) / len(examples)
+        figures[name] = {label: _figures(outcomes) | {"depth_rule": rule} for label, outcomes in row.items()}
+        print(f"| {name} | {len(examples)} | {rule:.3f} |", *(f"{_cell(outcomes)} |" for outcomes in row.values()))
+    for name, outcomes in looped.items():
+        _print_levels(name, outcomes)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         record = {"seed": SEED, "sha256": _hashes(options.data), "figures": figures}
@@ -77,20 +85,26 @@ def _hashes(folder: Path | None) -> dict[str, str]:
     return {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in paths.items() if p.is_file()}
 
 
-def _score(model: LatentReasoner, examples: list[Example], most: int | None) -> Evaluation:
-    return evaluate(model, ProsQA(), examples, settings=LoopSettings.resolve(model.config.loop, max_iterations=most))
+def _answer(backend: Local, method: Method, examples: list[Example]) -> list[Outcome]:
+    return run_method(method, backend, ProsQA(), examples, Settings({}))
 
 
-def _cell(report: Evaluation) -> str:
-    low, high = report.overall.interval
-    return f"{report.overall.accuracy:.3f} ({low:.3f} to {high:.3f})"
+def _figures(outcomes: list[Outcome]) -> dict[str, Any]:
+    levels = {level: asdict(summary) for level, summary in by_difficulty(outcomes).items()}
+    return {"overall": asdict(summarize(outcomes)), "by_difficulty": levels}
 
 
-def _print_levels(name: str, report: Evaluation) -> None:
+def _cell(outcomes: list[Outcome]) -> str:
+    summary = summarize(outcomes)
+    low, high = summary.interval
+    return f"{summary.accuracy:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _print_levels(name: str, outcomes: list[Outcome]) -> None:
     print(f"\n{name}, with its loop, by hops:\n")
     head = "| hops | n | accuracy | mean iterations | converged | passes | relative change at t = 1, 2, ... |"
     print(head + "\n|---|---|---|---|---|---|---|")
-    for hops, summary in {**report.by_difficulty, "all": report.overall}.items():
+    for hops, summary in {**by_difficulty(outcomes), "all": summarize(outcomes)}.items():
         changes = " ".join("-" if change is None else f"{change:.2f}" for change in summary.relative_change)
         print(
             f"| {hops} | {summary.questions} | {summary.accuracy:.3f} | {summary.iterations:.2f} "

@@ -14,7 +14,8 @@ text { font: 13px ui-sans-serif, system-ui, sans-serif; fill: #1f2328 }
 .small { font-size: 11px; fill: #59636e } .in { fill: #ffffff; font-weight: 600 } .mid { text-anchor: middle }
 .cached { fill: none; stroke: #8c959f; stroke-dasharray: 3 3 }
 .base { fill: #57606a } .loop { fill: #8250df } .decode { fill: #1a7f37 } .vector { fill: none; stroke: #8250df }
-.arrow { fill: none; stroke: #bc4c00; stroke-width: 1.6 } .head { fill: #bc4c00 } .out { fill: #bc4c00; font-weight: 600 }
+.arrow { fill: none; stroke: #bc4c00; stroke-width: 1.6 } .head { fill: #bc4c00 }
+.out { fill: #bc4c00; font-weight: 600 }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3 } .small { fill: #9198a1 } .in { fill: #ffffff } .cached { stroke: #656c76 }
   .base { fill: #656c76 } .arrow { stroke: #f0883e } .head, .out { fill: #f0883e }

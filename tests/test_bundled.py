@@ -12,7 +12,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from slr_core.checkpoint import BUNDLED
-from slr_core.evaluation.evaluate import Evaluation, evaluate
+from slr_core.evaluation.backends import Local
+from slr_core.evaluation.methods import METHODS, Settings
+from slr_core.evaluation.outcomes import Outcome
+from slr_core.evaluation.run import run_method
+from slr_core.evaluation.statistics import by_difficulty, summarize
 from slr_core.generation import generate, prepare
 from slr_core.loop.convergence import LoopSettings
 from slr_core.model import LatentReasoner
@@ -35,31 +39,31 @@ def questions() -> list[Example]:
 
 
 @pytest.fixture(scope="module")
-def report(reasoner: LatentReasoner, questions: list[Example]) -> Evaluation:
-    return evaluate(reasoner, ProsQA(), questions, settings=LoopSettings.resolve(reasoner.config.loop))
+def answers(reasoner: LatentReasoner, questions: list[Example]) -> list[Outcome]:
+    return run_method(METHODS["slr"], Local(reasoner), ProsQA(), questions, Settings({}))
 
 
-def test_answers_balanced_questions(report: Evaluation) -> None:
-    assert report.overall.accuracy >= 0.95
-    assert report.baselines == {"depth_rule": 0.5}
+def test_answers_balanced_questions(answers: list[Outcome], questions: list[Example]) -> None:
+    assert summarize(answers).accuracy >= 0.95
+    assert all(ProsQA().baselines(question) == {"depth_rule": 0.5} for question in questions)
 
 
-def test_needs_its_loop(reasoner: LatentReasoner, questions: list[Example], report: Evaluation) -> None:
-    settings = LoopSettings.resolve(reasoner.config.loop, max_iterations=0)
-    without = evaluate(reasoner, ProsQA(), questions, settings=settings)
-    assert without.overall.accuracy < report.overall.accuracy - 0.2
+def test_needs_its_loop(reasoner: LatentReasoner, questions: list[Example], answers: list[Outcome]) -> None:
+    without = run_method(METHODS["no_cot"], Local(reasoner), ProsQA(), questions, Settings({}))
+    assert summarize(without).accuracy < summarize(answers).accuracy - 0.2
 
 
-def test_stops_by_itself_and_later_on_longer_paths(report: Evaluation) -> None:
-    assert report.overall.converged > 0.95
-    assert report.overall.diverged == 0
-    iterations = [summary.iterations for _, summary in sorted(report.by_difficulty.items())]
+def test_stops_by_itself_and_later_on_longer_paths(answers: list[Outcome]) -> None:
+    overall = summarize(answers)
+    assert overall.converged > 0.95
+    assert overall.diverged == 0
+    iterations = [summary.iterations for summary in by_difficulty(answers).values()]
     assert iterations == sorted(iterations)
     assert iterations[-1] - iterations[0] > 1
 
 
-def test_relative_change_falls(report: Evaluation) -> None:
-    for summary in report.by_difficulty.values():
+def test_relative_change_falls(answers: list[Outcome]) -> None:
+    for summary in by_difficulty(answers).values():
         first, *_, last = summary.relative_change
         assert last < first / 2
 
@@ -129,5 +133,5 @@ def test_card_quotes_the_committed_figures() -> None:
     figures = json.loads(RESULTS.read_text(encoding="utf-8"))["figures"]
     for name, methods in figures.items():
         (row,) = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
-        for report in methods.values():
-            assert f"{report['overall']['accuracy']:.3f}" in row
+        for figure in methods.values():
+            assert f"{figure['overall']['accuracy']:.3f}" in row

@@ -1,4 +1,4 @@
-"""The command ``slr``: generate, trace, init, info, train, eval.
+"""The command ``slr``: generate, trace, init, info, train, and what evaluates.
 
 torch and transformers are imported inside the commands: ``slr --help`` answers at once.
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from slr_core._version import __version__
-from slr_core.cli import models, reason, research
+from slr_core.cli import evaluate, models, probe, reason, sweep, train
 from slr_core.errors import SLRError
 
 app = typer.Typer(
@@ -24,8 +24,13 @@ app.command()(reason.generate)
 app.command()(reason.trace)
 app.command()(models.init)
 app.command()(models.info)
-app.command()(research.train)
-app.command(name="eval")(research.evaluate)
+app.command()(train.train)
+app.command(name="eval")(evaluate.evaluate)
+app.command()(evaluate.compare)
+app.command()(evaluate.stability)
+app.command()(probe.probe)
+app.command()(sweep.sweep)
+app.command()(evaluate.report)
 
 
 def main() -> None:

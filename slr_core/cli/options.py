@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 
 if TYPE_CHECKING:
     from slr_core.loop.convergence import LoopSettings
@@ -61,6 +62,13 @@ def loop_settings(
         threshold=threshold,
         patience=patience,
     )
+
+
+def progress_bars() -> Progress:
+    """Bars with what is left, on a terminal; nothing where the output goes into a file."""
+    shown = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    return Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal)
 
 
 def number(value: float | None) -> str:

@@ -1,0 +1,438 @@
+"""``slr eval``, ``slr compare``, ``slr stability`` and ``slr report``."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import TaskID
+from rich.table import Table
+
+from slr_core._version import __version__
+from slr_core.cli.options import (
+    CriterionName,
+    MaxIterations,
+    MinIterations,
+    Model,
+    Patience,
+    Threshold,
+    console,
+    load,
+    number,
+    progress_bars,
+)
+from slr_core.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from slr_core.evaluation.backends import Backend
+    from slr_core.evaluation.methods import Method, Settings
+    from slr_core.evaluation.outcomes import Outcome
+    from slr_core.evaluation.stability import Stability
+    from slr_core.evaluation.statistics import Summary
+    from slr_core.evaluation.store import Store
+    from slr_core.tasks.base import Task
+
+TaskName = Annotated[str, typer.Option("--task", help="what to ask and how to grade: prosqa, gsm8k, math, ...")]
+Data = Annotated[Path | None, typer.Option(help="a .jsonl or .jsonl.gz file of questions")]
+Split = Annotated[str | None, typer.Option(help="a split of the public data set, from the hub, instead")]
+Generate = Annotated[int | None, typer.Option(min=1, help="generate this many questions instead")]
+GenerateSeed = Annotated[int, typer.Option(help="of the generated questions")]
+Dials = Annotated[
+    list[str] | None, typer.Option("--dial", help="of the generator, name=value, such as nodes=10; repeatable")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="the first questions only")]
+Server = Annotated[str | None, typer.Option(help="ask a running server at this URL instead of a model in this process")]
+Results = Annotated[
+    Path | None, typer.Option(help="keep every outcome in this .jsonl file, and go on from what it holds")
+]
+Seed = Annotated[int, typer.Option(min=0, help="of everything random in the methods")]
+BatchSize = Annotated[int, typer.Option(min=1, help="questions at a time")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="a checkpoint for a method that needs its own, method=DIR, such as no_thought=runs/x; repeatable"
+    ),
+]
+
+
+class Questions:
+    """What is asked: the task, its examples, and where they come from."""
+
+    def __init__(
+        self,
+        task: str,
+        data: Path | None,
+        split: str | None,
+        generate: int | None,
+        seed: int,
+        dials: list[str] | None,
+        limit: int | None,
+    ) -> None:
+        from slr_core import tasks
+        from slr_core.tasks.sources import load as load_questions
+
+        if sum(source is not None for source in (data, split, generate)) != 1:
+            raise ConfigError("give exactly one of --data FILE, --split NAME and --generate N")
+        self.task: Task = tasks.get(task)
+        self.loaded = load_questions(
+            self.task,
+            data=data,
+            split=split,
+            generate=generate,
+            seed=seed,
+            dials=dict(_dial(text) for text in dials or ()),
+            limit=limit,
+        )
+        self.examples, self.source = self.loaded.examples, self.loaded.source
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What a results file knows them by."""
+        facts = {"task": self.task.name, "source": self.source, "questions": len(self.examples)}
+        return {**facts, "questions_sha256": self.loaded.sha256}
+
+
+def _dial(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--dial {text}: expected name=value")
+    return name, value
+
+
+def evaluate(
+    model: Model = None,
+    method: Annotated[str, typer.Option(help="how to answer; `slr compare --help` lists the methods")] = "slr",
+    server: Server = None,
+    task: TaskName = "prosqa",
+    data: Data = None,
+    split: Split = None,
+    generate: Generate = None,
+    generate_seed: GenerateSeed = 0,
+    dial: Dials = None,
+    limit: Limit = None,
+    max_iterations: MaxIterations = None,
+    min_iterations: MinIterations = None,
+    criterion: CriterionName = None,
+    threshold: Threshold = None,
+    patience: Patience = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    results: Results = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Score a model on a task, with confidence intervals and the task's shortcut rules beside it."""
+    from slr_core.evaluation import methods
+    from slr_core.evaluation.statistics import by_difficulty, summarize
+    from slr_core.evaluation.store import Store
+
+    check_folder(json_file)
+    how = methods.get(method)
+    questions = Questions(task, data, split, generate, generate_seed, dial, limit)
+    loop = {
+        "max_iterations": max_iterations,
+        "min_iterations": min_iterations,
+        "criterion": criterion,
+        "threshold": threshold,
+        "patience": patience,
+    }
+    settings = methods.Settings({name: value for name, value in loop.items() if value is not None}, seed=seed)
+    backend = _backend(model, server)
+    store = Store(results)
+    outcomes = _answer(how, backend, questions, settings, store, server or model, batch_size)
+    levels, overall, rules = by_difficulty(outcomes), summarize(outcomes), baselines(questions)
+    store.keep("baselines", questions.spec, rules, {})
+    _print_levels(levels, overall, rules, f"{questions.task.name}: {questions.source}")
+    if json_file is not None:
+        figures = {"overall": asdict(overall), "by_difficulty": {k: asdict(v) for k, v in levels.items()}}
+        record = {"method": method, **_manifest(questions, server or model, settings), **figures, "baselines": rules}
+        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def compare(
+    model: Model = None,
+    methods: Annotated[str, typer.Option(help="names with commas, or all")] = "all",
+    weights: Weights = None,
+    server: Server = None,
+    task: TaskName = "prosqa",
+    data: Data = None,
+    split: Split = None,
+    generate: Generate = None,
+    generate_seed: GenerateSeed = 0,
+    dial: Dials = None,
+    limit: Limit = None,
+    samples: Annotated[int, typer.Option(min=1, help="rollouts of the methods that vote or choose")] = 5,
+    temperature: Annotated[float, typer.Option(min=0.001, help="of sampled chains of thought")] = 0.7,
+    beams: Annotated[int, typer.Option(min=1, help="of the beam search")] = 4,
+    noise: Annotated[float, typer.Option(min=0.0, help="in the states of slr_vote, as a share of their RMS")] = 0.1,
+    cot_tokens: Annotated[int, typer.Option(min=1, help="longest chain of thought")] = 256,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    results: Results = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Put methods and controls side by side on the same questions, with paired tests against the loop."""
+    from slr_core.evaluation.methods import METHODS, Settings, get
+    from slr_core.evaluation.statistics import paired, summarize
+    from slr_core.evaluation.store import Store
+
+    check_folder(json_file)
+    chosen = list(METHODS.values()) if methods == "all" else [get(name.strip()) for name in methods.split(",")]
+    own = dict(_weight(text) for text in weights or ())
+    questions = Questions(task, data, split, generate, generate_seed, dial, limit)
+    settings = Settings({}, cot_tokens, samples, temperature, beams, noise, seed)
+    store, tested = Store(results), _backend(model, server)
+    outcomes: dict[str, list[Outcome]] = {}
+    missing: dict[str, str] = {}
+    for method in chosen:
+        reason = _cannot(method, own, server)
+        if reason is not None:
+            missing[method.name] = reason
+            continue
+        backend = tested if method.weights is None else _backend(str(own[method.weights]), None)
+        name = (server or model) if method.weights is None else str(own[method.weights])
+        try:
+            outcomes[method.name] = _answer(method, backend, questions, settings, store, name, batch_size)
+        except (ConfigError, RequestError) as error:
+            missing[method.name] = str(error)
+    summaries = {name: summarize(of) for name, of in outcomes.items()}
+    against = outcomes.get("slr")
+    tests = {name: paired(against, of) for name, of in outcomes.items() if against is not None and name != "slr"}
+    rules = baselines(questions)
+    store.keep("baselines", questions.spec, rules, {})
+    store.keep("missing", questions.spec, missing, {})
+    _print_methods(summaries, {name: test.p for name, test in tests.items()}, questions)
+    for name, reason in missing.items():
+        console.print(f"{name}: no figure, {escape(reason)}", highlight=False)
+    if json_file is not None:
+        figures: dict[str, Any] = {name: asdict(summary) for name, summary in summaries.items()}
+        for name, test in tests.items():
+            figures[name]["paired_with_slr"] = asdict(test)
+        record = {**_manifest(questions, server or model, settings), "baselines": rules}
+        record |= {"figures": figures, "missing": missing}
+        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _cannot(method: Method, own: dict[str, Path], server: str | None) -> str | None:
+    if method.weights is not None and method.weights not in own:
+        return f"it needs weights trained for it: --weights {method.weights}=DIR"
+    if server is not None and method.weights is None and not method.remote:
+        return "it reaches into the model, which a server does not allow"
+    return None
+
+
+def _weight(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not equals or not folder:
+        raise ConfigError(f"--weights {text}: expected method=DIR")
+    return name, Path(folder)
+
+
+def _backend(model: str | None, server: str | None) -> Backend:
+    from slr_core.evaluation.backends import Local, Remote
+
+    return Local(load(model)) if server is None else Remote(server)
+
+
+def _answer(
+    method: Method,
+    backend: Backend,
+    questions: Questions,
+    settings: Settings,
+    store: Store,
+    model: str | None,
+    batch_size: int,
+) -> list[Outcome]:
+    from slr_core.evaluation.run import model_of, run_method, spec_of
+
+    spec = spec_of(method, settings, questions.task, questions.loaded, model_of(model))
+    run = store.open(spec, versions())
+    with progress_bars() as bar:
+        answered = bar.add_task(method.name, total=len(questions.examples))
+        return run_method(
+            method,
+            backend,
+            questions.task,
+            questions.examples,
+            settings,
+            store=store,
+            run=run,
+            batch_size=batch_size,
+            progress=lambda count: bar.advance(answered, count),
+        )
+
+
+def stability(
+    model: Model = None,
+    task: TaskName = "prosqa",
+    data: Data = None,
+    split: Split = None,
+    generate: Generate = None,
+    generate_seed: GenerateSeed = 0,
+    dial: Dials = None,
+    limit: Limit = None,
+    past: Annotated[int, typer.Option(min=1, max=32, help="force loops to this many times their trained depth")] = 4,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    results: Results = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Force a loop past its trained depth, disturb it, and see whether it stops at the right time."""
+    from slr_core.evaluation.backends import Local
+    from slr_core.evaluation.run import model_of
+    from slr_core.evaluation.stability import Study
+    from slr_core.evaluation.store import Store
+
+    check_folder(json_file)
+    questions = Questions(task, data, split, generate, generate_seed, dial, limit)
+    store, name = Store(results), model_of(model)
+    with progress_bars() as bar:
+        rows: dict[str, TaskID] = {}
+
+        def progress(run: str, answered: int) -> None:
+            if run not in rows:
+                rows[run] = bar.add_task(run, total=len(questions.examples))
+            bar.advance(rows[run], answered)
+            bar.update(rows[run], visible=not bar.tasks[rows[run]].finished)
+
+        local = Local(load(model))
+        study = Study(local, questions.task, questions.loaded, name, store, batch_size=batch_size, progress=progress)
+        found = study.run(past, seed)
+    rules = baselines(questions)
+    store.keep("baselines", questions.spec, rules, {})
+    spec = {**questions.spec, "model": name, "settings": {"past": past, "seed": seed}}
+    store.keep("stability", spec, found.to_json(), versions())
+    _print_stability(found, questions)
+    if json_file is not None:
+        record = {"manifest": {**spec, **versions()}, "baselines": rules, **found.to_json()}
+        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="a results file of eval, compare, stability or probe", exists=True)],
+    out: Annotated[Path, typer.Option(help="folder for report.html, report.md and the plots")] = Path("report"),
+) -> None:
+    """Write one self-contained page, and a Markdown version, from a results file."""
+    from slr_core.evaluation.report import write
+    from slr_core.evaluation.store import Store
+
+    for path in write(Store(results), out):
+        print(path)
+
+
+def _print_stability(found: Stability, questions: Questions) -> None:
+    title = f"{questions.task.name}: {questions.source}, {len(questions.examples)} questions"
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in ("forced to", "accuracy", "95 % interval", "diverged", "oscillating", "contraction"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for t, s in found.by_depth.items():
+        low, high = s.interval
+        mark = " (trained)" if t == found.trained else ""
+        cells = (f"{s.accuracy:.3f}", f"{low:.3f} to {high:.3f}", f"{s.diverged:.1%}", f"{s.oscillating:.1%}")
+        table.add_row(f"{t}{mark}", *cells, number(s.contraction_rate))
+    console.print(table)
+    default = found.default
+    correlation = "-" if found.correlation is None else f"{found.correlation:.3f}"
+    console.print(
+        f"as configured: accuracy {default.accuracy:.3f}, {default.iterations:.2f} iterations, {found.excess:.2f} more "
+        f"than the answers needed, {default.converged:.1%} converged; rank correlation of iterations with difficulty "
+        f"{correlation}",
+        highlight=False,
+    )
+    for scale, (s, changed) in found.noise.items():
+        console.print(
+            f"noise {scale:g} in h_0: accuracy {s.accuracy:.3f}, {changed:.1%} of answers change", highlight=False
+        )
+
+
+def baselines(questions: Questions) -> dict[str, float]:
+    """Mean score of each shortcut rule that the task knows, on the same questions."""
+    scores = [questions.task.baselines(example) for example in questions.examples]
+    return {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
+
+
+def check_folder(file: Path | None) -> None:
+    """Better now than after the work."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ConfigError(f"--json {file}: its folder does not exist")
+
+
+def versions() -> dict[str, str]:
+    """What a manifest says of the program: its command line and what it ran on."""
+    import torch
+    import transformers
+
+    return {
+        "command": shlex.join(["slr", *sys.argv[1:]]),
+        "slr": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _manifest(questions: Questions, model: str | None, settings: Settings) -> dict[str, Any]:
+    from slr_core.evaluation.methods import get
+    from slr_core.evaluation.run import model_of, spec_of
+
+    spec = spec_of(get("slr"), settings, questions.task, questions.loaded, model_of(model))
+    del spec["method"]
+    return {"manifest": {**spec, **versions()}}
+
+
+def _print_levels(levels: dict[int, Summary], overall: Summary, rules: dict[str, float], title: str) -> None:
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in ("steps", "questions", "accuracy", "95 % interval", "iterations", "converged", "passes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for level, summary in levels.items():
+        table.add_row(str(level), *_cells(summary))
+    table.add_section()
+    table.add_row("all", *_cells(overall), style="bold")
+    console.print(table)
+    for name, score in rules.items():
+        console.print(f"shortcut {name} : {score:.3f}")
+    changes = "  ".join(map(number, overall.relative_change))
+    if changes:
+        console.print(f"mean relative change by iteration: {changes}")
+
+
+def _cells(summary: Summary) -> list[str]:
+    low, high = summary.interval
+    return [
+        str(summary.questions),
+        f"{summary.accuracy:.3f}",
+        f"{low:.3f} to {high:.3f}",
+        f"{summary.iterations:.2f}",
+        f"{summary.converged:.1%}",
+        f"{summary.forward_passes:.2f}",
+    ]
+
+
+def _print_methods(summaries: dict[str, Summary], p: dict[str, float], questions: Questions) -> None:
+    title = f"{questions.task.name}: {questions.source}, {len(questions.examples)} questions"
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.add_column("method", no_wrap=True)
+    for column in ("accuracy", "95 % interval", "p against slr", "iterations", "passes", "tokens", "MFLOPs", "ms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, s in summaries.items():
+        flops = "-" if s.flops is None else f"{s.flops / 1e6:,.1f}"
+        test = f"{p[name]:.3g}" if name in p else "-"
+        low, high = s.interval
+        cells = (
+            f"{s.accuracy:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            test,
+            f"{s.iterations:.2f}",
+            f"{s.forward_passes:.2f}",
+        )
+        table.add_row(name, *cells, f"{s.tokens:.1f}", flops, f"{s.seconds * 1000:.1f}")
+    console.print(table)
+    for rule, score in baselines(questions).items():
+        console.print(f"shortcut {rule}, which never looks at the model: {score:.3f}", highlight=False)

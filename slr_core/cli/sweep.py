@@ -1,0 +1,57 @@
+"""``slr sweep``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from slr_core.cli.evaluate import versions
+from slr_core.cli.options import console
+from slr_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slr_core.evaluation.sweep import Row
+
+
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="what to vary and how to judge, in YAML", exists=True, dir_okay=False)],
+) -> None:
+    """Train a recipe over values of its settings and over seeds, evaluate every model, and compare them.
+
+    An interrupted sweep goes on when it is started again; `slr report` makes a page of its results.jsonl.
+    """
+    try:
+        from slr_core.evaluation.sweep import run
+    except ImportError as error:
+        raise ConfigError(f"training needs the extra `train`: pip install 'slr[train]' ({error})") from error
+    status = Console(stderr=True)
+    _print(run(spec, about=versions(), progress=lambda doing: status.print(escape(doing))))
+
+
+def _print(rows: list[Row]) -> None:
+    groups: dict[tuple[str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        values = ", ".join(f"{key}={value}" for key, value in row.variant.values.items()) or "as it is"
+        groups[row.questions, row.method][values].append(row)
+    for (questions, method), variants in groups.items():
+        title = f"{questions}; {method}"
+        table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
+        table.add_column("variant", no_wrap=True)
+        for column in ("seeds", "accuracy", "spread", "lowest", "highest", "iterations", "converged", "diverged"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for values, own in variants.items():
+            scores = [row.summary.accuracy for row in own]
+            cells = [fmean(scores), pstdev(scores), min(scores), max(scores)]
+            means = [
+                fmean(getattr(row.summary, name) for row in own) for name in ("iterations", "converged", "diverged")
+            ]
+            shown = [f"{means[0]:.2f}", f"{means[1]:.1%}", f"{means[2]:.1%}"]
+            table.add_row(escape(values), str(len(own)), *(f"{cell:.3f}" for cell in cells), *shown)
+        console.print(table)

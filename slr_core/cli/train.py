@@ -1,0 +1,27 @@
+"""``slr train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slr_core.errors import ConfigError
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="a recipe, such as configs/prosqa.yaml", exists=True, dir_okay=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="change a setting of the recipe: dotted.name=value; repeatable")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint of output_dir")] = False,
+) -> None:
+    """Train a recipe and write its checkpoint folder."""
+    try:
+        from slr_core.training.trainer import train as run
+    except ImportError as error:
+        raise ConfigError(f"training needs the extra `train`: pip install 'slr[train]' ({error})") from error
+    from slr_core.training.config import TrainConfig
+
+    print(run(TrainConfig.from_yaml(config, tuple(overrides or ())), resume=resume))

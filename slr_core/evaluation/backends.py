@@ -1,0 +1,141 @@
+"""Where answers come from: a model in this process, or a server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import httpx
+
+from slr_core.errors import ConfigError, EngineError, RequestError
+from slr_core.evaluation.cost import Cost
+from slr_core.evaluation.outcomes import Answered
+from slr_core.generation import Request, Think, generate, prepare
+from slr_core.loop.convergence import LoopSettings
+from slr_core.model import LatentReasoner
+from slr_core.sampling import SamplingSettings
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a method wants of every prompt.
+
+    Attributes:
+        loop: arguments of :meth:`LoopSettings.resolve` over the checkpoint's defaults.
+        max_new_tokens: the checkpoint's default where ``None``; a model in this process takes what fits of it.
+        temperature: 0 is greedy.
+        samples: answers per prompt.
+    """
+
+    loop: Mapping[str, Any] = field(default_factory=dict)
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    samples: int = 1
+
+
+class Backend(Protocol):
+    """Answers prompts."""
+
+    def answer(self, prompts: Sequence[str], ask: Ask, seeds: Sequence[int]) -> list[list[Answered]]:
+        """``ask.samples`` answers per prompt; prompt i draws from ``seeds[i]`` on."""
+        ...
+
+
+class Local:
+    """A model in this process, run by the code that serves."""
+
+    def __init__(self, reasoner: LatentReasoner) -> None:
+        self.reasoner, self.cost = reasoner, Cost(reasoner)
+
+    def answer(
+        self, prompts: Sequence[str], ask: Ask, seeds: Sequence[int], think: Think | None = None
+    ) -> list[list[Answered]]:
+        """As :class:`Backend`; ``think`` interferes with the loops, which come prompt by prompt, sample by sample."""
+        loop = LoopSettings.resolve(self.reasoner.config.loop, **ask.loop)
+        requests = [
+            self._request(prompt, loop, ask, seed + sample)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+            for sample in range(ask.samples)
+        ]
+        results = generate(self.reasoner, requests, think=think)
+        answered = [
+            Answered.of(r, self.cost.request(r.prompt_tokens, r.iterations, r.completion_tokens)) for r in results
+        ]
+        return _grouped(answered, ask.samples)
+
+    def _request(self, prompt: str, loop: LoopSettings, ask: Ask, seed: int) -> Request:
+        request = prepare(self.reasoner, prompt, loop, sampling=SamplingSettings(ask.temperature, seed=seed))
+        if ask.max_new_tokens is None:
+            return request
+        taken = self.reasoner.workspace.loop_positions(loop.max_iterations) + len(request.answer_prefix_ids)
+        fits = self.reasoner.max_positions - len(request.prompt_ids) - taken
+        return replace(request, max_new_tokens=min(ask.max_new_tokens, fits))
+
+
+class Remote:
+    """A running server, asked through ``POST /trace``.
+
+    Args:
+        url: where it listens.
+        timeout_s: how long a batch may take.
+
+    Raises:
+        ConfigError: ``url`` is none.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = 600.0) -> None:
+        self.url = url.rstrip("/")
+        try:
+            self.client = httpx.Client(base_url=self.url, timeout=timeout_s)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"{url}: not a URL ({error})") from error
+
+    def answer(self, prompts: Sequence[str], ask: Ask, seeds: Sequence[int]) -> list[list[Answered]]:
+        """As :class:`Backend`. Greedy prompts go together, sampled ones one by one: each has its own seed.
+
+        Raises:
+            RequestError: the server refuses a request.
+            EngineError: it cannot be reached or fails.
+        """
+        if ask.temperature == 0:
+            return _grouped(self._post({"prompt": list(prompts)}, ask), 1)
+        return [self._post({"prompt": p, "seed": s}, ask) for p, s in zip(prompts, seeds, strict=True)]
+
+    def _post(self, body: dict[str, Any], ask: Ask) -> list[Answered]:
+        convergence = {k: v for k, v in ask.loop.items() if k in ("criterion", "threshold", "patience")}
+        limits = {k: v for k, v in ask.loop.items() if k not in convergence}
+        options = {"max_new_tokens": ask.max_new_tokens, "temperature": ask.temperature, "n": ask.samples}
+        try:
+            response = self.client.post(
+                "/trace", json={**body, **limits, **options, "convergence": convergence, "top_tokens": 0}
+            )
+            if response.status_code == 200:
+                return [_from_json(result) for result in response.json()["results"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise EngineError(f"{self.url}: no usable answer ({error!r})") from error
+        try:
+            message = response.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):  # somebody else's error: a proxy's page, another server's JSON
+            message = response.reason_phrase
+        kind = RequestError if 400 <= response.status_code < 500 else EngineError
+        raise kind(f"{self.url}: {response.status_code}, {message}")
+
+
+def _from_json(result: dict[str, Any]) -> Answered:
+    usage, stability = result["usage"], result["stability"]
+    return Answered(
+        text=result["text"],
+        iterations=result["iterations"],
+        exit_reason=result["exit_reason"],
+        relative_change=tuple(record["relative_change"] for record in result["trace"]),
+        contraction_rate=stability["contraction_rate"],
+        oscillating=stability["oscillating"],
+        prompt_tokens=usage["prompt_tokens"],
+        tokens=usage["completion_tokens"],
+        forward_passes=usage["forward_passes"],
+    )
+
+
+def _grouped(answered: list[Answered], size: int) -> list[list[Answered]]:
+    return [answered[i : i + size] for i in range(0, len(answered), size)]

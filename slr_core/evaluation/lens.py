@@ -1,0 +1,326 @@
+"""What states read as: the model's own head at every iteration (logit lens), thoughts in words, paths in the plane.
+
+The logit lens (nostalgebraist, 2020) needs no training, and shows what a state would say; a probe
+(:mod:`slr_core.evaluation.probes`) shows what it holds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slr_core.errors import DataError
+from slr_core.evaluation.probes import READOUT, Collected
+from slr_core.model import LatentReasoner
+from slr_core.tasks.base import Example, Task
+from slr_core.tasks.prosqa import ProsQA, frontiers
+from slr_core.training.data import Collator
+
+COMMON = 5
+"""Readings and thoughts to list per iteration."""
+SHOWN = 100
+"""Questions whose points are kept for a picture."""
+EXAMPLES = 3
+"""Questions whose readings are kept one by one."""
+_ROWS = 64  # at a time through the head: vocabularies are large
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the head says of the states of one iteration.
+
+    Attributes:
+        t: the iteration; 0 is h_0.
+        questions: with a state here.
+        entropy: mean, in nats.
+        answer: mean probability of the token that the answer begins with in the end.
+        settled: share of questions whose top token is already that one.
+        frontier: mean probability that falls on the ProsQA frontier at distance t, over the questions that have
+            one; ``None`` where none has, or where nodes are no single tokens.
+        frontier_questions: how many have one.
+        common: the commonest top tokens and their shares.
+        thoughts: the commonest thoughts in words and their shares; empty without a latent decoder.
+    """
+
+    t: int
+    questions: int
+    entropy: float
+    answer: float
+    settled: float
+    frontier: float | None
+    frontier_questions: int
+    common: tuple[tuple[str, float], ...]
+    thoughts: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Told:
+    """One question, iteration by iteration.
+
+    Attributes:
+        question: as the data has it.
+        text: the answer.
+        right: whether the task accepts it.
+        first: the iteration of the first reading: 0 where h_0 is a state, else 1.
+        readings: the top token of each iteration from ``first`` on, and its probability.
+        thoughts: in words, from iteration 1 on; ``None`` without a latent decoder.
+    """
+
+    question: str
+    text: str
+    right: bool
+    first: int
+    readings: tuple[tuple[str, float], ...]
+    thoughts: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Lens:
+    """The outcome of :func:`read`.
+
+    Attributes:
+        readings: per iteration, over all questions.
+        by_difficulty: the same per number of reasoning steps, ascending.
+        examples: the first questions of all.
+    """
+
+    readings: tuple[Reading, ...]
+    by_difficulty: dict[int, tuple[Reading, ...]]
+    examples: tuple[Told, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """Question by question and iteration by iteration, ``[N, T + 1]``; NaN where there is nothing."""
+
+    usable: Tensor
+    entropy: Tensor
+    answer: Tensor
+    frontier: Tensor
+    top: Tensor
+    confidence: Tensor
+
+
+@torch.inference_mode()
+def read(reasoner: LatentReasoner, task: Task, examples: Sequence[Example], collected: Collected) -> Lens:
+    """Hold the model's head to every state at the position where the next token is read.
+
+    Args:
+        reasoner: that the states come from.
+        task: that the questions come from.
+        examples: the questions, in order.
+        collected: their states.
+    """
+    raw = _through_head(reasoner, collected, _frontier_tokens(reasoner, task, examples))
+    levels = [task.difficulty(example) for example in examples]
+    everyone = list(range(len(examples)))
+    of_level = {level: [i for i in everyone if levels[i] == level] for level in sorted(set(levels))}
+    return Lens(
+        readings=_readings(reasoner, collected, raw, everyone),
+        by_difficulty={level: _readings(reasoner, collected, raw, rows) for level, rows in of_level.items()},
+        examples=tuple(_told(reasoner, collected, raw, examples, i) for i in everyone[:EXAMPLES]),
+    )
+
+
+def _frontier_tokens(reasoner: LatentReasoner, task: Task, examples: Sequence[Example]) -> list[list[list[int]]] | None:
+    """Per question and distance, the tokens by which its nodes are named in training."""
+    if not isinstance(task, ProsQA):
+        return None
+    text = reasoner.config.text
+    names = Collator(reasoner.tokenizer, text.prompt_prefix, text.prompt_suffix)
+    levels = [frontiers(example) for example in examples]
+    try:
+        return [[[names.node_token(symbol) for symbol in level] for level in own] for own in levels]
+    except DataError:
+        return None  # this tokenizer cuts the names of nodes into pieces
+
+
+def _through_head(reasoner: LatentReasoner, collected: Collected, frontier: list[list[list[int]]] | None) -> _Raw:
+    states = collected.states[READOUT]
+    questions, times = states.shape[:2]
+    usable = states.isfinite().all(-1)
+
+    def blank() -> Tensor:
+        return torch.full((questions, times), torch.nan)
+
+    raw = _Raw(usable, blank(), blank(), blank(), torch.zeros(questions, times, dtype=torch.long), blank())
+    weight = reasoner.base.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    for t in range(times):
+        for rows in torch.split(usable[:, t].nonzero()[:, 0], _ROWS):
+            logits = reasoner.head(states[rows, t].to(weight.device, weight.dtype)).float().cpu()
+            log_p = logits.log_softmax(-1)
+            p = log_p.exp()
+            raw.entropy[rows, t] = -(p * log_p).nan_to_num().sum(-1)
+            raw.answer[rows, t] = p.gather(-1, collected.tokens[rows, None])[:, 0]
+            raw.confidence[rows, t], raw.top[rows, t] = p.max(-1)
+            if frontier is not None:
+                for i, row in enumerate(rows.tolist()):
+                    if t < len(frontier[row]):
+                        raw.frontier[row, t] = p[i, frontier[row][t]].sum()
+    return raw
+
+
+def _readings(reasoner: LatentReasoner, collected: Collected, raw: _Raw, rows: list[int]) -> tuple[Reading, ...]:
+    readings = []
+    for t in range(collected.iterations + 1):
+        here = torch.tensor([row for row in rows if raw.usable[row, t]], dtype=torch.long)
+        if len(here) == 0:
+            continue
+        reached = raw.frontier[here, t]
+        reached = reached[~reached.isnan()]
+        tops = Counter(raw.top[here, t].tolist())
+        thoughts = Counter(thought for row in rows if (thought := _thought(collected, row, t)) is not None)
+        readings.append(
+            Reading(
+                t=t,
+                questions=len(here),
+                entropy=float(raw.entropy[here, t].mean()),
+                answer=float(raw.answer[here, t].mean()),
+                settled=float((raw.top[here, t] == collected.tokens[here]).float().mean()),
+                frontier=float(reached.mean()) if len(reached) else None,
+                frontier_questions=len(reached),
+                common=tuple((_word(reasoner, token), count / len(here)) for token, count in _most(tops)),
+                thoughts=tuple((thought, count / thoughts.total()) for thought, count in _most(thoughts)),
+            )
+        )
+    return tuple(readings)
+
+
+def _most(counts: Counter[Any]) -> list[tuple[Any, int]]:
+    # Of equals, the first in order: which question came first must not matter.
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:COMMON]
+
+
+def _thought(collected: Collected, row: int, t: int) -> str | None:
+    records = collected.records[row]
+    return records[t - 1].thought if 0 < t <= len(records) else None
+
+
+def _word(reasoner: LatentReasoner, token: int) -> str:
+    return str(reasoner.tokenizer.decode([token]))
+
+
+def _told(reasoner: LatentReasoner, collected: Collected, raw: _Raw, examples: Sequence[Example], row: int) -> Told:
+    times = raw.usable[row].nonzero()[:, 0].tolist()
+    return Told(
+        question=examples[row].question,
+        text=collected.texts[row],
+        right=collected.right[row],
+        first=times[0] if times else 0,
+        readings=tuple((_word(reasoner, int(raw.top[row, t])), float(raw.confidence[row, t])) for t in times),
+        thoughts=tuple(record.thought for record in collected.records[row]),
+    )
+
+
+# -- how states move --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A quantity over many questions: its quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far the states moved, at iteration 1, 2, ...; ``None`` where it is undefined for every question.
+
+    Attributes:
+        relative_change: the length of the step, as a share of the state before.
+        contraction: the length of the step, as a share of the step before.
+    """
+
+    relative_change: tuple[Spread | None, ...]
+    contraction: tuple[Spread | None, ...]
+
+
+def movement(collected: Collected) -> Movement:
+    """Of every question, as its loop measured it."""
+    return Movement(
+        *(
+            tuple(
+                _spread([getattr(own[t], name) for own in collected.records if len(own) > t])
+                for t in range(collected.iterations)
+            )
+            for name in ("relative_change", "contraction")
+        )
+    )
+
+
+def _spread(values: Sequence[float | None]) -> Spread | None:
+    known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
+    if len(known) == 0:
+        return None
+    return Spread(*known.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist())
+
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """States in the plane of their two largest principal components, over all questions and iterations.
+
+    Attributes:
+        explained: the components' shares of the variance.
+        first: the iteration at which every path begins.
+        paths: the mean path per difficulty, one point an iteration.
+        points: the paths of the first questions (:data:`SHOWN`), with their difficulty.
+    """
+
+    explained: tuple[float, float]
+    first: int
+    paths: dict[int, tuple[Point, ...]]
+    points: tuple[tuple[int, tuple[Point, ...]], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, without the single points."""
+        return {"explained": self.explained, "first": self.first, "paths": self.paths}
+
+
+def trajectories(
+    collected: Collected, task: Task, examples: Sequence[Example], *, place: str = READOUT
+) -> Trajectories | None:
+    """Principal components of the states of all questions whose loop ran to its end; ``None`` with fewer than two."""
+    states = collected.states[place].double()
+    first = 1 if states[:, 0].isnan().all() else 0
+    whole = states[:, first:].isfinite().all(-1).all(-1)
+    if whole.sum() < 2:
+        return None
+    levels = [task.difficulty(example) for example, ran in zip(examples, whole.tolist(), strict=True) if ran]
+    paths = states[whole][:, first:]
+    flat = paths.flatten(0, 1)
+    centred = flat - flat.mean(0)
+    variances, directions = torch.linalg.eigh(centred.T @ centred)
+    axes = directions[:, [-1, -2]]
+    # The sign of a principal component is arbitrary: let its largest entry be positive.
+    largest = axes.abs().argmax(0)
+    axes = axes * axes[largest, torch.arange(2)].sign()
+    plane = (centred @ axes).unflatten(0, paths.shape[:2])
+    total = float(variances.clamp_min(0).sum()) or 1.0
+    return Trajectories(
+        explained=(float(variances[-1]) / total, float(variances[-2]) / total),
+        first=first,
+        paths={
+            level: _points(plane[torch.tensor([own == level for own in levels])].mean(0))
+            for level in sorted(set(levels))
+        },
+        points=tuple((level, _points(path)) for level, path in zip(levels[:SHOWN], plane[:SHOWN], strict=True)),
+    )
+
+
+def _points(path: Tensor) -> tuple[Point, ...]:
+    return tuple((float(x), float(y)) for x, y in path.tolist())

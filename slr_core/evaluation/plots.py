@@ -1,0 +1,352 @@
+"""Figures as SVG text, for a page or a file: the same text for the same figures, readable on light and on dark.
+
+Backgrounds are transparent, axes and text of a grey that stands out from white and from black alike, and the
+colours are those of Okabe and Ito, which the colour-blind tell apart; markers and strokes differ as well.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from slr_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from slr_core.evaluation.lens import Lens, Movement, Point, Spread, Trajectories
+    from slr_core.evaluation.probes import Score
+    from slr_core.evaluation.stability import Exit
+    from slr_core.evaluation.statistics import Summary
+
+GREY = "#7b7b7b"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+STROKES = ("-", "--", "-.", ":")
+WIDTH = 6.4
+"""Inches of a whole figure."""
+
+_STYLE: Any = {  # matplotlib's stubs want every name of a setting as a literal
+    "svg.hashsalt": "slr",
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # names with dollars are names
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "text.color": GREY,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "axes.titlecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "grid.color": GREY,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+# -- figures of answers -----------------------------------------------------------------------------------
+
+
+def accuracy_by_depth(by_depth: Mapping[int, Summary], trained: int, rules: Mapping[str, float] | None = None) -> str:
+    """Accuracy with its 95 % band when every loop is forced to a depth; the trained depth is marked."""
+    depths = sorted(by_depth)
+    with _drawing("Accuracy against forced iterations") as (figure, svg):
+        axes = _axes(figure)
+        _banded(axes, depths, [by_depth[t].accuracy for t in depths], [by_depth[t].interval for t in depths], 0)
+        axes.axvline(trained, color=GREY, linestyle="--", linewidth=1)
+        axes.annotate(
+            f"trained: {trained}", (trained, 1), (4, 1), xycoords=("data", "axes fraction"), textcoords="offset points"
+        )
+        _rules(axes, rules or {})
+        _whole_numbers(axes)
+        axes.set(xlabel="iterations", ylabel="accuracy", ylim=(0, 1.03))
+    return svg()
+
+
+def exit_frontier(exits: Sequence[Exit], default: Summary | None = None) -> str:
+    """Accuracy against mean iterations: one line per criterion over its thresholds, and the loop as configured."""
+    with _drawing("Accuracy against mean iterations, by exit criterion") as (figure, svg):
+        axes = _axes(figure)
+        for i, criterion in enumerate(dict.fromkeys(e.criterion for e in exits)):
+            own = sorted((e.iterations, e.accuracy) for e in exits if e.criterion == criterion)
+            axes.plot(*_transposed(own), label=criterion.replace("_", " "), **_line(i))
+        if default is not None:
+            point: dict[str, Any] = {"marker": "*", "markersize": 12, "linestyle": "none", "color": GREY}
+            axes.plot([default.iterations], [default.accuracy], label="as configured", **point)
+        axes.set(xlabel="mean iterations", ylabel="accuracy")
+        _legend(figure, axes)
+    return svg()
+
+
+def noise_sensitivity(noise: Mapping[float, tuple[Summary, float]], default: Summary | None = None) -> str:
+    """Accuracy, and the share of answers that changed, against the noise in h_0."""
+    scales = sorted(noise)
+    with _drawing("Sensitivity to noise in the first state") as (figure, svg):
+        axes = _axes(figure)
+        summaries = [noise[scale][0] for scale in scales]
+        _banded(axes, scales, [s.accuracy for s in summaries], [s.interval for s in summaries], 0, "accuracy")
+        axes.plot(scales, [noise[scale][1] for scale in scales], label="answers changed", **_line(1))
+        if default is not None:
+            axes.axhline(default.accuracy, color=GREY, linestyle=":", linewidth=1, label="accuracy without noise")
+        axes.set_xscale("log")
+        axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+        axes.minorticks_off()
+        axes.set(xlabel="noise, as a share of the state's RMS", ylabel="share of questions", ylim=(-0.03, 1.03))
+        _legend(figure, axes)
+    return svg()
+
+
+def methods(
+    summaries: Mapping[str, Summary], *, controls: Iterable[str] = (), rules: Mapping[str, float] | None = None
+) -> str:
+    """Every method's accuracy with its 95 % interval; controls are hollow, shortcut rules are lines."""
+    names, hollow = list(summaries), set(controls)
+    with _drawing("Accuracy of the methods, with 95 % intervals", 0.9 + 0.28 * len(names)) as (figure, svg):
+        axes = _axes(figure)
+        for place, name in enumerate(names):
+            summary, control = summaries[name], name in hollow
+            low, high = summary.interval
+            colour = COLOURS[1 if control else 0]
+            axes.plot([low, high], [place, place], color=colour, linewidth=1.6)
+            axes.plot(
+                [summary.accuracy],
+                [place],
+                "o",
+                color=colour,
+                markersize=6,
+                markerfacecolor="none" if control else colour,
+            )
+            axes.annotate(f"{summary.accuracy:.3f}", (1.02, place), xycoords=("axes fraction", "data"), va="center")
+        _rules(axes, rules or {}, upright=True)
+        axes.set_yticks(range(len(names)), [name + (" (control)" if name in hollow else "") for name in names])
+        axes.set(xlabel="accuracy", xlim=(-0.02, 1.02), ylim=(len(names) - 0.4, -0.6))
+        axes.grid(visible=False, axis="y")
+    return svg()
+
+
+# -- figures of states ------------------------------------------------------------------------------------
+
+
+def change_and_contraction(moved: Movement) -> str:
+    """How far the state moves at each iteration, and how that compares to the step before: medians and quartiles."""
+    with _drawing("Steps of the state, medians and quartiles", 2.7) as (figure, svg):
+        left, right = figure.subplots(1, 2)
+        _quartiles(left, moved.relative_change, 0)
+        left.set(title="relative change", xlabel="iteration", ylabel="step / state before")
+        left.set_ylim(bottom=0)
+        _quartiles(right, moved.contraction, 1)
+        right.axhline(1, color=GREY, linestyle="--", linewidth=1)
+        right.set(title="contraction; below 1, steps shrink", xlabel="iteration", ylabel="step / step before")
+        right.set_ylim(bottom=0)
+    return svg()
+
+
+def probe_scores(scores: Sequence[Score]) -> str:
+    """What each probe reads, per iteration: a panel per label and place, with shuffled labels and chance."""
+    panels = list(dict.fromkeys((s.label, s.place) for s in scores))
+    several_places = len({place for _, place in panels}) > 1
+    kinds = list(dict.fromkeys(s.probe for s in scores))
+    columns = 2 if len(panels) == 4 else min(3, max(1, len(panels)))
+    rows = max(1, ceil(len(panels) / columns))
+    last = max((s.t for s in scores), default=0)
+    with _drawing("Probes on latent states, per iteration", 0.6 + 2.2 * rows) as (figure, svg):
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+        for axes, (label, place) in zip(grid, panels, strict=False):
+            own = [s for s in scores if (s.label, s.place) == (label, place)]
+            for i, kind in enumerate(kinds):
+                of = [s for s in own if s.probe == kind]
+                times = [s.t for s in of]
+                _banded(axes, times, [s.score for s in of], [s.interval for s in of], i, kind)
+                axes.plot(
+                    times,
+                    [s.shuffled for s in of],
+                    ":",
+                    color=COLOURS[i],
+                    linewidth=1.2,
+                    label=f"{kind}, shuffled labels",
+                )
+            chance = sorted({(s.t, s.chance) for s in own})
+            axes.plot(*_transposed(chance), "--", color=GREY, linewidth=1, label="chance")
+            axes.set(title=f"{label}, {place}" if several_places else label, xlabel="iteration", ylim=(0, 1.04))
+            axes.set_xlim(-0.3, last + 0.3)
+            _whole_numbers(axes)
+            axes.set_ylabel(own[0].metric)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        _legend(figure, grid[0], columns=5)
+    return svg()
+
+
+def lens_curves(lens: Lens) -> str:
+    """What the model's head says of the states at each iteration: towards the answer, and how sure it is."""
+    with _drawing("Logit lens, per iteration", 3.0) as (figure, svg):
+        left, right = figure.subplots(1, 2)
+        times = [r.t for r in lens.readings]
+        left.plot(times, [r.answer for r in lens.readings], label="p(answer's first token)", **_line(0))
+        left.plot(times, [r.settled for r in lens.readings], label="it is the top token", **_line(1))
+        reached = [(r.t, r.frontier) for r in lens.readings if r.frontier is not None]
+        if reached:
+            left.plot(*_transposed(reached), label="p(frontier at distance t)", **_line(2))
+        left.set(title="where the probability goes", xlabel="iteration", ylabel="mean", ylim=(-0.03, 1.04))
+        for i, (level, readings) in enumerate(lens.by_difficulty.items()):
+            name = f"{level} steps" if len(lens.by_difficulty) > 1 else None
+            right.plot([r.t for r in readings], [r.entropy for r in readings], label=name, **_line(i))
+        right.set(title="entropy, by difficulty", xlabel="iteration", ylabel="nats")
+        right.set_ylim(bottom=0)
+        for axes in (left, right):
+            _whole_numbers(axes)
+            _below(axes)
+    return svg()
+
+
+def pca_trajectories(paths: Trajectories) -> str:
+    """States in the plane of their principal components: faint single paths, and the mean path per difficulty."""
+    levels = list(paths.paths)
+    with _drawing("States in the plane, mean path per difficulty", 4.4) as (figure, svg):
+        axes = _axes(figure)
+        for level, path in paths.points:
+            axes.plot(*_transposed(path), color=COLOURS[levels.index(level) % len(COLOURS)], linewidth=0.4, alpha=0.25)
+        for i, level in enumerate(levels):
+            xs, ys = _transposed(paths.paths[level])
+            axes.plot(xs, ys, label=f"{level} steps", **_line(i))
+            for t, (x, y) in _apart(list(enumerate(zip(xs, ys, strict=True), start=paths.first)), axes):
+                axes.annotate(
+                    str(t), (x, y), (4, 3), textcoords="offset points", fontsize=7, color=COLOURS[i % len(COLOURS)]
+                )
+        first, second = paths.explained
+        axes.set(
+            xlabel=f"first component, {first:.0%} of the variance",
+            ylabel=f"second component, {second:.0%}",
+        )
+        _legend(figure, axes)
+    return svg()
+
+
+# -- drawing ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _drawing(title: str, height: float = 3.4) -> Iterator[tuple[Figure, Callable[[], str]]]:
+    """A figure to draw on, and the function that gives its SVG once the block is left."""
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(f"plots need the extra `eval`: pip install 'slr[eval]' ({error})") from error
+    text = io.StringIO()
+    with mpl.rc_context(_STYLE):
+        # A figure of its own, outside pyplot: no window, no global state.
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        yield figure, lambda: _embeddable(text.getvalue(), title)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+        empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=empty)
+
+
+def _embeddable(text: str, title: str) -> str:
+    """One ``<svg>`` element, named for those who cannot see it, that shrinks with its page."""
+    text = text[text.index("<svg") :]
+    named = f'<svg role="img" aria-label="{escape(title)}" style="max-width: 100%; height: auto"'
+    text = named + text[len("<svg") :]
+    # Numbered groups would be there twice on a page with two figures, and nothing refers to them. What is referred
+    # to is named by a hash of its content.
+    return re.sub(r'<g id="[^"]*_\d+"', "<g", text)
+
+
+def _axes(figure: Figure) -> Axes:
+    return figure.add_subplot()
+
+
+def _line(i: int) -> dict[str, Any]:
+    """Colour, marker and stroke of the line at place ``i``: told apart without the colour as well."""
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "linestyle": STROKES[i // len(COLOURS) % len(STROKES)],
+    }
+
+
+def _banded(
+    axes: Axes,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    i: int,
+    label: str | None = None,
+) -> None:
+    lows, highs = [low for low, _ in intervals], [high for _, high in intervals]
+    axes.fill_between(xs, lows, highs, color=COLOURS[i % len(COLOURS)], alpha=0.18, linewidth=0)
+    axes.plot(xs, ys, label=label, **_line(i))
+
+
+def _quartiles(axes: Axes, spreads: Sequence[Spread | None], i: int) -> None:
+    known = [(t, s) for t, s in enumerate(spreads, start=1) if s is not None]
+    times = [t for t, _ in known]
+    _banded(axes, times, [s.median for _, s in known], [(s.low, s.high) for _, s in known], i)
+    axes.set_xlim(0.7, len(spreads) + 0.3)
+    _whole_numbers(axes)
+
+
+def _rules(axes: Axes, rules: Mapping[str, float], *, upright: bool = False) -> None:
+    for name, score in rules.items():
+        style: dict[str, Any] = {"color": GREY, "linestyle": ":", "linewidth": 1.2}
+        where: dict[str, Any]
+        if upright:
+            axes.axvline(score, **style)
+            where = {"xy": (score, 1), "xytext": (3, 2), "xycoords": ("data", "axes fraction")}
+        else:
+            axes.axhline(score, **style)
+            where = {"xy": (1, score), "xytext": (0, 3), "xycoords": ("axes fraction", "data"), "ha": "right"}
+        axes.annotate(f"shortcut {name}", textcoords="offset points", fontsize=8, **where)
+
+
+def _whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
+    """A legend under the figure, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def _below(axes: Axes) -> None:
+    """The same under one of several axes."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22))
+
+
+def _apart(places: Sequence[tuple[int, Point]], axes: Axes) -> Iterator[tuple[int, Point]]:
+    """Those that are far enough from the one before to be labelled: a path that has settled is one blot of numbers."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    last: Point | None = None
+    for t, (x, y) in places:
+        if last is None or abs(x - last[0]) > 0.02 * (right - left) or abs(y - last[1]) > 0.03 * (high - low):
+            yield t, (x, y)
+            last = x, y
+
+
+def _transposed(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    pairs = list(points)
+    return [x for x, _ in pairs], [y for _, y in pairs]

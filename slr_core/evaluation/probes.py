@@ -1,0 +1,472 @@
+"""What can be read from latent states: small classifiers on them, held against shuffled labels and mere chance.
+
+A probe shows that a state holds something, not that the model uses it (Hewitt and Liang, 2019, arXiv 1909.03368;
+Belinkov, 2022, arXiv 2102.12452): so every score comes with that of the same probe trained on labels that were
+dealt out anew over the questions, and with that of a guess which never sees a state.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slr_core.diagnostics import IterationRecord
+from slr_core.errors import ConfigError
+from slr_core.evaluation.statistics import wilson
+from slr_core.generation import Result, generate, prepare
+from slr_core.loop.convergence import LoopSettings
+from slr_core.model import LatentReasoner
+from slr_core.tasks.base import Example, Task
+from slr_core.tasks.prosqa import frontiers, graph_of
+
+Probe = Literal["linear", "mlp"]
+PROBES: tuple[Probe, ...] = get_args(Probe)
+READOUT, MEAN = "readout", "mean"
+"""Places: the position where the next token is read, and the mean over the workspace."""
+FEWEST = 10
+"""Fewest questions to train on, and to test on, for a score to be given."""
+
+Value = str | frozenset[str]
+Floats = NDArray[np.float64]
+Rows = NDArray[np.intp]
+
+
+# -- states -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A set of questions, each with its loop run to the end.
+
+    Attributes:
+        iterations: how far each loop was made to run.
+        states: per place ``[N, iterations + 1, d]`` fp32 on the CPU, h_0 first; NaN where there is no state:
+            h_0 where it is an input, and whatever comes after a loop that the guard ended.
+        tokens: the first token of each answer.
+        texts: the answers.
+        right: whether the task accepts them.
+        records: each question's iterations.
+    """
+
+    iterations: int
+    states: Mapping[str, Tensor]
+    tokens: Tensor
+    texts: tuple[str, ...]
+    right: tuple[bool, ...]
+    records: tuple[tuple[IterationRecord, ...], ...]
+
+    def usable(self, place: str, t: int) -> Tensor:
+        """``[N]`` bool: the questions with a state at iteration ``t``."""
+        return self.states[place][:, t].isfinite().all(-1)
+
+
+def collect(
+    reasoner: LatentReasoner,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    iterations: int | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Collected:
+    """Answer every question after a loop of exactly ``iterations``, by the code that serves, and keep its states.
+
+    Args:
+        reasoner: in eval mode.
+        task: puts the questions and grades the answers.
+        examples: at least one.
+        iterations: by default as many as the checkpoint allows a loop.
+        batch_size: questions at a time; it changes the speed alone.
+        progress: told how many more questions are done.
+
+    Raises:
+        ConfigError: a loop without iterations has no states to look at.
+        RequestError: a question does not fit the model.
+    """
+    iterations = reasoner.config.loop.max_iterations if iterations is None else iterations
+    if iterations < 1:
+        raise ConfigError(f"looking into a loop needs at least 1 iteration, got {iterations}")
+    loop = LoopSettings.resolve(
+        reasoner.config.loop, criterion="fixed", min_iterations=iterations, max_iterations=iterations
+    )
+    places = (READOUT,) if reasoner.config.loop.workspace == "append" else (READOUT, MEAN)
+    states: dict[str, list[Tensor]] = {place: [] for place in places}
+    results: list[Result] = []
+    for start in range(0, len(examples), batch_size):
+        prompts = [task.prompt(example) for example in examples[start : start + batch_size]]
+        requests = [prepare(reasoner, prompt, loop, trace=True, include_states=True) for prompt in prompts]
+        for result in generate(reasoner, requests):
+            assert result.states is not None
+            for place in places:
+                states[place].append(_at(result.states, place, iterations, reasoner.is_state(0)))
+            results.append(result)
+        progress(len(prompts))
+    return Collected(
+        iterations=iterations,
+        states={place: torch.stack(rows) for place, rows in states.items()},
+        tokens=torch.tensor([result.token_ids[0] for result in results]),
+        texts=tuple(result.text for result in results),
+        right=tuple(task.grade(e, result.text) for e, result in zip(examples, results, strict=True)),
+        records=tuple(result.records for result in results),
+    )
+
+
+def _at(states: Tensor, place: str, iterations: int, starts_from_state: bool) -> Tensor:
+    """``[iterations + 1, d]`` of one question from what its loop left, ``[t + 1, W, d]``."""
+    kept = states[:, -1] if place == READOUT else states.mean(1)
+    full = torch.full((iterations + 1, kept.shape[-1]), torch.nan)
+    first = 0 if starts_from_state else 1
+    full[first : len(kept)] = kept[first:]
+    return full
+
+
+# -- labels -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Label:
+    """Something that a state may hold.
+
+    Attributes:
+        name: of the label.
+        help: what it is, in a line.
+        of: its value for a question at an iteration: a class, or the set of classes that apply; ``None`` or the
+            empty set where there is none, and the question is then left out.
+    """
+
+    name: str
+    help: str
+    of: Callable[[Example, int], Value | None]
+
+
+def _frontier(example: Example, t: int) -> Value | None:
+    levels = frontiers(example)
+    # At 0 it is the person asked about, and no concept.
+    return frozenset(levels[t]) if 0 < t < len(levels) else None
+
+
+def _remaining(example: Example, t: int) -> Value | None:
+    return str(max(0, len(frontiers(example)) - 1 - t))
+
+
+def _option(example: Example, _: int) -> Value | None:
+    graph, symbols = graph_of(example), example.extra["idx_to_symbol"]
+    asked = re.findall(r"\w+", example.question)[-3:]
+    target, other = symbols[graph.target], symbols[graph.neg_target]
+    if target not in asked or other not in asked:
+        return None
+    return "first" if asked.index(target) < asked.index(other) else "second"
+
+
+def _target_of(example: Example, _: int) -> Value | None:
+    return frozenset((example.extra["idx_to_symbol"][graph_of(example).target],))
+
+
+def _step(example: Example, t: int) -> str | None:
+    return example.steps[t - 1] if 0 < t <= len(example.steps) else None
+
+
+def _sum(example: Example, t: int) -> str | None:
+    """What the column of step t adds up to; in a multiplication, nothing."""
+    found = re.fullmatch(r"\d \+ \d \+ \d = (\d+)", _step(example, t) or "")
+    return found.group(1) if found else None
+
+
+def _digit(example: Example, t: int) -> Value | None:
+    total = _sum(example, t)
+    return None if total is None else total[-1]
+
+
+def _carry(example: Example, t: int) -> Value | None:
+    total = _sum(example, t)
+    return None if total is None else str(int(len(total) > 1))
+
+
+def _row(example: Example, t: int) -> Value | None:
+    places = enumerate((_step(example, t) or "").split(), start=1)
+    return frozenset(f"{place}: {element}" for place, element in places)
+
+
+def _reached(example: Example, t: int) -> Value | None:
+    return frozenset(re.findall(r"\d+", (_step(example, t) or "").partition(":")[2]))
+
+
+def _answer(example: Example, _: int) -> Value | None:
+    return example.answer
+
+
+_TRUTH = Label("answer", "whether the statement is true", _answer)
+LABELS: dict[str, tuple[Label, ...]] = {
+    "prosqa": (
+        Label("frontier", "the concepts at distance t from the person asked about", _frontier),
+        Label("distance", "hops that are left to the right option after t", _remaining),
+        Label("option", "which of the two options is right, the first or the second named", _option),
+        Label("target", "the right option itself, of all concepts", _target_of),
+    ),
+    "prontoqa": (_TRUTH,),
+    "reachability": (Label("frontier", "the nodes first reached after t links", _reached), _TRUTH),
+    "arithmetic": (
+        Label("digit", "the digit that column t of the addition leaves", _digit),
+        Label("carry", "whether column t carries", _carry),
+    ),
+    "state_tracking": (Label("row", "which element lies where after t rearrangements", _row),),
+}
+"""What can be looked for, by the name of the task; a new task puts its labels here."""
+
+
+# -- probes -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one probe read at one iteration, on questions that it was not trained on.
+
+    Attributes:
+        label: what was looked for.
+        place: of the state: see :data:`READOUT`.
+        probe: the kind.
+        t: the iteration.
+        metric: ``accuracy`` of classes; ``ranking precision`` of sets: with the classes ranked by how likely they
+            are to apply, the share of right ones among those ranked no lower than a right one, averaged over the
+            right ones and then over the questions.
+        score: on the questions held out.
+        interval: 95 % of it, over those questions.
+        shuffled: the mean score of the same probe trained on labels dealt out anew over the questions.
+        chance: the score of always giving the commonest class, or of ranking classes by how common they are.
+        trained_on: questions.
+        tested_on: questions.
+    """
+
+    label: str
+    place: str
+    probe: str
+    t: int
+    metric: str
+    score: float
+    interval: tuple[float, float]
+    shuffled: float
+    chance: float
+    trained_on: int
+    tested_on: int
+
+
+def probe(
+    collected: Collected,
+    examples: Sequence[Example],
+    labels: Sequence[Label],
+    *,
+    probes: Sequence[Probe] = PROBES,
+    seed: int = 0,
+    shuffles: int = 3,
+    test_share: float = 0.3,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Score]:
+    """Train and test every probe for every label, place and iteration.
+
+    The split is by question, and the same everywhere: no probe is tested on a question that it, or the one of
+    another iteration, has seen. Where too few questions have the label (:data:`FEWEST`), or all have the same one,
+    there is no score.
+
+    Args:
+        collected: the states.
+        examples: the questions they belong to, in order.
+        labels: what to look for.
+        probes: which kinds.
+        seed: of split, shuffles and the probes' own weights.
+        shuffles: trainings on shuffled labels; at least one.
+        test_share: share of the questions held out.
+        progress: called once per label, place and iteration.
+
+    Raises:
+        ConfigError: scikit-learn is not installed, or an argument is out of range.
+    """
+    if shuffles < 1 or not 0 < test_share < 1:
+        raise ConfigError(f"shuffles must be at least 1 and test_share between 0 and 1: {shuffles}, {test_share}")
+    _require_sklearn()
+    held_out = _held_out(examples, test_share, seed)
+    scores = []
+    for label, place, t in places_to_look(collected, labels):
+        values = [label.of(example, t) for example in examples]
+        has = collected.usable(place, t).numpy() & np.array([bool(value) for value in values])
+        train, test = np.flatnonzero(has & ~held_out), np.flatnonzero(has & held_out)
+        if min(len(train), len(test)) >= FEWEST:
+            x = collected.states[place][:, t].double().numpy()
+            target = _target([values[i] or "" for i in train], [values[i] or "" for i in test])
+            if target.varies:
+                for kind in probes:
+                    figures = _score(_Trainer(kind, x[train], x[test], seed), target, seed, shuffles)
+                    scores.append(Score(label.name, place, kind, t, **figures))
+        progress()
+    return scores
+
+
+def places_to_look(collected: Collected, labels: Sequence[Label]) -> list[tuple[Label, str, int]]:
+    """Every label, place and iteration, in the order of the scores."""
+    iterations = range(collected.iterations + 1)
+    return [(label, place, t) for label in labels for place in collected.states for t in iterations]
+
+
+def _held_out(examples: Sequence[Example], share: float, seed: int) -> NDArray[np.bool_]:
+    # A question that occurs twice lies on one side.
+    texts = sorted({example.question for example in examples})
+    order = np.random.default_rng(seed).permutation(len(texts))
+    chosen = {texts[i] for i in order[: round(share * len(texts))]}
+    return np.array([example.question in chosen for example in examples])
+
+
+class _Target:
+    """A label's values as arrays: what probes are trained on, and how their answers score, question by question."""
+
+    metric: str
+    train: NDArray[Any]
+    varies: bool
+
+    def scores(self, trainer: _Trainer, train: NDArray[Any]) -> Floats:
+        """Per test question, of a probe trained on targets like ``train``."""
+        raise NotImplementedError
+
+    def chance(self) -> float:
+        """The score without any state."""
+        raise NotImplementedError
+
+    def interval(self, scores: Floats) -> tuple[float, float]:
+        """95 % of the mean score."""
+        raise NotImplementedError
+
+
+class _Classes(_Target):
+    metric = "accuracy"
+
+    def __init__(self, train: Sequence[Value], test: Sequence[Value]) -> None:
+        self.train, self.test = np.array(train), np.array(test)
+        self.varies = len(set(train)) > 1
+
+    def scores(self, trainer: _Trainer, train: NDArray[Any]) -> Floats:
+        return np.asarray(trainer.predict(train) == self.test, dtype=np.float64)
+
+    def chance(self) -> float:
+        counts = Counter(self.train.tolist())
+        # Of equals, the first in order of their names.
+        commonest = min(counts, key=lambda value: (-counts[value], value))
+        return float((self.test == commonest).mean())
+
+    def interval(self, scores: Floats) -> tuple[float, float]:
+        return wilson(int(scores.sum()), len(scores))
+
+
+class _Sets(_Target):
+    metric = "ranking precision"
+
+    def __init__(self, train: Sequence[Value], test: Sequence[Value]) -> None:
+        names = sorted({name for value in (*train, *test) for name in value})
+        self.train, self.test = _matrix(train, names), _matrix(test, names)
+        self.varies = bool(_varying(self.train).any())
+
+    def scores(self, trainer: _Trainer, train: NDArray[Any]) -> Floats:
+        # A column that never varies in training keeps its frequency there.
+        likely = np.tile(train.mean(0), (len(self.test), 1))
+        varying = _varying(train)
+        likely[:, varying] = trainer.likely(train[:, varying])
+        return ranking_precision(likely, self.test)
+
+    def chance(self) -> float:
+        return float(ranking_precision(np.tile(self.train.mean(0), (len(self.test), 1)), self.test).mean())
+
+    def interval(self, scores: Floats) -> tuple[float, float]:
+        mean, half = float(scores.mean()), 1.96 * float(scores.std(ddof=1)) / sqrt(len(scores))
+        return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def _varying(train: NDArray[Any]) -> NDArray[np.bool_]:
+    return np.asarray((train != train[0]).any(0))
+
+
+def _target(train: Sequence[Value], test: Sequence[Value]) -> _Target:
+    return _Classes(train, test) if isinstance(train[0], str) else _Sets(train, test)
+
+
+def _matrix(values: Sequence[Iterable[str]], names: Sequence[str]) -> NDArray[np.int64]:
+    return np.array([[name in value for name in names] for value in values], dtype=np.int64)
+
+
+def ranking_precision(likely: Floats, truth: NDArray[Any]) -> Floats:
+    """Label ranking average precision of each row (Tsoumakas et al., 2010); a tie ranks below.
+
+    Args:
+        likely: ``[n, k]``, the higher the likelier.
+        truth: ``[n, k]``, non-zero where a class applies; at least one per row.
+    """
+    applies = truth.astype(bool)
+    no_lower = likely[:, None, :] >= likely[:, :, None]  # [n, class, those ranked no lower]
+    precision = (no_lower & applies[:, None, :]).sum(-1) / no_lower.sum(-1)
+    return np.asarray((precision * applies).sum(-1) / applies.sum(-1), dtype=np.float64)
+
+
+class _Trainer:
+    """Trains probes of one kind on the same states: all features at mean 0 and deviation 1 over the training set."""
+
+    def __init__(self, kind: Probe, x: Floats, x_test: Floats, seed: int) -> None:
+        from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
+
+        scaler = StandardScaler().fit(x)
+        self.kind, self.seed = kind, seed
+        self.x, self.x_test = scaler.transform(x), scaler.transform(x_test)
+
+    def predict(self, y: NDArray[Any]) -> NDArray[Any]:
+        """The class of each test question."""
+        return np.asarray(self._fitted(y).predict(self.x_test))
+
+    def likely(self, y: NDArray[Any]) -> Floats:
+        """How likely each class is to apply to each test question, ``[m, k]``."""
+        if self.kind == "mlp" and y.shape[1] > 1:
+            return np.asarray(self._fitted(y).predict_proba(self.x_test))
+        columns = [self._fitted(column).predict_proba(self.x_test)[:, 1] for column in y.T]
+        return np.stack(columns, axis=1)
+
+    def _fitted(self, y: NDArray[Any]) -> Any:
+        from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
+        from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+        from sklearn.neural_network import MLPClassifier  # type: ignore[import-untyped]
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+        if self.kind == "linear":
+            model = LogisticRegression(C=0.1, max_iter=300)
+        else:
+            model = MLPClassifier((64,), solver="lbfgs", alpha=1.0, max_iter=200, random_state=self.seed)
+        # Small problems, many of them: threads would only get in each other's way.
+        with warnings.catch_warnings(), threadpool_limits(1):
+            # On shuffled labels there is nothing to converge to; what counts is the score.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return model.fit(self.x, y)
+
+
+def _score(trainer: _Trainer, target: _Target, seed: int, shuffles: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    scores = target.scores(trainer, target.train)
+    shuffled = [target.scores(trainer, rng.permutation(target.train)).mean() for _ in range(shuffles)]
+    return {
+        "metric": target.metric,
+        "score": float(scores.mean()),
+        "interval": target.interval(scores),
+        "shuffled": float(np.mean(shuffled)),
+        "chance": target.chance(),
+        "trained_on": len(trainer.x),
+        "tested_on": len(trainer.x_test),
+    }
+
+
+def _require_sklearn() -> None:
+    try:
+        import sklearn  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"probes need the extra `eval`: pip install 'slr[eval]' ({error})") from error

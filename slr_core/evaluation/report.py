@@ -1,0 +1,300 @@
+"""The report: one page of tables, plots and the manifest that reproduces them, made from a results file alone."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from slr_core.errors import DataError, SLRError
+from slr_core.evaluation import plots
+from slr_core.evaluation.methods import METHODS, NOISY_START
+from slr_core.evaluation.stability import Stability
+from slr_core.evaluation.statistics import Summary, by_difficulty, paired, summarize
+from slr_core.evaluation.store import Figure, Run, Store
+
+COLUMNS = (
+    "method",
+    "accuracy",
+    "95 % interval",
+    "p against slr",
+    "iterations",
+    "converged",
+    "passes",
+    "tokens",
+    "MFLOPs",
+    "ms",
+)
+
+
+LEVEL_COLUMNS = ("steps", "questions", *(column for column in COLUMNS[1:] if column != "p against slr"))
+"""The same for the loop alone, by difficulty."""
+_ASIDE = ("baselines", "missing")
+"""Kinds of figures that say something about others and are nothing to show by themselves."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of the report: its title, what to look for, and its SVG."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything about one set of questions.
+
+    Attributes:
+        title: task and source.
+        questions: how many.
+        rules: shortcut rules and what they score on these questions.
+        rows: the methods' cells, in the order of :data:`COLUMNS`.
+        levels: cells of the loop by difficulty.
+        missing: methods without a figure, and why.
+        plots: its figures.
+    """
+
+    title: str
+    questions: int
+    rules: dict[str, float]
+    rows: list[tuple[str, ...]]
+    levels: list[tuple[str, ...]]
+    missing: dict[str, str]
+    plots: list[Plot]
+
+
+def write(store: Store, out: str | Path) -> list[Path]:
+    """Write ``report.html``, self-contained, and ``report.md`` with its plots beside it, below ``out``.
+
+    Raises:
+        DataError: the results hold nothing to report.
+    """
+    out = Path(out)
+    try:
+        sections = [section for made in _by_questions(store).values() if (section := _section(*made)) is not None]
+        manifest = _manifest(store)
+    except SLRError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"these results are not of this program, or of another version ({error!r})") from error
+    if not sections:
+        raise DataError("the results file holds nothing to report: no finished run, no figure")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["plain"] = _plain
+    facts = {"sections": sections, "columns": COLUMNS, "level_columns": LEVEL_COLUMNS, "manifest": manifest}
+    out.mkdir(parents=True, exist_ok=True)
+    page, text = out / "report.html", out / "report.md"
+    page.write_text(environment.get_template("report.html").render(facts), encoding="utf-8")
+    pictures = []
+    for i, section in enumerate(sections):
+        for j, plot in enumerate(section.plots):
+            pictures.append(out / _picture(i, j))
+            pictures[-1].write_text(plot.svg, encoding="utf-8")
+    text.write_text(environment.get_template("report.md").render(facts, picture=_picture), encoding="utf-8")
+    return [page, text, *pictures]
+
+
+def _picture(section: int, plot: int) -> str:
+    return f"figure_{section + 1}_{plot + 1}.svg"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, in a table too."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", " ".join(text.split()))
+
+
+def _finished(run: Run) -> bool:
+    return len(run.outcomes) == int(run.spec["questions"])
+
+
+def _by_questions(store: Store) -> dict[tuple[str, str], tuple[list[Run], list[Figure]]]:
+    """Runs and figures by task and questions: two tasks may read the same file."""
+    groups: dict[tuple[str, str], tuple[list[Run], list[Figure]]] = defaultdict(lambda: ([], []))
+    for run in store.runs.values():
+        if _finished(run):
+            groups[run.spec["task"], run.spec["questions_sha256"]][0].append(run)
+    for figure in store.figures:
+        groups[figure.spec["task"], figure.spec["questions_sha256"]][1].append(figure)
+    return dict(groups)
+
+
+def _section(runs: Sequence[Run], own: Sequence[Figure]) -> Section | None:
+    """``None`` where there is nothing but what says something about others."""
+    compared = _labelled([run for run in runs if run.spec["method"] != NOISY_START.name and not _forced(run)])
+    shown = [figure for figure in own if figure.kind not in _ASIDE]
+    if not compared and not shown:
+        return None
+    spec = (runs[0] if compared else shown[0]).spec
+    summaries = {name: summarize(list(run.outcomes.values())) for name, run in compared.items()}
+    against = _reference(compared)
+    rows = []
+    for name, run in compared.items():
+        test = None
+        if against is not None and run is not against:
+            test = paired(list(against.outcomes.values()), list(run.outcomes.values())).p
+        rows.append(_cells(name, summaries[name], test))
+    levels = by_difficulty(list(against.outcomes.values())) if against else {}
+    named = {figure.kind: figure.data for figure in own}
+    rules: dict[str, float] = named.get("baselines", {})
+    found = {run.spec["method"] for run in compared.values()}
+    controls = [name for name, run in compared.items() if _is_control(run.spec["method"])]
+    return Section(
+        title=f"{spec['task']}: {spec['source']}",
+        questions=int(spec["questions"]),
+        rules=rules,
+        rows=rows,
+        levels=[_level_cells(level, summary) for level, summary in levels.items()],
+        missing={name: why for name, why in named.get("missing", {}).items() if name not in found},
+        plots=[
+            *_plots(summaries, rules, controls),
+            *(plot for figure, what in _told_apart(shown) for plot in _figure_plots(figure, rules, what)),
+        ],
+    )
+
+
+def _forced(run: Run) -> bool:
+    """Whether a stability study forced this run to a depth: it is a point of a plot, not a method."""
+    changed = set(run.spec["settings"]["loop"])
+    return run.spec["method"] == "slr_fixed" and changed == {"criterion", "max_iterations", "min_iterations"}
+
+
+def _is_control(method: str) -> bool:
+    return method in METHODS and METHODS[method].control
+
+
+def _labelled(runs: Sequence[Run]) -> dict[str, Run]:
+    """Runs by their method, and by what tells those of one method apart."""
+    by_method: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_method[run.spec["method"]].append(run)
+    return {
+        f"{method} ({what})" if what else method: run
+        for method, alike in by_method.items()
+        for run, what in zip(alike, _differences([run.spec for run in alike]), strict=True)
+    }
+
+
+def _differences(specs: Sequence[dict[str, Any]]) -> list[str]:
+    """What tells each spec from the others: never the same twice, for specs that are not equal."""
+    facts = [_facts(spec) for spec in specs]
+    names = dict.fromkeys(name for own in facts for name in own)
+    differ = [name for name in names if len({own.get(name) for own in facts}) > 1]
+    if len({own.get("model") for own in facts}) == len(facts):
+        differ = [name for name in differ if name != "weights"]
+    return [", ".join(f"{name} {own.get(name, 'default')}" for name in differ) for own in facts]
+
+
+def _facts(spec: dict[str, Any]) -> dict[str, str]:
+    model, settings = spec.get("model", {}), dict(spec.get("settings", {}))
+    settings |= settings.pop("loop", {})
+    facts = {"model": model.get("name"), "weights": model.get("sha256", "-")[:8], **settings}
+    facts |= {"source": spec["source"], "version": spec.get("slr", "-")}
+    return {name: str(value) for name, value in facts.items()}
+
+
+def _reference(compared: dict[str, Run]) -> Run | None:
+    """The loop that others are tested against: the only one, or the only one as its checkpoint has it."""
+    loops = [run for run in compared.values() if run.spec["method"] == "slr"]
+    plain = [run for run in loops if not run.spec["settings"]["loop"]]
+    return next((only for (only,) in (runs for runs in (loops, plain) if len(runs) == 1)), None)
+
+
+def _cells(name: str, s: Summary, p: float | None) -> tuple[str, ...]:
+    low, high = s.interval
+    return (
+        name,
+        f"{s.accuracy:.3f}",
+        f"{low:.3f} to {high:.3f}",
+        "-" if p is None else f"{p:.3g}",
+        f"{s.iterations:.2f}",
+        f"{s.converged:.1%}",
+        f"{s.forward_passes:.2f}",
+        f"{s.tokens:.1f}",
+        "-" if s.flops is None else f"{s.flops / 1e6:,.1f}",
+        f"{s.seconds * 1000:.1f}",
+    )
+
+
+def _level_cells(level: int, s: Summary) -> tuple[str, ...]:
+    name, *cells = _cells(str(level), s, None)
+    del cells[COLUMNS.index("p against slr") - 1]
+    return (name, str(s.questions), *cells)
+
+
+def _plots(summaries: dict[str, Summary], rules: dict[str, float], controls: Sequence[str]) -> list[Plot]:
+    if len(summaries) < 2:
+        return []
+    caption = "Accuracy with its 95 % interval. Controls are there to be beaten; intervals that overlap are no win."
+    return [Plot("Methods", caption, plots.methods(summaries, controls=controls, rules=rules))]
+
+
+def _told_apart(figures: Sequence[Figure]) -> list[tuple[Figure, str]]:
+    """Figures in order, with what tells each from the others of its kind."""
+    told: dict[int, str] = {}
+    for kind in {figure.kind for figure in figures}:
+        alike = [i for i, figure in enumerate(figures) if figure.kind == kind]
+        told.update(zip(alike, _differences([figures[i].spec for i in alike]), strict=True))
+    return [(figure, told[i]) for i, figure in enumerate(figures)]
+
+
+def _figure_plots(figure: Figure, rules: dict[str, float], what: str) -> list[Plot]:
+    if figure.kind == "stability":
+        drawn = _stability_plots(figure, rules)
+    else:
+        drawn = [Plot(**plot) for plot in figure.data.get("plots", [])]
+    return [replace(plot, title=f"{plot.title} ({what})") for plot in drawn] if what else drawn
+
+
+def _stability_plots(figure: Figure, rules: dict[str, float]) -> list[Plot]:
+    study = Stability.from_json(figure.data)
+    correlation = "not defined" if study.correlation is None else f"{study.correlation:.2f}"
+    return [
+        Plot(
+            "Past the trained depth",
+            f"Accuracy when every loop is forced to a number of iterations; trained: {study.trained}. A stable loop "
+            "stays level to the right of the mark.",
+            plots.accuracy_by_depth(study.by_depth, study.trained, rules),
+        ),
+        Plot(
+            "When to stop",
+            f"Every criterion over its thresholds. As configured: {study.default.iterations:.2f} iterations on "
+            f"average, {study.excess:.2f} more than needed; rank correlation with difficulty {correlation}.",
+            plots.exit_frontier(study.exits, study.default),
+        ),
+        Plot(
+            "Noise in the first state",
+            "Accuracy, and the share of answers that changed, against Gaussian noise in h_0.",
+            plots.noise_sensitivity(study.noise, study.default),
+        ),
+    ]
+
+
+def _manifest(store: Store) -> list[dict[str, Any]]:
+    # The runs below a study have no facts of their own: the study has them.
+    made: list[Run | Figure] = [*filter(_finished, store.runs.values()), *store.figures]
+    entries = {}
+    for item in (item for item in made if item.about):
+        spec, about = item.spec, item.about
+        entry = {
+            "command": about.get("command", ""),
+            "task": f"{spec['task']}: {spec['source']}",
+            "questions": f"{spec['questions']}, sha256 {spec['questions_sha256'][:16]}",
+            "model": f"{spec['model']['name']}, sha256 {str(spec['model'].get('sha256', '-'))[:16]}",
+            "seed": spec["settings"]["seed"] if "settings" in spec else "-",
+            "versions": ", ".join(f"{k} {v}" for k, v in about.items() if k != "command"),
+        }
+        entries[str(entry)] = entry
+    return list(entries.values())

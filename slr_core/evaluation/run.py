@@ -1,0 +1,123 @@
+"""Run methods over questions, keep every outcome, go on after an interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from slr_core._version import __version__
+from slr_core.checkpoint import BUNDLED
+from slr_core.evaluation.backends import Backend
+from slr_core.evaluation.methods import Batch, Method, Settings
+from slr_core.evaluation.outcomes import Outcome, key_of
+from slr_core.evaluation.store import Run, Store
+from slr_core.tasks.base import Example, Task
+from slr_core.tasks.sources import Questions
+
+T = TypeVar("T")
+
+
+def spec_of(
+    method: Method, settings: Settings, task: Task, questions: Questions, model: dict[str, Any]
+) -> dict[str, Any]:
+    """All that decides the outcomes of a run: see :class:`slr_core.evaluation.store.Run`."""
+    return {
+        "method": method.name,
+        "settings": asdict(settings),
+        "model": model,
+        "task": task.name,
+        "source": questions.source,
+        "questions": len(questions.examples),
+        "questions_sha256": questions.sha256,
+        "slr": __version__,
+    }
+
+
+def model_of(path: str | None) -> dict[str, Any]:
+    """Name and hash of a checkpoint: ``None`` is the bundled one, what is no folder a hub id or a URL."""
+    folder = BUNDLED if path is None else Path(path)
+    if not folder.is_dir():
+        return {"name": path}
+    digest = sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors")):
+        if "steps" not in file.relative_to(folder).parts:  # a training run keeps its own checkpoints there
+            digest.update(str(file.relative_to(folder)).encode() + b"\0" + sha256(file.read_bytes()).digest())
+    return {"name": folder.resolve().name, "sha256": digest.hexdigest()}
+
+
+def run_method(
+    method: Method,
+    backend: Backend,
+    task: Task,
+    examples: Sequence[Example],
+    settings: Settings,
+    *,
+    store: Store | None = None,
+    run: Run | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int], None] = lambda answered: None,
+) -> list[Outcome]:
+    """Answer what ``run`` does not hold yet; the outcomes in the order of the questions.
+
+    Batches are cut at fixed places: a question is computed beside the same others in a run that went on as in one
+    that was never interrupted.
+
+    Args:
+        method: how to answer.
+        backend: with the weights of the method.
+        task: puts the questions and grades the answers.
+        examples: at least one.
+        settings: of all methods.
+        store: where outcomes are kept; by default nowhere.
+        run: of the store, by default an empty one.
+        batch_size: questions at a time; it changes the speed, not the answers.
+        progress: told how many more questions are done.
+
+    Raises:
+        RequestError: a question does not fit the model.
+    """
+    store, run = store or Store(), run or Run({})
+    keys = [key_of(index, example) for index, example in enumerate(examples)]
+    for chunk in _chunks(list(enumerate(examples)), batch_size):
+        missing = [index for index, _ in chunk if keys[index] not in run.outcomes]
+        progress(len(chunk) - len(missing))
+        if not missing:
+            continue
+        batch = Batch(
+            backend=backend,
+            task=task,
+            prompts=[task.prompt(example) for _, example in chunk],
+            seeds=[(settings.seed * 1_000_003 + index) * 1_009 for index, _ in chunk],
+            settings=settings,
+            before=task.prompt(examples[chunk[0][0] - 1]) if len(examples) > 1 else None,
+        )
+        began = time.perf_counter()
+        answers = method.run(batch)
+        share = (time.perf_counter() - began) / len(chunk)
+        for (index, example), answered in zip(chunk, answers, strict=True):
+            if keys[index] in run.outcomes:
+                continue
+            store.add(
+                run,
+                Outcome(
+                    key=keys[index],
+                    difficulty=task.difficulty(example),
+                    answer=task.extract(answered.text),
+                    correct=task.grade(example, answered.text),
+                    seconds=share,
+                    **vars(answered),
+                ),
+            )
+        progress(len(missing))
+    return [run.outcomes[key] for key in keys]
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    rest = iter(items)
+    while chunk := list(islice(rest, size)):  # itertools.batched wants Python 3.12
+        yield chunk

@@ -1,0 +1,255 @@
+"""Is the loop stable, and does it stop at the right time?
+
+Forced to every depth, a question has an answer at each; what an exit rule would have cost and scored follows
+from those answers and from the distances on the way, for every criterion and threshold, without running again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any, Self, get_args
+
+import torch
+
+from slr_core.config import Criterion
+from slr_core.diagnostics import finite_or_none
+from slr_core.evaluation.backends import Local
+from slr_core.evaluation.methods import METHODS, NOISY_START, Method, Settings
+from slr_core.evaluation.outcomes import Outcome
+from slr_core.evaluation.run import run_method, spec_of
+from slr_core.evaluation.statistics import Summary, rank_correlation, summarize
+from slr_core.evaluation.store import Store
+from slr_core.loop.convergence import ExitRule, LoopSettings, measure
+from slr_core.loop.workspace import readout
+from slr_core.model import LatentReasoner
+from slr_core.tasks.base import Task
+from slr_core.tasks.sources import Questions
+from slr_core.writing import pad
+
+NOISES = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Noise in h_0 for the sensitivity, as shares of its RMS."""
+THRESHOLDS = 12
+"""Thresholds per criterion, spread over the quantiles of the distances that were met."""
+PAST = 4
+"""How many times the trained depth a loop is forced to."""
+
+Distance = dict[str, float | None]
+"""One iteration's measures, by the names of :class:`slr_core.loop.convergence.Distances`."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """One criterion at one threshold.
+
+    Attributes:
+        criterion: which.
+        threshold: in its unit.
+        iterations: mean iterations.
+        accuracy: of the answers at the exits.
+        excess: mean of exit minus the first iteration from which the answer no longer changes.
+    """
+
+    criterion: str
+    threshold: float
+    iterations: float
+    accuracy: float
+    excess: float
+
+
+@dataclass(frozen=True)
+class Stability:
+    """The outcome of :func:`study`.
+
+    Attributes:
+        trained: iterations with weights of their own.
+        by_depth: figures when forced to 0, 1, 2, ... iterations.
+        noise: figures per scale of the noise in h_0, and the share of answers that it changed.
+        default: figures of the loop as configured.
+        excess: its mean excess iterations.
+        correlation: rank correlation of its iterations with difficulty; ``None`` where one does not vary.
+        exits: every criterion over its thresholds.
+    """
+
+    trained: int
+    by_depth: dict[int, Summary]
+    noise: dict[float, tuple[Summary, float]]
+    default: Summary
+    excess: float
+    correlation: float | None
+    exits: list[Exit]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The inverse, also of what went through a file."""
+        return cls(
+            trained=data["trained"],
+            by_depth={int(t): _summary(figures) for t, figures in data["by_depth"].items()},
+            noise={float(scale): (_summary(figures), share) for scale, (figures, share) in data["noise"].items()},
+            default=_summary(data["default"]),
+            excess=data["excess"],
+            correlation=data["correlation"],
+            exits=[Exit(**exit) for exit in data["exits"]],
+        )
+
+
+def _summary(figures: dict[str, Any]) -> Summary:
+    low, high = figures["interval"]
+    return Summary(**{**figures, "interval": (low, high), "relative_change": tuple(figures["relative_change"])})
+
+
+class Study:
+    """A model on a set of questions.
+
+    Args:
+        local: the model.
+        task: puts the questions and grades the answers.
+        questions: what is asked.
+        model: its name and hash, as :func:`slr_core.evaluation.run.model_of` gives them.
+        store: keeps every outcome; a study that was interrupted goes on.
+        batch_size: questions at a time.
+        progress: told the name of a run and how many more of its questions are done.
+    """
+
+    def __init__(
+        self,
+        local: Local,
+        task: Task,
+        questions: Questions,
+        model: dict[str, Any],
+        store: Store,
+        *,
+        batch_size: int = 64,
+        progress: Callable[[str, int], None] = lambda name, answered: None,
+    ) -> None:
+        self.local, self.task, self.questions = local, task, questions
+        self.model, self.store, self.batch_size, self.progress = model, store, batch_size, progress
+
+    def run(self, past: int = PAST, seed: int = 0) -> Stability:
+        """Every measure; the loop is forced to ``past`` times its trained depth."""
+        loop = self.local.reasoner.config.loop
+        plain = Settings({}, seed=seed)
+        depths = [
+            self._answers(METHODS["slr_fixed"], replace(plain, loop=_forced(t)), f"depth {t}")
+            for t in range(past * loop.trained_iterations + 1)
+        ]
+        default = self._answers(METHODS["slr"], plain, "as configured")
+        noise = {}
+        for scale in NOISES:
+            noisy = self._answers(NOISY_START, replace(plain, noise=scale), f"noise {scale:g}")
+            noise[scale] = summarize(noisy), fmean(a.text != b.text for a, b in zip(noisy, default, strict=True))
+        settled = [
+            _settled([depth[i].text for depth in depths[: loop.max_iterations + 1]]) for i in range(len(default))
+        ]
+        return Stability(
+            trained=loop.trained_iterations,
+            by_depth={t: summarize(outcomes) for t, outcomes in enumerate(depths)},
+            noise=noise,
+            default=summarize(default),
+            excess=fmean(o.iterations - first for o, first in zip(default, settled, strict=True)),
+            correlation=rank_correlation([o.iterations for o in default], [float(o.difficulty) for o in default]),
+            exits=self._exits(depths[: loop.max_iterations + 1], settled),
+        )
+
+    def _answers(self, method: Method, settings: Settings, name: str) -> list[Outcome]:
+        spec = spec_of(method, settings, self.task, self.questions, self.model)
+        return run_method(
+            method,
+            self.local,
+            self.task,
+            self.questions.examples,
+            settings,
+            store=self.store,
+            run=self.store.open(spec),
+            batch_size=self.batch_size,
+            progress=lambda count: self.progress(name, count),
+        )
+
+    def _exits(self, depths: list[list[Outcome]], settled: list[int]) -> list[Exit]:
+        most = len(depths) - 1
+        if most == 0:
+            return []
+        paths: list[list[Distance]] = []
+        for start in range(0, len(self.questions.examples), self.batch_size):
+            texts = [self.task.prompt(example) for example in self.questions.examples[start : start + self.batch_size]]
+            paths += distances(self.local.reasoner, texts, most)
+            self.progress("distances", len(texts))
+        guard = self.local.reasoner.config.loop.guard
+        exits = []
+        for criterion in get_args(Criterion):
+            for threshold in _grid([d.get(criterion) for path in paths for d in path]):
+                settings = LoopSettings(most, 1, criterion, threshold, 1)
+                at = [_exit(path, ExitRule(settings, guard)) for path in paths]
+                right = [depths[kept][i].correct for i, (_, kept) in enumerate(at)]
+                excess = fmean(ran - first for (ran, _), first in zip(at, settled, strict=True))
+                exits.append(Exit(criterion, threshold, fmean(ran for ran, _ in at), fmean(right), excess))
+        return exits
+
+
+@torch.inference_mode()
+def distances(reasoner: LatentReasoner, prompts: Sequence[str], iterations: int) -> list[list[Distance]]:
+    """Every measure of every iteration, prompt by prompt, of loops that run to ``iterations``."""
+    text = reasoner.config.text
+    ids = [reasoner.tokenizer(text.prompt_prefix + prompt + text.prompt_suffix).input_ids for prompt in prompts]
+    context = reasoner.encode(*pad(ids, reasoner.device))
+    logits = reasoner.head(readout(context.hidden, context.own)) if reasoner.is_state(0) else None
+    paths: list[list[Distance]] = [[] for _ in prompts]
+    for t in range(1, iterations + 1):
+        previous, before = context.hidden, logits
+        g, h = reasoner.iterate(context, t)
+        logits = reasoner.head(readout(h, context.own))
+        measured = measure(
+            h,
+            context.own,
+            previous=previous if reasoner.is_state(t - 1) else None,
+            moved=reasoner.moved(g, h),
+            logits=logits,
+            logits_before=before,
+            p_halt=None if reasoner.halting is None else reasoner.halting(h, context.own),
+        )
+        values = {name: None if x is None else x.tolist() for name, x in vars(measured).items()}
+        for i, path in enumerate(paths):
+            path.append({name: None if x is None else finite_or_none(x[i]) for name, x in values.items()})
+    return paths
+
+
+def _forced(t: int) -> dict[str, Any]:
+    return {"criterion": "fixed", "max_iterations": t, "min_iterations": t}
+
+
+def _exit(path: list[Distance], rule: ExitRule) -> tuple[int, int]:
+    """The last iteration that a loop with these distances runs, and the one that it keeps."""
+    for t, measured in enumerate(path, start=1):
+        norm = measured["norm"]
+        reason = rule.update(
+            t,
+            distance=measured.get(rule.settings.criterion),
+            change=measured["change"],
+            norm=0.0 if norm is None else norm,
+            finite=norm is not None,
+        )
+        if reason is not None:
+            return t, rule.last_good(t, norm is not None) if reason == "diverged" else t
+    raise AssertionError("a rule ends its loop at the latest with the last iteration")
+
+
+def _settled(texts: Sequence[str]) -> int:
+    """The first place from which all texts are the last one."""
+    first = len(texts) - 1
+    while first > 0 and texts[first - 1] == texts[-1]:
+        first -= 1
+    return first
+
+
+def _grid(values: Sequence[float | None]) -> list[float]:
+    known = torch.tensor([value for value in values if value is not None])
+    if len(known) == 0:
+        return []
+    # Just above a quantile: the distance itself is then below the threshold.
+    quantiles = known.quantile(torch.linspace(0, 1, THRESHOLDS)) * (1 + 1e-6) + 1e-9
+    return sorted(set(quantiles.tolist()))

@@ -1,0 +1,141 @@
+"""Figures of many outcomes, and whether two methods differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb, sqrt
+from statistics import fmean
+
+from slr_core.evaluation.outcomes import Outcome
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures over a set of questions.
+
+    Attributes:
+        questions: how many.
+        accuracy: share answered right.
+        interval: 95 % Wilson score interval of the accuracy.
+        iterations: mean loop iterations.
+        converged: share that ended by the criterion.
+        diverged: share that ended by the guard.
+        oscillating: share that ended moving between two states.
+        contraction_rate: mean over the questions where it is defined.
+        forward_passes: mean passes of the base model per question, as if each had been alone.
+        tokens: mean tokens written.
+        flops: mean floating-point operations, estimated; ``None`` where unknown.
+        seconds: mean share of the batches' wall time.
+        relative_change: mean relative change at iteration 1, 2, ... over the questions that got there.
+    """
+
+    questions: int
+    accuracy: float
+    interval: tuple[float, float]
+    iterations: float
+    converged: float
+    diverged: float
+    oscillating: float
+    contraction_rate: float | None
+    forward_passes: float
+    tokens: float
+    flops: float | None
+    seconds: float
+    relative_change: tuple[float | None, ...]
+
+
+def summarize(outcomes: Sequence[Outcome]) -> Summary:
+    """Figures of at least one outcome."""
+    changes = [
+        [o.relative_change[t] for o in outcomes if len(o.relative_change) > t] for t in range(_deepest(outcomes))
+    ]
+    right = sum(o.correct for o in outcomes)
+    flops = [o.flops for o in outcomes if o.flops is not None]
+    return Summary(
+        questions=len(outcomes),
+        accuracy=right / len(outcomes),
+        interval=wilson(right, len(outcomes)),
+        iterations=fmean(o.iterations for o in outcomes),
+        converged=fmean(o.exit_reason == "converged" for o in outcomes),
+        diverged=fmean(o.exit_reason == "diverged" for o in outcomes),
+        oscillating=fmean(o.oscillating for o in outcomes),
+        contraction_rate=_mean([o.contraction_rate for o in outcomes]),
+        forward_passes=fmean(o.forward_passes for o in outcomes),
+        tokens=fmean(o.tokens for o in outcomes),
+        flops=fmean(flops) if len(flops) == len(outcomes) else None,
+        seconds=fmean(o.seconds for o in outcomes),
+        relative_change=tuple(_mean(at_t) for at_t in changes),
+    )
+
+
+def by_difficulty(outcomes: Sequence[Outcome]) -> dict[int, Summary]:
+    """The same per number of reasoning steps, ascending."""
+    levels = sorted({o.difficulty for o in outcomes})
+    return {level: summarize([o for o in outcomes if o.difficulty == level]) for level in levels}
+
+
+def _deepest(outcomes: Sequence[Outcome]) -> int:
+    return max(len(o.relative_change) for o in outcomes)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a proportion (Wilson, 1927); unlike the normal one it behaves near 0 and 1."""
+    p = successes / trials
+    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two methods on the same questions.
+
+    Attributes:
+        questions: that both answered.
+        only_first: right by the first method alone.
+        only_second: right by the second alone.
+        p: two-sided exact McNemar test of the two being equally good.
+    """
+
+    questions: int
+    only_first: int
+    only_second: int
+    p: float
+
+
+def paired(first: Sequence[Outcome], second: Sequence[Outcome]) -> Paired:
+    """Compare two methods question by question (McNemar, 1947; exact, from the binomial)."""
+    others = {o.key: o for o in second}
+    pairs = [(o.correct, others[o.key].correct) for o in first if o.key in others]
+    only_first, only_second = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    differ = only_first + only_second
+    tail = sum(comb(differ, k) for k in range(min(only_first, only_second) + 1)) / 2**differ
+    return Paired(len(pairs), only_first, only_second, min(1.0, 2 * tail))
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Spearman's rho with ties at their mean rank; ``None`` where one side does not vary."""
+    a, b = _ranks(x), _ranks(y)
+    mean_a, mean_b = fmean(a), fmean(b)
+    spread = sqrt(sum((v - mean_a) ** 2 for v in a) * sum((v - mean_b) ** 2 for v in b))
+    return sum((v - mean_a) * (w - mean_b) for v, w in zip(a, b, strict=True)) / spread if spread else None
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [0.0] * len(values)
+    start = 0
+    while start < len(order):
+        end = start
+        while end < len(order) and values[order[end]] == values[order[start]]:
+            end += 1
+        for place in order[start:end]:
+            ranks[place] = (start + end - 1) / 2
+        start = end
+    return ranks

@@ -1,0 +1,333 @@
+"""The report: complete, of one piece, and safe whatever the results call themselves."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from slr_core.errors import DataError
+from slr_core.evaluation import report
+from slr_core.evaluation.stability import Exit, Stability
+from slr_core.evaluation.statistics import paired, summarize, wilson
+from slr_core.evaluation.store import Store
+from tests.evaluation.asked import outcome, spec
+
+ABOUT = {"command": "slr compare --generate 2", "python": "3", "torch": "2"}
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Tags in order, closed as they were opened; texts of cells, and all attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.cells, self.text = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == [], "tags that nothing closes"
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += data
+
+
+def answers(right, count=2, **changes):
+    return [outcome(f"{i}:a", correct=i < right, difficulty=2 + i % 2, **changes) for i in range(count)]
+
+
+def fill(store, method="slr", right=1, about=ABOUT, changes=None, **fields):
+    run = store.open(spec(method, **{"questions": 20, **fields}), about)
+    for kept in answers(right, 20, **(changes or {})):
+        store.add(run, kept)
+    return run
+
+
+def study():
+    right = {t: replace(summarize(answers(t, 20)), iterations=float(t)) for t in range(9)}
+    exits = [Exit(c, 0.1 * i, 1.0 + i, 0.1 * i, 0.5) for c in ("relative_change", "kl") for i in range(4)]
+    noise = {0.01: (right[8], 0.0), 1.0: (right[2], 0.75)}
+    return Stability(4, right, noise, right[8], 1.625, 0.8125, exits)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Two methods, a control, a stability study, rules and missing methods."""
+    made = Store(tmp_path / "results.jsonl")
+    fill(made, "slr", 18, changes={"seconds": 0.0123, "iterations": 4.25})
+    fill(made, "slr_fixed", 13, changes={"flops": 2.5e9, "forward_passes": 41})
+    fill(made, "no_cot", 7, changes={"flops": None, "tokens": 17})
+    asked = {name: spec(questions=20)[name] for name in ("task", "source", "questions", "questions_sha256")}
+    made.keep("baselines", asked, {"luck_rule": 0.625}, {})
+    made.keep("missing", asked, {"cot": "it needs weights: --weights cot=DIR", "no_cot": "it was missing once"}, {})
+    about = {"command": "slr stability", "torch": "2"}
+    settings = {"past": 2, "seed": 11}
+    made.keep("stability", {**asked, "model": {"name": "tiny"}, "settings": settings}, study().to_json(), about)
+    return made
+
+
+def written(store, out):
+    paths = report.write(store, out)
+    assert sorted(paths) == sorted(out.iterdir())
+    return (out / "report.html").read_text(), (out / "report.md").read_text()
+
+
+def rows_of(text):
+    """Cells of the Markdown's table rows, backslashes gone."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[re.sub(r"\\(.)", r"\1", cell.strip()) for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+# -- what it holds ---------------------------------------------------------------------------------------
+
+
+def test_every_figure_is_in_both_versions(store, tmp_path):
+    html, text = written(store, tmp_path / "out")
+    cells, rows = Page(html).cells, rows_of(text)
+    slr, fixed, plain = (list(run.outcomes.values()) for run in store.runs.values())
+    low, high = wilson(18, 20)
+    expected = [
+        ["slr", "0.900", f"{low:.3f} to {high:.3f}", "-", "4.25", "100.0%", "5.00", "2.0", "1.0", "12.3"],
+        ["slr_fixed", "0.650", None, f"{paired(slr, fixed).p:.3g}", "3.00", None, "41.00", None, "2,500.0", "10.0"],
+        ["no_cot", "0.350", None, f"{paired(slr, plain).p:.3g}", "3.00", None, "5.00", "17.0", "-", None],
+    ]
+    for want in expected:
+        at = cells.index(want[0])
+        for row in (cells[at : at + len(want)], next(row for row in rows if row[0] == want[0])):
+            assert len(row) == len(report.COLUMNS)
+            assert [b for a, b in zip(want, row, strict=True) if a is not None] == [a for a in want if a is not None]
+    # Of the loop's 18 right ones each level has 9 of 10.
+    for level in ("2", "3"):
+        (row,) = (row for row in rows if row[0] == level)
+        assert row[:3] == [level, "10", "0.900"]
+        assert len(row) == len(report.LEVEL_COLUMNS)
+        at = cells.index(level)
+        assert cells[at : at + len(row)] == row
+    for version in ("".join(Page(html).text), text.replace("\\", "")):
+        for said in ("20 questions", "luck_rule", "0.625", "cot: it needs weights", "words: made here"):
+            assert said in version
+        for said in ("1.62 more than needed", "correlation with difficulty 0.81"):
+            assert said in version
+        assert "it was missing once" not in version
+
+
+def test_a_loop_that_is_alone_has_nothing_to_be_compared_with(tmp_path):
+    store = Store()
+    fill(store)
+    html, text = written(store, tmp_path / "out")
+    assert "<svg" not in html
+    assert rows_of(text)[2][:1] == ["slr"]
+    assert rows_of(text)[2][3] == "-"
+
+
+def test_the_manifest_names_what_makes_the_figures_again(store, tmp_path):
+    html, text = written(store, tmp_path / "out")
+    table = rows_of(text)
+    head = table.index(["command", "task", "questions", "model", "seed", "versions"])
+    compared, studied = table[head + 2 :]
+    assert compared == [
+        "slr compare --generate 2",
+        "words: made here",
+        f"20, sha256 {'cd' * 8}",
+        f"tiny, sha256 {'ab' * 8}",
+        "0",
+        "python 3, torch 2",
+    ]
+    assert (studied[0], studied[4], studied[5]) == ("slr stability", "11", "torch 2")
+    cells = Page(html).cells
+    assert cells[-12:] == [*compared, *studied]
+
+
+def test_runs_that_a_study_forced_are_points_of_its_plot_and_not_methods(store, tmp_path):
+    before = written(store, tmp_path / "before")
+    forced = {"criterion": "fixed", "max_iterations": 3, "min_iterations": 3}
+    fill(store, "slr_fixed", 3, {}, settings={"loop": forced, "samples": 5, "seed": 0})
+    fill(store, "noisy_start", 3, {})
+    assert written(store, tmp_path / "after") == before
+
+
+def test_what_is_not_finished_is_left_out(store, tmp_path):
+    before = written(store, tmp_path / "before")
+    run = store.open(spec("slr_vote", questions=20), {"command": "slr eval --method slr_vote"})
+    store.add(run, outcome())
+    assert written(store, tmp_path / "after") == before
+
+
+def test_runs_of_one_method_are_told_apart(tmp_path):
+    store = Store()
+    fill(store, "no_cot", 3)
+    for right, changes in enumerate(
+        [
+            {},
+            {"settings": {"loop": {"max_iterations": 3}, "samples": 5, "seed": 0}},
+            {"settings": {"loop": {}, "samples": 5, "seed": 1}, "slr": "9"},
+            {"model": {"name": "tiny", "sha256": "ff" * 32}},
+            {"source": "elsewhere"},
+        ]
+    ):
+        fill(store, "slr", right, **changes)
+    html, text = written(store, tmp_path / "out")
+    rows = [row for row in rows_of(text) if row[0].startswith("slr (")]
+    assert [row[1] for row in rows] == ["0.000", "0.050", "0.100", "0.150", "0.200"]
+    assert len({row[0] for row in rows}) == 5
+    for row, said in zip(rows[1:], ("max_iterations 3", "seed 1", "weights ffffffff", "source elsewhere"), strict=True):
+        assert said in row[0]
+    # None of several is the one to test against.
+    assert {row[3] for row in rows} == {"-"}
+    assert Page(html).cells.count("no_cot") == 1
+
+
+def test_the_loop_as_configured_is_what_others_are_tested_against(tmp_path):
+    store = Store()
+    fill(store, "slr", 2, settings={"loop": {"max_iterations": 3}, "samples": 5, "seed": 0})
+    fill(store, "slr", 19)
+    fill(store, "no_cot", 3)
+    rows = {row[0]: row for row in rows_of(written(store, tmp_path / "out")[1])}
+    assert rows["slr (max_iterations default)"][3] == "-"
+    assert float(rows["slr (max_iterations 3)"][3]) < 0.001
+    assert float(rows["no_cot"][3]) < 0.001
+    assert rows["2"][2] == "1.000"
+
+
+def test_sets_of_questions_and_tasks_have_sections_of_their_own(tmp_path):
+    store = Store()
+    fill(store)
+    fill(store, questions_sha256="ef" * 32, source="others")
+    fill(store, task="letters")
+    text = written(store, tmp_path / "out")[1]
+    assert re.findall(r"^## (.*)", text, re.M) == [
+        "words: made here",
+        "words: others",
+        "letters: made here",
+        "Manifest",
+    ]
+
+
+def test_controls_are_drawn_as_controls_whatever_they_are_called(tmp_path):
+    store = Store()
+    for name in ("a", "b"):
+        fill(store, "no_cot", 3, model={"name": name})
+    assert written(store, tmp_path / "out")[0].count(") (control)<") == 2
+
+
+def test_a_figure_without_runs_is_shown(tmp_path):
+    store = Store()
+    asked = {name: spec()[name] for name in ("task", "source", "questions", "questions_sha256")}
+    for name in ("one", "two"):
+        drawn = {"title": "Probes", "caption": "What they read.", "svg": f"<svg><text>{name}</text></svg>"}
+        store.keep("probes", {**asked, "model": {"name": name}}, {"plots": [drawn]}, {"command": "slr probe"})
+    html, text = written(store, tmp_path / "out")
+    assert html.count("<svg") == 2
+    assert "### Probes (model one)" in text
+    assert "### Probes (model two)" in text
+    assert (tmp_path / "out" / "figure_1_2.svg").read_text() == "<svg><text>two</text></svg>"
+
+
+# -- of one piece ----------------------------------------------------------------------------------------
+
+
+def test_the_page_loads_nothing_and_runs_nothing(store, tmp_path):
+    page = Page(written(store, tmp_path / "out")[0])
+    assert page.tags.count("svg") == 4
+    assert not {"script", "link", "iframe", "object", "embed", "img", "base"} & set(page.tags)
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("href", "src", "xlink:href", "action"):
+            assert value.startswith("#")
+    assert not re.search(r"@import|url\((?!#)", (tmp_path / "out" / "report.html").read_text())
+    ids = [value for name, value in page.attributes if name == "id"]
+    referred = {value[1:] for name, value in page.attributes if name in ("href", "xlink:href")}
+    assert referred <= set(ids)
+
+
+def test_pictures_of_the_markdown_are_there(store, tmp_path):
+    _, text = written(store, tmp_path / "out")
+    links = re.findall(r"!\[.+?\]\((.+?)\)", text)
+    assert len(links) == len(set(links)) == 4
+    for link in links:
+        assert (tmp_path / "out" / link).read_text().startswith("<svg")
+
+
+def test_both_light_and_dark_are_provided_for(store, tmp_path):
+    html = written(store, tmp_path / "out")[0]
+    assert "color-scheme: light dark" in html
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_a_report_is_the_same_from_the_file(store, tmp_path):
+    assert written(store, tmp_path / "one") == written(Store(store.path), tmp_path / "two")
+
+
+HOSTILE = '</h2><script>alert("1")</script> | a\n## $x$ $y_{$ [b](http://c) `d` <!-- &amp; \\'
+
+
+def test_names_are_shown_and_never_run(tmp_path):
+    store = Store()
+    fields = {"task": HOSTILE, "source": HOSTILE}
+    for name in ("slr", "slr_vote"):
+        for model in (HOSTILE, "other"):
+            fill(store, name, 9, {"command": HOSTILE, HOSTILE: HOSTILE}, model={"name": model}, **fields)
+    asked = {**fields, "questions": 20, "questions_sha256": "cd" * 32}
+    store.keep("baselines", asked, {HOSTILE: 0.5}, {})
+    store.keep("missing", asked, {HOSTILE: HOSTILE}, {})
+    html, text = written(store, tmp_path / "out")
+    page = Page(html)
+    assert "script" not in page.tags
+    assert f"{HOSTILE}: {HOSTILE}" in page.text
+    shown = " ".join(HOSTILE.split())
+    assert any(shown in cell for row in rows_of(text) for cell in row)
+    assert "<script" not in re.sub(r"\\.", "", text)
+    assert "](http" not in re.sub(r"\\.", "", text)
+    assert sum(line.startswith("## ") for line in text.splitlines()) == 2
+    for row in rows_of(text):
+        assert len(row) in (len(report.COLUMNS), len(report.LEVEL_COLUMNS), 6)
+
+
+# -- nothing to report -----------------------------------------------------------------------------------
+
+
+def test_without_a_finished_run_there_is_nothing_to_report(tmp_path):
+    store = Store()
+    with pytest.raises(DataError, match="nothing to report"):
+        report.write(store, tmp_path / "out")
+    store.add(store.open(spec()), outcome())
+    store.keep("missing", spec(), {"cot": "why"}, {})
+    with pytest.raises(DataError, match="nothing to report"):
+        report.write(store, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("field", ["questions", "task", "settings", "model", "questions_sha256"])
+def test_results_of_another_program_are_refused(tmp_path, field):
+    path = tmp_path / "results.jsonl"
+    fill(Store(path), about={"command": "x"})
+    lines = path.read_text().splitlines()
+    head = json.loads(lines[0])
+    del head["spec"][field]
+    path.write_text("\n".join([json.dumps(head), *lines[1:]]) + "\n")
+    with pytest.raises(DataError, match="another version"):
+        report.write(Store(path), tmp_path / "out")
+
+
+def test_templates_go_with_the_package():
+    folder = Path(report.__file__).with_name("templates")
+    assert {path.name for path in folder.iterdir()} >= {"report.html", "report.md"}
+    project = (Path(report.__file__).parents[2] / "pyproject.toml").read_text()
+    assert "evaluation/templates" in project

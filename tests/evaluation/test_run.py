@@ -1,0 +1,213 @@
+"""Runs: every question answered once, and an interruption that leaves no mark."""
+
+import json
+from dataclasses import replace
+from statistics import fmean
+
+import pytest
+
+from slr_core.checkpoint import BUNDLED
+from slr_core.evaluation.backends import Local
+from slr_core.evaluation.methods import METHODS, NOISY_START, Settings, get
+from slr_core.evaluation.outcomes import key_of
+from slr_core.evaluation.run import model_of, run_method, spec_of
+from slr_core.evaluation.statistics import summarize
+from slr_core.evaluation.store import Store
+from slr_core.generation import generate
+from tests import tiny
+from tests.evaluation.asked import Words, examples, questions
+
+ALL = {**METHODS, NOISY_START.name: NOISY_START}
+SETTINGS = Settings({"threshold": 0.45}, cot_tokens=3, samples=2, beams=2, noise=0.5, temperature=1.0, seed=3)
+QUESTIONS = examples(10)
+
+
+class Counting(Local):
+    """Notes every prompt that it is asked."""
+
+    def __init__(self, reasoner):
+        super().__init__(reasoner)
+        self.asked = []
+
+    def answer(self, prompts, ask, seeds, think=None):
+        self.asked += prompts
+        return super().answer(prompts, ask, seeds, think)
+
+
+@pytest.fixture(scope="module")
+def reasoner():
+    return tiny.reasoner(text={"max_new_tokens": 3})
+
+
+@pytest.fixture
+def backend(reasoner):
+    return Counting(reasoner)
+
+
+class Killed(Exception):
+    pass
+
+
+class Dying(Store):
+    """Dies after so many outcomes, in the middle of a line."""
+
+    def __init__(self, path, after):
+        super().__init__(path)
+        self.left = after
+
+    def add(self, run, outcome):
+        if self.left == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"of": run.id, **outcome.to_json()})[:40])
+            raise Killed
+        self.left -= 1
+        super().add(run, outcome)
+
+
+def untimed(outcomes):
+    return [replace(outcome, seconds=0.0) for outcome in outcomes]
+
+
+def roughly(outcomes):
+    """What must not change with the batch: rounding does."""
+    return [replace(o, seconds=0.0, relative_change=(), contraction_rate=None) for o in outcomes]
+
+
+def answer(name, backend, store=None, settings=SETTINGS, **options):
+    store = store or Store()
+    run = store.open({"method": name})
+    options = {"batch_size": 4, **options}
+    return run_method(ALL[name], backend, Words(), QUESTIONS, settings, store=store, run=run, **options)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("after", [0, 4, 6])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(backend, tmp_path, name, after):
+    path = tmp_path / "results.jsonl"
+    whole = answer(name, backend)
+    with pytest.raises(Killed):
+        answer(name, backend, Dying(path, after))
+    assert len(Store(path).open({"method": name}).outcomes) == after
+    assert untimed(answer(name, backend, Store(path))) == untimed(whole)
+    again = Store(path).open({"method": name}).outcomes
+    assert untimed(again.values()) == untimed(whole)
+    assert len(path.read_text().splitlines()) == 1 + len(QUESTIONS)
+
+
+def test_nothing_is_answered_twice(backend, tmp_path):
+    path = tmp_path / "results.jsonl"
+    told = []
+    answer("slr", backend, Store(path), progress=told.append)
+    assert backend.asked == [example.question for example in QUESTIONS]
+    assert told == [0, 4, 0, 4, 0, 2]
+    backend.asked, told = [], []
+    outcomes = answer("slr", backend, Store(path), progress=told.append)
+    assert backend.asked == []
+    assert sum(told) == len(outcomes) == 10
+    answer("no_cot", backend, Store(path))
+    assert len(backend.asked) == 10, "another run is not done yet"
+
+
+def test_a_batch_that_was_broken_off_runs_whole_but_keeps_what_it_had(backend, tmp_path):
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(Killed):
+        answer("slr", backend, Dying(path, 6))
+    kept = dict(Store(path).open({"method": "slr"}).outcomes)
+    backend.asked, told = [], []
+    outcomes = answer("slr", backend, Store(path), progress=told.append)
+    assert backend.asked == [example.question for example in QUESTIONS[4:]]
+    assert told == [4, 2, 2, 0, 2]
+    assert {outcome.key: outcome for outcome in outcomes[:6]} == kept
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"pause", "no_thought", "pause_as_thought", "multipass_pause"}))
+def test_the_batch_size_changes_no_answer(backend, name):
+    whole = roughly(answer(name, backend, batch_size=64))
+    for size in (1, 3, 9):
+        assert roughly(answer(name, backend, batch_size=size)) == whole
+
+
+def test_outcomes_are_the_results_graded(backend):
+    outcomes = answer("slr", backend, settings=replace(SETTINGS, loop={"max_iterations": 4}))
+    made, task = backend.reasoner, Words()
+    for index, (example, outcome) in enumerate(zip(QUESTIONS, outcomes, strict=True)):
+        (result,) = generate(made, [tiny.request(made, example.question, {"max_iterations": 4}, max_new_tokens=3)])
+        assert outcome.key == key_of(index, example)
+        assert (outcome.text, outcome.iterations, outcome.exit_reason) == (
+            result.text,
+            result.iterations,
+            result.exit_reason,
+        )
+        assert (outcome.answer, outcome.correct) == (task.extract(result.text), task.grade(example, result.text))
+        assert outcome.difficulty == len(example.steps)
+        assert outcome.forward_passes == result.forward_passes
+        assert outcome.relative_change == pytest.approx([r.relative_change for r in result.records], rel=1e-3)
+    figures = summarize(outcomes)
+    assert 0 < figures.accuracy == fmean(outcome.correct for outcome in outcomes) < 1
+
+
+def test_methods_differ(backend):
+    answers = {name: [o.text for o in answer(name, backend)] for name in ("slr", "no_cot", "slr_vote", "beam")}
+    assert len({tuple(texts) for texts in answers.values()}) == 4
+    assert len({outcome.iterations for outcome in answer("slr", backend)}) > 2
+
+
+@pytest.mark.parametrize("name", ["self_consistency", "best_of_n", "slr_vote", "noised_thoughts", "shuffled_thoughts"])
+def test_another_seed_draws_anew(backend, name):
+    def drawn(seed):
+        return [o.text for o in answer(name, backend, settings=replace(SETTINGS, noise=1.0, seed=seed))]
+
+    assert drawn(3) == drawn(3)
+    assert len({tuple(drawn(seed)) for seed in range(4)}) > 1
+
+
+def test_questions_that_are_alike_are_answered_one_by_one(backend):
+    twice = (QUESTIONS[0], QUESTIONS[0])
+    outcomes = run_method(METHODS["slr"], backend, Words(), twice, SETTINGS)
+    assert len({outcome.key for outcome in outcomes}) == len(backend.asked) == 2
+
+
+# -- specs -----------------------------------------------------------------------------------------------
+
+
+def test_a_spec_tells_everything_apart_that_decides_outcomes():
+    three = questions(3)
+
+    def spec(method="slr", asked=three, model="tiny", **settings):
+        return json.dumps(spec_of(get(method), Settings({}, **settings), Words(), asked, {"name": model}))
+
+    others = [
+        spec(method="slr_fixed"),
+        spec(asked=questions(4)),
+        spec(asked=replace(three, sha256="0" * 64)),
+        spec(model="other"),
+        spec(seed=1),
+        spec(noise=0.2),
+        json.dumps(spec_of(get("slr"), Settings({"max_iterations": 3}), Words(), three, {"name": "tiny"})),
+    ]
+    assert spec() == spec()
+    assert len({spec(), *others}) == 1 + len(others)
+
+
+def test_a_models_hash_is_that_of_its_files(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "base").mkdir(parents=True)
+    (folder / "slr_config.json").write_text("{}")
+    (folder / "base" / "model.safetensors").write_bytes(b"weights")
+    before = model_of(str(folder))
+    assert before["name"] == "model"
+    assert len(before["sha256"]) == 64
+    (folder / "README.md").write_text("words")
+    (folder / "steps" / "000100").mkdir(parents=True)
+    (folder / "steps" / "000100" / "model.safetensors").write_bytes(b"of the training run")
+    assert model_of(str(folder)) == before == model_of(str(folder) + "/.")
+    (folder / "base" / "model.safetensors").write_bytes(b"weightS")
+    changed = model_of(str(folder))
+    (folder / "base" / "model.safetensors").rename(folder / "base" / "other.safetensors")
+    assert len({before["sha256"], changed["sha256"], model_of(str(folder))["sha256"]}) == 3
+
+
+def test_a_model_elsewhere_is_known_by_its_name():
+    assert model_of("http://127.0.0.1:8000") == {"name": "http://127.0.0.1:8000"}
+    assert model_of(None) == model_of(str(BUNDLED))
+    assert model_of(None)["name"] == "prosqa"

@@ -1,0 +1,127 @@
+import shutil
+
+import pytest
+import yaml
+
+from slr_core.errors import ConfigError
+from slr_core.evaluation import sweep
+from slr_core.evaluation.store import Store
+from tests.training.recipe import DATA
+
+JUDGE = {
+    "generate": 4,
+    "dials": {"nodes": 6, "min_hops": 1, "max_hops": 2, "balanced": True},
+    "methods": ["slr", "no_cot"],
+}
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """A spec beside its recipe; returns a function that writes it with changes."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(DATA))
+
+    def write(**changes):
+        settings = {
+            "recipe": "recipe.yaml",
+            "output_dir": str(tmp_path / "out"),
+            "set": {"stages": DATA["stages"][:1], "threads": 1},
+            "vary": {"loop.residual.source": ["none", "previous"]},
+            "seeds": [0, 1],
+            "evaluate": [JUDGE],
+        }
+        path = tmp_path / "spec.yaml"
+        path.write_text(yaml.safe_dump(settings | changes))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The recipes that were trained, in order."""
+    done = []
+    real = sweep.train
+
+    def train(config, **options):
+        done.append(config)
+        return real(config, **options)
+
+    monkeypatch.setattr(sweep, "train", train)
+    return done
+
+
+def test_every_combination_is_trained_with_every_seed_and_judged_once(spec, trained, tmp_path):
+    rows = sweep.run(spec())
+    assert [(c.loop.residual.source, c.seed) for c in trained] == [
+        ("none", 0),
+        ("none", 1),
+        ("previous", 0),
+        ("previous", 1),
+    ]
+    assert [(row.variant.values["loop.residual.source"], row.variant.seed, row.method) for row in rows] == [
+        (source, seed, method) for source in ("none", "previous") for seed in (0, 1) for method in ("slr", "no_cot")
+    ]
+    runs = Store(tmp_path / "out" / "results.jsonl").runs.values()
+    assert len(runs) == 8
+    assert all(len(run.outcomes) == 4 for run in runs)
+    assert {run.spec["model"]["name"] for run in runs} == {row.variant.name for row in rows}
+    assert len({run.spec["model"]["sha256"] for run in runs}) == 4
+
+
+def test_a_second_start_does_what_is_left(spec, trained, tmp_path):
+    first = sweep.run(spec())
+    results = tmp_path / "out" / "results.jsonl"
+    before = results.read_bytes()
+    models = sorted((tmp_path / "out" / "models").iterdir())
+    shutil.rmtree(models[0])
+    trained.clear()
+    again = sweep.run(spec())
+    assert len(trained) == 1
+    assert trained[0].output_dir == str(models[0])
+    # The same weights come out, so nothing is answered twice.
+    assert results.read_bytes() == before
+    assert [row.summary for row in again] == [row.summary for row in first]
+
+
+def test_an_interrupted_training_is_resumed(spec, monkeypatch, tmp_path):
+    resumed = []
+    real = sweep.train
+
+    def train(config, *, resume):
+        resumed.append(resume)
+        return real(config, resume=resume)
+
+    monkeypatch.setattr(sweep, "train", train)
+    path = spec(seeds=[0], vary={}, set={"stages": DATA["stages"][:1], "save_steps": 1})
+    sweep.run(path)
+    (model,) = (tmp_path / "out" / "models").iterdir()
+    (model / "training.json").unlink()
+    sweep.run(path)
+    assert resumed == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"vary": {"loop.residual.sauce": ["none"]}}, "sauce"),
+        ({"vary": {"loop.residual.source": ["none", "nowhere"]}}, "loop.residual.source"),
+        ({"evaluate": []}, "evaluate"),
+        ({"evaluate": [{**JUDGE, "methods": ["thinking"]}]}, "thinking"),
+        ({"evaluate": [{**JUDGE, "methods": ["cot"]}]}, "cot"),
+        ({"evaluate": [{**JUDGE, "task": "chess"}]}, "chess"),
+        ({"evaluate": [{**JUDGE, "dials": {"knights": 2}}]}, "knights"),
+        ({"recipe": "none.yaml"}, "none.yaml"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_is_trained(spec, trained, changes, named):
+    with pytest.raises(ConfigError, match=named):
+        sweep.run(spec(**changes))
+    assert trained == []
+
+
+def test_a_spec_that_is_no_yaml(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("recipe: [")
+    with pytest.raises(ConfigError, match="YAML"):
+        sweep.run(path)
