@@ -1,6 +1,7 @@
-"""Settings for the whole suite: no network, one thread, no time limits inside property tests."""
+"""Settings for the whole suite: no network, one thread, no time limits inside property tests. The command line."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -10,6 +11,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from transformers.utils import logging
+
+from slr_core import cli
+from slr_core.model import LatentReasoner
+from slr_core.training.trainer import build
+from tests import tiny
+from tests.training.recipe import recipe
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()
@@ -27,3 +34,39 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the data files are not here")
     return folder
+
+
+# -- the command line ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made() -> LatentReasoner:
+    """A model that reads ProsQA and knows nothing."""
+    reasoner = build(recipe())
+    tiny.shake(reasoner)
+    return reasoner.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(made, tmp_path_factory) -> str:
+    """Its checkpoint."""
+    folder = tmp_path_factory.mktemp("cli") / "checkpoint"
+    made.save_pretrained(str(folder))
+    return str(folder)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command as installed: its exit code, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["slr", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

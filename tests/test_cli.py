@@ -11,48 +11,13 @@ from typer.testing import CliRunner
 from slr_core import __version__, cli
 from slr_core.checkpoint import load
 from slr_core.describe import describe
-from slr_core.evaluation.methods import METHODS
 from slr_core.generation import generate
 from slr_core.model import LatentReasoner
-from slr_core.tasks.prosqa import GraphSpec
-from slr_core.tasks.prosqa import generate as make
-from slr_core.training.trainer import build
 from tests import tiny
-from tests.training.recipe import DATA, recipe
+from tests.training.recipe import DATA
 
 QUESTION = "Tom is a rompus. Every rompus is a lempus. Sam is a impus. Is Tom a impus or lempus?"
 LOOP = ["--max-iterations", "3", "--criterion", "fixed"]
-
-
-@pytest.fixture(scope="module")
-def made():
-    reasoner = build(recipe())
-    tiny.shake(reasoner)
-    return reasoner.eval()
-
-
-@pytest.fixture(scope="module")
-def folder(made, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "checkpoint"
-    made.save_pretrained(str(folder))
-    return str(folder)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command as installed: its exit code, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["slr", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def expected(made, loop=None):
@@ -227,70 +192,7 @@ def test_init_as_json(run, tmp_path):
     assert found == json.loads(run("info", "--model", tmp_path / "out", "--json")[1]) | {"config": found["config"]}
 
 
-# -- eval and train --------------------------------------------------------------------------------------
-
-
-SMALL = ["--generate", "6", "--generate-seed", "1", "--dial", "nodes=8", "--dial", "balanced=true"]
-SMALL += ["--dial", "min_hops=1", "--dial", "max_hops=3"]
-
-
-def test_eval_of_generated_questions(run, folder, tmp_path):
-    figures = tmp_path / "figures.json"
-    code, out, _ = run("eval", "--model", folder, *SMALL, "--json", figures)
-    assert code == 0
-    assert "depth_rule" in out
-    record = json.loads(figures.read_text())
-    assert record["overall"]["questions"] == 6
-    assert record["baselines"] == {"depth_rule": 0.5}
-    assert "seed 1, nodes=8" in record["manifest"]["source"]
-    assert record["manifest"]["questions"] == 6
-
-
-def test_eval_of_a_file(run, folder, tmp_path):
-    figures = tmp_path / "figures.json"
-    data = tmp_path / "questions.jsonl"
-    stream = make(GraphSpec(8, 1, 3), 0)
-    data.write_text("".join(json.dumps(next(stream).to_json()) + "\n" for _ in range(5)))
-    code, _, _ = run("eval", "--model", folder, "--data", data, "--limit", 3, "--json", figures)
-    assert code == 0
-    assert json.loads(figures.read_text())["overall"]["questions"] == 3
-
-
-def test_eval_goes_on_with_its_results(run, folder, tmp_path, monkeypatch):
-    results, first, second = tmp_path / "results.jsonl", tmp_path / "first.json", tmp_path / "second.json"
-    assert run("eval", "--model", folder, *SMALL, "--results", results, "--json", first)[0] == 0
-    before = [line for line in results.read_text().splitlines() if '"of"' in line]
-    assert run("eval", "--model", folder, *SMALL, "--results", results, "--json", second)[0] == 0
-    assert [line for line in results.read_text().splitlines() if '"of"' in line] == before
-    one, other = json.loads(first.read_text()), json.loads(second.read_text())
-    assert one["overall"] == other["overall"]
-
-
-def test_compare_and_report(run, folder, tmp_path):
-    results, figures, out_dir = tmp_path / "results.jsonl", tmp_path / "figures.json", tmp_path / "report"
-    weights = ["--weights", f"no_thought={folder}"]
-    code, out, _ = run("compare", "--model", folder, *SMALL, *weights, "--results", results, "--json", figures)
-    assert code == 0
-    record = json.loads(figures.read_text())
-    assert set(record["figures"]) | set(record["missing"]) == set(METHODS)
-    assert {"slr", "slr_fixed", "slr_vote", "no_cot", "no_thought", "shuffled_thoughts"} <= set(record["figures"])
-    assert "--weights cot=DIR" in record["missing"]["cot"]
-    assert "cot: no figure" in out
-    assert record["figures"]["no_cot"]["paired_with_slr"]["questions"] == 6
-    # The control's weights are the model's own here, without its loop.
-    assert record["figures"]["no_thought"]["accuracy"] == record["figures"]["no_cot"]["accuracy"]
-    code, out, _ = run("report", results, "--out", out_dir)
-    assert code == 0
-    assert "no_thought" in (out_dir / "report.html").read_text()
-    assert str(out_dir / "report.md") in out
-
-
-def test_stability(run, folder, tmp_path):
-    figures = tmp_path / "figures.json"
-    code, out, _ = run("stability", "--model", folder, *SMALL, "--past", 1, "--json", figures)
-    assert code == 0
-    assert "(trained)" in out
-    assert set(json.loads(figures.read_text())["by_depth"]) == set("01234")
+# -- train, and what goes wrong ---------------------------------------------------------------------------
 
 
 def test_train(run, tmp_path):
@@ -314,16 +216,6 @@ WRONG = {
     "init-file": ["init", "/no/where.gguf", "--out", "/no/where/else"],
     "init-config": ["init", "FOLDER", "--out", "/no/where/else", "--config", "/no/where.yaml"],
     "init-out": ["init", "FOLDER", "--out", "FOLDER"],
-    "eval-what": ["eval", "--model", "FOLDER"],
-    "eval-both": ["eval", "--model", "FOLDER", "--data", "x", "--generate", "3"],
-    "eval-file": ["eval", "--model", "FOLDER", "--data", "/no/where.jsonl"],
-    "eval-task": ["eval", "--model", "FOLDER", "--task", "chess", "--generate", "3"],
-    "eval-dials": ["eval", "--model", "FOLDER", "--generate", "3", "--dial", "nodes=3"],
-    "eval-dial": ["eval", "--model", "FOLDER", "--generate", "3", "--dial", "nodes"],
-    "eval-method": ["eval", "--model", "FOLDER", "--generate", "3", "--method", "thinking"],
-    "eval-server": ["eval", "--server", "http://127.0.0.1:9", *SMALL],
-    "compare-weights": ["compare", "--model", "FOLDER", *SMALL, "--weights", "cot"],
-    "eval-output": ["eval", "--model", "FOLDER", "--generate", "1", "--json", "/no/where/figures.json"],
 }
 
 

@@ -52,9 +52,8 @@ class Local:
         self, prompts: Sequence[str], ask: Ask, seeds: Sequence[int], think: Think | None = None
     ) -> list[list[Answered]]:
         """As :class:`Backend`; ``think`` interferes with the loops, which come prompt by prompt, sample by sample."""
-        loop = LoopSettings.resolve(self.reasoner.config.loop, **ask.loop)
         requests = [
-            self._request(prompt, loop, ask, seed + sample)
+            self.request(prompt, ask, seed + sample)
             for prompt, seed in zip(prompts, seeds, strict=True)
             for sample in range(ask.samples)
         ]
@@ -64,7 +63,13 @@ class Local:
         ]
         return _grouped(answered, ask.samples)
 
-    def _request(self, prompt: str, loop: LoopSettings, ask: Ask, seed: int) -> Request:
+    def request(self, prompt: str, ask: Ask, seed: int) -> Request:
+        """One answer's request, its length cut to what fits.
+
+        Raises:
+            RequestError: nothing does.
+        """
+        loop = LoopSettings.resolve(self.reasoner.config.loop, **ask.loop)
         request = prepare(self.reasoner, prompt, loop, sampling=SamplingSettings(ask.temperature, seed=seed))
         if ask.max_new_tokens is None:
             return request
@@ -87,7 +92,9 @@ class Remote:
     def __init__(self, url: str, *, timeout_s: float = 600.0) -> None:
         self.url = url.rstrip("/")
         try:
-            self.client = httpx.Client(base_url=self.url, timeout=timeout_s)
+            # Connections are not kept: nobody would close them, and a batch takes longer than to connect.
+            limits = httpx.Limits(max_keepalive_connections=0)
+            self.client = httpx.Client(base_url=self.url, timeout=timeout_s, limits=limits)
         except httpx.InvalidURL as error:
             raise ConfigError(f"{url}: not a URL ({error})") from error
 

@@ -182,23 +182,19 @@ _UNTOUCHED: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.
 def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[Answered]:
     """Texts by ``transformers``' own search over the plain base; of several, the likeliest per token."""
     local = batch.local("beam search")
-    reasoner, text = local.reasoner, local.reasoner.config.text
+    reasoner = local.reasoner
     answered = []
     for prompt, seed in zip(batch.prompts, batch.seeds, strict=True):
         # Sampling draws from torch's global generator, so one prompt at a time: its batch must not matter.
         torch.manual_seed(seed)
-        rendered = text.prompt_prefix + prompt + text.prompt_suffix
-        prefix = (
-            reasoner.tokenizer(text.answer_prefix, add_special_tokens=False).input_ids if text.answer_prefix else []
-        )
-        asked = reasoner.tokenizer(rendered).input_ids
-        ids = [*asked, *prefix]
+        request = local.request(prompt, Ask({"max_iterations": 0}, max_new_tokens), seed)
+        ids = [*request.prompt_ids, *request.answer_prefix_ids]
         padded, present = pad([ids], reasoner.device)
         base: Any = reasoner.base
         output = base.generate(
             padded,
             attention_mask=present.long(),
-            max_new_tokens=min(max_new_tokens, reasoner.max_positions - len(ids)),
+            max_new_tokens=request.max_new_tokens,
             eos_token_id=sorted(reasoner.end_tokens) or None,
             pad_token_id=reasoner.tokenizer.pad_token_id or 0,
             output_logits=True,
@@ -213,11 +209,11 @@ def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[Answered]
         width = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
         answered.append(
             Answered(
-                text=_cut(texts[best], text.stop),
-                prompt_tokens=len(asked),
+                text=_cut(texts[best], request.stop),
+                prompt_tokens=len(request.prompt_ids),
                 tokens=steps * width,
-                forward_passes=1 + bool(prefix) + (steps - 1) * width,
-                flops=local.cost.request(len(asked), 0, steps) * width,
+                forward_passes=1 + (steps - 1) * width,
+                flops=local.cost.request(len(request.prompt_ids), 0, steps) * width,
             )
         )
     return answered

@@ -41,11 +41,9 @@ def remote(local, tmp_path_factory):
 
 def _served(folder, log=None):
     server = Server(folder, log or folder.parent / "log")
-    remote = Remote(server.url + "/")
     try:
-        yield remote
+        yield Remote(server.url + "/")
     finally:
-        remote.client.close()
         server.process.kill()
         server.process.wait()
         server.process.stdout.close()

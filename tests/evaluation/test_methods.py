@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slr_core.errors import ConfigError
+from slr_core.errors import ConfigError, RequestError
 from slr_core.evaluation.backends import Local, Remote
 from slr_core.evaluation.cost import Cost
 from slr_core.evaluation.interventions import noised, noisy, replaced, shuffled
@@ -217,6 +217,14 @@ def test_a_search_counts_every_branch(local, name):
     (longer,) = METHODS[name].run(batch(local, tiny.PROMPTS[1:2], beams=4, samples=4, cot_tokens=3))
     assert (longer.tokens, longer.forward_passes) == (12, 9)
     assert longer.flops == 4 * Cost(local.reasoner).request(5, 0, 3)
+
+
+@pytest.mark.parametrize("name", ["cot", "beam", "best_of_n"])
+def test_a_chain_of_thought_is_as_long_as_fits(local, name):
+    (answered,) = METHODS[name].run(batch(local, tiny.PROMPTS[1:2], beams=1, samples=1, cot_tokens=1000))
+    assert 0 < answered.tokens <= tiny.POSITIONS - 5
+    with pytest.raises(RequestError, match="prompt has 64 tokens"):
+        METHODS[name].run(batch(local, [tiny.words(*[1] * 64)]))
 
 
 @pytest.mark.parametrize("name", ["beam", "best_of_n"])
