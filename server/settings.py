@@ -22,7 +22,7 @@ class Settings(BaseSettings):
         cli_avoid_json=True,
     )
 
-    model: str | None = Field(None, description="checkpoint folder or hub id; without one, the bundled prosqa")
+    model: str | None = Field(None, description="checkpoint folder or hub id; prosqa, or none, is the bundled one")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of torch; without it, torch's choice")

@@ -96,7 +96,7 @@ def load(
 
     Args:
         cls: the reasoner class.
-        path_or_id: a folder, a hub id, or ``None`` for the bundled ``prosqa``.
+        path_or_id: a folder, a hub id, or ``None`` for the bundled one: see :func:`local_path`.
         dtype: of the base model and its adapters; ``None``: as saved.
         device: where to put it.
 
@@ -144,16 +144,18 @@ def _load_loop(reasoner: LatentReasoner, folder: Path, *, assign: bool = False) 
     _load_modules(reasoner, folder / MODULES, assign)
 
 
+def local_path(path_or_id: str | Path | None) -> Path:
+    """Where a checkpoint is, if it is here: ``None`` is the bundled one, and ``prosqa`` where no folder is called so."""
+    path = BUNDLED if path_or_id is None else Path(path_or_id)
+    return BUNDLED if str(path) == BUNDLED.name and not path.is_dir() else path
+
+
 def _folder(path_or_id: str | Path | None) -> Path:
-    if path_or_id is None:
-        return BUNDLED
-    folder = Path(path_or_id)
+    folder = local_path(path_or_id)
     try:
-        if folder.is_dir():
-            return folder
-        return Path(snapshot_download(str(path_or_id), allow_patterns=_READ_FROM_HUB))
+        return folder if folder.is_dir() else Path(snapshot_download(str(path_or_id), allow_patterns=_READ_FROM_HUB))
     except (HFValidationError, OSError, ValueError) as error:
-        raise _fault(path_or_id, f"neither a folder nor a hub id that can be fetched ({_line(error)})") from error
+        raise _fault(str(path_or_id), f"neither a folder nor a hub id that can be fetched ({_line(error)})") from error
 
 
 def _config(folder: Path) -> SLRConfig:
@@ -178,8 +180,7 @@ def _adapters(folder: Path, config: SLRConfig) -> dict[str, LoraConfig]:
     adapters = {name: _adapter_config(folder / LOOPS / name) for name in names}
     for name, rank in ranks.items():
         if adapters[name].r != rank:
-            path = folder / LOOPS / name / ADAPTER_CONFIG
-            raise _fault(path, f"the adapter's rank is {adapters[name].r}, {CONFIG} says {rank}")
+            raise _fault(folder / LOOPS / name, f"the adapter's rank is {adapters[name].r}, {CONFIG} says {rank}")
     return adapters
 
 
@@ -372,10 +373,9 @@ def _header(path: Path) -> dict[str, _Stored]:
 
 
 def _check(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    if missing := sorted(expected.keys() - found.keys()):
-        raise _fault(path, f"{len(missing)} tensors are missing, such as {missing[0]}")
-    if unknown := sorted(found.keys() - expected.keys()):
-        raise _fault(path, f"{len(unknown)} tensors are unknown, such as {unknown[0]}")
+    for what, keys in {"missing": expected.keys() - found.keys(), "unknown": found.keys() - expected.keys()}.items():
+        if keys:
+            raise _fault(path, f"{len(keys)} tensors are {what}, such as {min(keys)}")
     for key, tensor in found.items():
         if tensor.shape != expected[key].shape:
             raise _fault(path, f"{key} has shape {list(tensor.shape)}, expected {list(expected[key].shape)}")

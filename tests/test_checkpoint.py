@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slr_core.checkpoint import load, load_weights, save
+from slr_core.checkpoint import BUNDLED, load, load_weights, local_path, save
 from slr_core.describe import describe
 from slr_core.errors import CheckpointError
 from slr_core.generation import generate
@@ -40,6 +40,18 @@ def states(made):
     settings = [LoopSettings.resolve(made.config.loop, max_iterations=5, criterion="fixed")] * 2
     with torch.inference_mode():
         return made.loop(made.encode(*tiny.batch(tiny.PROMPTS[2:4])), settings).states
+
+
+# -- names -----------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_checkpoint_has_a_name_and_a_folder_called_so_comes_first(good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_path("prosqa") == local_path(None) == BUNDLED
+    assert describe(LatentReasoner.from_pretrained("prosqa")) == describe(LatentReasoner.from_pretrained())
+    shutil.copytree(good, tmp_path / "prosqa")
+    assert describe(LatentReasoner.from_pretrained("prosqa")) == describe(LatentReasoner.from_pretrained(str(good)))
+    assert local_path(None) == BUNDLED
 
 
 # -- saving and loading ----------------------------------------------------------------------------------

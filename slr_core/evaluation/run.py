@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 from slr_core._version import __version__
-from slr_core.checkpoint import BUNDLED
+from slr_core.checkpoint import local_path
 from slr_core.evaluation.backends import Backend
 from slr_core.evaluation.methods import Batch, Method, Settings
 from slr_core.evaluation.outcomes import Outcome, key_of
@@ -39,8 +38,8 @@ def spec_of(
 
 
 def model_of(path: str | None) -> dict[str, Any]:
-    """Name and hash of a checkpoint: ``None`` is the bundled one, what is no folder a hub id or a URL."""
-    folder = BUNDLED if path is None else Path(path)
+    """Name and hash of a checkpoint; what is no folder, a hub id or a URL, has its name alone."""
+    folder = local_path(path)
     if not folder.is_dir():
         return {"name": path}
     digest = sha256()

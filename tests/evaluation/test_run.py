@@ -211,3 +211,4 @@ def test_a_model_elsewhere_is_known_by_its_name():
     assert model_of("http://127.0.0.1:8000") == {"name": "http://127.0.0.1:8000"}
     assert model_of(None) == model_of(str(BUNDLED))
     assert model_of(None)["name"] == "prosqa"
+    assert model_of("prosqa") == model_of(None)
