@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -52,6 +53,15 @@ class Context:
         cache = DynamicCache()
         cache.layers = [copy(layer) for layer, _, _ in self.layers()]
         return replace(self, cache=cache)
+
+    def regain_gradients(self, before: Context) -> None:
+        """Put the columns of ``before``, which this context grew from, back in place as they were then."""
+        for (layer, keys, values), (_, earlier_keys, earlier_values) in zip(
+            self.layers(), before.layers(), strict=True
+        ):
+            columns = earlier_keys.shape[-2]
+            layer.keys = torch.cat([earlier_keys, keys[..., columns:, :]], dim=-2)
+            layer.values = torch.cat([earlier_values, values[..., columns:, :]], dim=-2)
 
 
 @dataclass

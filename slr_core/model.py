@@ -224,10 +224,20 @@ class LatentReasoner(nn.Module):
         loop = self.config.loop
         return trained_index(t, loop.trained_iterations, loop.lora.past_end)
 
-    def unroll(self, context: Context, iterations: int) -> Tensor:
-        """Run every row for the same number of iterations: states ``[B, iterations + 1, W, d]``, h_0 first."""
-        states = [context.hidden]
-        for t in range(1, iterations + 1):
+    def unroll(self, context: Context, iterations: int, backprop: int | None = None) -> Tensor:
+        """Run every row for the same number of iterations: states ``[B, iterations + 1, W, d]``, h_0 first.
+
+        ``backprop`` truncates: gradients flow through the last so many iterations alone, and through whatever
+        ran before the loop.
+        """
+        states, before = [context.hidden], context.fork()
+        blind = 0 if backprop is None else max(0, iterations - backprop)
+        with torch.no_grad():
+            for t in range(1, blind + 1):
+                states.append(self.iterate(context, t)[1])
+        if blind:
+            context.regain_gradients(before)
+        for t in range(blind + 1, iterations + 1):
             states.append(self.iterate(context, t)[1])
         return torch.stack(states, dim=1)
 

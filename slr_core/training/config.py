@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from math import exp, log
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -79,12 +81,48 @@ class GraphMix(_Model):
         return GraphSpec(self.nodes, self.min_hops, self.max_hops, self.balanced)
 
 
+class SampledIterations(_Model):
+    """A loop length drawn anew for every batch, log-normal Poisson as in Huginn (arXiv 2502.05171, section 3.3).
+
+    ``1 + Poisson(exp(tau))`` with tau normal of standard deviation ``sigma`` and such a mean that the draw's
+    mean is ``mean``, then clipped to ``least`` ... ``most``.
+    """
+
+    mean: float = Field(gt=1, le=64)
+    sigma: float = Field(0.5, ge=0, le=2)
+    least: int = Field(1, ge=1, le=64)
+    most: int = Field(64, ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _least_is_below_most(self) -> Self:
+        if self.least > self.most:
+            raise ValueError("least must be at most `most`")
+        return self
+
+    def draw(self, rng: random.Random) -> int:
+        """A loop length."""
+        rate = exp(rng.gauss(log(self.mean - 1) - self.sigma**2 / 2, self.sigma))
+        # Knuth's method: `random` has no Poisson draw, and no other generator resumes by its step.
+        count, product = 0, rng.random()
+        while count < self.most and product > exp(-rate):
+            count, product = count + 1, product * rng.random()
+        return min(self.most, max(self.least, 1 + count))
+
+
 class StageConfig(_Model):
     """A stretch of training with one mix of graphs and one loop length."""
 
     steps: int = Field(ge=1)
-    iterations: int = Field(ge=0, le=64)
+    iterations: Annotated[int, Field(ge=0, le=64)] | SampledIterations
+    backprop: int | None = Field(
+        None, ge=1, description="gradients reach the last so many iterations alone; None: all of them"
+    )
     graphs: tuple[GraphMix, ...] = Field(min_length=1, description="each batch draws one of these at random")
+
+    @property
+    def longest(self) -> int:
+        """The most iterations that a batch can have."""
+        return self.iterations if isinstance(self.iterations, int) else self.iterations.most
 
 
 class TrainConfig(_Model):
@@ -99,6 +137,9 @@ class TrainConfig(_Model):
     objectives: ObjectiveWeights = ObjectiveWeights()
     chains: int = Field(6, ge=0, description="other start nodes per graph for the objective `chains`")
     chain_length: int = Field(4, ge=1, description="their iterations, at most those of the stage")
+    chain_spread: int = Field(
+        0, ge=0, description="chains begin after 0 ... so many iterations: every adapter learns the same step"
+    )
     max_iterations: int | None = Field(
         None, ge=0, description="caps every stage's iterations; 0 trains the control without the loop"
     )
@@ -147,9 +188,10 @@ class TrainConfig(_Model):
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
-    def iterations(self, stage: StageConfig) -> int:
-        """Loop length of a stage under the cap."""
-        return stage.iterations if self.max_iterations is None else min(stage.iterations, self.max_iterations)
+    def iterations(self, stage: StageConfig, rng: random.Random) -> int:
+        """Loop length of a batch under the cap."""
+        drawn = stage.iterations if isinstance(stage.iterations, int) else stage.iterations.draw(rng)
+        return drawn if self.max_iterations is None else min(drawn, self.max_iterations)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -22,13 +22,30 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
+class LoopPlan:
+    """How a batch loops.
+
+    Attributes:
+        iterations: of every row.
+        backprop: gradients flow through the last so many; ``None``: all.
+        chains_after: iterations that count as done before the chains' first.
+    """
+
+    iterations: int
+    backprop: int | None = None
+    chains_after: int = 0
+
+
+@dataclass(frozen=True)
 class Item:
-    """An example and the loop length of its stage."""
+    """An example and how its batch loops."""
 
     example: Example
-    iterations: int
+    plan: LoopPlan
     chains: tuple[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]], ...]
     """Start symbols and their frontiers, per chain."""
+    late: float = 0.0
+    """Where its answer is written, from 0 (as soon as the work is done) to below 1 (after the last iteration)."""
 
 
 class StageStream(IterableDataset[Item]):
@@ -37,10 +54,14 @@ class StageStream(IterableDataset[Item]):
     Step ``s`` draws from its own generator, so that the data of a step depends on neither the number of
     loader processes nor on where a resumed run starts. Loader process ``k`` of ``n`` makes the batches of
     steps k, k + n, ...: the order in which ``DataLoader`` asks for them.
+
+    Args:
+        config: the recipe.
+        first_step: where a resumed run goes on; what came before is not made again.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, first_step: int = 0) -> None:
+        self.config, self.first_step = config, first_step
 
     def __iter__(self) -> Iterator[Item]:
         worker = get_worker_info()
@@ -48,17 +69,19 @@ class StageStream(IterableDataset[Item]):
         step = -1
         for stage in self.config.stages:
             specs = [mix.spec() for mix in stage.graphs]
-            iterations = self.config.iterations(stage)
-            chain_length = min(self.config.chain_length, stage.iterations)
             for _ in range(stage.steps):
                 step += 1
-                if step % stride != offset:
+                if step < self.first_step or (step - self.first_step) % stride != offset:
                     continue
-                rng = random.Random(f"{self.config.seed}/{step}")
+                rng, exits = (random.Random(f"{self.config.seed}/{step}{use}") for use in ("", "/exits"))
                 spec = rng.choice(specs)  # graphs of one size to a batch: little of it is padding
+                chains_after = rng.randint(0, self.config.chain_spread)
+                plan = LoopPlan(self.config.iterations(stage, rng), stage.backprop, chains_after)
+                chain_length = min(self.config.chain_length, stage.longest)
                 for _ in range(self.config.optimizer.batch_size):
                     example = to_example(generate_graph(spec, rng), rng)
-                    yield Item(example, iterations, draw_chains(example, self.config.chains, chain_length, rng))
+                    chains = draw_chains(example, self.config.chains, chain_length, rng)
+                    yield Item(example, plan, chains, exits.random())
 
 
 def draw_chains(
@@ -88,7 +111,8 @@ class Collator:
     """Items to tensors.
 
     The batch holds: ``input_ids``, ``attention_mask`` ``[B, L]`` (right-padded prompts); ``answer_ids``
-    ``[B, A]`` (end token included, padded with -100); ``hops`` ``[B]``; ``iterations`` (an int);
+    ``[B, A]`` (end token included, padded with -100); ``hops`` ``[B]``; ``exits`` ``[B]``, the iterations after
+    which each answer is written; ``plan`` (a :class:`LoopPlan`);
     ``targets`` ``[B, T, K]``, the token set that state t should read as, padded with -100; and for the
     chains ``chain_starts`` ``[B, Q, 2]`` and ``chain_targets`` ``[B, Q, S, K]``.
     """
@@ -110,13 +134,15 @@ class Collator:
         )
         texts = [self._written(item.example) for item in items]
         answers = [[*ids, self._eos()] for ids in self.tokenizer(texts).input_ids]
-        iterations = items[0].iterations
-        hops, targets = [], []
+        plan = items[0].plan
+        hops, targets, exits = [], [], []
         for item, answer in zip(items, answers, strict=True):
             by_step = frontiers(item.example)[1:]
             hops.append(len(by_step))
-            sets = [[self.node_token(symbol) for symbol in symbols] for symbols in by_step[:iterations]]
-            targets.append(sets + [[answer[0]]] * (iterations - len(sets)))
+            spare = max(0, plan.iterations - hops[-1])
+            exits.append(min(plan.iterations, hops[-1] + 1 + int(item.late * spare)))
+            sets = [[self.node_token(symbol) for symbol in symbols] for symbols in by_step[: plan.iterations]]
+            targets.append(sets + [[answer[0]]] * (plan.iterations - len(sets)))
         chains = [item.chains for item in items]
         levels = [[[self._tokens(level) for level in chain] for _, chain in row] for row in chains]
         return {
@@ -124,8 +150,9 @@ class Collator:
             "attention_mask": prompts["attention_mask"],
             "answer_ids": _pad(answers),
             "hops": torch.tensor(hops),
-            "iterations": iterations,
-            "targets": _pad(targets) if iterations else None,
+            "exits": torch.tensor(exits),
+            "plan": plan,
+            "targets": _pad(targets) if plan.iterations else None,
             "chain_starts": _pad([[self._pair(start) for start, _ in row] for row in chains]) if chains[0] else None,
             "chain_targets": _pad(levels) if chains[0] else None,
         }

@@ -13,8 +13,9 @@ import transformers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import is_tensorboard_available
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from slr_core._version import __version__
@@ -68,7 +69,7 @@ class LoopTrainer(Trainer):
             self._sums[name] = self._sums.get(name, torch.zeros(())) + value.detach()
         self._batches += 1
         # Without a loop, h_0 alone writes the answer's first token: `start` carries the full weight of `answer`.
-        scale = {"start": weights.answer} if inputs["iterations"] == 0 else {}
+        scale = {"start": weights.answer} if inputs["plan"].iterations == 0 else {}
         return torch.stack([scale.get(name, getattr(weights, name)) * value for name, value in terms.items()]).sum()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -184,13 +185,19 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         remove_unused_columns=False,
         report_to=["tensorboard"] if is_tensorboard_available() else [],  # type: ignore[no-untyped-call]
         logging_nan_inf_filter=False,
+        ignore_data_skip=True,  # the stream itself starts where a resumed run goes on
     )
+    steps = Path(str(arguments.output_dir))
+    last = get_last_checkpoint(str(steps)) if resume and steps.is_dir() else None  # type: ignore[no-untyped-call]
+    if resume and last is None:
+        raise ConfigError(f"--resume: no checkpoint below {steps}")
+    first_step = 0 if last is None else TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME)).global_step
     watch = _StopOnNaN()
     trainer = LoopTrainer(
         config,
         model=Objective(reasoner, config.objectives),
         args=arguments,
-        train_dataset=StageStream(config),
+        train_dataset=StageStream(config, first_step),
         data_collator=Collator(
             reasoner.tokenizer,
             config.text.prompt_prefix,
@@ -199,10 +206,6 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         ),
         callbacks=[watch],
     )
-    steps = Path(str(arguments.output_dir))
-    last = get_last_checkpoint(str(steps)) if resume and steps.is_dir() else None  # type: ignore[no-untyped-call]
-    if resume and last is None:
-        raise ConfigError(f"--resume: no checkpoint below {steps}")
     trainer.train(resume_from_checkpoint=last)
     if watch.failed_at is not None:
         raise TrainingError(

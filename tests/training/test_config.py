@@ -1,9 +1,14 @@
+import math
+import random
+import statistics
+from collections import Counter
+
 import pytest
 import yaml
 
 from slr_core.config import LoopConfig, validated
 from slr_core.errors import ConfigError
-from slr_core.training.config import TrainConfig
+from slr_core.training.config import SampledIterations, TrainConfig
 from tests.training.recipe import DATA, GRAPHS, recipe
 
 
@@ -26,13 +31,41 @@ def test_the_recipe_that_ships_is_valid(request):
     path = request.config.rootpath / "configs" / "prosqa.yaml"
     config = TrainConfig.from_yaml(path)
     assert config.total_steps == sum(stage.steps for stage in config.stages)
-    assert all(config.iterations(stage) == stage.iterations for stage in config.stages)
+    assert all(config.iterations(stage, random.Random(0)) == stage.iterations for stage in config.stages)
 
 
 def test_iterations_are_capped():
-    config = recipe(max_iterations=3)
-    assert [config.iterations(stage) for stage in config.stages] == [2, 3]
-    assert [recipe(max_iterations=0).iterations(stage) for stage in config.stages] == [0, 0]
+    def lengths(config):
+        return [config.iterations(stage, random.Random(0)) for stage in config.stages]
+
+    assert lengths(recipe(max_iterations=3)) == [2, 3]
+    assert lengths(recipe(max_iterations=0)) == [0, 0]
+    drawn = {"mean": 6, "least": 5, "most": 9}
+    assert lengths(recipe(max_iterations=3, stages=[{**DATA["stages"][1], "iterations": drawn}])) == [3]
+
+
+def test_a_drawn_loop_length_has_the_mean_that_was_asked_for():
+    # The standard error of the mean of 20,000 draws is about 0.04.
+    rng = random.Random(0)
+    drawn = [SampledIterations(mean=9, sigma=0.5).draw(rng) for _ in range(20_000)]
+    assert statistics.fmean(drawn) == pytest.approx(9, abs=0.2)
+    # 1 + Poisson of a log-normal rate: its variance is the rate's mean plus the rate's variance.
+    assert statistics.pvariance(drawn) == pytest.approx(8 + 64 * (math.exp(0.25) - 1), rel=0.1)
+
+
+def test_a_drawn_loop_length_is_clipped():
+    rng = random.Random(0)
+    drawn = Counter(SampledIterations(mean=6, sigma=1.5, least=4, most=8).draw(rng) for _ in range(2000))
+    assert set(drawn) == {4, 5, 6, 7, 8}
+    assert min(drawn[4], drawn[8]) > max(drawn[5], drawn[6], drawn[7])
+    assert {SampledIterations(mean=64, sigma=0, most=64).draw(random.Random(i)) <= 64 for i in range(50)} == {True}
+
+
+def test_a_drawn_loop_length_is_checked():
+    with pytest.raises(ConfigError, match="least must be at most"):
+        validated(SampledIterations, {"mean": 3, "least": 5, "most": 4})
+    with pytest.raises(ConfigError, match="mean"):
+        validated(SampledIterations, {"mean": 1})
 
 
 WRONG = {

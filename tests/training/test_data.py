@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 from slr_core.errors import DataError
 from slr_core.tasks.base import Example
 from slr_core.tasks.prosqa import GraphSpec, frontiers, generate
-from slr_core.training.data import IGNORE, Collator, Item, StageStream, draw_chains
+from slr_core.training.data import IGNORE, Collator, Item, LoopPlan, StageStream, draw_chains
 from slr_core.training.tokenizer import prosqa_tokenizer
 from tests import tiny
-from tests.training.recipe import recipe
+from tests.training.recipe import GRAPHS, recipe
 
 TOKENIZER = prosqa_tokenizer()
 
@@ -61,7 +61,8 @@ def node(word):
 
 def collate(iterations=4, chains=CHAINS, prefix="", suffix=""):
     collator = Collator(TOKENIZER, prefix, suffix)
-    return collator([Item(HAND, iterations, chains[0]), Item(SHORT, iterations, chains[1])])
+    plan = LoopPlan(iterations)
+    return collator([Item(HAND, plan, chains[0]), Item(SHORT, plan, chains[1])])
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def test_prompts_and_answers():
         [token("Sam"), node("impus"), eos],
     ]
     assert batch["hops"].tolist() == [3, 1]
-    assert batch["iterations"] == 4
+    assert batch["plan"] == LoopPlan(4)
 
 
 def test_targets_are_the_frontiers_and_then_the_answer():
@@ -106,6 +107,14 @@ def test_targets_are_the_frontiers_and_then_the_answer():
     assert sets[0] == [{node("rompus"), node("worpus")}, {node("lempus")}, {node("numpus")}, {token("Tom")}]
     assert sets[1] == [{node("impus")}, {token("Sam")}, {token("Sam")}, {token("Sam")}]
     assert (targets[0, 1] == IGNORE).sum() == 1
+
+
+@pytest.mark.parametrize(("late", "after"), [(0.0, 4), (0.49, 5), (0.5, 6), (0.999, 7)])
+def test_an_answer_is_written_between_the_end_of_the_work_and_the_last_iteration(late, after):
+    items = [Item(example, LoopPlan(t), (), late) for example, t in ((HAND, 7), (SHORT, 7))]
+    assert Collator(TOKENIZER, "", "")(items)["exits"].tolist() == [after, 2 + int(late * 6)]
+    short = Collator(TOKENIZER, "", "")([Item(HAND, LoopPlan(2), (), late)])
+    assert short["exits"].tolist() == [2]
 
 
 def test_fewer_iterations_than_hops_cut_the_targets():
@@ -162,7 +171,7 @@ def test_prefix_and_suffix_surround_the_question():
 
 def test_a_tokenizer_that_splits_nodes_is_refused():
     with pytest.raises(DataError, match="one token per mention"):
-        Collator(tiny.tokenizer(), "", "")([Item(HAND, 2, ())])
+        Collator(tiny.tokenizer(), "", "")([Item(HAND, LoopPlan(2), ())])
 
 
 # -- chains ----------------------------------------------------------------------------------------------
@@ -192,9 +201,13 @@ def test_chains_start_at_parents_and_follow_the_edges(seed):
 # -- the stream ------------------------------------------------------------------------------------------
 
 
-def batches(config, workers=0):
+# On one core torch warns of a second loader process.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def batches(config, workers=0, first_step=0):
     loader = DataLoader(
-        StageStream(config),
+        StageStream(config, first_step),
         batch_size=config.optimizer.batch_size,
         num_workers=workers,
         collate_fn=list,
@@ -206,7 +219,7 @@ def test_the_stages_come_in_order():
     config = recipe()
     steps = batches(config)
     assert len(steps) == 6
-    assert [{item.iterations for item in step} for step in steps] == [{2}] * 2 + [{4}] * 4
+    assert [{item.plan.iterations for item in step} for step in steps] == [{2}] * 2 + [{4}] * 4
     assert all(len(step) == 4 for step in steps)
     assert all(len(item.chains) == 2 for step in steps for item in step)
     for step in steps[:2]:
@@ -218,6 +231,23 @@ def test_the_stages_come_in_order():
 def test_loader_processes_do_not_change_the_data(workers):
     config = recipe()
     assert batches(config, workers) == batches(config)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("first_step", [1, 2, 5, 6])
+def test_a_stream_that_starts_late_is_the_tail_of_the_whole(first_step, workers):
+    config = recipe(chain_spread=3)
+    assert batches(config, workers, first_step) == batches(config)[first_step:]
+
+
+def test_loop_lengths_and_first_iterations_of_chains_are_drawn_per_batch():
+    stage = {"steps": 40, "iterations": {"mean": 4, "least": 2, "most": 6}, "backprop": 3, "graphs": GRAPHS}
+    steps = batches(recipe(stages=[stage], chain_spread=2, chain_length=9))
+    assert all(len({item.plan for item in step}) == 1 for step in steps)
+    plans = [step[0].plan for step in steps]
+    assert {plan.iterations for plan in plans} == {2, 3, 4, 5, 6}
+    assert {plan.chains_after for plan in plans} == {0, 1, 2}
+    assert {plan.backprop for plan in plans} == {3}
 
 
 def test_the_seed_makes_the_data_and_every_step_is_new():
@@ -232,7 +262,7 @@ def test_the_cap_on_iterations_changes_no_example():
         return [item.example for item in StageStream(config)]
 
     assert examples(recipe(max_iterations=0)) == examples(recipe())
-    assert {item.iterations for item in StageStream(recipe(max_iterations=0))} == {0}
+    assert {item.plan.iterations for item in StageStream(recipe(max_iterations=0))} == {0}
 
 
 def test_a_stage_without_iterations_can_be_collated():
@@ -240,7 +270,7 @@ def test_a_stage_without_iterations_can_be_collated():
     items = list(StageStream(config))
     with deadline():
         batch = Collator(TOKENIZER, "", "")(items)
-    assert batch["iterations"] == 0
+    assert batch["plan"].iterations == 0
 
 
 def test_a_generated_batch_holds_its_frontiers():
@@ -256,7 +286,7 @@ def test_a_generated_batch_holds_its_frontiers():
 
 def test_a_chain_of_thought_is_written_before_the_answer():
     tokenizer = prosqa_tokenizer(chain_of_thought=True)
-    batch = Collator(tokenizer, "", "", chain_of_thought=True)([Item(HAND, 0, ())])
+    batch = Collator(tokenizer, "", "", chain_of_thought=True)([Item(HAND, LoopPlan(0), ())])
     (written,) = batch["answer_ids"].tolist()
     assert written[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(written[:-1]) == " ".join([*HAND.steps, "#", HAND.answer])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from slr_core.loop.projection import rms_normalize
 from slr_core.training.config import ObjectiveWeights
-from slr_core.training.data import IGNORE, Collator, StageStream
+from slr_core.training.data import IGNORE, Collator, LoopPlan, StageStream
 from slr_core.training.objectives import answer_loss, chains, fixed_point, losses, set_divergence
 from slr_core.training.trainer import build
 from tests import tiny
@@ -96,7 +96,6 @@ def setup():
 
 def test_every_term_is_there_and_is_what_its_parts_say(setup):
     reasoner, batch = setup
-    torch.manual_seed(0)
     terms = losses(reasoner.train(), batch, ObjectiveWeights())
     assert set(terms) == {"start", "frontier", "fixed_point", "chains", "answer"}
     assert all(term.shape == () and term.isfinite() and term > 0 for term in terms.values())
@@ -119,7 +118,7 @@ def test_a_weight_of_zero_switches_a_term_off(setup, off):
 
 def test_without_a_loop_the_state_of_the_prompt_is_trained(setup):
     reasoner, batch = setup
-    terms = losses(reasoner.train(), {**batch, "iterations": 0, "targets": None}, ObjectiveWeights(start=0.0))
+    terms = losses(reasoner.train(), {**batch, "plan": LoopPlan(0), "targets": None}, ObjectiveWeights(start=0.0))
     assert {"start", "answer"} <= set(terms)
     assert {"frontier", "fixed_point"}.isdisjoint(terms)
     terms["answer"].backward()
@@ -170,12 +169,66 @@ def test_chains_side_by_side_are_chains_one_by_one(setup):
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_chains_can_begin_as_if_iterations_had_gone_before(setup):
+    reasoner, batch = setup
+    reasoner.eval()
+    starts, targets = batch["chain_starts"], batch["chain_targets"]
+    prompt = reasoner.encode(batch["input_ids"], batch["attention_mask"])
+    with tiny.passes(reasoner) as seen:
+        later = chains(reasoner, prompt.fork(), starts, targets, after=2)
+    lengths = batch["attention_mask"].sum(-1)
+    # Four iterations have adapters, and the last one's serves whatever comes after.
+    assert [adapter for adapter, _ in seen] == ["loop_03", "loop_04", "loop_04", "loop_04"][: targets.shape[2]]
+    for i, (_, positions) in enumerate(seen):
+        assert positions == (lengths + 2 + i)[:, None].expand(-1, starts.shape[1]).tolist()
+    assert not torch.isclose(later, chains(reasoner, prompt.fork(), starts, targets), rtol=1e-3)
+
+
+@pytest.mark.parametrize("workspace", ["append", "block", "prompt"])
+@pytest.mark.parametrize("backprop", [1, 2, 9])
+def test_truncated_backpropagation_computes_the_same(workspace, backprop, setup):
+    reasoner, batch = other(workspace, setup)
+    tiny.shake(reasoner)
+    weights = TERMS[workspace].model_copy(update={"frontier": 0.0, "fixed_point": 0.0})
+    whole, cut = ({**batch, "plan": LoopPlan(4, k)} for k in (None, backprop))
+    expected = losses(reasoner.eval(), whole, weights)
+    actual = losses(reasoner, cut, weights)
+    assert actual.keys() == expected.keys() == {"answer", "start"} - ({"start"} if workspace == "prompt" else set())
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("workspace", ["append", "block", "prompt"])
+def test_truncated_backpropagation_reaches_the_last_iterations_and_the_prompt(workspace, setup):
+    reasoner, batch = other(workspace, setup)
+    tiny.shake(reasoner)
+    context = reasoner.encode(batch["input_ids"], batch["attention_mask"])
+    prompt = None if workspace == "prompt" else next(context.layers())[1]
+    states = reasoner.unroll(context, 4, backprop=2)
+    if prompt is not None:
+        prompt.retain_grad()
+    reasoner.close(context, states, torch.full((4,), 4))
+    reasoner.head(context.state).logsumexp(-1).sum().backward()
+    touched = {name for name, p in reasoner.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    adapters = {name.rpartition("loop_")[2][:2] for name in touched if "loop_" in name}
+    assert adapters == {"03", "04"}
+    assert prompt is None or prompt.grad.abs().sum() > 0
+
+
+def test_states_without_a_gradient_do_not_thin_out_the_means(setup):
+    reasoner, batch = setup
+    cut = {**batch, "plan": LoopPlan(4, 2)}
+    terms = losses(reasoner.eval(), cut, ObjectiveWeights(chains=0.0))
+    states = reasoner.unroll(reasoner.encode(batch["input_ids"], batch["attention_mask"]), 4)[:, :, 0]
+    expected = set_divergence(reasoner.head(states[:, 3:]), batch["targets"][:, 2:])
+    torch.testing.assert_close(terms["frontier"], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_thirty_steps_on_one_batch_lower_every_term(setup):
     _, batch = setup
     reasoner = build(recipe()).train()
     optimizer = torch.optim.AdamW(reasoner.parameters(), lr=1e-2)
     history = []
-    torch.manual_seed(0)
     for _ in range(30):
         terms = losses(reasoner, batch, ObjectiveWeights())
         history.append({name: float(term.detach()) for name, term in terms.items()})
@@ -246,7 +299,7 @@ def test_without_a_loop_the_terms_are_the_base_models(workspace, setup):
         for parameter in reasoner.base.parameters():
             parameter.mul_(8)  # fresh weights hardly look at their context
     weights = ObjectiveWeights(chains=0.0)
-    terms = losses(reasoner.eval(), {**batch, "iterations": 0, "targets": None}, weights)
+    terms = losses(reasoner.eval(), {**batch, "plan": LoopPlan(0), "targets": None}, weights)
     answer, total, count = batch["answer_ids"], 0.0, 0
     with torch.no_grad():
         for row in range(4):
@@ -265,7 +318,6 @@ def test_thirty_steps_on_one_batch_lower_the_terms_of_other_workspaces(workspace
     reasoner.train()
     optimizer = torch.optim.AdamW(reasoner.parameters(), lr=1e-2)
     history = []
-    torch.manual_seed(0)
     for _ in range(30):
         terms = losses(reasoner, batch, TERMS[workspace])
         history.append({name: float(term.detach()) for name, term in terms.items()})
@@ -281,7 +333,6 @@ def test_every_part_of_other_workspaces_is_trained(workspace, setup):
     loop = {"lora": {"rank": 2, "decode_rank": 2}, "timestep": {"kind": "learned", "noise_level": True}}
     reasoner, batch = other(workspace, setup, **loop)
     tiny.shake(reasoner)
-    torch.manual_seed(0)
     sum(losses(reasoner.train(), batch, TERMS[workspace]).values()).backward()
     still = [name for name, p in reasoner.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert still == []
