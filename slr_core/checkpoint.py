@@ -145,7 +145,7 @@ def _load_loop(reasoner: LatentReasoner, folder: Path, *, assign: bool = False) 
 
 
 def local_path(path_or_id: str | Path | None) -> Path:
-    """Where a checkpoint is, if it is here: ``None`` is the bundled one, and ``prosqa`` where no folder is called so."""
+    """Where a checkpoint is, if here: ``None`` is the bundled one, ``prosqa`` too unless a folder is called so."""
     path = BUNDLED if path_or_id is None else Path(path_or_id)
     return BUNDLED if str(path) == BUNDLED.name and not path.is_dir() else path
 

@@ -44,7 +44,7 @@ def test_eval_of_generated_questions(run, folder, tmp_path):
     figures = tmp_path / "figures.json"
     code, out, _ = run("eval", "--model", folder, *SMALL, "--json", figures)
     assert code == 0
-    assert "shortcut depth_rule : 0.500" in out
+    assert "shortcut depth_rule, which never looks at the model: 0.500" in out
     record = json.loads(figures.read_text())
     assert record["method"] == "slr"
     assert record["overall"]["questions"] == 6
@@ -69,7 +69,7 @@ def test_eval_of_a_file(run, made, folder, data, tmp_path):
     assert (record["overall"]["questions"], record["overall"]["iterations"]) == (3, 3.0)
     for name in ("accuracy", "forward_passes", "tokens", "flops"):
         assert record["overall"][name] == getattr(expected, name)
-    assert "3.00" in next(line for line in out.splitlines() if line.startswith(" ") and "all" in line)
+    assert "3.00" in next(line for line in out.splitlines() if line.startswith("all "))
     assert "set/questions.jsonl" in out
     assert str(data.parent.parent) not in json.dumps(record["manifest"]["source"])
 

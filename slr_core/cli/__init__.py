@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from slr_core._version import __version__
-from slr_core.cli import evaluate, models, probe, reason, sweep, train
+from slr_core.cli import evaluate, models, probe, reason, stability, sweep, train
 from slr_core.errors import SLRError
 
 app = typer.Typer(
@@ -27,7 +27,7 @@ app.command()(models.info)
 app.command()(train.train)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(evaluate.compare)
-app.command()(evaluate.stability)
+app.command()(stability.stability)
 app.command()(probe.probe)
 app.command()(sweep.sweep)
 app.command()(evaluate.report)

@@ -1,4 +1,4 @@
-"""``slr eval``, ``slr compare``, ``slr stability`` and ``slr report``."""
+"""``slr eval``, ``slr compare`` and ``slr report``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import TaskID
 from rich.table import Table
 
 from slr_core._version import __version__
@@ -34,9 +33,9 @@ if TYPE_CHECKING:
     from slr_core.evaluation.backends import Backend
     from slr_core.evaluation.methods import Method, Settings
     from slr_core.evaluation.outcomes import Outcome
-    from slr_core.evaluation.stability import Stability
     from slr_core.evaluation.statistics import Summary
     from slr_core.evaluation.store import Store
+    from slr_core.evaluation.tables import Table as Figures
     from slr_core.tasks.base import Task
 
 TaskName = Annotated[str, typer.Option("--task", help="what to ask and how to grade: prosqa, gsm8k, math, ...")]
@@ -208,7 +207,8 @@ def compare(
     rules = baselines(questions)
     store.keep("baselines", questions.spec, rules, {})
     store.keep("missing", questions.spec, missing, {})
-    _print_methods(summaries, {name: test.p for name, test in tests.items()}, questions)
+    title = f"{questions.task.name}: {questions.source}, {len(questions.examples)} questions"
+    _print_methods(summaries, {name: test.p for name, test in tests.items()}, rules, title)
     for name, reason in missing.items():
         console.print(f"{name}: no figure, {escape(reason)}", highlight=False)
     if json_file is not None:
@@ -269,52 +269,6 @@ def _answer(
         )
 
 
-def stability(
-    model: Model = None,
-    task: TaskName = "prosqa",
-    data: Data = None,
-    split: Split = None,
-    generate: Generate = None,
-    generate_seed: GenerateSeed = 0,
-    dial: Dials = None,
-    limit: Limit = None,
-    past: Annotated[int, typer.Option(min=1, max=32, help="force loops to this many times their trained depth")] = 4,
-    seed: Seed = 0,
-    batch_size: BatchSize = 64,
-    results: Results = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Force a loop past its trained depth, disturb it, and see whether it stops at the right time."""
-    from slr_core.evaluation.backends import Local
-    from slr_core.evaluation.run import model_of
-    from slr_core.evaluation.stability import Study
-    from slr_core.evaluation.store import Store
-
-    check_folder(json_file)
-    questions = Questions(task, data, split, generate, generate_seed, dial, limit)
-    store, name = Store(results), model_of(model)
-    with progress_bars() as bar:
-        rows: dict[str, TaskID] = {}
-
-        def progress(run: str, answered: int) -> None:
-            if run not in rows:
-                rows[run] = bar.add_task(run, total=len(questions.examples))
-            bar.advance(rows[run], answered)
-            bar.update(rows[run], visible=not bar.tasks[rows[run]].finished)
-
-        local = Local(load(model))
-        study = Study(local, questions.task, questions.loaded, name, store, batch_size=batch_size, progress=progress)
-        found = study.run(past, seed)
-    rules = baselines(questions)
-    store.keep("baselines", questions.spec, rules, {})
-    spec = {**questions.spec, "model": name, "settings": {"past": past, "seed": seed}}
-    store.keep("stability", spec, found.to_json(), versions())
-    _print_stability(found, questions)
-    if json_file is not None:
-        record = {"manifest": {**spec, **versions()}, "baselines": rules, **found.to_json()}
-        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
 def report(
     results: Annotated[Path, typer.Argument(help="a results file of eval, compare, stability or probe", exists=True)],
     out: Annotated[Path, typer.Option(help="folder for report.html, report.md and the plots")] = Path("report"),
@@ -325,31 +279,6 @@ def report(
 
     for path in write(Store(results), out):
         print(path)
-
-
-def _print_stability(found: Stability, questions: Questions) -> None:
-    title = f"{questions.task.name}: {questions.source}, {len(questions.examples)} questions"
-    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("forced to", "accuracy", "95 % interval", "diverged", "oscillating", "contraction"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for t, s in found.by_depth.items():
-        low, high = s.interval
-        mark = " (trained)" if t == found.trained else ""
-        cells = (f"{s.accuracy:.3f}", f"{low:.3f} to {high:.3f}", f"{s.diverged:.1%}", f"{s.oscillating:.1%}")
-        table.add_row(f"{t}{mark}", *cells, number(s.contraction_rate))
-    console.print(table)
-    default = found.default
-    correlation = "-" if found.correlation is None else f"{found.correlation:.3f}"
-    console.print(
-        f"as configured: accuracy {default.accuracy:.3f}, {default.iterations:.2f} iterations, {found.excess:.2f} more "
-        f"than the answers needed, {default.converged:.1%} converged; rank correlation of iterations with difficulty "
-        f"{correlation}",
-        highlight=False,
-    )
-    for scale, (s, changed) in found.noise.items():
-        console.print(
-            f"noise {scale:g} in h_0: accuracy {s.accuracy:.3f}, {changed:.1%} of answers change", highlight=False
-        )
 
 
 def baselines(questions: Questions) -> dict[str, float]:
@@ -388,51 +317,31 @@ def _manifest(questions: Questions, model: str | None, settings: Settings) -> di
 
 
 def _print_levels(levels: dict[int, Summary], overall: Summary, rules: dict[str, float], title: str) -> None:
-    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("steps", "questions", "accuracy", "95 % interval", "iterations", "converged", "passes"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for level, summary in levels.items():
-        table.add_row(str(level), *_cells(summary))
-    table.add_section()
-    table.add_row("all", *_cells(overall), style="bold")
-    console.print(table)
-    for name, score in rules.items():
-        console.print(f"shortcut {name} : {score:.3f}")
+    from slr_core.evaluation import tables
+
+    _print_table(tables.by_difficulty(levels, overall), title)
+    _print_rules(rules)
     changes = "  ".join(map(number, overall.relative_change))
     if changes:
-        console.print(f"mean relative change by iteration: {changes}")
+        console.print(f"mean relative change by iteration: {changes}", highlight=False)
 
 
-def _cells(summary: Summary) -> list[str]:
-    low, high = summary.interval
-    return [
-        str(summary.questions),
-        f"{summary.accuracy:.3f}",
-        f"{low:.3f} to {high:.3f}",
-        f"{summary.iterations:.2f}",
-        f"{summary.converged:.1%}",
-        f"{summary.forward_passes:.2f}",
-    ]
+def _print_methods(summaries: dict[str, Summary], p: dict[str, float], rules: dict[str, float], title: str) -> None:
+    from slr_core.evaluation import tables
+
+    _print_table(tables.by_method(summaries, p), title)
+    _print_rules(rules)
 
 
-def _print_methods(summaries: dict[str, Summary], p: dict[str, float], questions: Questions) -> None:
-    title = f"{questions.task.name}: {questions.source}, {len(questions.examples)} questions"
-    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
-    table.add_column("method", no_wrap=True)
-    for column in ("accuracy", "95 % interval", "p against slr", "iterations", "passes", "tokens", "MFLOPs", "ms"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, s in summaries.items():
-        flops = "-" if s.flops is None else f"{s.flops / 1e6:,.1f}"
-        test = f"{p[name]:.3g}" if name in p else "-"
-        low, high = s.interval
-        cells = (
-            f"{s.accuracy:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            test,
-            f"{s.iterations:.2f}",
-            f"{s.forward_passes:.2f}",
-        )
-        table.add_row(name, *cells, f"{s.tokens:.1f}", flops, f"{s.seconds * 1000:.1f}")
-    console.print(table)
-    for rule, score in baselines(questions).items():
-        console.print(f"shortcut {rule}, which never looks at the model: {score:.3f}", highlight=False)
+def _print_table(table: Figures, title: str) -> None:
+    shown = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(table.columns):
+        shown.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*row, style="bold" if row[0] == "all" else None)
+    console.print(shown)
+
+
+def _print_rules(rules: dict[str, float]) -> None:
+    for name, score in rules.items():
+        console.print(f"shortcut {name}, which never looks at the model: {score:.3f}", highlight=False)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from slr_core.model import LatentReasoner
 
 # Redirected output is for files and pipes: no reason to wrap it at 80 columns.
-console = Console() if sys.stdout.isatty() else Console(width=140)
+console = Console() if sys.stdout.isatty() else Console(width=160)
 
 Model = Annotated[str | None, typer.Option(help="checkpoint folder or hub id  [default: prosqa, the bundled one]")]
 Prompt = Annotated[str, typer.Argument(help="the question; `-` reads it from standard input")]

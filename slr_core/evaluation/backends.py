@@ -58,9 +58,8 @@ class Local:
             for sample in range(ask.samples)
         ]
         results = generate(self.reasoner, requests, think=think)
-        answered = [
-            Answered.of(r, self.cost.request(r.prompt_tokens, r.iterations, r.completion_tokens)) for r in results
-        ]
+        cost, added = self.cost.request, self.cost.added_parameters
+        answered = [Answered.of(r, cost(r.prompt_tokens, r.iterations, r.completion_tokens), added) for r in results]
         return _grouped(answered, ask.samples)
 
     def request(self, prompt: str, ask: Ask, seed: int) -> Request:

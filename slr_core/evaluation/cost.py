@@ -18,12 +18,13 @@ class Cost:
     """
 
     def __init__(self, reasoner: LatentReasoner) -> None:
-        self.reasoner, base = reasoner, reasoner.base
+        self.reasoner, base, described = reasoner, reasoner.base, describe(reasoner)
+        self.added_parameters = described.added_parameters
         table: Tensor = base.get_input_embeddings().weight  # type: ignore[assignment]
         head: Tensor = base.get_output_embeddings().weight  # type: ignore[no-untyped-call]
         self.width, self.layers = hidden_size(base), int(base.config.num_hidden_layers)
         embeddings = table.numel() + (0 if head is table else head.numel())
-        self.per_position = 2 * (describe(reasoner).base_parameters - embeddings)
+        self.per_position = 2 * (described.base_parameters - embeddings)
         self.per_token = 2 * head.numel()
         self.per_adapter: dict[str | None, int] = {None: 0}
         for name in reasoner.adapters.names:

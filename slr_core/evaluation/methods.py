@@ -214,6 +214,7 @@ def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[Answered]
                 tokens=steps * width,
                 forward_passes=1 + (steps - 1) * width,
                 flops=local.cost.request(len(request.prompt_ids), 0, steps) * width,
+                added_parameters=0,
             )
         )
     return answered

@@ -21,6 +21,8 @@ class Outcome:
         text: what was written.
         answer: what counts of it; ``None`` where nothing could be found.
         correct: whether the task says so.
+        steps_hold: whether the steps written before the answer hold and lead to the right one; ``None`` where there
+            are none, or the task has no rule for them.
         iterations: loop iterations; of several rollouts, their mean.
         exit_reason: why the loop ended; empty for a method without one.
         relative_change: of each iteration, ``None`` where undefined.
@@ -30,6 +32,7 @@ class Outcome:
         tokens: tokens written, all rollouts together.
         forward_passes: passes of the base model, all rollouts together, as if the question had been alone.
         flops: floating-point operations of those passes, estimated; ``None`` where the model is out of sight.
+        added_parameters: what the loop adds to the base, 0 where no iteration ran; ``None`` as for ``flops``.
         seconds: the question's share of its batch's wall time.
     """
 
@@ -38,6 +41,7 @@ class Outcome:
     text: str
     answer: str | None
     correct: bool
+    steps_hold: bool | None
     iterations: float
     exit_reason: str
     relative_change: tuple[float | None, ...]
@@ -47,6 +51,7 @@ class Outcome:
     tokens: int
     forward_passes: int
     flops: float | None
+    added_parameters: int | None
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -79,9 +84,10 @@ class Answered:
     tokens: int = 0
     forward_passes: int = 0
     flops: float | None = None
+    added_parameters: int | None = None
 
     @classmethod
-    def of(cls, result: Result, flops: float | None) -> Self:
+    def of(cls, result: Result, flops: float, added_parameters: int) -> Self:
         """One result of the loop."""
         return cls(
             text=result.text,
@@ -94,6 +100,7 @@ class Answered:
             tokens=result.completion_tokens,
             forward_passes=result.forward_passes,
             flops=flops,
+            added_parameters=added_parameters if result.iterations else 0,
         )
 
     @classmethod
@@ -111,4 +118,5 @@ class Answered:
             tokens=sum(r.tokens for r in rollouts),
             forward_passes=sum(r.forward_passes for r in rollouts),
             flops=None if first.flops is None else sum(r.flops or 0.0 for r in rollouts),
+            added_parameters=first.added_parameters,
         )

@@ -12,28 +12,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from slr_core.errors import DataError, SLRError
-from slr_core.evaluation import plots
+from slr_core.evaluation import plots, tables
 from slr_core.evaluation.methods import METHODS, NOISY_START
 from slr_core.evaluation.stability import Stability
 from slr_core.evaluation.statistics import Summary, by_difficulty, paired, summarize
 from slr_core.evaluation.store import Figure, Run, Store
+from slr_core.evaluation.tables import Table
 
-COLUMNS = (
-    "method",
-    "accuracy",
-    "95 % interval",
-    "p against slr",
-    "iterations",
-    "converged",
-    "passes",
-    "tokens",
-    "MFLOPs",
-    "ms",
-)
-
-
-LEVEL_COLUMNS = ("steps", "questions", *(column for column in COLUMNS[1:] if column != "p against slr"))
-"""The same for the loop alone, by difficulty."""
 _ASIDE = ("baselines", "missing")
 """Kinds of figures that say something about others and are nothing to show by themselves."""
 
@@ -55,8 +40,8 @@ class Section:
         title: task and source.
         questions: how many.
         rules: shortcut rules and what they score on these questions.
-        rows: the methods' cells, in the order of :data:`COLUMNS`.
-        levels: cells of the loop by difficulty.
+        methods: a row a method.
+        levels: the loop by difficulty.
         missing: methods without a figure, and why.
         plots: its figures.
     """
@@ -64,8 +49,8 @@ class Section:
     title: str
     questions: int
     rules: dict[str, float]
-    rows: list[tuple[str, ...]]
-    levels: list[tuple[str, ...]]
+    methods: Table
+    levels: Table
     missing: dict[str, str]
     plots: list[Plot]
 
@@ -94,7 +79,7 @@ def write(store: Store, out: str | Path) -> list[Path]:
         lstrip_blocks=True,
     )
     environment.filters["plain"] = _plain
-    facts = {"sections": sections, "columns": COLUMNS, "level_columns": LEVEL_COLUMNS, "manifest": manifest}
+    facts = {"sections": sections, "manifest": manifest}
     out.mkdir(parents=True, exist_ok=True)
     page, text = out / "report.html", out / "report.md"
     page.write_text(environment.get_template("report.html").render(facts), encoding="utf-8")
@@ -140,13 +125,11 @@ def _section(runs: Sequence[Run], own: Sequence[Figure]) -> Section | None:
     spec = (runs[0] if compared else shown[0]).spec
     summaries = {name: summarize(list(run.outcomes.values())) for name, run in compared.items()}
     against = _reference(compared)
-    rows = []
-    for name, run in compared.items():
-        test = None
-        if against is not None and run is not against:
-            test = paired(list(against.outcomes.values()), list(run.outcomes.values())).p
-        rows.append(_cells(name, summaries[name], test))
-    levels = by_difficulty(list(against.outcomes.values())) if against else {}
+    tests, levels = {}, {}
+    if against is not None:
+        loop = list(against.outcomes.values())
+        others = {name: list(run.outcomes.values()) for name, run in compared.items() if run is not against}
+        tests, levels = {name: paired(loop, other).p for name, other in others.items()}, by_difficulty(loop)
     named = {figure.kind: figure.data for figure in own}
     rules: dict[str, float] = named.get("baselines", {})
     found = {run.spec["method"] for run in compared.values()}
@@ -155,8 +138,8 @@ def _section(runs: Sequence[Run], own: Sequence[Figure]) -> Section | None:
         title=f"{spec['task']}: {spec['source']}",
         questions=int(spec["questions"]),
         rules=rules,
-        rows=rows,
-        levels=[_level_cells(level, summary) for level, summary in levels.items()],
+        methods=tables.by_method(summaries, tests),
+        levels=tables.by_difficulty(levels),
         missing={name: why for name, why in named.get("missing", {}).items() if name not in found},
         plots=[
             *_plots(summaries, rules, controls),
@@ -210,28 +193,6 @@ def _reference(compared: dict[str, Run]) -> Run | None:
     loops = [run for run in compared.values() if run.spec["method"] == "slr"]
     plain = [run for run in loops if not run.spec["settings"]["loop"]]
     return next((only for (only,) in (runs for runs in (loops, plain) if len(runs) == 1)), None)
-
-
-def _cells(name: str, s: Summary, p: float | None) -> tuple[str, ...]:
-    low, high = s.interval
-    return (
-        name,
-        f"{s.accuracy:.3f}",
-        f"{low:.3f} to {high:.3f}",
-        "-" if p is None else f"{p:.3g}",
-        f"{s.iterations:.2f}",
-        f"{s.converged:.1%}",
-        f"{s.forward_passes:.2f}",
-        f"{s.tokens:.1f}",
-        "-" if s.flops is None else f"{s.flops / 1e6:,.1f}",
-        f"{s.seconds * 1000:.1f}",
-    )
-
-
-def _level_cells(level: int, s: Summary) -> tuple[str, ...]:
-    name, *cells = _cells(str(level), s, None)
-    del cells[COLUMNS.index("p against slr") - 1]
-    return (name, str(s.questions), *cells)
 
 
 def _plots(summaries: dict[str, Summary], rules: dict[str, float], controls: Sequence[str]) -> list[Plot]:

@@ -108,6 +108,7 @@ def run_method(
                     difficulty=task.difficulty(example),
                     answer=task.extract(answered.text),
                     correct=task.grade(example, answered.text),
+                    steps_hold=task.grade_steps(example, answered.text),
                     seconds=share,
                     **vars(answered),
                 ),

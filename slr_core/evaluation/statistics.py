@@ -18,6 +18,7 @@ class Summary:
         questions: how many.
         accuracy: share answered right.
         interval: 95 % Wilson score interval of the accuracy.
+        steps_hold: share of the answers with written steps whose steps hold; ``None`` where there are none.
         iterations: mean loop iterations.
         converged: share that ended by the criterion.
         diverged: share that ended by the guard.
@@ -26,6 +27,7 @@ class Summary:
         forward_passes: mean passes of the base model per question, as if each had been alone.
         tokens: mean tokens written.
         flops: mean floating-point operations, estimated; ``None`` where unknown.
+        added_parameters: what the loop adds to the base, 0 where it never ran; ``None`` where unknown.
         seconds: mean share of the batches' wall time.
         relative_change: mean relative change at iteration 1, 2, ... over the questions that got there.
     """
@@ -33,6 +35,7 @@ class Summary:
     questions: int
     accuracy: float
     interval: tuple[float, float]
+    steps_hold: float | None
     iterations: float
     converged: float
     diverged: float
@@ -41,6 +44,7 @@ class Summary:
     forward_passes: float
     tokens: float
     flops: float | None
+    added_parameters: int | None
     seconds: float
     relative_change: tuple[float | None, ...]
 
@@ -52,10 +56,12 @@ def summarize(outcomes: Sequence[Outcome]) -> Summary:
     ]
     right = sum(o.correct for o in outcomes)
     flops = [o.flops for o in outcomes if o.flops is not None]
+    added = [o.added_parameters for o in outcomes if o.added_parameters is not None]
     return Summary(
         questions=len(outcomes),
         accuracy=right / len(outcomes),
         interval=wilson(right, len(outcomes)),
+        steps_hold=_mean([o.steps_hold for o in outcomes]),
         iterations=fmean(o.iterations for o in outcomes),
         converged=fmean(o.exit_reason == "converged" for o in outcomes),
         diverged=fmean(o.exit_reason == "diverged" for o in outcomes),
@@ -64,6 +70,7 @@ def summarize(outcomes: Sequence[Outcome]) -> Summary:
         forward_passes=fmean(o.forward_passes for o in outcomes),
         tokens=fmean(o.tokens for o in outcomes),
         flops=fmean(flops) if len(flops) == len(outcomes) else None,
+        added_parameters=max(added) if len(added) == len(outcomes) else None,
         seconds=fmean(o.seconds for o in outcomes),
         relative_change=tuple(_mean(at_t) for at_t in changes),
     )

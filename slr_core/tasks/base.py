@@ -97,6 +97,13 @@ class Task(ABC):
     def grade(self, example: Example, text: str) -> bool:
         """Whether ``text``, as the model wrote it, answers ``example``."""
 
+    def grade_steps(self, example: Example, text: str) -> bool | None:
+        """Whether the steps written in ``text`` hold and lead to the right answer, whatever answer it then states.
+
+        ``None`` where it writes none, or where the task has no rule for steps.
+        """
+        return None
+
     def baselines(self, example: Example) -> dict[str, float]:
         """Expected score (0 to 1) of each known shortcut rule on ``example``; empty where none is known."""
         return {}

@@ -10,14 +10,14 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from slr_core.errors import ConfigError, DataError
 from slr_core.tasks.base import Card, Dial, Example, Task
 from slr_core.tasks.prosqa import CONCEPTS as _MORE_CONCEPTS
-from slr_core.tasks.reading import stated_truth
+from slr_core.tasks.reading import stated_truth, written_steps
 
 NAMES = tuple("Alex Fae Max Polly Rex Sally Sam Stella Wren".split())
 CONCEPTS = tuple(
@@ -173,7 +173,7 @@ _RULE = re.compile(
     r"(?:(?:Each|Every) (?P<one>\w+) is|(?P<many>[A-Z]\w+)es are) (?P<negated>not )?(?:an? )?(?P<what>\w+)\."
 )
 _PREMISE = re.compile(r"\b(?!Each|Every)[A-Z]\w+ is an? (\w+)\.")
-_QUESTION = re.compile(r"True or false: \w+ is (?P<negated>not )?(?P<what>\w+)\.\s*$")
+_QUESTION = re.compile(r"True or false: (?P<name>\w+) is (?P<negated>not )?(?P<what>\w+)\.\s*$")
 
 
 def mention_rule(example: Example) -> float:
@@ -190,14 +190,53 @@ def mention_rule(example: Example) -> float:
     mentions: Counter[str] = Counter(_PREMISE.findall(example.question))
     about: list[tuple[str, bool]] = []
     for rule in _RULE.finditer(example.question):
-        concept, what = (rule["one"] or rule["many"]).lower(), rule["what"]
-        mentions.update((concept, what.removesuffix("es")))
+        concept, what, negated = _rule(rule)
+        mentions.update((concept, what))
         if what == asked["what"]:
-            about.append((concept, bool(rule["negated"])))
+            about.append((concept, negated))
     believed = {negated for concept, negated in about if mentions[concept] > 1}
     if len(believed) != 1:
         return 0.5
     return float(str(believed.pop() == bool(asked["negated"])) == example.answer)
+
+
+_SAID = re.compile(r"(?P<name>[A-Z]\w+) is (?P<negated>not )?(?:an? )?(?P<what>\w+)\.")
+
+
+def proves(example: Example, steps: Sequence[str]) -> bool:
+    """Whether sentences prove the answer.
+
+    Each is a rule of the question, or says of the person what a premise says or what follows from a rule written
+    before and from what is known by then. The last says of the property asked about what the answer says.
+    """
+    asked = _QUESTION.search(example.question)
+    if asked is None:
+        raise DataError(f"not a ProntoQA question: {example.question[-80:]!r}")
+    given = example.question[: asked.start()]
+    rules = set(map(_rule, _RULE.finditer(given)))
+    known = {(said["what"], bool(said["negated"])) for said in _SAID.finditer(given) if said["name"] == asked["name"]}
+    follows: list[tuple[str, str, bool]] = []
+    fact = None
+    for step in steps:
+        rule, said = _RULE.fullmatch(step), _SAID.fullmatch(step)
+        fact = None
+        if rule is not None and _rule(rule) in rules:
+            follows.append(_rule(rule))
+        elif said is not None and said["name"] == asked["name"]:
+            fact = said["what"], bool(said["negated"])
+            known.update(
+                (what, no) for concept, what, no in follows if (what, no) == fact and (concept, False) in known
+            )
+            if fact not in known:
+                return False
+        else:
+            return False
+    return fact == (asked["what"], bool(asked["negated"]) == (example.answer == "True"))
+
+
+def _rule(found: re.Match[str]) -> tuple[str, str, bool]:
+    """Concept, what holds of it, and whether that is negated, whatever the form of the sentence."""
+    return (found["one"] or found["many"]).lower(), found["what"].removesuffix("es"), bool(found["negated"])
 
 
 class ProntoQA(Task):
@@ -229,6 +268,11 @@ class ProntoQA(Task):
     def grade(self, example: Example, text: str) -> bool:
         """The word must be the right one."""
         return stated_truth(text) == example.answer
+
+    def grade_steps(self, example: Example, text: str) -> bool | None:
+        """See :func:`proves`."""
+        steps = written_steps(text)
+        return proves(example, steps) if steps else None
 
     def baselines(self, example: Example) -> dict[str, float]:
         """The answer prior, and :func:`mention_rule`."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from slr_core.errors import ConfigError, DataError
 from slr_core.tasks.base import Card, Dial, Example, Task
+from slr_core.tasks.reading import written_steps
 
 NAMES = tuple("Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split())
 CONCEPTS = tuple(
@@ -342,6 +343,21 @@ class ProsQA(Task):
     def grade(self, example: Example, text: str) -> bool:
         """The whole answer sentence must match, as in the published evaluation."""
         return self.extract(text) == example.answer
+
+    def grade_steps(self, example: Example, text: str) -> bool | None:
+        """Whether they are a path: facts of the question, from the person asked about to the right option."""
+        steps = written_steps(text)
+        if not steps:
+            return None
+        facts, _, asked = example.question.rpartition(" Is ")
+        known = {f"{fact.rstrip('.')}." for fact in facts.split(". ")}
+        place = asked.split()[0]
+        for step in steps:
+            words = step.removeprefix("Every ").rstrip(".").split()
+            if step not in known or words[0] != place:
+                return False
+            place = words[-1]
+        return place == example.answer.rstrip(".").split()[-1]
 
     def baselines(self, example: Example) -> dict[str, float]:
         """See :func:`depth_rule`."""

@@ -213,3 +213,9 @@ def stated_truth(text: str) -> str | None:
         if found:
             return None if found[-1]["negated"] else found[-1]["word"].capitalize()
     return None
+
+
+def written_steps(text: str) -> list[str]:
+    """The sentences before the answer: before the last ``#``, or without one before the last line."""
+    before, _, _ = tail(text).strip().rpartition("#" if "#" in text else "\n")
+    return re.findall(r"[^\s.#][^.#]*\.?", before)

@@ -44,6 +44,7 @@ def outcome(key: str = "0:a", **changes: Any) -> Outcome:
         "text": "w1 w2",
         "answer": "w1",
         "correct": True,
+        "steps_hold": None,
         "iterations": 3,
         "exit_reason": "converged",
         "relative_change": (None, 0.5, 0.1),
@@ -53,6 +54,7 @@ def outcome(key: str = "0:a", **changes: Any) -> Outcome:
         "tokens": 2,
         "forward_passes": 5,
         "flops": 1e6,
+        "added_parameters": 1200,
         "seconds": 0.01,
     }
     return Outcome(**{**facts, **changes})

@@ -32,7 +32,7 @@ def test_a_question_is_named_by_its_place_and_its_text():
 def test_an_answer_of_the_loop_says_what_the_loop_did():
     made = tiny.reasoner()
     result = generate(made, [tiny.request(made, tiny.PROMPTS[1])])[0]
-    answered = Answered.of(result, 7.0)
+    answered = Answered.of(result, 7.0, 9)
     assert (answered.text, answered.iterations, answered.exit_reason) == (
         result.text,
         result.iterations,
@@ -41,18 +41,25 @@ def test_an_answer_of_the_loop_says_what_the_loop_did():
     assert answered.relative_change == tuple(record.relative_change for record in result.records)
     assert len(answered.relative_change) == result.iterations > 0
     assert (answered.prompt_tokens, answered.tokens) == (5, len(result.token_ids))
-    assert (answered.forward_passes, answered.flops) == (result.forward_passes, 7.0)
+    assert (answered.forward_passes, answered.flops, answered.added_parameters) == (result.forward_passes, 7.0, 9)
+    plain = generate(made, [tiny.request(made, tiny.PROMPTS[1], {"max_iterations": 0})])[0]
+    assert Answered.of(plain, 7.0, 9).added_parameters == 0
 
 
 def test_rollouts_together_cost_their_sum_and_iterate_their_mean():
     rollouts = [
-        Answered("a", 2, "converged", (0.5, 0.1), 0.2, False, 5, tokens=3, forward_passes=6, flops=10.0),
-        Answered("b", 5, "max_iterations", (0.7,), 0.9, True, 5, tokens=4, forward_passes=9, flops=20.0),
+        Answered(
+            "a", 2, "converged", (0.5, 0.1), 0.2, False, 5, tokens=3, forward_passes=6, flops=10.0, added_parameters=8
+        ),
+        Answered(
+            "b", 5, "max_iterations", (0.7,), 0.9, True, 5, tokens=4, forward_passes=9, flops=20.0, added_parameters=8
+        ),
     ]
     both = Answered.together("b", rollouts)
-    expected = Answered("b", 3.5, "converged", (0.5, 0.1), 0.2, True, 5, tokens=7, forward_passes=15, flops=30.0)
+    expected = Answered("b", 3.5, "converged", (0.5, 0.1), 0.2, True, 5, 7, 15, flops=30.0, added_parameters=8)
     assert both == expected
 
 
 def test_rollouts_of_a_model_out_of_sight_have_no_operations():
-    assert Answered.together("a", [Answered("a"), Answered("b")]).flops is None
+    both = Answered.together("a", [Answered("a"), Answered("b")])
+    assert both.flops is both.added_parameters is None

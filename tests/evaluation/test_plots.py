@@ -28,6 +28,7 @@ def summary(right: int, iterations: float = 3.0) -> Summary:
         questions=100,
         accuracy=right / 100,
         interval=wilson(right, 100),
+        steps_hold=None,
         iterations=iterations,
         converged=1.0,
         diverged=0.0,
@@ -36,6 +37,7 @@ def summary(right: int, iterations: float = 3.0) -> Summary:
         forward_passes=5.0,
         tokens=3.0,
         flops=None,
+        added_parameters=None,
         seconds=0.1,
         relative_change=(0.5, 0.1),
     )

@@ -121,7 +121,17 @@ def test_what_is_nowhere_defined_has_no_mean():
     assert (figures.contraction_rate, figures.relative_change) == (0.25, (None, 0.5))
     assert summarize([outcome(contraction_rate=None)]).contraction_rate is None
     assert summarize([outcome(), outcome(flops=None)]).flops is None
+    assert summarize([outcome(), outcome(added_parameters=None)]).added_parameters is None
+    assert summarize([outcome(), outcome(added_parameters=0)]).added_parameters == 1200
     assert summarize([outcome(relative_change=())]).relative_change == ()
+
+
+@pytest.mark.parametrize(
+    ("steps", "share"),
+    [([True, False, None, True], 2 / 3), ([None, False], 0.0), ([None, None], None)],
+)
+def test_steps_hold_as_a_share_of_those_that_were_written(steps, share):
+    assert summarize([outcome(steps_hold=hold) for hold in steps]).steps_hold == share
 
 
 def test_levels_are_ascending_and_add_up():

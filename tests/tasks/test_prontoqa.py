@@ -115,6 +115,8 @@ def test_the_answer_follows_from_the_rules_in_as_many_hops_as_asked(hops, balanc
     said = example.steps[-1].split()
     assert (said[-1].rstrip("."), "not" in said) == properties[chain[-1]]
     assert (properties[chain[-1]][1] == negated) == (example.answer == "True")
+    assert ProntoQA().grade_steps(example, f"{' '.join(example.steps)} ### {example.answer}")
+    assert ProntoQA().grade_steps(example, f"{' '.join(example.steps[:-1])} ### {example.answer}") is False
 
 
 @given(st.integers(1, MOST_HOPS), st.integers(0, 10**6))
@@ -165,12 +167,51 @@ def test_the_mention_rule_can_be_wrong_and_knows_what_it_reads():
         mention_rule(Example("Is Tom a lempus or rompus?", (), "Tom is a lempus."))
 
 
+PROOF = Example(
+    "Each wumpus is a lempus. Lempuses are not happy. Zumpuses are happy. Every lempus is a rompus. Max is a wumpus. "
+    "True or false: Max is happy.",
+    (),
+    "False",
+)
+
+
+@pytest.mark.parametrize(
+    ("steps", "hold"),
+    [
+        ("Max is a wumpus. Each wumpus is a lempus. Max is a lempus. Lempuses are not happy. Max is not happy.", True),
+        # Another form of the same rules; premises need not be said again, nor rules be used at once.
+        ("Wumpuses are lempuses. Every lempus is not happy. Max is a lempus. Max is not happy.", True),
+        ("Each wumpus is a lempus. Max is a lempus. Lempuses are not happy. Max is happy.", False),
+        ("Max is a wumpus. Each wumpus is a lempus. Max is a lempus.", False),
+        ("Max is a wumpus. Each wumpus is a lempus. Max is a lempus. Max is not happy.", False),
+        ("Max is a wumpus. Lempuses are not happy. Max is not happy.", False),
+        ("Max is a zumpus. Zumpuses are happy. Max is happy.", False),
+        ("Max is a wumpus. Wumpuses are not happy. Max is not happy.", False),
+        ("Sam is a wumpus. Each wumpus is a lempus. Sam is a lempus. Lempuses are not happy. Sam is not happy.", False),
+        ("Each wumpus is a lempus. Max is a lempus. Lempuses are not happy. Max is not happy. Max is a wumpus.", False),
+        ("So. Each wumpus is a lempus. Max is a lempus. Lempuses are not happy. Max is not happy.", False),
+        ("Each wumpus is a lempus. Max is a lempus. Lempuses are not happy. Max is not happy. Zumpuses are", False),
+        ("", None),
+    ],
+)
+def test_written_steps_hold_when_they_are_a_proof(steps, hold):
+    for answer in ("False", "True"):
+        assert ProntoQA().grade_steps(PROOF, f"{steps}\n### {answer}") is hold
+    assert not ProntoQA().grade_steps(Example(PROOF.question, (), "True"), f"{steps} # True")
+
+
+def test_a_proof_of_something_else_is_a_data_error():
+    with pytest.raises(DataError, match="not a ProntoQA question"):
+        ProntoQA().grade_steps(Example("Is Tom a lempus or rompus?", (), "Tom is a lempus."), "Tom is a lempus. # x")
+
+
 def test_the_official_file(shared_data):
     examples = read_jsonl(shared_data / "prontoqa" / "valid.jsonl.gz")
     assert len(examples) == 200
     task = ProntoQA()
     assert all(derived(e) == e.answer and task.grade(e, e.answer) and task.difficulty(e) == 5 for e in examples)
     assert mean(task.baselines(e)["mention_rule"] for e in examples) == 1.0
+    assert all(task.grade_steps(e, f"{' '.join(e.steps)} ### {e.answer}") for e in examples)
     assert mean(task.baselines(e)["always_true"] for e in examples) == 0.445
 
 

@@ -114,6 +114,8 @@ def test_the_text_says_what_the_graph_is(spec, seed):
     assert ANSWER.fullmatch(example.answer)
     assert ProsQA().grade(example, example.answer)
     assert not ProsQA().grade(example, f"{person} is a {symbols[graph.neg_target]}.")
+    assert ProsQA().grade_steps(example, " ".join([*example.steps, "#", example.answer]))
+    assert ProsQA().grade_steps(example, example.answer) is None
 
 
 @given(specs(), st.integers(0, 10**6))
@@ -282,6 +284,42 @@ def test_the_whole_sentence_is_graded(text, right):
     assert ProsQA().grade(Example("q", (), "Tom is a rompus."), text) is right
 
 
+PATH = Example(
+    "Every b is a c. Tom is a b. Sam is a d. Tom is a d. Every d is a e. Every a is a c. Is Tom a e or c?",
+    (),
+    "Tom is a c.",
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "hold"),
+    [
+        ("Tom is a b. Every b is a c. # Tom is a c.", True),
+        ("Tom is a b. Every b is a c. ### Tom is a c.", True),
+        ("Tom is a b.\nEvery b is a c.\nTom is a c.", True),
+        # What counts is where they lead, not what is then said.
+        ("Tom is a b. Every b is a c. # Tom is a e.", True),
+        ("Tom is a d. Every d is a e. # Tom is a e.", False),
+        ("Tom is a d. Every d is a e. # Tom is a c.", False),
+        ("Tom is a b. # Tom is a c.", False),
+        ("Every b is a c. # Tom is a c.", False),
+        ("Every b is a c. Tom is a b. # Tom is a c.", False),
+        ("Tom is a b. Every a is a c. # Tom is a c.", False),
+        ("Sam is a d. Every d is a e. # Tom is a e.", False),
+        ("Tom is a c. # Tom is a c.", False),
+        ("Tom is a a. Every a is a c. # Tom is a c.", False),
+        ("Tom is a b. Every b is a c # Tom is a c.", False),
+        ("Well. # Tom is a c.", False),
+        ("Every. # Tom is a c.", False),
+        ("Tom is a c.", None),
+        ("\n# Tom is a c.\n", None),
+        ("", None),
+    ],
+)
+def test_written_steps_hold_when_they_are_a_path_to_the_right_option(text, hold):
+    assert ProsQA().grade_steps(PATH, text) is hold
+
+
 GRAPH = {"idx_to_symbol": ["Tom", "Sam", "rompus", "lempus"], "edges": [[0, 2], [1, 3]], "root": 0, "target": 2}
 
 
@@ -319,6 +357,7 @@ def test_the_data_files(folder, rule, shared_data):
         assert QUESTION.fullmatch(example.question)
         assert all(STEP.fullmatch(step) for step in example.steps)
         assert task.grade(example, example.answer)
+        assert task.grade_steps(example, " ".join([*example.steps, "#", example.answer]))
         graph, symbols = graph_of(example), example.extra["idx_to_symbol"]
         facts, person, options = words_of(example.question)
         assert sorted(facts) == sorted((symbols[p], symbols[c]) for p, c in graph.edges)
