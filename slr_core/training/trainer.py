@@ -191,13 +191,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     last = get_last_checkpoint(str(steps)) if resume and steps.is_dir() else None  # type: ignore[no-untyped-call]
     if resume and last is None:
         raise ConfigError(f"--resume: no checkpoint below {steps}")
-    first_step = 0 if last is None else TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME)).global_step
+    state = TrainerState() if last is None else TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
     watch = _StopOnNaN()
     trainer = LoopTrainer(
         config,
         model=Objective(reasoner, config.objectives),
         args=arguments,
-        train_dataset=StageStream(config, first_step),
+        train_dataset=StageStream(config, state.global_step),
         data_collator=Collator(
             reasoner.tokenizer,
             config.text.prompt_prefix,
@@ -206,7 +206,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         ),
         callbacks=[watch],
     )
-    trainer.train(resume_from_checkpoint=last)
+    if last is not None and state.global_step >= config.total_steps:
+        load_weights(reasoner, last)  # interrupted between its last step and the end
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=last)
     if watch.failed_at is not None:
         raise TrainingError(
             f"the loss was not finite at step {watch.failed_at}; the last checkpoint in {steps} is kept"
