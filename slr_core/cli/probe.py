@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,8 +20,10 @@ from slr_core.cli.evaluate import (
     JsonFile,
     Limit,
     Questions,
+    Results,
     Split,
     TaskName,
+    baselines,
     check_folder,
     versions,
 )
@@ -30,8 +31,10 @@ from slr_core.cli.options import Model, console, load, number, progress_bars
 from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from slr_core.evaluation.lens import Lens, Movement, Trajectories
+    from slr_core.evaluation.inside import Inside
+    from slr_core.evaluation.lens import Lens
     from slr_core.evaluation.probes import Label, Probe, Score
+    from slr_core.model import LatentReasoner
 
 
 def probe(
@@ -50,26 +53,62 @@ def probe(
     shuffles: Annotated[int, typer.Option(min=1, help="trainings on shuffled labels, per probe")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="of the split, the shuffles and the probes")] = 0,
     batch_size: BatchSize = 64,
+    results: Results = None,
     json_file: JsonFile = None,
     plots: Annotated[Path | None, typer.Option(help="write the figures to this folder, as .svg")] = None,
 ) -> None:
     """Look into the states: what they read as, what probes find in them, and how they move."""
-    from slr_core.evaluation import lens as lenses
-    from slr_core.evaluation.probes import LABELS, collect, places_to_look
-    from slr_core.evaluation.probes import probe as train
+    from slr_core.evaluation.inside import Inside
+    from slr_core.evaluation.probes import LABELS
     from slr_core.evaluation.run import model_of
+    from slr_core.evaluation.store import Store
 
     check_folder(json_file)
     kinds = _kinds(probes)
+    store = Store(results)
     questions = Questions(task, data, split, generate, generate_seed, dial, limit)
     labels = LABELS.get(questions.task.name, ()) if kinds else ()
-    reasoner = load(model)
-    examples = questions.examples
+    reasoner, name, rules = load(model), model_of(model), baselines(questions)
+    iterations = reasoner.config.loop.max_iterations if iterations is None else iterations
+    settings = {"iterations": iterations, "probes": kinds, "shuffles": shuffles, "seed": seed}
+    spec = {**questions.spec, "model": name, "settings": settings}
+    kept = store.kept("probe", spec)
+    if kept is None:
+        found = _look(reasoner, questions, labels, iterations, kinds, seed, shuffles, batch_size)
+        store.keep("baselines", questions.spec, rules, {})
+        store.keep("probe", spec, found.to_json(), versions())
+    else:
+        found = Inside.from_json(kept)
+    _print(found, questions, labels)
+    if kinds and not labels:
+        console.print(f"no probes: no labels are known for the task {questions.task.name}", highlight=False)
+    if json_file is not None:
+        record = {"manifest": {**spec, **versions()}, "baselines": rules, **found.to_json()}
+        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if plots is not None:
+        _draw(plots, found)
+
+
+def _look(
+    reasoner: LatentReasoner,
+    questions: Questions,
+    labels: Sequence[Label],
+    iterations: int,
+    kinds: Sequence[Probe],
+    seed: int,
+    shuffles: int,
+    batch_size: int,
+) -> Inside:
+    from slr_core.evaluation import lens
+    from slr_core.evaluation.inside import Inside
+    from slr_core.evaluation.probes import collect, places_to_look, probe
+
+    task, examples = questions.task, questions.examples
     with progress_bars() as bar:
         looping = bar.add_task("looping", total=len(examples))
         collected = collect(
             reasoner,
-            questions.task,
+            task,
             examples,
             iterations=iterations,
             batch_size=batch_size,
@@ -78,7 +117,7 @@ def probe(
         scores: list[Score] = []
         if labels:
             probing = bar.add_task("probing", total=len(places_to_look(collected, labels)))
-            scores = train(
+            scores = probe(
                 collected,
                 examples,
                 labels,
@@ -87,42 +126,14 @@ def probe(
                 shuffles=shuffles,
                 progress=lambda: bar.advance(probing),
             )
-    lens = lenses.read(reasoner, questions.task, examples, collected)
-    moved, paths = lenses.movement(collected), lenses.trajectories(collected, questions.task, examples)
-    right = sum(collected.right) / len(examples)
-    console.print(
-        f"{questions.task.name}: {questions.source}; {len(examples)} questions, "
-        f"{collected.iterations} iterations each, {right:.1%} answered right",
-        highlight=False,
-        soft_wrap=True,
+    return Inside(
+        iterations=collected.iterations,
+        accuracy=sum(collected.right) / len(examples),
+        lens=lens.read(reasoner, task, examples, collected),
+        movement=lens.movement(collected),
+        trajectories=lens.trajectories(collected, task, examples),
+        probes=tuple(scores),
     )
-    _print_lens(lens)
-    for label in labels:
-        _print_scores(label, [score for score in scores if score.label == label.name])
-    if kinds and not labels:
-        console.print(f"no probes: no labels are known for the task {questions.task.name}", highlight=False)
-    if json_file is not None:
-        record = {
-            "manifest": {
-                "model": model_of(model),
-                "task": questions.task.name,
-                "source": questions.source,
-                "questions": len(examples),
-                "questions_sha256": questions.loaded.sha256,
-                "iterations": collected.iterations,
-                "seed": seed,
-                "shuffles": shuffles,
-                **versions(),
-            },
-            "accuracy": right,
-            "lens": lens.to_json(),
-            "movement": asdict(moved),
-            "trajectories": None if paths is None else paths.to_json(),
-            "probes": [asdict(score) for score in scores],
-        }
-        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if plots is not None:
-        _draw(plots, lens, moved, paths, scores)
 
 
 def _kinds(probes: str) -> list[Probe]:
@@ -137,23 +148,25 @@ def _kinds(probes: str) -> list[Probe]:
     return kinds
 
 
-def _draw(folder: Path, lens: Lens, moved: Movement, paths: Trajectories | None, scores: list[Score]) -> None:
-    from slr_core.evaluation import plots
-
-    figures: dict[str, Callable[[], str]] = {
-        "lens": lambda: plots.lens_curves(lens),
-        "steps": lambda: plots.change_and_contraction(moved),
-    }
-    if paths is not None:
-        figures["trajectories"] = lambda: plots.pca_trajectories(paths)
-    if scores:
-        figures["probes"] = lambda: plots.probe_scores(scores)
+def _draw(folder: Path, found: Inside) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--plots {folder}: {error}") from error
-    for name, figure in figures.items():
-        (folder / f"{name}.svg").write_text(figure(), encoding="utf-8")
+    for name, plot in found.drawn().items():
+        (folder / f"{name}.svg").write_text(plot.svg, encoding="utf-8")
+
+
+def _print(found: Inside, questions: Questions, labels: Sequence[Label]) -> None:
+    console.print(
+        f"{questions.task.name}: {questions.source}; {len(questions.examples)} questions, "
+        f"{found.iterations} iterations each, {found.accuracy:.1%} answered right",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _print_lens(found.lens)
+    for label in labels:
+        _print_scores(label, [score for score in found.probes if score.label == label.name])
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,10 +92,6 @@ class Lens:
     readings: tuple[Reading, ...]
     by_difficulty: dict[int, tuple[Reading, ...]]
     examples: tuple[Told, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -285,10 +281,6 @@ class Trajectories:
     first: int
     paths: dict[int, tuple[Point, ...]]
     points: tuple[tuple[int, tuple[Point, ...]], ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types, without the single points."""
-        return {"explained": self.explained, "first": self.first, "paths": self.paths}
 
 
 def trajectories(

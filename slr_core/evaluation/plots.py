@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from html import escape
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from slr_core.evaluation.lens import Lens, Movement, Point, Spread, Trajectories
+    from slr_core.evaluation.lens import Lens, Movement, Point, Spread, Told, Trajectories
     from slr_core.evaluation.probes import Score
     from slr_core.evaluation.stability import Exit
     from slr_core.evaluation.statistics import Summary
@@ -60,6 +61,15 @@ _STYLE: Any = {  # matplotlib's stubs want every name of a setting as a literal
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of a report: its title, what to look for, and its SVG."""
+
+    title: str
+    caption: str
+    svg: str
 
 
 # -- figures of answers -----------------------------------------------------------------------------------
@@ -215,6 +225,33 @@ def lens_curves(lens: Lens) -> str:
             _whole_numbers(axes)
             _below(axes)
     return svg()
+
+
+def readings(told: Sequence[Told]) -> str:
+    """A column per question: the top token of every state, the darker the likelier, and the thought in words."""
+    rows = max((question.first + len(question.readings) for question in told), default=1)
+    thinks = any(thought for question in told for thought in question.thoughts)
+    with _drawing("What the states read as", 0.9 + (0.36 if thinks else 0.24) * rows) as (figure, svg):
+        axes = _axes(figure)
+        for column, question in enumerate(told):
+            for t, (token, p) in enumerate(question.readings, start=question.first):
+                said = [f"{_short(token.strip())}  {p:.2f}"]
+                if 0 < t <= len(question.thoughts) and question.thoughts[t - 1] is not None:
+                    said.append(f"\u201c{_short(str(question.thoughts[t - 1]))}\u201d")
+                axes.fill_between([column, column + 0.96], t - 0.46, t + 0.46, color=COLOURS[0], alpha=0.3 * p, lw=0)
+                axes.text(column + 0.03, t, "\n".join(said), va="center", fontsize=8)
+            end = f"{_short(question.text)} ({'right' if question.right else 'wrong'})"
+            axes.text(column + 0.03, rows, end, va="center", fontsize=8, weight="bold")
+        axes.set(ylabel="iteration", xlim=(0, max(1, len(told))), ylim=(rows + 0.5, -0.5), xticks=[])
+        axes.set_yticks(range(rows))
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+    return svg()
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 24 else text[:23] + "\u2026"
 
 
 def pca_trajectories(paths: Trajectories) -> str:

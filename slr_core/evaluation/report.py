@@ -13,7 +13,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from slr_core.errors import DataError, SLRError
 from slr_core.evaluation import plots, tables
+from slr_core.evaluation.inside import Inside
 from slr_core.evaluation.methods import METHODS, NOISY_START
+from slr_core.evaluation.plots import Plot
 from slr_core.evaluation.stability import Stability
 from slr_core.evaluation.statistics import Summary, by_difficulty, paired, summarize
 from slr_core.evaluation.store import Figure, Run, Store
@@ -21,15 +23,6 @@ from slr_core.evaluation.tables import Table
 
 _ASIDE = ("baselines", "missing")
 """Kinds of figures that say something about others and are nothing to show by themselves."""
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure of the report: its title, what to look for, and its SVG."""
-
-    title: str
-    caption: str
-    svg: str
 
 
 @dataclass(frozen=True)
@@ -79,6 +72,7 @@ def write(store: Store, out: str | Path) -> list[Path]:
         lstrip_blocks=True,
     )
     environment.filters["plain"] = _plain
+    environment.filters["inked"] = _inked
     facts = {"sections": sections, "manifest": manifest}
     out.mkdir(parents=True, exist_ok=True)
     page, text = out / "report.html", out / "report.md"
@@ -99,6 +93,11 @@ def _picture(section: int, plot: int) -> str:
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is, in a table too."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", " ".join(text.split()))
+
+
+def _inked(svg: str) -> str:
+    """In the page's own colour, where a picture that stands alone needs a grey for light and dark alike."""
+    return svg.replace(plots.GREY, "currentColor")
 
 
 def _finished(run: Run) -> bool:
@@ -212,10 +211,7 @@ def _told_apart(figures: Sequence[Figure]) -> list[tuple[Figure, str]]:
 
 
 def _figure_plots(figure: Figure, rules: dict[str, float], what: str) -> list[Plot]:
-    if figure.kind == "stability":
-        drawn = _stability_plots(figure, rules)
-    else:
-        drawn = [Plot(**plot) for plot in figure.data.get("plots", [])]
+    drawn = _stability_plots(figure, rules) if figure.kind == "stability" else _inside_plots(figure)
     return [replace(plot, title=f"{plot.title} ({what})") for plot in drawn] if what else drawn
 
 
@@ -241,6 +237,10 @@ def _stability_plots(figure: Figure, rules: dict[str, float]) -> list[Plot]:
             plots.noise_sensitivity(study.noise, study.default),
         ),
     ]
+
+
+def _inside_plots(figure: Figure) -> list[Plot]:
+    return list(Inside.from_json(figure.data).drawn().values())
 
 
 def _manifest(store: Store) -> list[dict[str, Any]]:

@@ -90,6 +90,12 @@ class Store:
         self._replace(figure)
         self._append({"figure": kind, "spec": spec, "data": data, "about": about})
 
+    def kept(self, kind: str, spec: dict[str, Any]) -> dict[str, Any] | None:
+        """The figures of this kind and spec, where there are any."""
+        # As they come back from a file: a tuple is then a list.
+        spec = json.loads(json.dumps(spec))
+        return next((f.data for f in self.figures if f.kind == kind and json.loads(json.dumps(f.spec)) == spec), None)
+
     def _replace(self, figure: Figure) -> None:
         self.figures = [f for f in self.figures if (f.kind, f.spec) != (figure.kind, figure.spec)] + [figure]
 

@@ -2,17 +2,16 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from itertools import islice, pairwise
-from typing import Any
 
 import pytest
 import torch
 
 from slr_core import tasks
 from slr_core.checkpoint import BUNDLED
+from slr_core.evaluation.inside import Inside
 from slr_core.evaluation.lens import EXAMPLES, movement, read, trajectories
-from slr_core.evaluation.probes import READOUT, Collected, collect
+from slr_core.evaluation.probes import READOUT, Collected, Score, collect
 from slr_core.generation import generate, prepare
 from slr_core.loop.convergence import LoopSettings
 from slr_core.model import LatentReasoner
@@ -223,7 +222,6 @@ def test_trajectories_find_the_direction_in_which_states_move():
     across = [path[0][1] for path in paths.paths.values()]
     assert across == pytest.approx([-0.1, 0.1], abs=1e-6)
     assert [level for level, _ in paths.points] == [1, 2] * 3
-    json.dumps(paths.to_json())
 
 
 def test_trajectories_begin_where_states_do_and_leave_out_loops_that_ended_early():
@@ -241,11 +239,21 @@ def test_trajectories_begin_where_states_do_and_leave_out_loops_that_ended_early
     assert trajectories(collected, Steps(), examples) is None
 
 
-def test_everything_is_plain_json():
+def test_everything_goes_through_a_file_and_is_drawn_alike():
     made = reasoner()
     collected = collect(made, Steps(), ASKED)
-    dump: Any = partial(json.dumps, allow_nan=False)
-    dump(read(made, Steps(), ASKED, collected).to_json())
-    paths = trajectories(collected, Steps(), ASKED)
-    assert paths is not None
-    dump(paths.to_json())
+    score = Score("answer", "readout", "mlp", 1, "accuracy", 0.5, (0.25, 0.75), 0.125, 0.25, 7, 3)
+    lens, paths = read(made, Steps(), ASKED, collected), trajectories(collected, Steps(), ASKED)
+    for found in (
+        Inside(3, 0.5, lens, movement(collected), paths, (score,)),
+        Inside(3, 0.5, lens, movement(collected), None, ()),
+    ):
+        again = Inside.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
+        assert again == found
+        assert again.drawn() == found.drawn()
+        assert ("trajectories" in found.drawn(), "probes" in found.drawn()) == (found.trajectories is paths,) * 2
+
+
+def test_what_was_not_found_inside_is_refused():
+    with pytest.raises(ValueError, match="lens"):
+        Inside.from_json({"iterations": 3, "accuracy": 0.5})

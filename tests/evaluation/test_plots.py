@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 from slr_core.cli.probe import probe as command
 from slr_core.errors import ConfigError
-from slr_core.evaluation import plots
-from slr_core.evaluation.lens import Lens, Movement, Reading, Spread, Trajectories
+from slr_core.evaluation import plots, report
+from slr_core.evaluation.lens import Lens, Movement, Reading, Spread, Told, Trajectories
 from slr_core.evaluation.probes import Score
 from slr_core.evaluation.stability import Exit
 from slr_core.evaluation.statistics import Summary, wilson
+from slr_core.evaluation.store import Store
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -52,6 +53,10 @@ def score(label: str, kind: str, t: int, place: str = "readout") -> Score:
 
 
 READINGS = tuple(reading(t, 0.9 if t < 3 else None) for t in range(5))
+TOLD = (
+    Told("q", "w1 w2", True, 1, (("w7", 0.5), ("w8" * 20, 1.0)), ("a thought", None)),
+    Told("r", "w3", False, 0, (("w9", 0.25),), ()),
+)
 FIGURES: dict[str, Callable[[], str]] = {
     "depth": lambda: plots.accuracy_by_depth({t: summary(50 + 5 * t) for t in range(9)}, 4, {"depth_rule": 0.5}),
     "exits": lambda: plots.exit_frontier(
@@ -73,6 +78,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         [score(label, kind, t) for label in ("frontier", "distance") for kind in ("linear", "mlp") for t in range(4)]
     ),
     "lens": lambda: plots.lens_curves(Lens(READINGS, {2: READINGS, 3: READINGS}, ())),
+    "readings": lambda: plots.readings(TOLD),
     "trajectories": lambda: plots.pca_trajectories(
         Trajectories((0.5, 0.25), 1, {2: ((0.0, 0.0), (1.0, 1.0)), 3: ((0.0, 0.0), (2.0, -1.0))}, ())
     ),
@@ -177,6 +183,15 @@ def test_the_lens_of_a_task_without_frontiers_draws_none():
     assert not any("frontier" in text for text in shown)
 
 
+def test_states_are_put_into_words_as_far_as_they_fit():
+    shown = texts(FIGURES["readings"]())
+    for said in ("w7  0.50", "\u201ca thought\u201d", "w9  0.25", "w1 w2 (right)", "w3 (wrong)"):
+        assert said in shown
+    (cut,) = (text for text in shown if text.startswith("w8w8"))
+    assert cut == f"{'w8' * 11}w\u2026  1.00"
+    assert not any("None" in text for text in shown)
+
+
 def test_probes_have_a_panel_per_label_and_place():
     scores = [score(label, "mlp", t, place) for label in "abcd" for place in ("readout", "mean") for t in range(3)]
     shown = texts(plots.probe_scores(scores))
@@ -188,6 +203,7 @@ def test_figures_of_nothing_are_empty_and_no_error():
     for svg in (
         plots.probe_scores([]),
         plots.exit_frontier([]),
+        plots.readings([]),
         plots.change_and_contraction(Movement((None, None), (None, None))),
     ):
         assert ElementTree.fromstring(svg).tag == f"{SVG}svg"
@@ -234,9 +250,23 @@ def test_the_command_prints_tables_and_writes_figures_and_json(tmp_path):
     assert {s["label"] for s in record["probes"]} == {"frontier", "distance", "option", "target"}
     assert {s["probe"] for s in record["probes"]} == {"linear"}
     assert record["manifest"]["questions"] == 40
-    assert sorted(p.name for p in folder.iterdir()) == ["lens.svg", "probes.svg", "steps.svg", "trajectories.svg"]
+    assert sorted(path.stem for path in folder.iterdir()) == ["lens", "probes", "readings", "steps", "trajectories"]
     for figure in folder.iterdir():
         ElementTree.fromstring(figure.read_text())
+
+
+def test_the_command_keeps_what_it_found_and_does_not_look_twice(tmp_path, monkeypatch):
+    results = tmp_path / "results.jsonl"
+    asked = ("--limit", "4", "--iterations", "1", "--probes", "none", "--results", str(results))
+    first = run(*asked)
+    assert first.exit_code == 0, first.output
+    kept = results.read_bytes()
+    monkeypatch.setattr("slr_core.evaluation.probes.collect", None)
+    assert run(*asked).output == first.output
+    assert results.read_bytes() == kept
+    pages = report.write(Store(results), tmp_path / "report")
+    assert [path.name for path in pages[2:]] == [f"figure_1_{i}.svg" for i in (1, 2, 3, 4)]
+    assert "depth\\_rule" in pages[1].read_text()
 
 
 def test_the_command_can_leave_the_probes_out():

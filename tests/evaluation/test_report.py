@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from slr_core.errors import DataError
-from slr_core.evaluation import report
+from slr_core.evaluation import plots, report
+from slr_core.evaluation.inside import Inside
+from slr_core.evaluation.lens import Lens, Movement
 from slr_core.evaluation.stability import Exit, Stability
 from slr_core.evaluation.statistics import paired, summarize, wilson
 from slr_core.evaluation.store import Store
@@ -241,13 +243,21 @@ def test_a_figure_without_runs_is_shown(tmp_path):
     store = Store()
     asked = {name: spec()[name] for name in ("task", "source", "questions", "questions_sha256")}
     for name in ("one", "two"):
-        drawn = {"title": "Probes", "caption": "What they read.", "svg": f"<svg><text>{name}</text></svg>"}
-        store.keep("probes", {**asked, "model": {"name": name}}, {"plots": [drawn]}, {"command": "slr probe"})
+        found = Inside(1, 0.5, Lens((), {}, ()), Movement((None,), (None,)), None, ())
+        store.keep("probe", {**asked, "model": {"name": name}}, found.to_json(), {"command": "slr probe"})
     html, text = written(store, tmp_path / "out")
-    assert html.count("<svg") == 2
-    assert "### Probes (model one)" in text
-    assert "### Probes (model two)" in text
-    assert (tmp_path / "out" / "figure_1_2.svg").read_text() == "<svg><text>two</text></svg>"
+    assert html.count("<svg") == 6
+    assert "### Logit lens (model one)" in text
+    assert "### Logit lens (model two)" in text
+    assert (tmp_path / "out" / "figure_1_4.svg").read_text() == found.drawn()["lens"].svg
+
+
+def test_a_figure_of_another_program_is_refused(tmp_path):
+    store = Store()
+    asked = {name: spec()[name] for name in ("task", "source", "questions", "questions_sha256")}
+    store.keep("probe", asked, {"plots": [{"title": "x", "caption": "y", "svg": "<script>alert(1)</script>"}]}, {})
+    with pytest.raises(DataError, match="another version"):
+        report.write(store, tmp_path / "out")
 
 
 # -- of one piece ----------------------------------------------------------------------------------------
@@ -279,6 +289,9 @@ def test_both_light_and_dark_are_provided_for(store, tmp_path):
     html = written(store, tmp_path / "out")[0]
     assert "color-scheme: light dark" in html
     assert "prefers-color-scheme: dark" in html
+    assert plots.GREY not in html
+    assert html.count("currentColor") > 10
+    assert "currentColor" not in (tmp_path / "out" / "figure_1_1.svg").read_text()
 
 
 def test_a_report_is_the_same_from_the_file(store, tmp_path):
