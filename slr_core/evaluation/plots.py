@@ -76,18 +76,25 @@ class Plot:
 
 
 def accuracy_by_depth(by_depth: Mapping[int, Summary], trained: int, rules: Mapping[str, float] | None = None) -> str:
-    """Accuracy with its 95 % band when every loop is forced to a depth; the trained depth is marked."""
+    """Accuracy with its 95 % band, and how loops moved, when forced to a depth; the trained depth is marked."""
     depths = sorted(by_depth)
-    with _drawing("Accuracy against forced iterations") as (figure, svg):
-        axes = _axes(figure)
+    with _drawing("Accuracy against forced iterations", 4.6) as (figure, svg):
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         _banded(axes, depths, [by_depth[t].accuracy for t in depths], [by_depth[t].interval for t in depths], 0)
         axes.axvline(trained, color=GREY, linestyle="--", linewidth=1)
         axes.annotate(
             f"trained: {trained}", (trained, 1), (4, 1), xycoords=("data", "axes fraction"), textcoords="offset points"
         )
         _rules(axes, rules or {})
-        _whole_numbers(axes)
-        axes.set(xlabel="iterations", ylabel="accuracy", ylim=(0, 1.03))
+        axes.set(ylabel="accuracy", ylim=(0, 1.03))
+        moved = [(t, rate) for t in depths if (rate := by_depth[t].contraction_rate) is not None]
+        below.plot(*_transposed(moved), label="contraction rate", **_line(1))
+        below.plot(depths, [by_depth[t].oscillating for t in depths], label="share oscillating", **_line(2))
+        below.plot(depths, [by_depth[t].diverged for t in depths], label="share diverged", **_line(3))
+        below.set(xlabel="iterations")
+        below.set_ylim(bottom=-0.03)
+        _whole_numbers(below)
+        _legend(figure, below)
     return svg()
 
 

@@ -222,7 +222,7 @@ def _stability_plots(figure: Figure, rules: dict[str, float]) -> list[Plot]:
         Plot(
             "Past the trained depth",
             f"Accuracy when every loop is forced to a number of iterations; trained: {study.trained}. A stable loop "
-            "stays level to the right of the mark.",
+            "stays level to the right of the mark, and its contraction rate below 1.",
             plots.accuracy_by_depth(study.by_depth, study.trained, rules),
         ),
         Plot(

@@ -141,7 +141,15 @@ def test_figures_on_one_page_share_no_id_but_for_the_same_thing():
 @pytest.mark.parametrize(
     ("name", "expected"),
     {
-        "depth": ["accuracy", "iterations", "trained: 4", "shortcut depth_rule"],
+        "depth": [
+            "accuracy",
+            "contraction rate",
+            "share oscillating",
+            "share diverged",
+            "iterations",
+            "trained: 4",
+            "shortcut depth_rule",
+        ],
         "exits": ["relative change", "kl", "as configured", "mean iterations"],
         "noise": ["0.01", "0.1", "1", "accuracy", "answers changed", "accuracy without noise"],
         "methods": ["slr", "no_cot (control)", "slr_fixed", "0.980", "0.520", "0.970", "shortcut depth_rule"],
