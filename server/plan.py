@@ -44,10 +44,18 @@ def check_limits(body: GenerateRequest, settings: Settings) -> None:
         )
 
 
-def plan(reasoner: LatentReasoner, body: GenerateRequest, settings: Settings) -> list[Request]:
+def plan(
+    reasoner: LatentReasoner, body: GenerateRequest, settings: Settings, limit: int | None = None
+) -> list[Request]:
     """The engine's requests in the order of the results: all samples of the first prompt, then of the next.
 
     Tokenizes, so it belongs in a thread.
+
+    Args:
+        reasoner: whose texts and defaults apply.
+        body: what is asked.
+        settings: the operator's limits.
+        limit: positions of a slot of the engine.
 
     Raises:
         RequestError: a prompt or a setting cannot be run.
@@ -78,6 +86,7 @@ def plan(reasoner: LatentReasoner, body: GenerateRequest, settings: Settings) ->
                 trace=trace,
                 top_tokens=top_tokens,
                 include_states=states,
+                limit=limit,
             )
         except RequestError as error:
             if error.param == "prompt" and len(body.prompt) > 1:

@@ -100,7 +100,7 @@ class Service:
             async with asyncio.timeout(limit):
                 with self._admission.reserve(count(body)):
                     requests = await asyncio.get_running_loop().run_in_executor(
-                        self._tokenizing, plan, engine.reasoner, body, self.settings
+                        self._tokenizing, plan, engine.reasoner, body, self.settings, engine.capacity
                     )
                     futures = self._submit(engine, requests)
                 return await _gather(futures)
@@ -149,7 +149,7 @@ class Service:
     def _build(self) -> Engine:
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)
-        return Engine.from_pretrained(self.settings.model, max_batch=self.settings.max_batch)
+        return Engine.from_pretrained(self.settings.model, slots=self.settings.slots)
 
     def _queued(self) -> int:
         return 0 if self._engine is None else self._engine.queued

@@ -26,7 +26,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of torch; without it, torch's choice")
-    max_batch: int = Field(32, ge=1, le=4096, description="most answers computed in one batch")
+    slots: int = Field(32, ge=1, le=4096, description="most answers computed at once")
     max_queue: int = Field(256, ge=1, le=1_000_000, description="most answers that wait; beyond, requests get 429")
     max_body_bytes: int = Field(1 << 20, ge=1, description="largest request body")
     max_prompts: int = Field(64, ge=1, description="most prompts of one request")

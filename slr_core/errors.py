@@ -7,6 +7,7 @@
       TrainingError     a training run cannot go on
       RequestError      a request cannot be run (also a ValueError); ``param`` names its field
       EngineError       the engine failed or is closed; the request was not at fault
+        DeadlineError   the request's deadline passed before its answer was there
 
 Every error that this project raises on purpose derives from :class:`SLRError`; the server maps the
 tree to HTTP status codes in one place.
@@ -49,3 +50,7 @@ class RequestError(SLRError, ValueError):
 
 class EngineError(SLRError):
     """The engine failed or is shut down; repeating the request elsewhere may succeed."""
+
+
+class DeadlineError(EngineError):
+    """The request's deadline passed before its answer was there."""

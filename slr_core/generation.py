@@ -91,6 +91,7 @@ def prepare(
     trace: bool = False,
     top_tokens: int = 0,
     include_states: bool = False,
+    limit: int | None = None,
 ) -> Request:
     """Apply the checkpoint's text settings and check that the request fits the model.
 
@@ -104,6 +105,7 @@ def prepare(
         trace: measure the head at every iteration, and put the states into words where a decoder can.
         top_tokens: likely tokens to record per iteration.
         include_states: return the states themselves.
+        limit: positions that prompt, loop and answer may take; by default what the model can address.
 
     Raises:
         RequestError: a setting is out of range, the prompt is empty, or prompt, loop and answer together
@@ -117,7 +119,7 @@ def prepare(
     ids = _tokenize(reasoner, prompt)
     prefix = reasoner.tokenizer(text.answer_prefix, add_special_tokens=False).input_ids if text.answer_prefix else []
     taken = reasoner.workspace.loop_positions(loop.max_iterations) + len(prefix)
-    limit = reasoner.max_positions
+    limit = reasoner.max_positions if limit is None else min(limit, reasoner.max_positions)
     most = text.max_new_tokens if max_new_tokens is None else max_new_tokens
     if len(ids) + taken + 1 > limit:
         raise RequestError(
@@ -215,7 +217,7 @@ def generate(
     by_decoder = [reasoner.answers_from_states and kept > 0 for kept in looped.kept]
     write(answers, LMHead(reasoner, looped, requests), [not by for by in by_decoder])
     write(answers, LatentWriter.of_answers(reasoner, looped, requests), by_decoder)
-    thoughts = put_into_words(reasoner, looped, requests)
+    thoughts = put_into_words(reasoner, looped.states, [request.trace for request in requests])
     return [
         _result(
             reasoner, looped, i, request, answers[i], thoughts[i], prefill_s, started, queued_s[i] if queued_s else 0.0
@@ -246,7 +248,7 @@ def _result(
         exit_reason=looped.exit_reasons[row],
         final_change=records[-1].relative_change if records else None,
         prompt_tokens=len(request.prompt_ids),
-        forward_passes=_passes(reasoner, request, looped.iterations[row], looped.kept[row], len(answer.tokens)),
+        forward_passes=passes(reasoner, request, looped.iterations[row], looped.kept[row], len(answer.tokens)),
         timings=Timings(queue_s, prefill_s, loop_s, own_s - prefill_s - loop_s, queue_s + own_s),
         # A batch reads as many tokens as its most curious row.
         records=tuple(
@@ -258,8 +260,8 @@ def _result(
     )
 
 
-def _passes(reasoner: LatentReasoner, request: Request, iterations: int, kept: int, tokens: int) -> int:
-    """Passes of the base model that a row alone takes; those of the latent decoder's few layers do not count."""
+def passes(reasoner: LatentReasoner, request: Request, iterations: int, kept: int, tokens: int) -> int:
+    """Passes of the base model that a request alone takes; those of the latent decoder's few layers do not count."""
     passes = reasoner.workspace.passes(iterations)
     if reasoner.answers_from_states and kept:
         return passes

@@ -145,6 +145,10 @@ class LatentReasoner(nn.Module):
         logits: Tensor = head(hidden)
         return logits
 
+    def read(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities ``[..., V]`` fp32 of the next token at states ``[..., d]``, as if it were read there."""
+        return self.head(hidden).float().log_softmax(-1)
+
     def embedding_rms(self) -> Tensor:
         """Root mean square of the embedding table, a scalar; kept while in eval mode."""
         table = self.base.get_input_embeddings().weight
@@ -281,7 +285,10 @@ class LatentReasoner(nn.Module):
             position_ids=positions,
             past_key_values=context.cache,
             use_cache=True,
+            output_hidden_states=context.passes is not None,
         )
+        if context.passes is not None:
+            context.passes.append(output.hidden_states)
         context.visible = torch.cat([context.visible, present], dim=1)
         context.next_position = context.next_position + counted[:, -1]
         hidden: Tensor = output.last_hidden_state
@@ -350,7 +357,7 @@ class LatentReasoner(nn.Module):
         read_head = read_head or top_tokens > 0 or any(s.reads_head for s in settings)
         rows = [RowLog(ExitRule(s, self.config.loop.guard)) for s in settings]
         states = [context.hidden]
-        logits = self.head(readout(states[0], context.own)) if read_head and self.is_state(0) else None
+        head = self.read(readout(states[0], context.own)) if read_head and self.is_state(0) else None
         started, t = time.perf_counter(), 0
         while any(row.reason is None for row in rows):
             t += 1
@@ -358,20 +365,20 @@ class LatentReasoner(nn.Module):
             active = torch.tensor([row.reason is None for row in rows], device=self.device)
             g, h = self.iterate(context, t, active)
             states.append(h)
-            before, logits = logits, self.head(readout(h, context.own)) if read_head else None
+            before, head = head, self.read(readout(h, context.own)) if read_head else None
             distances = measure(
                 h,
                 context.own,
                 previous=states[-2] if self.is_state(t - 1) else None,
                 moved=self.moved(g, h),
-                logits=logits,
-                logits_before=before,
+                head=head,
+                head_before=before,
                 p_halt=None if self.halting is None else self.halting(h, context.own),
             )
             back = None
             if t > 1 and self.is_state(t - 2):
                 back = step(h, states[-3], context.own)[0] / step(h, states[-2], context.own)[0]
-            tops = self._top_tokens(logits, top_tokens) if logits is not None else None
+            tops = self.top_tokens(head, top_tokens) if head is not None else None
             now = time.perf_counter()
             observe(
                 rows,
@@ -386,10 +393,11 @@ class LatentReasoner(nn.Module):
             )
         return self._finish(context, rows, torch.stack(states, dim=1))
 
-    def _top_tokens(self, logits: Tensor, count: int) -> list[tuple[tuple[str, float], ...]] | None:
+    def top_tokens(self, head: Tensor, count: int) -> list[tuple[tuple[str, float], ...]] | None:
+        """The likeliest tokens and their probabilities, from :meth:`read`'s ``[B, V]``; ``None`` for a count of 0."""
         if count == 0:
             return None
-        top = logits.float().softmax(-1).nan_to_num().topk(min(count, logits.shape[-1]))
+        top = head.exp().nan_to_num().topk(min(count, head.shape[-1]))
         decode: Callable[[int], str] = lambda token: str(self.tokenizer.decode([token]))  # noqa: E731
         return [
             tuple((decode(token), prob) for token, prob in zip(tokens, probs, strict=True))

@@ -29,22 +29,47 @@ class Answer:
         self.end_tokens = reasoner.end_tokens
         self.generator = request.sampling.generator()
         self.tokens: list[int] = []
-        self.text = ""
+        self._shown = ""
         self.finished: FinishReason | None = None
         self.ended_at = 0.0
 
     def take(self, logits: Tensor) -> None:
         """Choose the next token from logits ``[V]`` and see whether the answer ends with it."""
-        token = choose(logits, self.request.sampling, self.generator)
+        self.push(choose(logits, self.request.sampling, self.generator))
+
+    def push(self, token: int) -> None:
+        """Add a token and see whether the answer ends with it."""
         self.tokens.append(token)
-        self.text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
-        cuts = [at for stop in self.request.stop if (at := self.text.find(stop)) >= 0]
-        if cuts:
-            self.text = self.text[: min(cuts)]
-        if cuts or token in self.end_tokens:
+        # Only a stop string needs the text now.
+        stopped = self.request.stop and any(stop in self._decoded() for stop in self.request.stop)
+        if stopped or token in self.end_tokens:
             self.end("stop")
         elif len(self.tokens) >= self.request.max_new_tokens:
             self.end("length")
+
+    @property
+    def text(self) -> str:
+        """The answer so far, up to its first stop string."""
+        text = self._decoded()
+        return text[: min([at for stop in self.request.stop if (at := text.find(stop)) >= 0], default=len(text))]
+
+    def fresh(self) -> str:
+        """What may be shown beyond what this returned before: never what a later token could take back."""
+        text = self.text
+        safe = len(text) if self.finished else len(text) - self._unsettled(text)
+        if not text.startswith(self._shown) or safe <= len(self._shown):
+            return ""
+        fresh, self._shown = text[len(self._shown) : safe], text[:safe]
+        return fresh
+
+    def _decoded(self) -> str:
+        return str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+
+    def _unsettled(self, text: str) -> int:
+        # Half a character decodes to U+FFFD; the beginning of a stop string may become one.
+        broken = len(text) - len(text.rstrip("\ufffd"))
+        begun = [n for stop in self.request.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return max([broken, *begun])
 
     def end(self, reason: FinishReason) -> None:
         """The answer is complete."""
@@ -145,20 +170,31 @@ def write(answers: Sequence[Answer], writer: Writer, mine: Sequence[bool]) -> No
                 answer.take(logits[row])
 
 
-def put_into_words(reasoner: LatentReasoner, output: LoopOutput, requests: Sequence[Request]) -> list[list[str | None]]:
-    """What the latent decoder says of each iteration's states, row by row; ``None`` where nobody asked or can say."""
+def put_into_words(
+    reasoner: LatentReasoner, states: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[list[str | None]]:
+    """What the latent decoder says of each iteration's states.
+
+    Args:
+        reasoner: with or without a latent decoder.
+        states: h_0 ... h_t ``[t + 1, W, d]`` of each row.
+        wanted: whose.
+
+    Returns:
+        One text an iteration and row; ``None`` where nobody asked or can say.
+    """
     latent = reasoner.config.loop.decoder.latent_decoder
-    said: list[list[str | None]] = [[None] * iterations for iterations in output.iterations]
+    said: list[list[str | None]] = [[None] * (len(row) - 1) for row in states]
     # A state that is not finite has nothing to say, and would spoil the batch.
     places = [
         (row, t)
-        for row, request in enumerate(requests)
-        for t in range(output.iterations[row])
-        if request.trace and output.states[row][t + 1].isfinite().all()
+        for row, asked in enumerate(wanted)
+        for t in range(len(states[row]) - 1)
+        if asked and states[row][t + 1].isfinite().all()
     ]
     if latent is None or not places:
         return said
-    writer = LatentWriter(reasoner, [output.states[row][t + 1] for row, t in places])
+    writer = LatentWriter(reasoner, [states[row][t + 1] for row, t in places])
     ends = reasoner.end_tokens
     tokens: list[list[int]] = [[] for _ in places]
     everyone = torch.ones(len(places), dtype=torch.bool, device=reasoner.device)

@@ -1,104 +1,308 @@
-"""A simple batching engine: what waits is run together, until the last row is done."""
+"""The engine: continuous depth-wise batching on one thread of its own."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Many
 from concurrent.futures import Future
+from math import inf
 from types import TracebackType
 from typing import Any, Self
 
-from slr_core.errors import ConfigError, EngineError, SLRError
-from slr_core.generation import Request, Result, generate, prepare
-from slr_core.loop.convergence import LoopSettings
+from transformers import PreTrainedModel
+
+from slr_core.diagnostics import RowLog
+from slr_core.engine.bank import AdapterBank
+from slr_core.engine.cache import token_bytes
+from slr_core.engine.core import Core, Counters
+from slr_core.engine.events import Event, Finished
+from slr_core.engine.loops import LoopSet, share_base
+from slr_core.engine.prefix import prefix_keys
+from slr_core.engine.sequence import Sequence
+from slr_core.errors import ConfigError, EngineError, RequestError
+from slr_core.generation import Messages, Request, Result, prepare
+from slr_core.loop.convergence import ExitRule, LoopSettings
 from slr_core.model import LatentReasoner
+from slr_core.writing import Answer
 
 logger = logging.getLogger(__name__)
 
-Waiting = tuple[Request, Future[Result], float]
-"""A request, where its result goes, and since when it waits (``time.perf_counter``)."""
+DEFAULT_LOOP_SET = "default"
+"""The loop set of the checkpoint that an engine starts with."""
+TYPICAL_PROMPT = 16
+"""Tokens of a prompt, where the adapter bank is tuned for whole prompts."""
+GIB = 2**30
 
 
 class Engine:
-    """Runs requests of any settings in batches on one thread of its own.
+    """Runs requests of any settings together, on one thread that owns the model.
 
-    Waiting requests are taken first come first served, at most ``max_batch`` at a time. A batch that fails
-    is run again row by row: the row at fault fails alone, and the engine goes on. Use as a context manager,
-    or :meth:`close` it.
+    Every step takes each request one pass forward, whatever it does: a chunk of its prompt, iteration ``t`` of
+    its own loop, a token. A request that converges stops looping in that step; one that ends makes room at once.
+    Use as a context manager, or :meth:`close` it.
 
     Args:
-        reasoner: the model, in eval mode; nothing else may run it while the engine lives.
-        max_batch: most requests in one batch.
+        reasoner: the model, in eval mode. Its weights are shared, not copied.
+        slots: most requests at once.
+        capacity: positions of a slot: prompt, thoughts and answer. By default what the model can address, or
+            what ``cache_gib`` holds, whichever is less.
+        cache_gib: memory for all slots, where ``capacity`` is not given.
+        prefix_gib: memory for prompts that may come again; 0 keeps none.
+        prefill_chunk: most prompt positions in one step: a long prompt holds nobody up for longer.
 
     Raises:
-        ConfigError: ``max_batch`` is below 1.
+        ConfigError: a value is out of range, or the cache has no room for a useful slot.
     """
 
-    def __init__(self, reasoner: LatentReasoner, *, max_batch: int = 32) -> None:
-        if max_batch < 1:
-            raise ConfigError(f"max_batch must be at least 1, got {max_batch}")
+    def __init__(
+        self,
+        reasoner: LatentReasoner,
+        *,
+        slots: int = 32,
+        capacity: int | None = None,
+        cache_gib: float = 4.0,
+        prefix_gib: float = 0.25,
+        prefill_chunk: int = 512,
+    ) -> None:
+        for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if prefix_gib < 0:
+            raise ConfigError(f"prefix_gib must be at least 0, got {prefix_gib:g}")
         self.reasoner = reasoner
-        self.max_batch = max_batch
+        """The model that the engine started with; it may be used meanwhile, its weights must not be changed."""
+        self.slots = slots
+        self.capacity = _capacity(reasoner, slots, cache_gib) if capacity is None else capacity
+        if self.capacity < 2:
+            raise ConfigError(
+                f"a slot has room for {self.capacity} positions; give `capacity`, more `cache_gib` or fewer `slots`"
+            )
+        self._arrived: list[Sequence] = []
+        self._commands: list[tuple[Callable[[], None], Future[None]]] = []
+        self._bank = AdapterBank(reasoner.base)
+        self.model = self._bank.model
+        """The base model as the engine runs it: the same weights in modules of its own."""
+        self._core = Core(
+            self._bank,
+            slots=slots,
+            capacity=self.capacity,
+            prefix_bytes=int(prefix_gib * GIB),
+            prefill_chunk=prefill_chunk,
+        )
+        self.loop_sets: dict[str, LoopSet] = {DEFAULT_LOOP_SET: LoopSet(DEFAULT_LOOP_SET, reasoner)}
+        """By name, those that requests can ask for."""
+        self._fill_bank()
         self.last_progress = time.monotonic()
-        """When the engine last finished a batch, or had nothing to do (``time.monotonic``)."""
-        self._waiting: deque[Waiting] = deque()
-        self._running = 0
+        """When the engine last finished a step, or had nothing to do (``time.monotonic``)."""
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="slr-engine", daemon=True)
         self._thread.start()
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | None = None, *, max_batch: int = 32, **options: Any) -> Self:
+    def from_pretrained(
+        cls, path_or_id: str | None = None, *, load: dict[str, Any] | None = None, **options: Any
+    ) -> Self:
         """Load a checkpoint (by default the bundled one) and start an engine on it.
+
+        Args:
+            path_or_id: a folder, a hub id or the name of a bundled checkpoint.
+            load: options of :meth:`LatentReasoner.from_pretrained`.
+            options: those of the engine.
 
         Raises:
             CheckpointError: the checkpoint cannot be loaded.
+            ConfigError: an option is out of range.
         """
-        return cls(LatentReasoner.from_pretrained(path_or_id, **options), max_batch=max_batch)
+        return cls(LatentReasoner.from_pretrained(path_or_id, **(load or {})), **options)
 
-    def submit(self, request: Request) -> Future[Result]:
-        """Queue a request; the future gives its result, and cancelling it before it runs drops it.
+    # -- requests ----------------------------------------------------------------------------------
+
+    def prepare(
+        self, prompt: str | Messages, loop: LoopSettings, *, loop_set: str | None = None, **options: Any
+    ) -> Request:
+        """A request that fits this engine's slots; see :func:`slr_core.generation.prepare`.
 
         Raises:
-            EngineError: the engine is closed.
+            RequestError: it cannot be run.
         """
-        future: Future[Result] = Future()
+        return prepare(self._loop_set(loop_set).reasoner, prompt, loop, limit=self.capacity, **options)
+
+    def submit(
+        self,
+        request: Request,
+        *,
+        loop_set: str | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        deadline: float = inf,
+    ) -> Future[Result]:
+        """Queue a request. Cancelling the future drops it at the next step, whatever it is doing.
+
+        Args:
+            request: from :meth:`prepare`.
+            loop_set: by which it was prepared; ``None``: the engine's own checkpoint.
+            on_event: hears of every event, on the engine's thread: it must not block.
+            deadline: ``time.monotonic`` after which the future fails with DeadlineError.
+
+        Raises:
+            EngineError: the engine is closed or has failed.
+            RequestError: there is no such loop set, or the request is larger than a slot.
+        """
+        loops = self._loop_set(loop_set)
+        reserved = (
+            len(request.prompt_ids)
+            + loops.workspace.loop_positions(request.loop.max_iterations)
+            + len(request.answer_prefix_ids)
+            + request.max_new_tokens
+        )
+        if reserved > self.capacity:
+            raise RequestError(f"the request may need {reserved} positions, a slot has {self.capacity}", param="prompt")
+        sequence = Sequence(
+            request=request,
+            loops=loops,
+            future=Future(),
+            on_event=on_event,
+            deadline=deadline,
+            keys=prefix_keys(request.prompt_ids) if loops.workspace.prefills else (),
+            reserved=reserved,
+            answer=Answer(loops.reasoner, request),
+            row=RowLog(ExitRule(request.loop, loops.config.guard)),
+        )
+        sequence.future.add_done_callback(sequence.hear_of_end)
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is shut down")
-            if not self._waiting and not self._running:
+            if not self._arrived and not self._core.busy:
                 self.last_progress = time.monotonic()
-            self._waiting.append((request, future, time.perf_counter()))
+            self._arrived.append(sequence)
             self._changed.notify()
-        return future
+        return sequence.future
 
-    def generate(self, prompts: str | Sequence[str], *, max_new_tokens: int | None = None, **loop: Any) -> list[Result]:
-        """Answer prompts, batched; ``loop`` takes the arguments of :meth:`LoopSettings.resolve`.
+    async def stream(self, request: Request, **options: Any) -> AsyncIterator[Event]:
+        """The events of a request as they come; leaving the iteration early drops it. Options as in :meth:`submit`.
+
+        Raises:
+            EngineError: the engine is closed or failed on it.
+            RequestError: as :meth:`submit`.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
+
+        def hear(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        future = self.submit(request, on_event=hear, **options)
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(events.put_nowait, None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+                if isinstance(event, Finished):
+                    return
+            future.result()
+        finally:
+            future.cancel()
+
+    def generate(
+        self, prompts: str | Many[str], *, loop_set: str | None = None, max_new_tokens: int | None = None, **loop: Any
+    ) -> list[Result]:
+        """Answer prompts; ``loop`` takes the arguments of :meth:`LoopSettings.resolve`.
 
         Raises:
             RequestError: a prompt or a setting cannot be run.
         """
-        settings = LoopSettings.resolve(self.reasoner.config.loop, **loop)
+        settings = LoopSettings.resolve(self._loop_set(loop_set).config, **loop)
         requests = [
-            prepare(self.reasoner, prompt, settings, max_new_tokens=max_new_tokens)
+            self.prepare(prompt, settings, loop_set=loop_set, max_new_tokens=max_new_tokens)
             for prompt in ([prompts] if isinstance(prompts, str) else prompts)
         ]
-        return [future.result() for future in [self.submit(request) for request in requests]]
+        return [f.result() for f in [self.submit(request, loop_set=loop_set) for request in requests]]
+
+    # -- loop sets ---------------------------------------------------------------------------------
+
+    def load_loop_set(self, name: str, path_or_id: str, **load: Any) -> None:
+        """Serve another checkpoint's loop on the same base model; running requests go on meanwhile.
+
+        Raises:
+            CheckpointError: it cannot be loaded.
+            ConfigError: the name is taken, or its base model is not this engine's.
+        """
+        if name in self.loop_sets:
+            raise ConfigError(f"there is a loop set {name!r} already")
+        reasoner = LatentReasoner.from_pretrained(path_or_id, **load)
+        share_base(self.reasoner, reasoner)
+        added = LoopSet(name, reasoner)
+
+        def add() -> None:
+            self.loop_sets[name] = added
+            self._fill_bank()
+
+        self._between_steps(add)
+
+    def remove_loop_set(self, name: str) -> None:
+        """Take no more requests for a loop set; its memory is freed once those under way are done.
+
+        Raises:
+            ConfigError: there is none of this name, or it is the engine's own.
+        """
+        if name == DEFAULT_LOOP_SET or name not in self.loop_sets:
+            raise ConfigError(f"{name!r} is not a loop set that can be removed")
+        del self.loop_sets[name]
+        self._between_steps(self._fill_bank)
+
+    def _fill_bank(self) -> None:
+        """Hold the adapters of all loop sets that can be asked for, or that somebody still runs."""
+        sets = [*self.loop_sets.values(), *(self._in_use() - set(self.loop_sets.values()))]
+        self._in_bank = set(sets)
+        places: list[tuple[PreTrainedModel, str]] = []
+        for loops in sets:
+            names = sorted(loops.reasoner.adapters.names)
+            loops.adapters = {name: len(places) + i for i, name in enumerate(names)}
+            places += [(loops.reasoner.base, name) for name in names]
+        self._bank.fill(places)
+        chosen = self._bank.tune(self.slots, self.reasoner.workspace.width(TYPICAL_PROMPT))
+        logger.debug("adapter bank: %d adapters, %s", len(places), chosen)
+
+    def _in_use(self) -> set[LoopSet]:
+        scheduler = self._core.scheduler
+        return {sequence.loops for sequence in (*self._arrived, *scheduler.waiting, *scheduler.running)}
+
+    def _between_steps(self, command: Callable[[], None]) -> None:
+        done: Future[None] = Future()
+        with self._changed:
+            if self._closed:
+                raise EngineError("the engine is shut down")
+            self._commands.append((command, done))
+            self._changed.notify()
+        done.result()
+
+    def _loop_set(self, name: str | None) -> LoopSet:
+        try:
+            return self.loop_sets[DEFAULT_LOOP_SET if name is None else name]
+        except KeyError:
+            raise RequestError(f"loop_set must be one of {', '.join(self.loop_sets)}, got {name}", "loop_set") from None
+
+    # -- how it does -------------------------------------------------------------------------------
+
+    @property
+    def counters(self) -> Counters:
+        """What was done since the start."""
+        return self._core.counters
 
     @property
     def queued(self) -> int:
         """Requests that wait and that somebody still waits for."""
         with self._changed:
-            return sum(not future.cancelled() for _, future, _ in self._waiting)
+            waiting = [*self._arrived, *self._core.scheduler.waiting]
+        return sum(not sequence.cancelled for sequence in waiting)
 
     @property
     def in_flight(self) -> int:
-        """Requests in the batch that runs now."""
-        return self._running
+        """Requests that have a slot."""
+        return len(self._core.scheduler.running)
 
     @property
     def alive(self) -> bool:
@@ -106,12 +310,13 @@ class Engine:
         return self._thread.is_alive() and not self._closed
 
     def stalled_s(self) -> float:
-        """Seconds without progress while work is pending; 0 when idle."""
-        idle = not self._waiting and not self._running
-        return 0.0 if idle else time.monotonic() - self.last_progress
+        """Seconds without a step while work is pending; 0 when idle."""
+        return time.monotonic() - self.last_progress if self._arrived or self._core.busy else 0.0
+
+    # -- the thread --------------------------------------------------------------------------------
 
     def close(self, timeout: float | None = None) -> None:
-        """Finish the running batch, refuse what waits, and stop the thread."""
+        """Let the running requests end, refuse those that wait, and stop the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -126,51 +331,54 @@ class Engine:
         self.close()
 
     def _run(self) -> None:
-        while batch := self._next_batch():
-            try:
-                self._run_batch(batch)
-            finally:
-                with self._changed:
-                    self._running = 0
-                    self.last_progress = time.monotonic()
-        with self._changed:
-            waiting, self._waiting = self._waiting, deque()
-        for _, future, _ in waiting:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(EngineError("the engine is shut down"))
-
-    def _next_batch(self) -> list[Waiting]:
-        """The requests to run next; empty once the engine is closed."""
-        with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
-                    return []
-                batch: list[Waiting] = []
-                while self._waiting and len(batch) < self.max_batch:
-                    entry = self._waiting.popleft()
-                    if entry[1].set_running_or_notify_cancel():
-                        batch.append(entry)
-                if batch:
-                    self._running = len(batch)
-                    return batch
-
-    def _run_batch(self, batch: list[Waiting]) -> None:
-        now = time.perf_counter()
+        error: Exception = EngineError("the engine is shut down")
         try:
-            results = generate(
-                self.reasoner, [request for request, _, _ in batch], queued_s=[now - since for _, _, since in batch]
-            )
-        except Exception as error:  # whatever it is, its requests must hear of it and the engine must go on
-            if len(batch) > 1:
-                logger.warning("a batch of %d requests failed (%r), running each alone", len(batch), error)
-                for entry in batch:
-                    self._run_batch([entry])
-                    self.last_progress = time.monotonic()
-                return
-            logger.exception("a request failed")
-            ours = isinstance(error, SLRError)
-            batch[0][1].set_exception(error if ours else EngineError(f"the request failed: {error}"))
-            return
-        for (_, future, _), result in zip(batch, results, strict=True):
-            future.set_result(result)
+            while self._wait_for_work():
+                self._core.step()
+                self.last_progress = time.monotonic()
+                retired = self._in_bank - set(self.loop_sets.values())
+                if retired and not retired <= self._in_use():
+                    self._fill_bank()
+        except (
+            Exception
+        ) as fault:  # a step keeps faults to their requests: this is beyond it, and nothing more will come
+            logger.exception("the engine has failed")
+            error = EngineError(f"the engine has failed: {fault}")
+        with self._changed:
+            self._closed = True
+            self._take_arrivals()
+            commands, self._commands = self._commands, []
+        self._core.abort(error)
+        for _, done in commands:
+            done.set_exception(error)
+
+    def _wait_for_work(self) -> bool:
+        """Take what has arrived, waiting while there is nothing to do; False once the engine is closed and idle."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._arrived or self._commands or self._closed or self._core.busy)
+                self._take_arrivals()
+                commands, self._commands = self._commands, []
+                closed = self._closed
+            for command, done in commands:
+                try:
+                    command()
+                    done.set_result(None)
+                except Exception as error:  # the caller's, who waits for it
+                    done.set_exception(error)
+            if closed:
+                self._core.refuse_waiting(EngineError("the engine is shut down"))
+            if self._core.busy:
+                return True
+            if closed:
+                return False
+
+    def _take_arrivals(self) -> None:
+        for sequence in self._arrived:
+            self._core.scheduler.waiting.append(sequence)
+        self._arrived.clear()
+
+
+def _capacity(reasoner: LatentReasoner, slots: int, cache_gib: float) -> int:
+    room = int(cache_gib * GIB) // (slots * token_bytes(reasoner.base))
+    return min(reasoner.max_positions, room)

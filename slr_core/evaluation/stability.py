@@ -197,19 +197,19 @@ def distances(reasoner: LatentReasoner, prompts: Sequence[str], iterations: int)
     text = reasoner.config.text
     ids = [reasoner.tokenizer(text.prompt_prefix + prompt + text.prompt_suffix).input_ids for prompt in prompts]
     context = reasoner.encode(*pad(ids, reasoner.device))
-    logits = reasoner.head(readout(context.hidden, context.own)) if reasoner.is_state(0) else None
+    head = reasoner.read(readout(context.hidden, context.own)) if reasoner.is_state(0) else None
     paths: list[list[Distance]] = [[] for _ in prompts]
     for t in range(1, iterations + 1):
-        previous, before = context.hidden, logits
+        previous, before = context.hidden, head
         g, h = reasoner.iterate(context, t)
-        logits = reasoner.head(readout(h, context.own))
+        head = reasoner.read(readout(h, context.own))
         measured = measure(
             h,
             context.own,
             previous=previous if reasoner.is_state(t - 1) else None,
             moved=reasoner.moved(g, h),
-            logits=logits,
-            logits_before=before,
+            head=head,
+            head_before=before,
             p_halt=None if reasoner.halting is None else reasoner.halting(h, context.own),
         )
         values = {name: None if x is None else x.tolist() for name, x in vars(measured).items()}

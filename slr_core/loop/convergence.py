@@ -129,8 +129,8 @@ def measure(
     *,
     previous: Tensor | None = None,
     moved: Tensor | None = None,
-    logits: Tensor | None = None,
-    logits_before: Tensor | None = None,
+    head: Tensor | None = None,
+    head_before: Tensor | None = None,
     p_halt: Tensor | None = None,
 ) -> Distances:
     """What one iteration says about its loop.
@@ -140,13 +140,12 @@ def measure(
         own: ``[B, W]`` bool, the positions that count.
         previous: h_{t-1}, where it is a state; without it nothing that compares states is defined.
         moved: see :func:`step`; by default h_t.
-        logits: the head's ``[B, V]`` at h_t, where needed.
-        logits_before: the same at h_{t-1}.
+        head: the head's log-probabilities ``[B, V]`` fp32 at h_t, where needed.
+        head_before: the same at h_{t-1}.
         p_halt: ``[B]``, the halting head's, where there is one.
     """
     norm = _flat(hidden.float(), own).norm(dim=-1)
-    now = None if logits is None else logits.float().log_softmax(-1)
-    entropy = None if now is None else _entropy(now)
+    entropy = None if head is None else _entropy(head)
     if previous is None:
         return Distances(norm, entropy=entropy)
     moved = hidden if moved is None else moved
@@ -160,14 +159,13 @@ def measure(
         entropy=entropy,
         learned=None if p_halt is None else 1 - p_halt,
     )
-    if now is None or entropy is None or logits_before is None:
+    if head is None or entropy is None or head_before is None:
         return distances
-    before = logits_before.float().log_softmax(-1)
     return replace(
         distances,
-        kl=(before.exp() * (before - now)).sum(-1),
-        entropy_change=(entropy - _entropy(before)).abs(),
-        argmax_stable=(now.argmax(-1) != before.argmax(-1)).float(),
+        kl=(head_before.exp() * (head_before - head)).sum(-1),
+        entropy_change=(entropy - _entropy(head_before)).abs(),
+        argmax_stable=(head.argmax(-1) != head_before.argmax(-1)).float(),
     )
 
 

@@ -82,12 +82,16 @@ class Timestep(nn.Module):
         """
         if not self.acts:
             return x
-        e_t = self.embedding(t).to(x.dtype) if self.kind != "none" else torch.zeros((), dtype=x.dtype, device=x.device)
+        return self.combined(x, None if self.kind == "none" else self.embedding(t), change)
+
+    def combined(self, x: Tensor, e_t: Tensor | None, change: Tensor | None) -> Tensor:
+        """Combine inputs ``[..., d]`` with an :meth:`embedding`, ``None`` for kind ``none``; both broadcast."""
+        part = torch.zeros((), dtype=x.dtype, device=x.device) if e_t is None else e_t.to(x.dtype)
         if self.noise_level:
-            e_t = e_t + self.level(torch.full((), nan, device=x.device) if change is None else change).to(x.dtype)
+            part = part + self.level(torch.full((), nan, device=x.device) if change is None else change).to(x.dtype)
         if self.combine == "add":
-            return x + e_t
-        merged: Tensor = self.merge(torch.cat([x, e_t.expand_as(x)], dim=-1))
+            return x + part
+        merged: Tensor = self.merge(torch.cat([x, part.expand_as(x)], dim=-1))
         return merged
 
 

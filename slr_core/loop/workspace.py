@@ -56,9 +56,16 @@ class Workspace(nn.Module):
 
     starts_from_state = False
     """Whether h_0 is a state; where it is an input, no distance is defined at t = 1."""
+    prefills = True
+    """Whether the plain prompt is run before the loop."""
 
     def begin(self, model: Runner, input_ids: Tensor, present: Tensor) -> Context:
         """What there is before the first iteration, for prompts ``[B, L]`` and their mask."""
+        raise NotImplementedError
+
+    def first(self, prompt: Tensor) -> Tensor:
+        """h_0 ``[W, d]`` of one row, from its state ``[d]`` after the prompt, or from its prompt's input embeddings
+        ``[P, d]`` where nothing is run before the loop."""
         raise NotImplementedError
 
     def run(self, model: Runner, context: Context, u: Tensor, active: Tensor) -> Tensor:
@@ -108,6 +115,10 @@ class Append(Workspace):
         context.initial = context.hidden = context.state[:, None]
         return context
 
+    def first(self, prompt: Tensor) -> Tensor:
+        """The state itself."""
+        return prompt[None]
+
     def run(self, model: Runner, context: Context, u: Tensor, active: Tensor) -> Tensor:
         """One new position; an inactive row's stays invisible."""
         return model.advance(context, u, active[:, None])
@@ -155,6 +166,10 @@ class Block(Workspace):
         context.own = present.new_ones(len(input_ids), self.size)
         return context
 
+    def first(self, prompt: Tensor) -> Tensor:
+        """The learned vectors."""
+        return self.vectors
+
     def run(self, model: Runner, context: Context, u: Tensor, active: Tensor) -> Tensor:
         """The K positions over the prompt's cache, which they leave as it is."""
         return model.advance(context.fork(), u, context.own & active[:, None])
@@ -185,9 +200,15 @@ class Block(Workspace):
 class Prompt(Workspace):
     """The prompt's own positions, refined again and again; no position is added."""
 
+    prefills = False
+
     def begin(self, model: Runner, input_ids: Tensor, present: Tensor) -> Context:
         """No pass at all; h_0 is the input embeddings."""
         return _empty(model.embed(input_ids), present)
+
+    def first(self, prompt: Tensor) -> Tensor:
+        """The embeddings themselves."""
+        return prompt
 
     def run(self, model: Runner, context: Context, u: Tensor, active: Tensor) -> Tensor:
         """All prompt positions, nothing kept."""

@@ -293,7 +293,7 @@ def test_the_step_is_taken_from_what_moved():
 def test_the_heads_distances_by_hand():
     now, before = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.3, 0.5, 0.2]])
     h, own = one_each([1.0, 1.0])
-    d = measure(h, own, previous=h, logits=now.log() + 3, logits_before=before.log() - 2)
+    d = measure(h, own, previous=h, head=now.log(), head_before=before.log())
 
     def entropy(p):
         return -sum(x * math.log(x) for x in p[0].tolist())
@@ -314,7 +314,9 @@ def test_learned_is_the_probability_of_going_on():
 def test_without_an_earlier_state_only_the_new_one_is_measured():
     h, own = one_each([3.0, 4.0])
     logits = torch.tensor([[0.5, 0.5]]).log()
-    d = measure(h, own, moved=h + 1, logits=logits, logits_before=logits, p_halt=torch.tensor([0.9]))
+    d = measure(
+        h, own, moved=h + 1, head=logits.log_softmax(-1), head_before=logits.log_softmax(-1), p_halt=torch.tensor([0.9])
+    )
     assert {name for name, value in vars(d).items() if value is not None} == {"norm", "entropy"}
     assert d.norm.item() == pytest.approx(5.0)
     assert d.entropy.item() == pytest.approx(math.log(2))
@@ -322,7 +324,7 @@ def test_without_an_earlier_state_only_the_new_one_is_measured():
 
 def test_without_earlier_logits_there_is_an_entropy_but_no_comparison():
     h, own = one_each([3.0, 4.0])
-    d = measure(h, own, previous=2 * h, logits=torch.zeros(1, 4))
+    d = measure(h, own, previous=2 * h, head=torch.zeros(1, 4).log_softmax(-1))
     assert d.entropy.item() == pytest.approx(math.log(4))
     assert d.relative_change.item() == pytest.approx(0.5)
     assert d.kl is d.entropy_change is d.argmax_stable is None
@@ -330,7 +332,13 @@ def test_without_earlier_logits_there_is_an_entropy_but_no_comparison():
 
 def test_equal_states_have_no_distance():
     h, logits = torch.randn(3, 2, 8), torch.randn(3, 11)
-    d = measure(h, torch.ones(3, 2, dtype=torch.bool), previous=h, logits=logits, logits_before=logits)
+    d = measure(
+        h,
+        torch.ones(3, 2, dtype=torch.bool),
+        previous=h,
+        head=logits.log_softmax(-1),
+        head_before=logits.log_softmax(-1),
+    )
     for name in ("change", "relative_change", "cosine", "kl", "entropy_change", "argmax_stable"):
         torch.testing.assert_close(getattr(d, name), torch.zeros(3), rtol=0, atol=1e-6, msg=name)
 
@@ -349,7 +357,7 @@ def test_divergences_are_not_negative(seed):
     now, before = (6 * torch.randn(4, 9, generator=generator) for _ in range(2))
     h = torch.randn(4, 3, 5, generator=generator)
     own = torch.ones(4, 3, dtype=torch.bool)
-    d = measure(h, own, previous=h.flip(0), logits=now, logits_before=before)
+    d = measure(h, own, previous=h.flip(0), head=now.log_softmax(-1), head_before=before.log_softmax(-1))
     assert (d.kl >= -1e-6).all()
     assert (d.entropy >= -1e-6).all()
     assert (d.entropy <= math.log(9) + 1e-5).all()

@@ -72,8 +72,8 @@ def gate() -> Gate:
 def gated(reasoner, gate) -> Iterator[Callable[..., TestClient]]:
     """Makes clients of a server whose engine stands at ``gate``; settings are arguments."""
     made = tiny.twin(reasoner)
-    made.base.base_model.register_forward_pre_hook(gate)
-    with Engine(made, max_batch=2) as engine:
+    with Engine(made, slots=2) as engine:
+        engine.model.base_model.register_forward_pre_hook(gate)
         clients = []
 
         def build(**settings) -> TestClient:

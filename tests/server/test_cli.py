@@ -32,11 +32,11 @@ def test_help_names_every_setting(monkeypatch, capsys):
 def test_flags_come_before_the_environment(monkeypatch):
     served = []
     monkeypatch.setattr(cli, "serve", served.append)
-    monkeypatch.setattr(sys, "argv", ["slr-serve", "--port", "1", "--max-batch", "2"])
+    monkeypatch.setattr(sys, "argv", ["slr-serve", "--port", "1", "--slots", "2"])
     monkeypatch.setenv("SLR_PORT", "3")
     monkeypatch.setenv("SLR_HOST", "::1")
     cli.main()
-    assert (served[0].port, served[0].max_batch, served[0].host) == (1, 2, "::1")
+    assert (served[0].port, served[0].slots, served[0].host) == (1, 2, "::1")
 
 
 @pytest.mark.parametrize("arguments", [["--port", "x"], ["--port", "70000"], ["--nope"], ["--log-level", "loud"]])

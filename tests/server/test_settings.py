@@ -21,7 +21,7 @@ def test_environment(monkeypatch):
         {"port": -1},
         {"port": 65536},
         {"max_queue": 0},
-        {"max_batch": 0},
+        {"slots": 0},
         {"threads": 0},
         {"max_state_values": -1},
         {"request_timeout_s": 0},

@@ -1,0 +1,219 @@
+"""The adapter bank: every loop adapter at hand, another one for each row of a pass.
+
+A row at iteration t runs with L_t, so one linear layer sees several adapters in one batch. Three ways to
+compute the same, of which :func:`tune` picks the fastest for each layer shape by measurement:
+
+- ``masked``: all adapters side by side, and a mask that leaves each row its own: ``((x A) * mask) B``. Two dense
+  products, whatever the mix.
+- ``grouped``: rows gathered by adapter into blocks of equal size, one batched product (``bmm``) each for A and B.
+- ``segments``: rows sorted by adapter, two products for each adapter present.
+
+Where all rows share an adapter, it is two plain products. Base weights are never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Method = Literal["masked", "grouped", "segments"]
+
+
+class Rows:
+    """Which adapter each row of a pass uses, and what the three ways need to know of that.
+
+    Args:
+        adapters: the place in the bank for each row; ``None``: no adapter.
+        count: adapters in the bank.
+        device: where the bank lies.
+    """
+
+    def __init__(self, adapters: Sequence[int | None], count: int, device: torch.device) -> None:
+        used = [(adapter, row) for row, adapter in enumerate(adapters) if adapter is not None]
+        self.count, self.size, self.device = count, len(adapters), device
+        self.any = bool(used)
+        self.shared = adapters[0] if len(set(adapters)) == 1 else None
+        if not used or self.shared is not None:
+            return
+        used.sort()
+        self.order = torch.tensor([row for _, row in used], device=device)
+        self.sizes = Counter(adapter for adapter, _ in used)
+        self.owner = torch.tensor([-1 if adapter is None else adapter for adapter in adapters], device=device)
+        # Each used row's place in blocks of equal size, one block an adapter.
+        self.block = max(self.sizes.values())
+        places, filled = [], Counter[int]()
+        for adapter, _ in used:
+            places.append(adapter * self.block + filled[adapter])
+            filled[adapter] += 1
+        self.places = torch.tensor(places, device=device)
+        self.sources = torch.zeros(count * self.block, dtype=torch.long, device=device)
+        self.sources[self.places] = self.order
+        self.masks: dict[int, Tensor] = {}
+
+    def mask(self, rank: int, dtype: torch.dtype) -> Tensor:
+        """``[n, 1, count * rank]``: ones where a row's own adapter lies."""
+        if rank not in self.masks:
+            owners = torch.arange(self.count, device=self.device).repeat_interleave(rank)
+            self.masks[rank] = (self.owner[:, None] == owners)[:, None].to(dtype)
+        return self.masks[rank]
+
+
+class BankedLinear(nn.Module):
+    """A linear layer of the base with the bank's adapters for it.
+
+    Attributes:
+        down: ``[K, d_in, r]``, ranks padded with zeros to the largest.
+        up: ``[K, r, d_out]``, LoRA's scale folded in.
+        method: how mixed batches are computed.
+    """
+
+    def __init__(self, base_layer: nn.Module, bank: AdapterBank) -> None:
+        super().__init__()
+        self.base_layer, self.bank = base_layer, bank
+        self.method: Method = "masked"
+        self.acts = False
+        self.down = self.up = self.flat_down = self.flat_up = torch.empty(0)
+
+    def fill(self, layers: Sequence[tuple[nn.Module, str]]) -> None:
+        """Take over adapters: for each place in the bank a layer, with or without PEFT's LoRA, and a name on it."""
+        pairs = [
+            _weights(layer, name) if isinstance(layer, LoraLayer) and name in layer.lora_A else None
+            for layer, name in layers
+        ]
+        present = [pair for pair in pairs if pair is not None]
+        self.acts = bool(present)
+        if not present:
+            return
+        rank = max(len(a) for a, _ in present)
+        self.down = present[0][0].new_zeros(len(pairs), present[0][0].shape[1], rank)
+        self.up = present[0][1].new_zeros(len(pairs), rank, present[0][1].shape[0])
+        for place, pair in enumerate(pairs):
+            if pair is not None:
+                self.down[place, :, : len(pair[0])] = pair[0].T
+                self.up[place, : len(pair[0])] = pair[1].T
+        self.flat_down = self.down.permute(1, 0, 2).reshape(self.down.shape[1], -1)
+        self.flat_up = self.up.view(-1, self.up.shape[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, q, d_in]`` or, from GPT-2's own linear layers, the same: ``[n, q, d_out]``."""
+        y: Tensor = self.base_layer(x)
+        rows = self.bank.rows
+        if rows is None or not (rows.any and self.acts):
+            return y
+        if rows.shared is not None:
+            return y.add_((x @ self.down[rows.shared]) @ self.up[rows.shared])
+        return _METHODS[self.method](self, rows, x, y)
+
+
+def _weights(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    assert isinstance(down, Tensor)
+    assert isinstance(up, Tensor)
+    return down.detach(), up.detach() * layer.scaling[name]
+
+
+def _masked(layer: BankedLinear, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+    mask = rows.mask(layer.down.shape[-1], x.dtype)
+    shrunk = x @ layer.flat_down
+    return y.add_(shrunk.mul_(mask) @ layer.flat_up)
+
+
+def _grouped(layer: BankedLinear, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+    queries = x.shape[1]
+    blocks = x[rows.sources].view(rows.count, rows.block * queries, -1)
+    delta = torch.bmm(torch.bmm(blocks, layer.down), layer.up).view(rows.count * rows.block, queries, -1)
+    return y.index_add_(0, rows.order, delta[rows.places])
+
+
+def _segments(layer: BankedLinear, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+    start = 0
+    for adapter in sorted(rows.sizes):
+        mine = rows.order[start : start + rows.sizes[adapter]]
+        start += len(mine)
+        y.index_add_(0, mine, (x[mine] @ layer.down[adapter]) @ layer.up[adapter])
+    return y
+
+
+_METHODS: dict[Method, Callable[[BankedLinear, Rows, Tensor, Tensor], Tensor]] = {
+    "masked": _masked,
+    "grouped": _grouped,
+    "segments": _segments,
+}
+
+
+class AdapterBank:
+    """A copy of a base model's structure whose linear layers read the bank. All weights are shared with the base.
+
+    Args:
+        base: a model with PEFT's LoRA layers injected, or without any.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        memo: dict[int, object] = {id(x): x for x in (*base.parameters(), *base.buffers())}
+        self.model: PreTrainedModel = copy.deepcopy(base, memo).eval()  # type: ignore[no-untyped-call]
+        self.device = self.model.device
+        self.rows: Rows | None = None
+        self.names: list[str] = []
+        """Each place's adapter, for :meth:`fill`."""
+        self.layers: dict[str, BankedLinear] = {}
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, LoraLayer):
+                self._replace(path, module.get_base_layer())
+
+    def fill(self, adapters: Sequence[tuple[PreTrainedModel, str]]) -> None:
+        """Hold these adapters from now on: a model that PEFT injected them into, and a name, for each place."""
+        for path in {p for model, _ in adapters for p, m in model.named_modules() if isinstance(m, LoraLayer)}:
+            if path not in self.layers:
+                self._replace(path, self.model.get_submodule(path))
+        for path, layer in self.layers.items():
+            layer.fill([(model.get_submodule(path), name) for model, name in adapters])
+        self.count = len(adapters)
+
+    count = 0
+    """Adapters at hand."""
+
+    def use(self, adapters: Sequence[int | None]) -> None:
+        """Say which adapter each row of the next pass uses."""
+        self.rows = Rows(adapters, self.count, self.device) if self.layers else None
+
+    def _replace(self, path: str, base_layer: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        self.layers[path] = BankedLinear(base_layer, self)
+        setattr(self.model.get_submodule(parent), name, self.layers[path])
+
+    def tune(self, rows: int, queries: int, rounds: int = 5) -> dict[tuple[int, int], Method]:
+        """Choose the fastest way for each layer shape, measured on random inputs ``[rows, queries, d_in]``.
+
+        Returns:
+            What was chosen, by ``(d_in, d_out)``.
+        """
+        chosen: dict[tuple[int, int], Method] = {}
+        if self.count < 2 or rows < 2:
+            return chosen
+        mixed = Rows([row % self.count for row in range(rows)], self.count, self.model.device)
+        for layer in self.layers.values():
+            if not layer.acts:
+                continue
+            shape = (layer.down.shape[1], layer.up.shape[2])
+            if shape not in chosen:
+                x = torch.randn(rows, queries, shape[0], dtype=layer.down.dtype, device=layer.down.device)
+                y = torch.zeros(rows, queries, shape[1], dtype=layer.down.dtype, device=layer.down.device)
+                best: dict[Method, float] = {}
+                for _ in range(rounds):  # interleaved: a noisy machine is noisy for all of them
+                    for method, compute in _METHODS.items():
+                        began = time.perf_counter()
+                        compute(layer, mixed, x, y)
+                        if y.is_cuda:
+                            torch.cuda.synchronize()
+                        best[method] = min(best.get(method, float("inf")), time.perf_counter() - began)
+                chosen[shape] = min(best, key=best.__getitem__)
+            layer.method = chosen[shape]
+        return chosen

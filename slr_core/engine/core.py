@@ -1,0 +1,331 @@
+"""The engine without its thread: what one step does to every request that runs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slr_core.diagnostics import stability
+from slr_core.engine.bank import AdapterBank
+from slr_core.engine.cache import SlotCache
+from slr_core.engine.events import Event, Finished, Iterated, Written
+from slr_core.engine.iteration import Iteration, iterate
+from slr_core.engine.passes import Passes, by_length, by_loop_set
+from slr_core.engine.prefix import PrefixCache
+from slr_core.engine.scheduler import Scheduler, Work
+from slr_core.engine.sequence import Phase, Sequence
+from slr_core.errors import DeadlineError, EngineError, SLRError
+from slr_core.generation import Result, Timings, passes
+from slr_core.sampling import choose
+from slr_core.writing import LatentWriter, put_into_words
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Counters:
+    """What the engine has done since it started.
+
+    Attributes:
+        steps: steps that ran something.
+        row_steps: rows over all steps; by ``steps``, how full they were.
+        prefill_tokens: prompt tokens that were run.
+        reused_tokens: prompt tokens that were not, because their prefix was at hand.
+        iterations: iterations of all rows.
+        tokens: tokens written.
+    """
+
+    steps: int = 0
+    row_steps: int = 0
+    prefill_tokens: int = 0
+    reused_tokens: int = 0
+    iterations: int = 0
+    tokens: int = 0
+
+
+class Core:
+    """Queue, slots and model; :meth:`step` takes every request one pass forward.
+
+    A fault is kept to the requests that cause it: a pass that fails is run again row by row, and what a row
+    raises alone is its own. Nothing here knows of threads.
+
+    Args:
+        bank: the base model with all adapters.
+        slots: most requests at once.
+        capacity: columns of a slot.
+        prefix_bytes: memory for prompts that may come again.
+        prefill_chunk: most prompt positions in one step.
+    """
+
+    def __init__(
+        self, bank: AdapterBank, *, slots: int, capacity: int, prefix_bytes: int = 0, prefill_chunk: int = 512
+    ) -> None:
+        self.cache = SlotCache(bank.model, slots, capacity)
+        self.prefixes = PrefixCache(prefix_bytes)
+        self.scheduler = Scheduler(
+            slots,
+            slots * capacity,
+            prefill_chunk=prefill_chunk,
+            known=lambda sequence: self.prefixes.known(sequence.keys),
+            enter=self._enter,
+        )
+        self.passes = Passes(bank, self.cache)
+        self.head = bank.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.counters = Counters()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Who is gone leaves, who fits enters, everyone runs one pass, and who then knows its next token writes it."""
+        self._drop_who_is_gone()
+        work = self.scheduler.schedule()
+        for rows in by_length(work):
+            self._isolated(self._pass, rows)
+        written = [(sequence, 0) for sequence in self.scheduler.running if sequence.state is not None]
+        if written:
+            self._isolated(self._write, written)
+        latent = [sequence for sequence in self.scheduler.running if sequence.phase is Phase.LATENT]
+        for group in by_loop_set(latent):
+            self._isolated(self._write_latent, [(sequence, 0) for sequence in group])
+        self.counters.steps += bool(work)
+        self.counters.row_steps += len(work)
+        for sequence in [s for s in self.scheduler.running if s.phase is Phase.DONE]:
+            self._leave(sequence)
+
+    def refuse_waiting(self, error: Exception) -> None:
+        """Tell everyone who waits that nothing will come."""
+        for sequence in list(self.scheduler.waiting):
+            _settle(sequence, error)
+            self.scheduler.release(sequence)
+
+    def abort(self, error: Exception) -> None:
+        """Tell everyone who waits or runs that nothing will come, without touching the model's memory."""
+        self.refuse_waiting(error)
+        for sequence in list(self.scheduler.running):
+            _settle(sequence, error)
+            self.scheduler.release(sequence)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    # -- coming and going ---------------------------------------------------------------------------
+
+    def _drop_who_is_gone(self) -> None:
+        now = time.monotonic()
+        for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
+            if sequence.cancelled:
+                self._leave(sequence)
+            elif now > sequence.deadline:
+                _settle(sequence, DeadlineError("the request's deadline has passed"))
+                self._leave(sequence)
+
+    def _enter(self, sequence: Sequence) -> None:
+        sequence.admitted = time.perf_counter()
+        self._alone(sequence, self._start)
+
+    def _start(self, sequence: Sequence) -> None:
+        workspace, ids = sequence.loops.workspace, sequence.request.prompt_ids
+        if workspace.prefills:
+            filled, state = self.prefixes.restore(sequence.keys, len(ids), self.cache, sequence.slot)
+            self.counters.reused_tokens += filled
+            sequence.filled = filled
+            if state is not None:
+                self._begin(sequence, state)
+        else:
+            tokens = torch.tensor(ids, device=self.passes.device)
+            self._begin(sequence, self.passes.embeddings(tokens))
+
+    def _leave(self, sequence: Sequence) -> None:
+        slot = sequence.slot
+        moved = self.scheduler.release(sequence)
+        if slot < 0:
+            return
+        # A slot without a request is all zeros.
+        self.cache.wipe(slot, 0, sequence.reserved)
+        if moved is not None:
+            last = len(self.scheduler.running)
+            self.cache.move(last, slot, moved.reserved)
+            self.cache.wipe(last, 0, moved.reserved)
+
+    def _isolated(self, run: Callable[[list[Work]], None], rows: list[Work]) -> None:
+        try:
+            run(rows)
+        except Exception as error:  # whatever it is, its requests must hear of it and the engine must go on
+            if len(rows) > 1:
+                logger.warning("a pass of %d requests failed (%r), running each alone", len(rows), error)
+                for row in rows:
+                    self._isolated(run, [row])
+                return
+            self._fail(rows[0][0], error)
+
+    def _alone(self, sequence: Sequence, run: Callable[..., None], *arguments: Any) -> None:
+        try:
+            run(sequence, *arguments)
+        except Exception as error:  # as above
+            self._fail(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        logger.error("a request failed", exc_info=error)
+        _settle(sequence, error if isinstance(error, SLRError) else EngineError(f"the request failed: {error}"))
+        sequence.phase, sequence.state = Phase.DONE, None
+
+    # -- a pass ------------------------------------------------------------------------------------
+
+    def _pass(self, rows: list[Work]) -> None:
+        began = time.perf_counter()
+        hidden = self.passes.run(rows)
+        looping = [(sequence, hidden[i, :count]) for i, (sequence, count) in enumerate(rows) if _loops(sequence)]
+        outputs = dict(looping)
+        iterations = [
+            iteration
+            for group in by_loop_set(sequence for sequence, _ in looping)
+            for iteration in iterate(group, [outputs[sequence] for sequence in group])
+        ]
+        # Nothing has changed so far: what failed can be run again. From here on a fault is one row's alone.
+        ended = time.perf_counter()
+        for iteration in iterations:
+            self._alone(iteration.sequence, self._iterated, iteration, began, ended)
+        for i, (sequence, count) in enumerate(rows):
+            if sequence not in outputs:
+                self._alone(sequence, self._ran, count, hidden[i, count - 1])
+
+    def _ran(self, sequence: Sequence, count: int, state: Tensor) -> None:
+        sequence.filled += count
+        if sequence.phase is Phase.PREFILL:
+            self.counters.prefill_tokens += count
+            if sequence.filled == len(sequence.request.prompt_ids):
+                self.prefixes.keep(sequence.keys, sequence.filled, self.cache, sequence.slot, state)
+                self._begin(sequence, state)
+        elif sequence.phase is Phase.CLOSE:
+            self._answer(sequence, state)
+        else:
+            sequence.state = state
+
+    def _begin(self, sequence: Sequence, state: Tensor) -> None:
+        """The prompt is there: ``state`` is what :meth:`Workspace.first` asks for."""
+        sequence.prefilled = time.perf_counter()
+        sequence.prompt_state = state
+        sequence.states = [sequence.loops.workspace.first(state)]
+        sequence.phase = Phase.LOOP
+        if sequence.row.reason is not None:
+            self._exit(sequence)
+
+    def _iterated(self, sequence: Sequence, iteration: Iteration, began: float, ended: float) -> None:
+        sequence.states.append(iteration.state)
+        sequence.head = iteration.head
+        iteration.record(duration_s=ended - began, elapsed_s=ended - sequence.prefilled)
+        self.counters.iterations += 1
+        if not sequence.loops.in_place:
+            sequence.filled += 1
+        _tell(sequence, Iterated(sequence.row.records[-1]))
+        if sequence.row.reason is not None:
+            self._exit(sequence)
+
+    def _exit(self, sequence: Sequence) -> None:
+        """The loop is over: what it left behind that does not count is forgotten."""
+        sequence.looped = time.perf_counter()
+        kept, workspace = sequence.row.kept, sequence.loops.workspace
+        if not sequence.loops.in_place:
+            sequence.filled = len(sequence.request.prompt_ids) + kept
+        if sequence.row.reason == "diverged":
+            self.cache.wipe(sequence.slot, sequence.filled, sequence.reserved)
+        if kept and sequence.loops.reasoner.answers_from_states:
+            sequence.phase = Phase.LATENT
+        elif workspace.closing_passes(kept):
+            sequence.phase = Phase.CLOSE
+        else:
+            self._answer(sequence, sequence.states[kept][-1] if kept else sequence.prompt_state)
+
+    def _answer(self, sequence: Sequence, state: Tensor | None) -> None:
+        sequence.phase = Phase.DECODE
+        prefix = sequence.request.answer_prefix_ids
+        sequence.pending, sequence.state = list(prefix), None if prefix else state
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def _write(self, rows: list[Work]) -> None:
+        logits = self.head(torch.stack([sequence.state for sequence, _ in rows if sequence.state is not None]))
+        self._take([sequence for sequence, _ in rows], logits)
+
+    def _write_latent(self, rows: list[Work]) -> None:
+        sequences = [sequence for sequence, _ in rows]
+        memories = [s.loops.workspace.memory(torch.stack(s.states), s.row.kept) for s in sequences]
+        writer = LatentWriter(sequences[0].loops.reasoner, memories, [s.request.answer_prefix_ids for s in sequences])
+        everyone = torch.ones(len(sequences), dtype=torch.bool, device=memories[0].device)
+        self._take(sequences, writer.next([s.answer.tokens for s in sequences], everyone))
+
+    def _take(self, sequences: list[Sequence], logits: Tensor) -> None:
+        for sequence, likeliest, row in zip(sequences, logits.argmax(-1).tolist(), logits, strict=True):
+            self._alone(sequence, self._push, likeliest, row)
+
+    def _push(self, sequence: Sequence, likeliest: int, logits: Tensor) -> None:
+        answer = sequence.answer
+        token = likeliest
+        if answer.generator is not None:
+            token = choose(logits, sequence.request.sampling, answer.generator)
+        answer.push(token)
+        sequence.state, sequence.pending = None, [token]
+        self.counters.tokens += 1
+        if sequence.on_event is not None:
+            _tell(sequence, Written(token, answer.fresh()))
+        if answer.finished is not None:
+            self._finish(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        request, row, answer = sequence.request, sequence.row, sequence.answer
+        reasoner, records, reason = sequence.loops.reasoner, row.records, row.reason
+        assert answer.finished is not None
+        assert reason is not None
+        states = torch.stack(sequence.states) if request.trace or request.include_states else None
+        if states is not None and request.trace:
+            (thoughts,) = put_into_words(reasoner, [states], [True])
+            records = [replace(r, thought=said) for r, said in zip(records, thoughts, strict=True)]
+        result = Result(
+            text=answer.text,
+            token_ids=tuple(answer.tokens),
+            finish_reason=answer.finished,
+            iterations=sequence.t,
+            exit_reason=reason,
+            final_change=records[-1].relative_change if records else None,
+            prompt_tokens=len(request.prompt_ids),
+            forward_passes=passes(reasoner, request, sequence.t, row.kept, len(answer.tokens)),
+            timings=Timings(
+                queue_s=sequence.admitted - sequence.arrived,
+                prefill_s=sequence.prefilled - sequence.admitted,
+                loop_s=sequence.looped - sequence.prefilled,
+                decode_s=answer.ended_at - sequence.looped,
+                total_s=answer.ended_at - sequence.arrived,
+            ),
+            records=tuple(records),
+            stability=stability(records, row.returns, reason == "converged"),
+            states=states.float().cpu() if states is not None and request.include_states else None,
+        )
+        sequence.phase = Phase.DONE
+        _tell(sequence, Finished(result))
+        _settle(sequence, result)
+
+
+def _loops(sequence: Sequence) -> bool:
+    return sequence.phase is Phase.LOOP
+
+
+def _tell(sequence: Sequence, event: Event) -> None:
+    if sequence.on_event is None:
+        return
+    try:
+        sequence.on_event(event)
+    except Exception:  # a listener's fault is not the request's, and must not stop the step
+        logger.exception("a listener failed")
+
+
+def _settle(sequence: Sequence, outcome: Result | Exception) -> None:
+    if sequence.future.set_running_or_notify_cancel():
+        settle: Any = sequence.future.set_exception if isinstance(outcome, Exception) else sequence.future.set_result
+        settle(outcome)
