@@ -49,6 +49,27 @@ class Counters:
     tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step that ran something, for whoever keeps statistics.
+
+    Attributes:
+        duration_s: seconds.
+        rows: requests that ran.
+        looping: those of them that ran an iteration.
+        prefill_tokens: prompt tokens that were run.
+        written: tokens.
+        columns: columns of the cache that hold something, all slots together.
+    """
+
+    duration_s: float
+    rows: int
+    looping: int
+    prefill_tokens: int
+    written: int
+    columns: int
+
+
 class Core:
     """Queue, slots and model; :meth:`step` takes every request one pass forward.
 
@@ -61,11 +82,20 @@ class Core:
         capacity: columns of a slot.
         prefix_bytes: memory for prompts that may come again.
         prefill_chunk: most prompt positions in one step.
+        on_step: hears of every step that ran something; it must not block.
     """
 
     def __init__(
-        self, bank: AdapterBank, *, slots: int, capacity: int, prefix_bytes: int = 0, prefill_chunk: int = 512
+        self,
+        bank: AdapterBank,
+        *,
+        slots: int,
+        capacity: int,
+        prefix_bytes: int = 0,
+        prefill_chunk: int = 512,
+        on_step: Callable[[Step], None] | None = None,
     ) -> None:
+        self.on_step = on_step
         self.cache = SlotCache(bank.model, slots, capacity)
         self.prefixes = PrefixCache(prefix_bytes)
         self.scheduler = Scheduler(
@@ -82,6 +112,7 @@ class Core:
     @torch.inference_mode()
     def step(self) -> None:
         """Who is gone leaves, who fits enters, everyone runs one pass, and who then knows its next token writes it."""
+        began, before = time.perf_counter(), replace(self.counters)
         self._drop_who_is_gone()
         work = self.scheduler.schedule()
         for rows in by_length(work):
@@ -94,8 +125,21 @@ class Core:
             self._isolated(self._write_latent, [(sequence, 0) for sequence in group])
         self.counters.steps += bool(work)
         self.counters.row_steps += len(work)
+        if self.on_step is not None and work:
+            self.on_step(self._report(len(work), before, time.perf_counter() - began))
         for sequence in [s for s in self.scheduler.running if s.phase is Phase.DONE]:
             self._leave(sequence)
+
+    def _report(self, rows: int, before: Counters, duration_s: float) -> Step:
+        now = self.counters
+        return Step(
+            duration_s=duration_s,
+            rows=rows,
+            looping=now.iterations - before.iterations,
+            prefill_tokens=now.prefill_tokens - before.prefill_tokens,
+            written=now.tokens - before.tokens,
+            columns=sum(sequence.filled for sequence in self.scheduler.running),
+        )
 
     def refuse_waiting(self, error: Exception) -> None:
         """Tell everyone who waits that nothing will come."""

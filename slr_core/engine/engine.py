@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from slr_core.diagnostics import RowLog
 from slr_core.engine.bank import AdapterBank
 from slr_core.engine.cache import token_bytes
-from slr_core.engine.core import Core, Counters
+from slr_core.engine.core import Core, Counters, Step
 from slr_core.engine.events import Event, Finished
 from slr_core.engine.loops import LoopSet, share_base
 from slr_core.engine.prefix import prefix_keys
@@ -53,6 +53,7 @@ class Engine:
         cache_gib: memory for all slots, where ``capacity`` is not given.
         prefix_gib: memory for prompts that may come again; 0 keeps none.
         prefill_chunk: most prompt positions in one step: a long prompt holds nobody up for longer.
+        on_step: hears of every step, on the engine's thread: it must not block.
 
     Raises:
         ConfigError: a value is out of range, or the cache has no room for a useful slot.
@@ -67,6 +68,7 @@ class Engine:
         cache_gib: float = 4.0,
         prefix_gib: float = 0.25,
         prefill_chunk: int = 512,
+        on_step: Callable[[Step], None] | None = None,
     ) -> None:
         for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk)):
             if value < 1:
@@ -92,6 +94,7 @@ class Engine:
             capacity=self.capacity,
             prefix_bytes=int(prefix_gib * GIB),
             prefill_chunk=prefill_chunk,
+            on_step=on_step,
         )
         self.loop_sets: dict[str, LoopSet] = {DEFAULT_LOOP_SET: LoopSet(DEFAULT_LOOP_SET, reasoner)}
         """By name, those that requests can ask for."""
