@@ -38,6 +38,8 @@ class Counters:
         prefill_tokens: prompt tokens that were run.
         reused_tokens: prompt tokens that were not, because their prefix was at hand.
         iterations: iterations of all rows.
+        wasted_iterations: those of them that no answer came of: of requests that were given up or failed, and of a
+            diverged loop those after its last good state.
         tokens: tokens written.
     """
 
@@ -46,6 +48,7 @@ class Counters:
     prefill_tokens: int = 0
     reused_tokens: int = 0
     iterations: int = 0
+    wasted_iterations: int = 0
     tokens: int = 0
 
 
@@ -164,11 +167,12 @@ class Core:
     def _drop_who_is_gone(self) -> None:
         now = time.monotonic()
         for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
-            if sequence.cancelled:
-                self._leave(sequence)
-            elif now > sequence.deadline:
+            if not sequence.cancelled and now <= sequence.deadline:
+                continue
+            if not sequence.cancelled:
                 _settle(sequence, DeadlineError("the request's deadline has passed"))
-                self._leave(sequence)
+            self.counters.wasted_iterations += sequence.t
+            self._leave(sequence)
 
     def _enter(self, sequence: Sequence) -> None:
         sequence.admitted = time.perf_counter()
@@ -219,6 +223,7 @@ class Core:
         logger.error("a request failed", exc_info=error)
         _settle(sequence, error if isinstance(error, SLRError) else EngineError(f"the request failed: {error}"))
         sequence.phase, sequence.state = Phase.DONE, None
+        self.counters.wasted_iterations += sequence.t
 
     # -- a pass ------------------------------------------------------------------------------------
 
@@ -347,11 +352,13 @@ class Core:
                 decode_s=answer.ended_at - sequence.looped,
                 total_s=answer.ended_at - sequence.arrived,
             ),
+            first_token_s=answer.began_at - sequence.arrived,
             records=tuple(records),
             stability=stability(records, row.returns, reason == "converged"),
             states=states.float().cpu() if states is not None and request.include_states else None,
         )
         sequence.phase = Phase.DONE
+        self.counters.wasted_iterations += sequence.t - row.kept
         _tell(sequence, Finished(result))
         _settle(sequence, result)
 

@@ -63,8 +63,10 @@ def iterate(rows: list[Sequence], outputs: list[Tensor]) -> list[Iteration]:
     reasoner = rows[0].loops.reasoner
     g, own = stacked(outputs)
     previous, _ = stacked([row.states[-1] for row in rows])
-    initial, _ = stacked([row.states[0] for row in rows])
+    # Only a residual to h_0 reads it.
+    initial = stacked([row.states[0] for row in rows])[0] if reasoner.residual.config.source == "initial" else previous
     h = reasoner.residual(g, previous, initial)
+    moved = reasoner.moved(g, h)
     head = before = None
     if rows[0].reads_head:
         head = reasoner.read(readout(h, own))
@@ -73,15 +75,19 @@ def iterate(rows: list[Sequence], outputs: list[Tensor]) -> list[Iteration]:
         h,
         own,
         previous=previous,
-        moved=reasoner.moved(g, h),
+        moved=moved,
         head=head,
         head_before=before,
         p_halt=None if reasoner.halting is None else reasoner.halting(h, own),
     )
     measured = {name: x for name, x in vars(distances).items() if x is not None}
     earlier, _ = stacked([row.states[-2] if row.t else row.states[-1] for row in rows])
-    measured["back"] = step(h, earlier, own)[0] / step(h, previous, own)[0]
-    measured["finite"] = h.masked_fill(~own[..., None], 0).isfinite().flatten(1).all(-1).float()
+    change = distances.change
+    if change is None or moved is not h:
+        change = step(h, previous, own)[0]
+    measured["back"] = step(h, earlier, own)[0] / change
+    own_states = h if own is None else h.masked_fill(~own[..., None], 0)
+    measured["finite"] = own_states.isfinite().flatten(1).all(-1).float()
     table = torch.stack(list(measured.values())).T.tolist()
 
     count = max(row.request.top_tokens for row in rows)

@@ -117,12 +117,11 @@ def closing(rows: Rows[Sequence]) -> Tensor:
     return torch.where(kept[:, None, None], projected, hidden)
 
 
-def stacked(states: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """States ``[W, d]`` of different width as ``[n, W, d]``, and ``[n, W]`` bool: which positions are real."""
+def stacked(states: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """States ``[W, d]`` as ``[n, W, d]``, and where their widths differ ``[n, W]`` bool: which positions are real."""
     widths = [len(state) for state in states]
     if len(set(widths)) == 1:
-        together = torch.stack(states)
-        return together, torch.ones(together.shape[:2], dtype=torch.bool, device=together.device)
+        return torch.stack(states), None
     together = pad_sequence(states, batch_first=True)
     order = torch.arange(together.shape[1], device=together.device)
     return together, order < torch.tensor(widths, device=together.device)[:, None]

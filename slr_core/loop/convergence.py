@@ -110,14 +110,14 @@ class Distances:
     learned: Tensor | None = None
 
 
-def step(moved: Tensor, previous: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+def step(moved: Tensor, previous: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
     """Length of a step and its share of |h_{t-1}|, each ``[B]`` fp32, by the Frobenius norm over own positions.
 
     Args:
         moved: what moved, ``[B, W, d]``: h_t, or g_t under a ``previous`` residual, whose small alpha must
             not look like convergence.
         previous: h_{t-1} ``[B, W, d]``.
-        own: ``[B, W]`` bool, the positions that count.
+        own: ``[B, W]`` bool, the positions that count; ``None``: all.
     """
     change = _flat(moved.float() - previous.float(), own).norm(dim=-1)
     return change, change / _flat(previous.float(), own).norm(dim=-1)
@@ -125,7 +125,7 @@ def step(moved: Tensor, previous: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
 
 def measure(
     hidden: Tensor,
-    own: Tensor,
+    own: Tensor | None,
     *,
     previous: Tensor | None = None,
     moved: Tensor | None = None,
@@ -137,7 +137,7 @@ def measure(
 
     Args:
         hidden: h_t ``[B, W, d]``.
-        own: ``[B, W]`` bool, the positions that count.
+        own: ``[B, W]`` bool, the positions that count; ``None``: all.
         previous: h_{t-1}, where it is a state; without it nothing that compares states is defined.
         moved: see :func:`step`; by default h_t.
         head: the head's log-probabilities ``[B, V]`` fp32 at h_t, where needed.
@@ -169,8 +169,8 @@ def measure(
     )
 
 
-def _flat(x: Tensor, own: Tensor) -> Tensor:
-    return x.masked_fill(~own[..., None], 0).flatten(-2)
+def _flat(x: Tensor, own: Tensor | None) -> Tensor:
+    return (x if own is None else x.masked_fill(~own[..., None], 0)).flatten(-2)
 
 
 def _entropy(log_probabilities: Tensor) -> Tensor:

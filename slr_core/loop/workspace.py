@@ -250,8 +250,10 @@ def build(loop: LoopConfig, hidden_size: int) -> Workspace:
             return Prompt()
 
 
-def readout(hidden: Tensor, own: Tensor) -> Tensor:
-    """The state at the last own position: ``[B, ..., d]`` from ``[B, ..., W, d]`` and ``[B, W]``."""
+def readout(hidden: Tensor, own: Tensor | None) -> Tensor:
+    """The state at the last own position: ``[B, ..., d]`` from ``[B, ..., W, d]`` and ``[B, W]``; ``None``: all own."""
+    if own is None:
+        return hidden[..., -1, :]
     last = (own * torch.arange(1, own.shape[1] + 1, device=own.device)).argmax(-1)
     return hidden[torch.arange(len(own), device=own.device), ..., last, :]
 
