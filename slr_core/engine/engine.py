@@ -13,12 +13,15 @@ from math import inf
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from transformers import PreTrainedModel
 
+from slr_core.base import hidden_size
 from slr_core.diagnostics import RowLog
 from slr_core.engine.bank import AdapterBank
 from slr_core.engine.cache import token_bytes
 from slr_core.engine.core import Core, Counters, Step
+from slr_core.engine.devices import best_device, fastest_threads, suit
 from slr_core.engine.events import Event, Finished
 from slr_core.engine.loops import LoopSet, share_base
 from slr_core.engine.prefix import prefix_keys
@@ -53,6 +56,7 @@ class Engine:
         cache_gib: memory for all slots, where ``capacity`` is not given.
         prefix_gib: memory for prompts that may come again; 0 keeps none.
         prefill_chunk: most prompt positions in one step: a long prompt holds nobody up for longer.
+        threads: torch threads of the engine; by default the fastest number for this model, measured at the start.
         on_step: hears of every step, on the engine's thread: it must not block.
 
     Raises:
@@ -68,16 +72,19 @@ class Engine:
         cache_gib: float = 4.0,
         prefix_gib: float = 0.25,
         prefill_chunk: int = 512,
+        threads: int | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
-        for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk)):
-            if value < 1:
+        for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk), ("threads", threads)):
+            if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if prefix_gib < 0:
             raise ConfigError(f"prefix_gib must be at least 0, got {prefix_gib:g}")
         self.reasoner = reasoner
         """The model that the engine started with; it may be used meanwhile, its weights must not be changed."""
         self.slots = slots
+        self.threads = threads
+        """Torch threads, once the engine has run a step."""
         self.capacity = _capacity(reasoner, slots, cache_gib) if capacity is None else capacity
         if self.capacity < 2:
             raise ConfigError(
@@ -108,20 +115,29 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str | None = None, *, load: dict[str, Any] | None = None, **options: Any
+        cls,
+        path_or_id: str | None = None,
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> Self:
         """Load a checkpoint (by default the bundled one) and start an engine on it.
 
         Args:
             path_or_id: a folder, a hub id or the name of a bundled checkpoint.
-            load: options of :meth:`LatentReasoner.from_pretrained`.
+            device: where it runs; by default a GPU where there is one.
+            dtype: by default as saved, but for what the device would only emulate.
             options: those of the engine.
 
         Raises:
             CheckpointError: the checkpoint cannot be loaded.
             ConfigError: an option is out of range.
         """
-        return cls(LatentReasoner.from_pretrained(path_or_id, **(load or {})), **options)
+        reasoner = LatentReasoner.from_pretrained(path_or_id, dtype=dtype, device=device or best_device())
+        if dtype is None:
+            suit(reasoner)
+        return cls(reasoner, **options)
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -170,7 +186,7 @@ class Engine:
             future=Future(),
             on_event=on_event,
             deadline=deadline,
-            keys=prefix_keys(request.prompt_ids) if loops.workspace.prefills else (),
+            keys=prefix_keys(request.prompt_ids) if loops.workspace.prefills and self._core.prefixes.max_bytes else (),
             reserved=reserved,
             answer=Answer(loops.reasoner, request),
             row=RowLog(ExitRule(request.loop, loops.config.guard)),
@@ -179,6 +195,8 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is shut down")
+            if self.loop_sets.get(loops.name) is not loops:  # removed meanwhile: the bank may not hold it any longer
+                raise RequestError(f"loop_set {loops.name} has been removed", "loop_set")
             if not self._arrived and not self._core.busy:
                 self.last_progress = time.monotonic()
             self._arrived.append(sequence)
@@ -226,7 +244,7 @@ class Engine:
 
     # -- loop sets ---------------------------------------------------------------------------------
 
-    def load_loop_set(self, name: str, path_or_id: str, **load: Any) -> None:
+    def load_loop_set(self, name: str, path_or_id: str) -> None:
         """Serve another checkpoint's loop on the same base model; running requests go on meanwhile.
 
         Raises:
@@ -235,7 +253,9 @@ class Engine:
         """
         if name in self.loop_sets:
             raise ConfigError(f"there is a loop set {name!r} already")
-        reasoner = LatentReasoner.from_pretrained(path_or_id, **load)
+        reasoner = LatentReasoner.from_pretrained(
+            path_or_id, dtype=self.reasoner.base.dtype, device=str(self.reasoner.device)
+        )
         share_base(self.reasoner, reasoner)
         added = LoopSet(name, reasoner)
 
@@ -296,11 +316,16 @@ class Engine:
         return self._core.counters
 
     @property
-    def queued(self) -> int:
-        """Requests that wait and that somebody still waits for."""
+    def waiting(self) -> frozenset[Future[Result]]:
+        """The futures of requests that have no slot yet and that somebody still waits for."""
         with self._changed:
             waiting = [*self._arrived, *self._core.scheduler.waiting]
-        return sum(not sequence.cancelled for sequence in waiting)
+        return frozenset(sequence.future for sequence in waiting if not sequence.cancelled)
+
+    @property
+    def queued(self) -> int:
+        """How many requests are :attr:`waiting`."""
+        return len(self.waiting)
 
     @property
     def in_flight(self) -> int:
@@ -333,9 +358,18 @@ class Engine:
     ) -> None:
         self.close()
 
+    def _set_threads(self) -> None:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        elif self.model.device.type == "cpu":
+            x = torch.zeros(min(8, self.slots), 1, hidden_size(self.model), dtype=self.model.dtype)
+            with torch.inference_mode():
+                self.threads = fastest_threads(lambda: self.model.base_model(inputs_embeds=x, use_cache=False))
+
     def _run(self) -> None:
         error: Exception = EngineError("the engine is shut down")
         try:
+            self._set_threads()
             while self._wait_for_work():
                 self._core.step()
                 self.last_progress = time.monotonic()
