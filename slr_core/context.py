@@ -29,6 +29,8 @@ class Context:
         own: ``[B, W]`` bool, the positions that are a row's own; the others are padding.
         change: ``[B]`` fp32, the last relative change, NaN where there is none yet; kept where the timestep
             embedding reads it.
+        passes: the hidden states of every layer ``[B, q, d]``, embeddings first and the final norm's last, of each
+            pass since this was set to a list, forks' included; ``None``: nobody asked.
     """
 
     cache: DynamicCache
@@ -39,6 +41,7 @@ class Context:
     hidden: Tensor
     own: Tensor
     change: Tensor
+    passes: list[tuple[Tensor, ...]] | None = None
 
     def layers(self) -> Iterator[tuple[DynamicLayer, Tensor, Tensor]]:
         """The cache's layers with their keys and values."""

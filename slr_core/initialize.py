@@ -74,7 +74,7 @@ def initialize(base: str, out: str | Path, config: str | Path | None = None, *, 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: expected a new or an empty folder")
     settings = InitConfig.from_yaml(Path(config)) if config is not None else InitConfig()
-    model, tokenizer = _load(base)
+    model, tokenizer = load_base(base)
     torch.manual_seed(seed)
     reasoner = LatentReasoner(model, tokenizer, settings.config()).eval()
     try:
@@ -89,7 +89,13 @@ def initialize(base: str, out: str | Path, config: str | Path | None = None, *, 
     return reasoner
 
 
-def _load(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(base: str, tokenizer_from: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model and its tokenizer, which may lie elsewhere.
+
+    Raises:
+        ConfigError: a GGUF file is named, and its extra is not installed.
+        CheckpointError: they cannot be loaded, are incomplete, or do not fit together.
+    """
     source, options = base, {}
     weights: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa", "trust_remote_code": False}
     if base.endswith(".gguf"):
@@ -105,7 +111,7 @@ def _load(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     else:
         weights["use_safetensors"] = True
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or source, trust_remote_code=False, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **weights, **options)
     except Exception as error:  # transformers raises most kinds, each of them a fault of the base
         first = str(error).strip().splitlines()[:1]

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from slr_core import cli
 from slr_core.model import LatentReasoner
-from slr_core.training.trainer import build
+from slr_core.training.build import build
 from tests import tiny
 from tests.training.recipe import recipe
 

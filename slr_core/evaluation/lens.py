@@ -19,7 +19,7 @@ from slr_core.evaluation.probes import READOUT, Collected
 from slr_core.model import LatentReasoner
 from slr_core.tasks.base import Example, Task
 from slr_core.tasks.prosqa import ProsQA, frontiers
-from slr_core.training.data import Collator
+from slr_core.training.graphs import NodeTokens
 
 COMMON = 5
 """Readings and thoughts to list per iteration."""
@@ -131,11 +131,10 @@ def _frontier_tokens(reasoner: LatentReasoner, task: Task, examples: Sequence[Ex
     """Per question and distance, the tokens by which its nodes are named in training."""
     if not isinstance(task, ProsQA):
         return None
-    text = reasoner.config.text
-    names = Collator(reasoner.tokenizer, text.prompt_prefix, text.prompt_suffix)
+    node = NodeTokens(reasoner.tokenizer)
     levels = [frontiers(example) for example in examples]
     try:
-        return [[[names.node_token(symbol) for symbol in level] for level in own] for own in levels]
+        return [[node.all(level) for level in own] for own in levels]
     except DataError:
         return None  # this tokenizer cuts the names of nodes into pieces
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import random
-from math import exp, log
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from slr_core.config import LoopConfig, TextConfig, validated
 from slr_core.errors import ConfigError
-from slr_core.tasks.prosqa import GraphSpec
+from slr_core.training.stages import CurriculumConfig, Settings, StageConfig
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+class BaseConfig(Settings):
+    """The base model: a Llama-shaped one from random weights, or one that exists already."""
 
-
-class ScratchConfig(_Model):
-    """A Llama-shaped base model from random weights."""
-
+    source: str | None = Field(
+        None,
+        alias="from",
+        description="a folder or hub id of a causal language model, or a latent reasoner's checkpoint",
+    )
+    tokenizer: str = Field(
+        "prosqa",
+        description="of a model from random weights: prosqa, prontoqa (few tokens per fact), words (one token a word, "
+        "of the training data's own), or a folder or hub id",
+    )
     hidden_size: int = Field(128, ge=8)
     intermediate_size: int = Field(384, ge=8)
     num_hidden_layers: int = Field(2, ge=1)
@@ -29,32 +34,46 @@ class ScratchConfig(_Model):
     max_position_embeddings: int = Field(256, ge=16)
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
+    def _one_or_the_other(self) -> Self:
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError("hidden_size must be a multiple of 2 * num_attention_heads")
+        if self.source is not None and (extra := sorted(self.model_fields_set - {"source"})):
+            raise ValueError(f"`from` brings its own tokenizer and sizes: leave out {', '.join(extra)}")
         return self
 
 
-class OptimizerConfig(_Model):
+class OptimizerConfig(Settings):
     """AdamW with a warm-up and a cosine down to a floor."""
 
     learning_rate: float = Field(2e-3, gt=0, lt=1)
-    final_share: float = Field(0.05, ge=0, le=1, description="of the learning rate, at the last step")
+    final_share: float = Field(0.05, ge=0, le=1, description="of the learning rate, at the last step; 1: constant")
     warmup_steps: int = Field(200, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     adam_beta2: float = Field(0.95, gt=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, description="questions per optimizer step, of all devices together")
+    accumulate: int = Field(1, ge=1, description="passes that a device cuts its part of a batch into, to save memory")
 
 
-class ObjectiveWeights(_Model):
-    """Weights of the loss terms; 0 switches a term off. See :mod:`slr_core.training.objectives`."""
+class ObjectiveWeights(Settings):
+    """Weights of the loss terms; a term of weight 0 is not computed. See :mod:`slr_core.training.objectives`."""
 
-    answer: float = Field(1.0, ge=0, description="cross-entropy of the answer's tokens")
-    frontier: float = Field(1.0, ge=0, description="state t against the breadth-first frontier at distance t")
-    start: float = Field(0.1, ge=0, description="h_0 against the first token of the answer: the un-looped model")
-    chains: float = Field(1.0, ge=0, description="the frontier objective from other nodes of the same graph")
-    fixed_point: float = Field(1.0, ge=0, description="once the work is done another iteration changes nothing")
+    answer: float = Field(1.0, ge=0, description="cross-entropy of what is written after the loop")
+    start: float = Field(0.0, ge=0, description="h_0 against the first token of the answer: the un-looped model")
+    frontier: float = Field(0.0, ge=0, description="state t against the breadth-first frontier at distance t")
+    chains: float = Field(0.0, ge=0, description="the frontier objective from other nodes of the same graph")
+    steps: float = Field(0.0, ge=0, description="states against the tokens of their step, through the LM head (LOTUS)")
+    thoughts: float = Field(0.0, ge=0, description="states against their step, through the latent decoder (SIM-CoT)")
+    cot: float = Field(0.0, ge=0, description="cross-entropy of chain and answer in words, by the un-looped model")
+    cot_states: float = Field(0.0, ge=0, description="states against those of the chain in words at the ends of steps")
+    codi: float = Field(0.0, ge=0, description="all layers before the answer against those after the chain in words")
+    teacher_states: float = Field(0.0, ge=0, description="projected states against those of a larger latent reasoner")
+    teacher_logits: float = Field(0.0, ge=0, description="what is written against a larger latent reasoner's head")
+    text: float = Field(0.0, ge=0, description="cross-entropy of the prompt's own tokens: pre-training on plain text")
+    fixed_point: float = Field(0.0, ge=0, description="once the work is done another iteration changes nothing")
+    contraction: float = Field(0.0, ge=0, description="no step is longer than a share of the one before it")
+    shortcut: float = Field(0.0, ge=0, description="a shorter loop's state and answer against the full loop's")
+    halting: float = Field(0.0, ge=0, description="the halting head against what more iterations would still gain")
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Self:
@@ -63,83 +82,41 @@ class ObjectiveWeights(_Model):
         return self
 
 
-class GraphMix(_Model):
-    """One kind of graph in a stage: the dials of :class:`slr_core.tasks.prosqa.GraphSpec`."""
+class GuardConfig(Settings):
+    """When a run counts as diverged; it stops, and its last good checkpoint stays. A non-finite loss always does."""
 
-    nodes: int
-    min_hops: int
-    max_hops: int
-    balanced: bool = True
-
-    @model_validator(mode="after")
-    def _spec_is_possible(self) -> Self:
-        self.spec()
-        return self
-
-    def spec(self) -> GraphSpec:
-        """The generator's dials; they raise ConfigError where impossible."""
-        return GraphSpec(self.nodes, self.min_hops, self.max_hops, self.balanced)
+    loss_factor: float = Field(10.0, gt=1, description="times the highest loss of the first 20 steps")
+    gradient_factor: float = Field(1000.0, gt=1, description="times the highest gradient norm of the first 20 steps")
+    patience: int = Field(5, ge=1, description="steps in a row above either")
 
 
-class SampledIterations(_Model):
-    """A loop length drawn anew for every batch, log-normal Poisson as in Huginn (arXiv 2502.05171, section 3.3).
-
-    ``1 + Poisson(exp(tau))`` with tau normal of standard deviation ``sigma`` and such a mean that the draw's
-    mean is ``mean``, then clipped to ``least`` ... ``most``.
-    """
-
-    mean: float = Field(gt=1, le=64)
-    sigma: float = Field(0.5, ge=0, le=2)
-    least: int = Field(1, ge=1, le=64)
-    most: int = Field(64, ge=1, le=64)
-
-    @model_validator(mode="after")
-    def _least_is_below_most(self) -> Self:
-        if self.least > self.most:
-            raise ValueError("least must be at most `most`")
-        return self
-
-    def draw(self, rng: random.Random) -> int:
-        """A loop length."""
-        rate = exp(rng.gauss(log(self.mean - 1) - self.sigma**2 / 2, self.sigma))
-        # Knuth's method: `random` has no Poisson draw, and no other generator resumes by its step.
-        count, product = 0, rng.random()
-        while count < self.most and product > exp(-rate):
-            count, product = count + 1, product * rng.random()
-        return min(self.most, max(self.least, 1 + count))
-
-
-class StageConfig(_Model):
-    """A stretch of training with one mix of graphs and one loop length."""
-
-    steps: int = Field(ge=1)
-    iterations: Annotated[int, Field(ge=0, le=64)] | SampledIterations
-    backprop: int | None = Field(
-        None, ge=1, description="gradients reach the last so many iterations alone; None: all of them"
-    )
-    graphs: tuple[GraphMix, ...] = Field(min_length=1, description="each batch draws one of these at random")
-
-    @property
-    def longest(self) -> int:
-        """The most iterations that a batch can have."""
-        return self.iterations if isinstance(self.iterations, int) else self.iterations.most
-
-
-class TrainConfig(_Model):
+class TrainConfig(Settings):
     """A whole recipe."""
 
     output_dir: str
     seed: int = 0
-    base: ScratchConfig = ScratchConfig()
-    loop: LoopConfig = LoopConfig()
-    text: TextConfig = TextConfig()
+    base: BaseConfig = BaseConfig()
+    loop: LoopConfig | None = Field(
+        None,
+        description="a new loop around the base; None: that of the latent reasoner in base.from, else the defaults",
+    )
+    text: TextConfig | None = Field(None, description="None: as for loop")
+    train: Literal["full", "adapters", "adapters_and_embeddings"] = Field(
+        "full", description="adapters: the loop's own weights alone, the base stays as it is to the last bit"
+    )
+    teacher: str | None = Field(None, description="a latent reasoner's checkpoint, for the objectives teacher_*")
     optimizer: OptimizerConfig = OptimizerConfig()
     objectives: ObjectiveWeights = ObjectiveWeights()
+    guard: GuardConfig = GuardConfig()
+    thoughts_per_step: int = Field(
+        1, ge=1, description="c: iterations (workspace block: positions) per step of a chain"
+    )
     chains: int = Field(6, ge=0, description="other start nodes per graph for the objective `chains`")
     chain_length: int = Field(4, ge=1, description="their iterations, at most those of the stage")
     chain_spread: int = Field(
         0, ge=0, description="chains begin after 0 ... so many iterations: every adapter learns the same step"
     )
+    contraction: float = Field(0.9, gt=0, le=1, description="the share that the objective `contraction` allows")
     max_iterations: int | None = Field(
         None, ge=0, description="caps every stage's iterations; 0 trains the control without the loop"
     )
@@ -147,24 +124,70 @@ class TrainConfig(_Model):
         False, description="trains the method `cot`: the steps in words before the answer, in place of a loop"
     )
     save_steps: int = Field(500, ge=1)
+    log_steps: int = Field(50, ge=1)
+    bf16: bool = Field(False, description="automatic mixed precision in bfloat16")
     threads: int | None = Field(None, ge=1, description="torch threads; None: torch's own choice")
-    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    stages: tuple[StageConfig, ...] = Field((), description="in order; or a curriculum, which is written out as stages")
+    curriculum: CurriculumConfig | None = None
 
     @model_validator(mode="after")
-    def _objectives_suit_the_loop(self) -> Self:
+    def _stages_or_curriculum(self) -> Self:
+        if bool(self.stages) == (self.curriculum is not None):
+            raise ValueError("give either stages or a curriculum")
+        return self
+
+    @model_validator(mode="after")
+    def _objectives_suit_the_data(self) -> Self:
         terms, loops = self.objectives, self.max_iterations != 0
         if self.chain_of_thought and loops:
             raise ValueError("max_iterations must be 0 with chain_of_thought: it thinks in words or in a loop")
-        loop = self.loop
-        blind = loop.workspace != "append" or loop.timestep.noise_level or loop.projection.kind == "pause"
-        if terms.chains and self.chains and loops and blind:
-            raise ValueError(
-                "objectives.chains must be 0 unless loop.workspace is `append`, loop.timestep.noise_level false and "
-                "loop.projection.kind not `pause`"
-            )
-        if terms.start and loops and self.loop.workspace == "prompt":
-            raise ValueError("objectives.start must be 0 in the workspace `prompt`, which never runs the plain prompt")
+        if self.teacher is None and (terms.teacher_states or terms.teacher_logits):
+            raise ValueError("objectives.teacher_states and teacher_logits need a teacher")
+        sources = [source for stage in self.schedule for source in stage.data]
+        if not all(source.graphs for source in sources) and (terms.frontier or (terms.chains and self.chains)):
+            raise ValueError("objectives.frontier and chains need graphs: data of the task prosqa alone")
+        if self.loop is not None or self.base.source is None:
+            self.check(self.loop or LoopConfig())
         return self
+
+    def check(self, loop: LoopConfig) -> None:
+        """Refuse objectives that this loop could not follow.
+
+        Raises:
+            ConfigError: an objective needs another loop; it is named.
+        """
+        terms, loops = self.objectives, self.max_iterations != 0
+        blind = loop.workspace != "append" or loop.timestep.noise_level or loop.projection.kind == "pause"
+        prompt = loop.workspace == "prompt"
+        aligned = [name for name in ("steps", "cot_states") if getattr(terms, name)]
+        for refused, what in (
+            (
+                terms.chains and self.chains and loops and blind,
+                "objectives.chains must be 0 unless loop.workspace is `append`, loop.timestep.noise_level false and "
+                "loop.projection.kind not `pause`",
+            ),
+            (
+                terms.start and loops and prompt,
+                "objectives.start must be 0 in the workspace `prompt`, which never runs the plain prompt",
+            ),
+            (
+                prompt and (terms.cot or terms.codi),
+                "objectives.cot and codi must be 0 in the workspace `prompt`, which never runs the plain prompt",
+            ),
+            (
+                prompt and aligned,
+                f"objectives.{aligned[0] if aligned else ''} must be 0 in the workspace `prompt`: no position of it "
+                "stands for a step",
+            ),
+            (terms.text and not prompt, "objectives.text needs the workspace `prompt`: the others loop after the text"),
+            (terms.halting and not loop.halting_head, "objectives.halting needs loop.halting_head"),
+            (
+                terms.thoughts and loop.decoder.latent_decoder is None,
+                "objectives.thoughts needs loop.decoder.latent_decoder",
+            ),
+        ):
+            if refused:
+                raise ConfigError(what)
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: tuple[str, ...] = ()) -> Self:
@@ -184,9 +207,21 @@ class TrainConfig(_Model):
         return validated(cls, data)
 
     @property
+    def schedule(self) -> tuple[StageConfig, ...]:
+        """The stages, whichever way they were given."""
+        return self.stages if self.curriculum is None else self.curriculum.expand(self.thoughts_per_step)
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of all stages."""
-        return sum(stage.steps for stage in self.stages)
+        return sum(stage.steps for stage in self.schedule)
+
+    @property
+    def writes_steps(self) -> bool:
+        """Whether any step is put into words: those are followed by the mark ``#``."""
+        terms = self.objectives
+        in_words = self.chain_of_thought or bool(terms.cot or terms.cot_states or terms.codi)
+        return in_words or any(stage.replaced != "all" for stage in self.schedule)
 
     def iterations(self, stage: StageConfig, rng: random.Random) -> int:
         """Loop length of a batch under the cap."""

@@ -1,40 +1,76 @@
-"""A word-level tokenizer for ProsQA: few tokens per fact, and every sentence can be written back exactly.
+"""Tokenizers for models from random weights, with few tokens per fact.
 
-"Every wumpus is a rorpus." is two tokens, ``Every wumpus`` and `` is a rorpus.``; a graph of ten nodes is
-some twenty tokens instead of sixty. Each token is a template around one word, and tokens that share the
-word start from related embeddings (:func:`start_embeddings`).
+ProsQA: "Every wumpus is a rorpus." is two tokens, ``Every wumpus`` and `` is a rorpus.``; a graph of ten nodes is some
+twenty tokens instead of sixty. ProntoQA alike. Each token is a template around one word, tokens that share the word
+start from related embeddings (:func:`start_embeddings`), and every sentence can be written back exactly. For any
+other task whose words are few there is :func:`word_tokenizer`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from slr_core.tasks import prontoqa
 from slr_core.tasks.prosqa import CONCEPTS, NAMES
 
 _SPECIAL = ("<pad>", "<eos>", "<unk>")
 _NAME_TEMPLATES = ("{}", "Is {}")
 _CONCEPT_TEMPLATES = ("Every {}", " is a {}.", " a {}", " or {}?")
+_PROPERTY_TEMPLATES = (" is {}.", " is not {}.", " are {}.", " are not {}.")
+_PROPERTIES = tuple(word for family in prontoqa.PROPERTIES for word in family)
 
 
 def prosqa_tokenizer(*, chain_of_thought: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer; what it does not know becomes ``<unk>``. A chain of thought needs one token more, ``#``."""
+    """The one for ProsQA; what it does not know becomes ``<unk>``. Steps in words need one token more, ``#``."""
     words = [t.format(name) for t in _NAME_TEMPLATES for name in NAMES]
     words += [t.format(concept) for t in _CONCEPT_TEMPLATES for concept in CONCEPTS]
-    words += ["#"] if chain_of_thought else []
-    vocabulary = {word: i for i, word in enumerate([*_SPECIAL, *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    return _sentences(words, r"Every \w+|Is \w+| is a \w+\.| a \w+| or \w+\?|\w+", mark=chain_of_thought)
+
+
+def prontoqa_tokenizer() -> PreTrainedTokenizerFast:
+    """The one for ProntoQA: who is spoken of is a token, and what is said of it."""
+    words = [t.format(name) for t in ("{}", "True or false: {}") for name in prontoqa.NAMES]
+    for concept in CONCEPTS:
+        article = "an" if concept[0] in "aeiou" else "a"
+        words += [f"Each {concept}", f"Every {concept}", f"{concept.capitalize()}es"]
+        words += [f" is {article} {concept}.", f" are {concept}es."]
+    words += [t.format(word) for t in _PROPERTY_TEMPLATES for word in _PROPERTIES]
+    pieces = r"True or false: \w+|Each \w+|Every \w+| is an? \w+\.| (?:is|are)(?: not)? \w+\.|\w+"
+    return _sentences([*words, "True", "False"], pieces, mark=True)
+
+
+def _sentences(words: list[str], pieces: str, *, mark: bool) -> PreTrainedTokenizerFast:
+    words = [*words, "#"] if mark else words
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*_SPECIAL, *words])}, unk_token="<unk>"))
     # The blank between two sentences carries nothing: it is dropped here and put back when decoding.
     blanks = [normalizers.Replace(Regex(r"(?<=\.)\s+"), ""), normalizers.Replace(Regex(r"\s*#\s*"), "#")]
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), *blanks[: 1 + chain_of_thought]])
-    pieces = r"Every \w+|Is \w+| is a \w+\.| a \w+| or \w+\?|\w+" + ("|#" if chain_of_thought else "")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "isolated")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), *blanks[: 1 + mark]])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces + ("|#" if mark else "")), "isolated")
     spaced = [decoders.Replace(Regex(r"\.(?=\w)"), ". "), decoders.Replace(Regex("#"), " # ")]
-    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), *spaced[: 1 + chain_of_thought]])
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), *spaced[: 1 + mark]])
+    return _wrapped(tokenizer)
+
+
+def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token a word with the blank before it, one a mark: the words of ``texts``, whatever else is ``<unk>``.
+
+    Known text can be written back exactly.
+    """
+    split = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), "isolated")
+    words = sorted({piece for text in texts for piece, _ in split.pre_tokenize_str(text)})
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*_SPECIAL, *words])}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.Fuse()
+    return _wrapped(tokenizer)
+
+
+def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -51,7 +87,8 @@ def start_embeddings(tokenizer: PreTrainedTokenizerFast, hidden_size: int, gener
     learn so for every concept from data.
     """
     vocabulary = tokenizer.get_vocab()
-    symbols = re.compile(r"\b(" + "|".join((*NAMES, *CONCEPTS)) + r")\b")
+    words = "|".join((*NAMES, *CONCEPTS, *_PROPERTIES))
+    symbols = re.compile(rf"\b({words})(?:es)?\b", re.IGNORECASE)
     vectors: dict[str, Tensor] = {}
 
     def vector(key: str, std: float) -> Tensor:
@@ -65,5 +102,5 @@ def start_embeddings(tokenizer: PreTrainedTokenizerFast, hidden_size: int, gener
         if match is None:
             table[index] = vector(token, 0.05)
         else:
-            table[index] = vector(match.group(), 0.05) + vector(symbols.sub("{}", token), 0.035)
+            table[index] = vector(match[1].lower(), 0.05) + vector(symbols.sub("{}", token), 0.035)
     return table

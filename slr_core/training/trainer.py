@@ -3,44 +3,68 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
-from math import cos, isfinite, pi
+from math import cos, pi
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from slr_core._version import __version__
+from slr_core.base import hidden_size
 from slr_core.checkpoint import load_weights
-from slr_core.config import SLRConfig
 from slr_core.errors import ConfigError, TrainingError
 from slr_core.model import LatentReasoner
-from slr_core.training.config import ObjectiveWeights, ScratchConfig, TrainConfig
-from slr_core.training.data import Collator, StageStream
-from slr_core.training.objectives import losses
-from slr_core.training.tokenizer import prosqa_tokenizer, start_embeddings
+from slr_core.training.build import build, teacher_of
+from slr_core.training.config import TrainConfig
+from slr_core.training.data import Collator, Share, StageStream
+from slr_core.training.objectives import Mean, Rollout, losses
+from slr_core.training.watch import Watch
 
 MANIFEST = "training.json"
+BRIDGE = "bridge.safetensors"
 
 
 class Objective(nn.Module):
-    """The reasoner as the Trainer sees it: a module that maps a batch to loss terms."""
+    """The reasoner as the Trainer sees it: a module that maps a batch to loss terms.
 
-    def __init__(self, reasoner: LatentReasoner, weights: ObjectiveWeights) -> None:
+    Args:
+        reasoner: what is trained.
+        config: the recipe.
+        teacher: frozen; for the objectives ``teacher_*``.
+    """
+
+    def __init__(self, reasoner: LatentReasoner, config: TrainConfig, teacher: LatentReasoner | None = None) -> None:
         super().__init__()
-        self.reasoner, self.weights = reasoner, weights
+        self.reasoner, self.recipe, self.teacher = reasoner, config, teacher  # `config` would be the Trainer's to set
+        self.bridge: nn.Module | None = None
+        if teacher is not None and config.objectives.teacher_states:
+            self.bridge = nn.Linear(hidden_size(reasoner.base), hidden_size(teacher.base), bias=False)
 
-    def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """Unweighted loss terms."""
-        return losses(self.reasoner, batch, self.weights)
+    def forward(self, batch: dict[str, Any]) -> tuple[dict[str, Mean], dict[str, Tensor]]:
+        """Unweighted loss terms, and figures for the log."""
+        run = Rollout(self.reasoner, batch, self.recipe, self.teacher, self.bridge)
+        return losses(run), _figures(run)
+
+
+def _figures(run: Rollout) -> dict[str, Tensor]:
+    if run.iterations < 2:
+        return {}
+    last, before = run.states[:, -1].detach().float(), run.states[:, -2].detach().float()
+    return {
+        "state_norm": last.norm(dim=-1).mean(),
+        "last_relative_change": ((last - before).norm(dim=-1) / before.norm(dim=-1)).mean(),
+    }
 
 
 class LoopTrainer(Trainer):
@@ -49,11 +73,24 @@ class LoopTrainer(Trainer):
     Its checkpoints are checkpoint folders: any of them can be served.
     """
 
-    def __init__(self, config: TrainConfig, **options: Any) -> None:
+    def __init__(self, config: TrainConfig, first_step: int = 0, **options: Any) -> None:
         super().__init__(**options)
-        self.recipe = config
+        self.recipe, self.first_step = config, first_step
+        self.watch = Watch(config.guard)
         self._sums: dict[str, Tensor] = {}
-        self._batches = 0
+        self._counts: dict[str, int] = {}
+        self._gradient_norms: list[float] = []
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The recipe's batches, this process's own part of each."""
+        share = Share(self.args.process_index, self.args.world_size, self.recipe.optimizer.accumulate)
+        return DataLoader(
+            StageStream(self.recipe, self.first_step, share),
+            batch_size=None,
+            collate_fn=self.data_collator,
+            num_workers=1,
+            prefetch_factor=8,
+        )
 
     def compute_loss(
         self,
@@ -62,35 +99,68 @@ class LoopTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The weighted sum of the terms."""
-        weights = self.recipe.objectives
-        terms: dict[str, Tensor] = model(**inputs)
-        for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, torch.zeros(())) + value.detach()
-        self._batches += 1
+        """The weighted sum of the terms, as if one process had the whole batch.
+
+        Raises:
+            TrainingError: the loss is not finite, or has exploded.
+        """
+        terms, figures = model(inputs)
+        weights, processes = self.recipe.objectives, self.args.world_size
+        # Every process divides by what all have; averaging their gradients then gives the whole batch's.
+        counts = self.accelerator.reduce(torch.stack([term.divisor for term in terms.values()]).float(), "sum")
         # Without a loop, h_0 alone writes the answer's first token: `start` carries the full weight of `answer`.
         scale = {"start": weights.answer} if inputs["plan"].iterations == 0 else {}
-        return torch.stack([scale.get(name, getattr(weights, name)) * value for name, value in terms.items()]).sum()
+        loss = torch.zeros((), device=counts.device)
+        for (name, term), count in zip(terms.items(), counts, strict=True):
+            value = term.total * processes / count.clamp_min(1)
+            self._note(name, value)
+            loss = loss + scale.get(name, getattr(weights, name)) * value
+        for name, value in figures.items():
+            self._note(name, value)
+        whole = self.accelerator.reduce(loss.detach(), "mean")
+        self.watch.loss(float(whole), self.state.global_step)
+        return loss
+
+    def _note(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float:
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))  # type: ignore[no-untyped-call]
+        self.watch.gradient(norm, self.state.global_step)
+        return norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Never replace good weights by broken ones, also between two looks at the loss.
+        if self.watch.calm and all(bool(p.isfinite().all()) for p in self._reasoner().parameters()):
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # Never replace good weights by broken ones, also between two looks at the loss.
-        finite = all(bool(p.isfinite().all()) for p in self._reasoner().parameters())
-        if self.args.should_save and finite:
-            self._reasoner().save_pretrained(output_dir or str(self.args.output_dir))
+        folder = Path(output_dir or str(self.args.output_dir))
+        self._reasoner().save_pretrained(str(folder))
+        if (bridge := self._objective().bridge) is not None:
+            save_file(bridge.state_dict(), folder / BRIDGE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self._reasoner(), resume_from_checkpoint)
+        if (bridge := self._objective().bridge) is not None:
+            bridge.load_state_dict(load_file(Path(resume_from_checkpoint) / BRIDGE))
+
+    def _objective(self) -> Objective:
+        objective = self.accelerator.unwrap_model(self.model)
+        assert isinstance(objective, Objective)
+        return objective
 
     def _reasoner(self) -> LatentReasoner:
-        reasoner = self.accelerator.unwrap_model(self.model).reasoner
-        assert isinstance(reasoner, LatentReasoner)
-        return reasoner
+        return self._objective().reasoner
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of each term since the last log."""
-        if "loss" in logs and self._batches:
-            logs |= {name: round(float(total) / self._batches, 4) for name, total in self._sums.items()}
-            self._sums, self._batches = {}, 0
+        """Adds the mean of each term and figure since the last log."""
+        if "loss" in logs and self._sums:
+            means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
+            shared = self.accelerator.reduce(means, "mean").tolist()
+            logs |= {name: round(value, 4) for name, value in zip(self._sums, shared, strict=True)}
+            self._sums, self._counts = {}, {}
         super().log(logs, start_time)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
@@ -109,126 +179,114 @@ class LoopTrainer(Trainer):
         return self.lr_scheduler
 
 
-class _StopOnNaN(TrainerCallback):
-    """Stops a run whose loss is no longer finite: the last checkpoint stays good."""
+class _ResetOptimizer(TrainerCallback):
+    """Makes AdamW forget its moments where a stage asks for it, as Coconut's code does at a switch of stages."""
 
-    failed_at: int | None = None
+    def __init__(self, config: TrainConfig) -> None:
+        starts, step = set(), 0
+        for stage in config.schedule:
+            if stage.reset_optimizer:
+                starts.add(step)
+            step += stage.steps
+        self.starts = starts
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not isfinite(loss):
-            self.failed_at = state.global_step
-            control.should_training_stop, control.should_save = True, False
-
-
-def build(config: TrainConfig) -> LatentReasoner:
-    """The untrained latent reasoner of a recipe, reproducible from its seed."""
-    torch.manual_seed(config.seed)
-    tokenizer = prosqa_tokenizer(chain_of_thought=config.chain_of_thought)
-    base = _scratch(config.base, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
-    generator = torch.Generator().manual_seed(config.seed)
-    table: nn.Module = base.get_input_embeddings()
-    table.load_state_dict({"weight": start_embeddings(tokenizer, config.base.hidden_size, generator)})
-    return LatentReasoner(base, tokenizer, SLRConfig(loop=config.loop, text=config.text))
-
-
-def _scratch(base: ScratchConfig, vocabulary: int, eos: Any, pad: Any) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=base.hidden_size,
-            intermediate_size=base.intermediate_size,
-            num_hidden_layers=base.num_hidden_layers,
-            num_attention_heads=base.num_attention_heads,
-            num_key_value_heads=base.num_attention_heads,
-            max_position_embeddings=base.max_position_embeddings,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=eos,
-            pad_token_id=pad,
-            attn_implementation="sdpa",  # type: ignore[call-arg]
-        )
-    )
+    def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        if state.global_step in self.starts:
+            about["optimizer"].state.clear()
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
     """Train a recipe and write the checkpoint folder ``output_dir``; the path is returned.
 
     The Trainer's own checkpoints (optimizer, scheduler, step) lie below ``output_dir/steps``, from where
-    ``resume`` goes on.
+    ``resume`` goes on: from the last complete one, or from the beginning where the run had not got to any.
 
     Raises:
-        ConfigError: there is nothing to resume.
-        TrainingError: the loss stopped being finite.
+        ConfigError: there is nothing to resume, or the batch cannot be shared among the processes.
+        TrainingError: the run diverged.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    reasoner = build(config)
     output, optimizer = Path(config.output_dir), config.optimizer
+    steps = output / "steps"
+    if resume and not steps.is_dir():
+        raise ConfigError(f"--resume: no run was started in {output}")
     arguments = TrainingArguments(
-        output_dir=str(output / "steps"),
+        output_dir=str(steps),
         max_steps=config.total_steps,
         per_device_train_batch_size=optimizer.batch_size,
+        gradient_accumulation_steps=optimizer.accumulate,
         learning_rate=optimizer.learning_rate,
         weight_decay=optimizer.weight_decay,
         adam_beta2=optimizer.adam_beta2,
         max_grad_norm=optimizer.max_grad_norm,
         warmup_steps=optimizer.warmup_steps,
-        logging_steps=50,
+        logging_steps=config.log_steps,
         save_steps=config.save_steps,
         save_total_limit=2,
         seed=config.seed,
-        dataloader_num_workers=1,
-        dataloader_prefetch_factor=8,
-        dataloader_pin_memory=False,
-        dataloader_persistent_workers=True,
+        bf16=config.bf16,
+        ddp_find_unused_parameters=True,  # a batch need not reach every iteration's adapter
         remove_unused_columns=False,
         report_to=["tensorboard"] if is_tensorboard_available() else [],  # type: ignore[no-untyped-call]
         logging_nan_inf_filter=False,
         ignore_data_skip=True,  # the stream itself starts where a resumed run goes on
     )
-    steps = Path(str(arguments.output_dir))
-    last = get_last_checkpoint(str(steps)) if resume and steps.is_dir() else None  # type: ignore[no-untyped-call]
-    if resume and last is None:
-        raise ConfigError(f"--resume: no checkpoint below {steps}")
-    state = TrainerState() if last is None else TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
-    watch = _StopOnNaN()
+    parts = arguments.world_size * optimizer.accumulate
+    if optimizer.batch_size % parts:
+        raise ConfigError(f"optimizer.batch_size must be a multiple of {parts}, processes times optimizer.accumulate")
+    last = _last_complete(steps)
+    if last is not None and not resume:
+        raise ConfigError(f"{output} holds a run already: --resume goes on with it, or choose another output_dir")
+    first_step = 0 if last is None else TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).global_step
+    reasoner = build(config)
     trainer = LoopTrainer(
         config,
-        model=Objective(reasoner, config.objectives),
+        first_step,
+        model=Objective(reasoner, config, teacher_of(config, reasoner)),
         args=arguments,
-        train_dataset=StageStream(config, state.global_step),
-        data_collator=Collator(
-            reasoner.tokenizer,
-            config.text.prompt_prefix,
-            config.text.prompt_suffix,
-            chain_of_thought=config.chain_of_thought,
-        ),
-        callbacks=[watch],
+        train_dataset=StageStream(config, first_step),
+        data_collator=Collator(reasoner.tokenizer, config, reasoner.config.text),
+        callbacks=[_ResetOptimizer(config)],
     )
-    if last is not None and state.global_step >= config.total_steps:
-        load_weights(reasoner, last)  # interrupted between its last step and the end
-        trainer.state = state
-    else:
-        trainer.train(resume_from_checkpoint=last)
-    if watch.failed_at is not None:
-        raise TrainingError(
-            f"the loss was not finite at step {watch.failed_at}; the last checkpoint in {steps} is kept"
-        )
-    reasoner.eval().save_pretrained(str(output))
-    (output / MANIFEST).write_text(json.dumps(_manifest(config, trainer), indent=2) + "\n", encoding="utf-8")
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except TrainingError as error:
+        raise TrainingError(f"{error}; the last checkpoint in {steps} is kept") from error
+    if arguments.should_save:
+        reasoner.eval().save_pretrained(str(output))
+        manifest = json.dumps(_manifest(config, trainer), indent=2) + "\n"
+        partial = output / f"{MANIFEST}.partial"
+        partial.write_text(manifest, encoding="utf-8")
+        os.replace(partial, output / MANIFEST)  # whoever finds it finds a whole one, and whole weights beside it
     return output
 
 
+def _last_complete(steps: Path) -> Path | None:
+    """The newest checkpoint that was saved to the end: the Trainer writes its state last."""
+    found = sorted(steps.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
+    for folder in found:
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return folder
+    return None
+
+
 def _manifest(config: TrainConfig, trainer: LoopTrainer) -> dict[str, Any]:
+    history = trainer.state.log_history
+    logged = [entry for entry in history if "loss" in entry]
+    stream = trainer.train_dataset
+    assert isinstance(stream, StageStream)
+    sources = {source.about: source.sha256 for stage in stream.sources for source in stage}
     return {
-        "recipe": config.model_dump(mode="json", exclude={"output_dir"}),
-        "graphs": config.total_steps * config.optimizer.batch_size,
+        "recipe": config.model_dump(mode="json", by_alias=True, exclude={"output_dir"}),
+        "questions": config.total_steps * config.optimizer.batch_size,
         "steps": trainer.state.global_step,
-        "last_log": trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {},
-        "seconds_since_start_or_resume": round(trainer.state.log_history[-1].get("train_runtime", 0.0))
-        if trainer.state.log_history
-        else 0,
+        "data": [{"source": about, "sha256": digest} for about, digest in sources.items()],
+        "last_log": logged[-1] if logged else {},
+        "seconds_since_start_or_resume": round(history[-1].get("train_runtime", 0.0)) if history else 0,
         "versions": {
             "slr": __version__,
             "torch": torch.__version__,

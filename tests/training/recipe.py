@@ -5,7 +5,10 @@ from typing import Any
 from slr_core.config import validated
 from slr_core.training.config import TrainConfig
 
-GRAPHS = [{"nodes": 6, "min_hops": 1, "max_hops": 2}, {"nodes": 8, "min_hops": 2, "max_hops": 3, "balanced": False}]
+GRAPHS = [
+    {"dials": {"nodes": 6, "min_hops": 1, "max_hops": 2, "balanced": True}},
+    {"dials": {"nodes": 8, "min_hops": 2, "max_hops": 3, "balanced": False}},
+]
 
 DATA: dict[str, Any] = {
     "output_dir": "unused",
@@ -20,11 +23,13 @@ DATA: dict[str, Any] = {
     "loop": {"trained_iterations": 4, "max_iterations": 4, "lora": {"rank": 2}, "timestep": {"kind": "learned"}},
     "text": {"max_new_tokens": 6},
     "optimizer": {"batch_size": 4, "warmup_steps": 2, "learning_rate": 0.01},
+    "objectives": {"answer": 1.0, "frontier": 1.0, "start": 0.1, "chains": 1.0, "fixed_point": 1.0},
     "chains": 2,
     "save_steps": 100,
+    "log_steps": 2,
     "stages": [
-        {"steps": 2, "iterations": 2, "graphs": GRAPHS[:1]},
-        {"steps": 4, "iterations": 4, "graphs": GRAPHS},
+        {"steps": 2, "iterations": 2, "data": GRAPHS[:1]},
+        {"steps": 4, "iterations": 4, "data": GRAPHS},
     ],
 }
 

@@ -2,14 +2,18 @@ import math
 import random
 import statistics
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
 
 from slr_core.config import LoopConfig, validated
 from slr_core.errors import ConfigError
-from slr_core.training.config import SampledIterations, TrainConfig
+from slr_core.training.config import TrainConfig
+from slr_core.training.stages import SampledIterations
 from tests.training.recipe import DATA, GRAPHS, recipe
+
+RECIPES = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
@@ -23,14 +27,18 @@ def test_a_recipe_is_read(path):
     config = TrainConfig.from_yaml(path)
     assert config == recipe() == TrainConfig.from_yaml(str(path))
     assert config.total_steps == 6
-    assert config.stages[1].graphs[1].spec().max_hops == 3
-    assert config.stages[0].graphs[0].spec().balanced is True
+    assert config.stages[1].data[1].dials["max_hops"] == 3
+    assert config.schedule == config.stages
 
 
-def test_the_recipe_that_ships_is_valid(request):
-    path = request.config.rootpath / "configs" / "prosqa.yaml"
-    config = TrainConfig.from_yaml(path)
-    assert config.total_steps == sum(stage.steps for stage in config.stages)
+@pytest.mark.parametrize("name", [path.name for path in sorted(RECIPES.glob("*.yaml"))])
+def test_the_recipes_that_ship_are_valid(name):
+    config = TrainConfig.from_yaml(RECIPES / name)
+    assert config.total_steps == sum(stage.steps for stage in config.schedule)
+
+
+def test_the_loop_of_a_stage_is_as_long_as_it_says():
+    config = TrainConfig.from_yaml(RECIPES / "prosqa.yaml")
     assert all(config.iterations(stage, random.Random(0)) == stage.iterations for stage in config.stages)
 
 
@@ -68,15 +76,34 @@ def test_a_drawn_loop_length_is_checked():
         validated(SampledIterations, {"mean": 1})
 
 
+CURRICULUM = {"data": GRAPHS, "stages": 2, "first_steps": 5, "stage_steps": 7, "last_steps": 9}
+
+
+def data(**source):
+    return {"steps": 1, "iterations": 1, "data": [source]}
+
+
 WRONG = {
     "unknown": ({"epochs": 3}, "epochs"),
     "nested-unknown": ({"optimizer": {"momentum": 1}}, "optimizer.momentum"),
-    "no-stages": ({"stages": []}, "stages"),
-    "no-graphs": ({"stages": [{"steps": 1, "iterations": 1, "graphs": []}]}, "stages.0.graphs"),
-    "steps": ({"stages": [{"steps": 0, "iterations": 1, "graphs": GRAPHS}]}, "stages.0.steps"),
-    "iterations": ({"stages": [{"steps": 1, "iterations": 65, "graphs": GRAPHS}]}, "stages.0.iterations"),
-    "graph": ({"stages": [{"steps": 1, "iterations": 1, "graphs": [{**GRAPHS[0], "max_hops": 9}]}]}, "graphs.0"),
-    "graph-field": ({"stages": [{"steps": 1, "iterations": 1, "graphs": [{"nodes": 8}]}]}, "graphs.0.min_hops"),
+    "no-stages": ({"stages": []}, "either stages or a curriculum"),
+    "both": ({"curriculum": CURRICULUM}, "either stages or a curriculum"),
+    "no-data": ({"stages": [{"steps": 1, "iterations": 1, "data": []}]}, "stages.0.data"),
+    "steps": ({"stages": [{"steps": 0, "iterations": 1, "data": GRAPHS}]}, "stages.0.steps"),
+    "iterations": ({"stages": [{"steps": 1, "iterations": 65, "data": GRAPHS}]}, "stages.0.iterations"),
+    "dials": (
+        {"stages": [data(dials={"nodes": 8, "min_hops": 2, "max_hops": 9})]},
+        "data.0: Value error, hops must satisfy",
+    ),
+    "no-dial": ({"stages": [data(dials={"sides": 8})]}, "has no dial sides"),
+    "no-task": ({"stages": [data(task="chess")]}, "there is no task chess"),
+    "two-sources": ({"stages": [data(file="a.jsonl", split="test")]}, "give one of file, split and text"),
+    "dials-of-a-file": ({"stages": [data(file="a.jsonl", dials={"nodes": 8})]}, "dials are for generated questions"),
+    "not-generated": ({"stages": [data(task="gsm8k")]}, "cannot generate"),
+    "base-and-sizes": ({"base": {"from": "x", "hidden_size": 64}}, "leave out hidden_size"),
+    "no-teacher": ({"objectives": {"teacher_states": 1}}, "need a teacher"),
+    "no-graphs": ({"stages": [data(task="prontoqa")]}, "objectives.frontier and chains need graphs"),
+    "nothing": ({"objectives": {"answer": 0}}, "at least one weight"),
     "heads": ({"base": {"hidden_size": 20, "num_attention_heads": 3}}, "hidden_size must be a multiple"),
     "rate": ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate"),
     "rate-nan": ({"optimizer": {"learning_rate": float("nan")}}, ""),
@@ -118,12 +145,18 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 NO_CHAINS = "objectives.chains must be 0 unless loop.workspace is `append`"
+NO_STEPS = "objectives.steps must be 0 in the workspace `prompt`"
 NO_START = "objectives.start must be 0 in the workspace `prompt`"
 MISFITS = {
     "chains-block": ({"loop": {"workspace": "block"}}, NO_CHAINS),
-    "chains-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"start": 0}}, NO_CHAINS),
+    "chains-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"chains": 1}}, NO_CHAINS),
     "chains-noise": ({"loop": {"timestep": {"noise_level": True}}}, NO_CHAINS),
     "chains-pause": ({"loop": {"projection": {"kind": "pause"}}}, NO_CHAINS),
+    "steps-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"steps": 1}}, NO_STEPS),
+    "cot-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"codi": 1}}, "objectives.cot and codi must be 0"),
+    "no-head": ({"objectives": {"halting": 1}}, "objectives.halting needs loop.halting_head"),
+    "no-decoder": ({"objectives": {"thoughts": 1}}, "objectives.thoughts needs loop.decoder.latent_decoder"),
+    "text-append": ({"objectives": {"text": 1}}, "objectives.text needs the workspace `prompt`"),
     "words-and-loop": ({"chain_of_thought": True}, "max_iterations must be 0 with chain_of_thought"),
     "start-prompt": ({"loop": {"workspace": "prompt"}, "chains": 0}, NO_START),
 }
@@ -141,7 +174,7 @@ def test_objectives_that_do_not_suit_the_loop_are_refused(case):
     "changes",
     [
         {"loop": {"workspace": "block"}, "chains": 0},
-        {"loop": {"workspace": "block"}, "objectives": {"chains": 0}},
+        {"loop": {"workspace": "block"}, "objectives": {"steps": 1, "cot": 1, "codi": 1}},
         {"loop": {"workspace": "prompt"}, "objectives": {"chains": 0, "start": 0}},
         {"loop": {"timestep": {"noise_level": True}}, "objectives": {"chains": 0}},
         {"loop": {"workspace": "prompt"}, "max_iterations": 0},
@@ -152,6 +185,39 @@ def test_objectives_that_do_not_suit_the_loop_are_refused(case):
 def test_objectives_that_suit_the_loop_are_taken(changes):
     config = recipe(**changes)
     assert config.loop == validated(LoopConfig, changes["loop"])
+
+
+# -- the curriculum ----------------------------------------------------------------------------------------
+
+
+def curriculum(thoughts_per_step=1, **changes):
+    config = recipe(curriculum={**CURRICULUM, **changes}, stages=[], thoughts_per_step=thoughts_per_step)
+    return config, [(stage.replaced, stage.iterations, stage.steps) for stage in config.schedule]
+
+
+def test_a_curriculum_is_written_out_as_stages():
+    config, stages = curriculum()
+    assert stages == [(0, 0, 5), (1, 1, 7), (2, 2, 7), ("all", 2, 9)]
+    assert config.total_steps == 28
+    assert {stage.exit for stage in config.schedule} == {"last"}
+    assert config.writes_steps
+    assert {stage.exit for stage in curriculum(pad=False)[0].schedule} == {"own"}
+
+
+def test_thoughts_are_added_one_at_a_time():
+    assert curriculum(2)[1] == [(0, 0, 5), (1, 1, 3), (1, 2, 4), (2, 3, 3), (2, 4, 4), ("all", 4, 9)]
+    assert curriculum(2, gradual=False)[1] == [(0, 0, 5), (1, 2, 7), (2, 4, 7), ("all", 4, 9)]
+
+
+def test_tokens_leave_in_place_of_steps():
+    config, _ = curriculum(tokens_per_stage=3)
+    assert [stage.removed_tokens for stage in config.schedule] == [0, 3, 6, None]
+
+
+def test_stages_are_mixed_and_the_optimizer_reset_where_asked_for():
+    config, _ = curriculum(2, mix=0.3, reset_optimizer=True)
+    assert [stage.mix for stage in config.schedule] == [0.0] + [0.3] * 5
+    assert [stage.reset_optimizer for stage in config.schedule] == [False, True, False, True, False, True]
 
 
 # -- overrides -------------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
 import itertools
 import random
 import signal
+from collections import Counter
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from slr_core.config import TextConfig, validated
 from slr_core.errors import DataError
 from slr_core.tasks.base import Example
 from slr_core.tasks.prosqa import GraphSpec, frontiers, generate
-from slr_core.training.data import IGNORE, Collator, Item, LoopPlan, StageStream, draw_chains
+from slr_core.training.data import IGNORE, Collator, Item, LoopPlan, Share, StageStream, pad
+from slr_core.training.graphs import draw_chains
 from slr_core.training.tokenizer import prosqa_tokenizer
 from tests import tiny
 from tests.training.recipe import GRAPHS, recipe
@@ -59,10 +62,18 @@ def node(word):
     return token(word) if word[0].isupper() else token(f" is a {word}.")
 
 
-def collate(iterations=4, chains=CHAINS, prefix="", suffix=""):
-    collator = Collator(TOKENIZER, prefix, suffix)
+def items(*examples, iterations=4, **fields):
+    return [Item(example, LoopPlan(iterations), **fields) for example in examples or (HAND, SHORT)]
+
+
+def collate(made=None, iterations=4, chains=CHAINS, tokenizer=TOKENIZER, text=None, **changes):
+    collator = Collator(tokenizer, recipe(**changes), validated(TextConfig, text or {}))
     plan = LoopPlan(iterations)
-    return collator([Item(HAND, plan, chains[0]), Item(SHORT, plan, chains[1])])
+    return collator(made or [Item(e, plan, own, exit=3) for e, own in zip((HAND, SHORT), chains, strict=True)])
+
+
+def terms(**weights):
+    return {"objectives": {"answer": 1.0, **{name: 1.0 for name in weights if weights[name]}}}
 
 
 @contextmanager
@@ -96,7 +107,10 @@ def test_prompts_and_answers():
         [token("Tom"), node("numpus"), eos],
         [token("Sam"), node("impus"), eos],
     ]
-    assert batch["hops"].tolist() == [3, 1]
+    assert batch["labels"].tolist() == batch["answer_ids"].tolist()
+    assert batch["first"].tolist() == [token("Tom"), token("Sam")]
+    assert batch["work"].tolist() == [3, 1]
+    assert batch["exits"].tolist() == [3, 3]
     assert batch["plan"] == LoopPlan(4)
 
 
@@ -109,19 +123,11 @@ def test_targets_are_the_frontiers_and_then_the_answer():
     assert (targets[0, 1] == IGNORE).sum() == 1
 
 
-@pytest.mark.parametrize(("late", "after"), [(0.0, 4), (0.49, 5), (0.5, 6), (0.999, 7)])
-def test_an_answer_is_written_between_the_end_of_the_work_and_the_last_iteration(late, after):
-    items = [Item(example, LoopPlan(t), (), late) for example, t in ((HAND, 7), (SHORT, 7))]
-    assert Collator(TOKENIZER, "", "")(items)["exits"].tolist() == [after, 2 + int(late * 6)]
-    short = Collator(TOKENIZER, "", "")([Item(HAND, LoopPlan(2), (), late)])
-    assert short["exits"].tolist() == [2]
-
-
 def test_fewer_iterations_than_hops_cut_the_targets():
     batch = collate(iterations=2)
     assert batch["targets"].shape == (2, 2, 2)
     assert set(batch["targets"][0, 1].tolist()) == {node("lempus"), IGNORE}
-    assert batch["hops"].tolist() == [3, 1]
+    assert batch["work"].tolist() == [3, 1]
 
 
 def test_chains():
@@ -140,16 +146,19 @@ def test_chains():
     assert targets[1, 0].tolist() == [[node("rompus"), IGNORE, IGNORE], [IGNORE] * 3]
 
 
-def test_no_chains():
-    batch = collate(chains=((), ()))
-    assert batch["chain_starts"] is batch["chain_targets"] is None
+def test_nothing_is_made_that_no_objective_asks_for():
+    batch = collate(**terms())
+    assert batch.keys() == {
+        *("input_ids", "attention_mask", "answer_ids", "labels", "first", "work", "exits", "short", "plan")
+    }
+    assert "chain_starts" not in collate(chains=((), ()))
 
 
 def test_no_iterations():
     with deadline():
         batch = collate(iterations=0)
-    assert batch["targets"] is None
-    assert batch["hops"].tolist() == [3, 1]
+    assert "targets" not in batch
+    assert batch["work"].tolist() == [3, 1]
 
 
 def test_chains_of_length_zero_end():
@@ -161,7 +170,8 @@ def test_chains_of_length_zero_end():
 
 
 def test_prefix_and_suffix_surround_the_question():
-    plain, around = collate(), collate(prefix="Every impus is a numpus. ", suffix="Tom is a impus.")
+    text = {"prompt_prefix": "Every impus is a numpus. ", "prompt_suffix": "Tom is a impus."}
+    plain, around = collate(), collate(text=text)
     assert around["attention_mask"].sum(-1).tolist() == [19, 11]
     first = around["input_ids"][1, :11].tolist()
     assert first[:2] == [token("Every impus"), node("numpus")]
@@ -169,9 +179,78 @@ def test_prefix_and_suffix_surround_the_question():
     assert first[9:] == [token("Tom"), node("impus")]
 
 
+def test_an_answer_prefix_is_fed_and_not_asked_for():
+    batch = collate(text={"answer_prefix": "Every impus"})
+    plain = collate()
+    assert batch["answer_ids"][:, 0].tolist() == [token("Every impus")] * 2
+    assert batch["labels"][:, 0].tolist() == [IGNORE] * 2
+    for name in ("answer_ids", "labels"):
+        assert torch.equal(batch[name][:, 1:], plain[name])
+
+
 def test_a_tokenizer_that_splits_nodes_is_refused():
     with pytest.raises(DataError, match="one token per mention"):
-        Collator(tiny.tokenizer(), "", "")([Item(HAND, LoopPlan(2), ())])
+        collate(items(HAND), tokenizer=tiny.tokenizer())
+
+
+def test_a_nested_list_is_padded_whatever_is_empty():
+    assert pad([[], [[1, 2], [3]]]).tolist() == [[[IGNORE] * 2] * 2, [[1, 2], [3, IGNORE]]]
+    assert pad([[], []]).shape == (2, 0)
+    assert pad([[1], [2, 3]]).tolist() == [[1, IGNORE], [2, 3]]
+
+
+# -- the chain in words ----------------------------------------------------------------------------------
+
+WORDED = prosqa_tokenizer(chain_of_thought=True)
+STEPS = ["Tom is a rompus.", "Every rompus is a lempus.", "Every lempus is a numpus."]
+
+
+def written(batch, name="answer_ids", row=0):
+    ids = [i for i in batch[name][row].tolist() if i != IGNORE]
+    assert ids[-1] == WORDED.eos_token_id
+    return WORDED.decode(ids[:-1])
+
+
+@pytest.mark.parametrize("replaced", [0, 1, 2])
+def test_steps_that_the_loop_does_not_stand_for_are_written(replaced):
+    batch = collate(items(HAND, SHORT, replaced=replaced), tokenizer=WORDED)
+    assert written(batch) == " ".join([*STEPS[replaced:], "#", HAND.answer])
+    assert written(batch, row=1) == ("Sam is a impus. # Sam is a impus." if replaced == 0 else "Sam is a impus.")
+
+
+@pytest.mark.parametrize("replaced", [3, 10**6])
+def test_with_no_step_left_the_answer_stands_alone(replaced):
+    assert written(collate(items(HAND, replaced=replaced), tokenizer=WORDED)) == HAND.answer
+
+
+@pytest.mark.parametrize(("removed", "left"), [(0, 6), (1, 5), (4, 2), (6, 0), (99, 0)])
+def test_tokens_can_leave_one_by_one(removed, left):
+    batch = collate(items(HAND, removed=removed), tokenizer=WORDED)
+    whole = WORDED(" ".join(STEPS)).input_ids
+    after = [*WORDED("#").input_ids] if left else []
+    expected = [*whole[6 - left :], *after, *WORDED(HAND.answer).input_ids, WORDED.eos_token_id]
+    assert batch["answer_ids"][0].tolist() == expected
+
+
+def test_steps_have_tokens_of_their_own():
+    batch = collate(items(HAND, SHORT, replaced=2), tokenizer=WORDED, **terms(steps=True))
+    assert batch["step_ids"].shape == (2, 3, 2)
+    assert [WORDED.decode(step) for step in batch["step_ids"][0].tolist()] == STEPS
+    assert batch["step_ids"][1, 1:].unique().tolist() == [IGNORE]
+    assert batch["in_loop"].tolist() == [[True, True, False], [True, False, False]]
+
+
+@pytest.mark.parametrize("term", ["cot", "cot_states", "codi"])
+def test_a_chain_in_words_knows_where_its_steps_end(term):
+    batch = collate(items(HAND, SHORT), tokenizer=WORDED, **terms(**{term: True}))
+    assert written(batch, "cot_ids") == " ".join([*STEPS, "#", HAND.answer])
+    assert batch["step_ends"].tolist() == [[1, 3, 5], [1, IGNORE, IGNORE]]
+    assert batch["mark_at"].tolist() == [6, 2]
+    assert WORDED.decode(batch["cot_ids"][1, 2]).strip() == "#"
+
+
+def test_thoughts_per_step_count_as_work():
+    assert collate(thoughts_per_step=2)["work"].tolist() == [6, 2]
 
 
 # -- chains ----------------------------------------------------------------------------------------------
@@ -200,19 +279,17 @@ def test_chains_start_at_parents_and_follow_the_edges(seed):
 
 # -- the stream ------------------------------------------------------------------------------------------
 
-
 # On one core torch warns of a second loader process.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
-def batches(config, workers=0, first_step=0):
-    loader = DataLoader(
-        StageStream(config, first_step),
-        batch_size=config.optimizer.batch_size,
-        num_workers=workers,
-        collate_fn=list,
-    )
+def batches(config, workers=0, first_step=0, share=None):
+    loader = DataLoader(StageStream(config, first_step, share), batch_size=None, num_workers=workers, collate_fn=list)
     return list(loader)
+
+
+def stage(**changes):
+    return {"steps": 6, "data": GRAPHS, "iterations": 4, **changes}
 
 
 def test_the_stages_come_in_order():
@@ -240,53 +317,84 @@ def test_a_stream_that_starts_late_is_the_tail_of_the_whole(first_step, workers)
     assert batches(config, workers, first_step) == batches(config)[first_step:]
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_processes_share_a_batch_among_them(passes):
+    config = recipe()
+    parts = [batches(config, share=Share(process, 2, passes)) for process in (0, 1)]
+    for step, whole in enumerate(batches(config)):
+        dealt = [part[step * passes + i] for part in parts for i in range(passes)]
+        assert [len(part) for part in dealt] == [4 // (2 * passes)] * (2 * passes)
+        together = [item.example.question for part in dealt for item in part]
+        assert sorted(together) == sorted(item.example.question for item in whole)
+
+
 def test_loop_lengths_and_first_iterations_of_chains_are_drawn_per_batch():
-    stage = {"steps": 40, "iterations": {"mean": 4, "least": 2, "most": 6}, "backprop": 3, "graphs": GRAPHS}
-    steps = batches(recipe(stages=[stage], chain_spread=2, chain_length=9))
+    drawn = stage(steps=40, iterations={"mean": 4, "least": 2, "most": 6}, backprop=3)
+    steps = batches(recipe(stages=[drawn], chain_spread=2, chain_length=9))
     assert all(len({item.plan for item in step}) == 1 for step in steps)
     plans = [step[0].plan for step in steps]
     assert {plan.iterations for plan in plans} == {2, 3, 4, 5, 6}
     assert {plan.chains_after for plan in plans} == {0, 1, 2}
     assert {plan.backprop for plan in plans} == {3}
+    for step, plan in zip(steps, plans, strict=True):
+        assert all(1 <= item.short < plan.iterations for item in step)
+
+
+def test_a_late_exit_lies_between_the_end_of_the_work_and_the_last_iteration():
+    drawn = [item for step in batches(recipe(stages=[stage(steps=150, iterations=6)])) for item in step]
+    after = {work: Counter(i.exit for i in drawn if len(i.example.steps) == work) for work in (1, 2, 3)}
+    for work, exits in after.items():
+        assert set(exits) == set(range(work + 1, 7))
+        assert max(exits.values()) < 3 * min(exits.values())
+    short = [item for step in batches(recipe(stages=[stage(iterations=2)])) for item in step]
+    assert {item.exit for item in short} == {2}
+
+
+def test_other_exits_are_the_questions_own_or_the_last():
+    own = [
+        item for step in batches(recipe(stages=[stage(exit="own", replaced=2)], thoughts_per_step=2)) for item in step
+    ]
+    assert {(len(i.example.steps), i.exit) for i in own} == {(1, 2), (2, 4), (3, 4)}
+    last = [item for step in batches(recipe(stages=[stage(exit="last")])) for item in step]
+    assert {item.exit for item in last} == {4}
+
+
+def test_a_share_of_questions_is_put_as_in_an_earlier_stage():
+    stages = [stage(steps=1, replaced=0), stage(steps=1, replaced=1), stage(steps=50, replaced=2, mix=0.6)]
+    drawn = [item.replaced for step in batches(recipe(stages=stages), first_step=2) for item in step]
+    # A mixed one comes from any of the three: 0.2 of all from each.
+    for replaced, share in ((0, 0.2), (1, 0.2), (2, 0.6)):
+        assert drawn.count(replaced) / len(drawn) == pytest.approx(share, abs=0.1)
+    assert {item.replaced for step in batches(recipe(stages=stages))[:2] for item in step} == {0, 1}
+
+
+def test_a_chain_of_thought_in_words_replaces_nothing():
+    config = recipe(max_iterations=0, chain_of_thought=True)
+    assert {item.replaced for step in batches(config) for item in step} == {0}
 
 
 def test_the_seed_makes_the_data_and_every_step_is_new():
-    assert list(StageStream(recipe())) == list(StageStream(recipe()))
-    assert list(StageStream(recipe())) != list(StageStream(recipe(seed=4)))
-    questions = [item.example.question for item in StageStream(recipe())]
+    assert batches(recipe()) == batches(recipe())
+    assert batches(recipe()) != batches(recipe(seed=4))
+    questions = [item.example.question for step in batches(recipe()) for item in step]
     assert len(set(questions)) > 0.9 * len(questions)
 
 
 def test_the_cap_on_iterations_changes_no_example():
     def examples(config):
-        return [item.example for item in StageStream(config)]
+        return [item.example for step in batches(config) for item in step]
 
-    assert examples(recipe(max_iterations=0)) == examples(recipe())
-    assert {item.plan.iterations for item in StageStream(recipe(max_iterations=0))} == {0}
-
-
-def test_a_stage_without_iterations_can_be_collated():
-    config = recipe(stages=[{"steps": 1, "iterations": 0, "graphs": [{"nodes": 8, "min_hops": 1, "max_hops": 2}]}])
-    items = list(StageStream(config))
-    with deadline():
-        batch = Collator(TOKENIZER, "", "")(items)
-    assert batch["plan"].iterations == 0
+    control = recipe(max_iterations=0)
+    assert examples(control) == examples(recipe())
+    assert {item.plan.iterations for step in batches(control) for item in step} == {0}
 
 
 def test_a_generated_batch_holds_its_frontiers():
-    items = list(itertools.islice(StageStream(recipe()), 8, 12))
-    batch = Collator(TOKENIZER, "", "")(items)
-    for row, item in enumerate(items):
+    made = next(itertools.islice(StageStream(recipe()), 2, None))
+    batch = collate(made)
+    for row, item in enumerate(made):
         levels = frontiers(item.example)[1:]
         for t, level in enumerate(levels[:4]):
             found = batch["targets"][row, t]
             assert set(found[found != IGNORE].tolist()) == {node(word) for word in level}
     assert batch["input_ids"].dtype == batch["targets"].dtype == torch.long
-
-
-def test_a_chain_of_thought_is_written_before_the_answer():
-    tokenizer = prosqa_tokenizer(chain_of_thought=True)
-    batch = Collator(tokenizer, "", "", chain_of_thought=True)([Item(HAND, LoopPlan(0), ())])
-    (written,) = batch["answer_ids"].tolist()
-    assert written[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(written[:-1]) == " ".join([*HAND.steps, "#", HAND.answer])

@@ -2,9 +2,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slr_core import tasks
 from slr_core.tasks.base import read_jsonl
 from slr_core.tasks.prosqa import CONCEPTS, NAMES, GraphSpec, generate
-from slr_core.training.tokenizer import prosqa_tokenizer, start_embeddings
+from slr_core.training.tokenizer import prontoqa_tokenizer, prosqa_tokenizer, start_embeddings, word_tokenizer
 
 TOKENIZER = prosqa_tokenizer()
 
@@ -75,3 +76,43 @@ def test_a_chain_of_thought_survives_with_its_mark(seed):
     assert tokenizer.decode(ids) == text
     # Every other token is the same: only the mark is new.
     assert tokenizer.get_vocab() == {**TOKENIZER.get_vocab(), "#": len(TOKENIZER)}
+
+
+# -- the others ------------------------------------------------------------------------------------------
+
+PRONTO = prontoqa_tokenizer()
+
+
+@given(st.integers(0, 10**6), st.booleans())
+def test_prontoqa_survives_with_two_tokens_a_sentence(seed, balanced):
+    example = next(tasks.get("prontoqa").generate(seed, hops=5, balanced=balanced))
+    for text in (example.question, example.answer, *example.steps, " ".join([*example.steps, "#", example.answer])):
+        ids = PRONTO(text).input_ids
+        assert PRONTO.unk_token_id not in ids
+        assert PRONTO.decode(ids) == text
+    assert len(PRONTO(example.question).input_ids) == 2 * example.question.count(".")
+
+
+def test_the_official_prontoqa_file_survives(shared_data):
+    for example in read_jsonl(shared_data / "prontoqa" / "valid.jsonl.gz"):
+        for text in (example.question, example.answer, *example.steps):
+            assert PRONTO.decode(PRONTO(text).input_ids) == text
+
+
+def test_plural_and_capitals_start_alike():
+    table = start_embeddings(PRONTO, 256, torch.Generator().manual_seed(0))
+    said = ("Each wumpus", "Wumpuses", " is a wumpus.", " are wumpuses.")
+    vectors = [table[PRONTO.convert_tokens_to_ids(token)] for token in said]
+    other = table[PRONTO.convert_tokens_to_ids(" are rompuses.")]
+    assert min(float(torch.cosine_similarity(vectors[0], v, dim=0)) for v in vectors[1:]) > 0.4
+    assert torch.cosine_similarity(vectors[0], other, dim=0).abs() < 0.25
+
+
+@given(st.lists(st.sampled_from(["What is 3 + 4?", "a b,  c.", "Take 3 1 2. So!", "\n- x_y"]), min_size=1))
+def test_known_words_survive(texts):
+    tokenizer = word_tokenizer(texts)
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.unk_token_id not in ids
+    assert tokenizer.unk_token_id in tokenizer("unheard").input_ids

@@ -1,14 +1,24 @@
 import json
+import random
 import shutil
+from itertools import islice
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from slr_core.errors import ConfigError
+from slr_core import tasks
+from slr_core.checkpoint import base_state
+from slr_core.errors import CheckpointError, ConfigError, TrainingError
 from slr_core.generation import generate
 from slr_core.model import LatentReasoner
-from slr_core.training.trainer import MANIFEST, build, train
+from slr_core.tasks.base import Example
+from slr_core.tasks.sources import fingerprint
+from slr_core.training.build import build
+from slr_core.training.config import GuardConfig
+from slr_core.training.sources import Listed
+from slr_core.training.trainer import MANIFEST, LoopTrainer, _ResetOptimizer, train
+from slr_core.training.watch import Watch
 from tests import tiny
 from tests.training.recipe import DATA, recipe
 
@@ -48,7 +58,10 @@ def test_a_recipe_becomes_a_checkpoint(changes, tmp_path):
 
     manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["steps"] == 3
-    assert manifest["graphs"] == 12
+    assert manifest["questions"] == 12
+    assert [source["sha256"] for source in manifest["data"]] == [None, None]
+    assert {"loss", "grad_norm", "answer"} <= manifest["last_log"].keys()
+    assert ("state_norm" in manifest["last_log"]) == (changes != {"max_iterations": 0})
     assert manifest["recipe"]["seed"] == 3
     assert "output_dir" not in manifest["recipe"]
     assert set(manifest["versions"]) >= {"slr", "torch", "transformers", "python"}
@@ -83,8 +96,183 @@ def test_the_same_recipe_gives_the_same_weights(tmp_path):
     assert all(torch.equal(tensor, actual[key]) for key, tensor in expected.items())
 
 
-@pytest.mark.parametrize("prepare", [lambda folder: None, lambda folder: (folder / "steps").mkdir(parents=True)])
-def test_there_must_be_something_to_resume(prepare, tmp_path):
-    prepare(tmp_path / "out")
-    with pytest.raises(ConfigError, match="resume"):
+def test_there_must_be_something_to_resume(tmp_path):
+    with pytest.raises(ConfigError, match="no run was started"):
         train(recipe(output_dir=tmp_path / "out", stages=STAGES), resume=True)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path):
+    straight = train(recipe(output_dir=tmp_path / "straight", stages=STAGES))
+    partial = tmp_path / "resumed" / "steps" / "checkpoint-2"
+    partial.mkdir(parents=True)
+    (partial / "trainer_state.json").write_text('{"global_step": 2, "log_hist')
+    resumed = train(recipe(output_dir=tmp_path / "resumed", stages=STAGES), resume=True)
+    expected, actual = weights(straight), weights(resumed)
+    assert all(torch.equal(tensor, actual[key]) for key, tensor in expected.items())
+
+
+def test_a_finished_run_is_neither_overwritten_nor_trained_again(tmp_path):
+    done = train(recipe(output_dir=tmp_path / "out", stages=STAGES))
+    before = weights(done)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(recipe(output_dir=tmp_path / "out", stages=STAGES))
+    (done / MANIFEST).unlink()
+    again = weights(train(recipe(output_dir=tmp_path / "out", stages=STAGES), resume=True))
+    assert all(torch.equal(tensor, again[key]) for key, tensor in before.items())
+
+
+# -- where a run starts, and what it trains ----------------------------------------------------------------
+
+
+def own(reasoner):
+    """The base model's own weights, the embeddings apart."""
+    state = base_state(reasoner.base)
+    embeddings = {key for key in state if "embed_tokens" in key or "lm_head" in key}
+    return {key: value for key, value in state.items() if key not in embeddings}, {
+        key: state[key] for key in embeddings
+    }
+
+
+@pytest.mark.parametrize("kind", ["adapters", "adapters_and_embeddings"])
+def test_a_frozen_base_stays_as_it_is_to_the_last_bit(kind, tmp_path):
+    start = build(recipe())
+    trained = LatentReasoner.from_pretrained(str(train(recipe(output_dir=tmp_path / "out", stages=STAGES, train=kind))))
+    (base, embeddings), (base_after, embeddings_after) = own(start), own(trained)
+    assert base
+    assert all(torch.equal(value, base_after[key]) for key, value in base.items())
+    moved = any(not torch.equal(value, embeddings_after[key]) for key, value in embeddings.items())
+    assert moved == (kind == "adapters_and_embeddings")
+    loops = [key for key in start.state_dict() if "lora_B" in key or not key.startswith("base.")]
+    assert all(not torch.equal(start.state_dict()[key], trained.state_dict()[key]) for key in loops)
+
+
+def test_a_run_starts_from_a_base_model_or_from_a_latent_reasoner(tmp_path):
+    first = train(recipe(output_dir=tmp_path / "first", stages=STAGES))
+    made = LatentReasoner.from_pretrained(str(first))
+    on = {"objectives": {"answer": 1.0}, "stages": STAGES}
+    # Its loop goes on ...
+    follow = build(recipe(base={"from": str(first)}, loop=None, text=None, **on))
+    assert follow.config.loop == made.config.loop
+    assert all(torch.equal(value, made.state_dict()[key]) for key, value in follow.state_dict().items())
+    # ... or a new one is put around its base ...
+    block = {"workspace": "block", "block_size": 3, "lora": {"rank": 2}}
+    anew = build(recipe(base={"from": str(first)}, loop=block, **on))
+    assert anew.config.loop.workspace == "block"
+    assert all(
+        torch.equal(x, y) for x, y in zip(base_state(anew.base).values(), base_state(made.base).values(), strict=True)
+    )
+    # ... or around any causal language model.
+    tiny.base("gpt2").save_pretrained(tmp_path / "gpt2")
+    tiny.tokenizer().save_pretrained(tmp_path / "gpt2")
+    plain = build(recipe(base={"from": str(tmp_path / "gpt2")}, loop={"lora": {"rank": 2}}, **on))
+    assert plain.base.config.model_type == "gpt2"
+    trained = train(recipe(base={"from": str(first)}, loop=block, output_dir=tmp_path / "second", **on))
+    assert LatentReasoner.from_pretrained(str(trained)).config.loop.workspace == "block"
+
+
+def test_the_loop_of_a_checkpoint_must_suit_the_objectives(tmp_path):
+    tiny.reasoner(loop={"workspace": "block", "block_size": 3}).save_pretrained(str(tmp_path / "block"))
+    with pytest.raises(ConfigError, match=r"objectives\.chains must be 0"):
+        build(recipe(base={"from": str(tmp_path / "block")}, loop=None))
+
+
+def test_a_base_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        build(recipe(base={"from": str(tmp_path / "nowhere")}))
+    with pytest.raises(CheckpointError, match=r"base\.tokenizer"):
+        build(recipe(base={**DATA["base"], "tokenizer": str(tmp_path / "nowhere")}))
+
+
+def file_stage(path, **changes):
+    return {"steps": 3, "iterations": 2, "data": [{"task": "state_tracking", "file": str(path)}], **changes}
+
+
+def test_a_file_of_any_task_trains_a_model_with_words_of_its_own(tmp_path):
+    examples = list(islice(tasks.get("state_tracking").generate(0, elements=3, length=2), 10))
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(example.to_json()) + "\n" for example in examples))
+    base = {**DATA["base"], "tokenizer": "words"}
+    config = recipe(base=base, objectives={"answer": 1.0}, stages=[file_stage(path)], output_dir=tmp_path / "out")
+    folder = train(config)
+    reasoner = LatentReasoner.from_pretrained(str(folder))
+    for example in examples:
+        assert reasoner.tokenizer.decode(reasoner.tokenizer(example.question).input_ids) == example.question
+    (source,) = json.loads((folder / MANIFEST).read_text())["data"]
+    assert source["sha256"] == fingerprint(tuple(examples))
+    assert str(tmp_path) not in source["source"]
+
+
+def test_a_file_is_gone_through_again_and_again(tmp_path):
+    examples = [Example("x" * (i % 7 + 1) + f"{i}", (), "y") for i in range(20)]
+    source = Listed(examples, 0, "", "")
+    epochs = [[source.draw(step, 6, random.Random(0)) for step in range(3 * e, 3 * e + 3)] for e in range(4)]
+    orders = [[example.question for batch in epoch for example in batch] for epoch in epochs]
+    for order in orders:
+        assert len(order) == len(set(order)) == 18
+    assert len({tuple(order) for order in orders}) == 4
+    assert len({question for order in orders for question in order}) == 20
+    assert len(list(Listed(examples[:2], 0, "", "").draw(5, 6, random.Random(0)))) == 6
+
+
+# -- stages and divergence -----------------------------------------------------------------------------------
+
+
+def test_the_optimizer_forgets_where_a_stage_asks_for_it(tmp_path, monkeypatch):
+    cleared = []
+    real = _ResetOptimizer.on_step_begin
+
+    def spy(self, args, state, control, **about):
+        before = len(about["optimizer"].state)
+        real(self, args, state, control, **about)
+        if before and not about["optimizer"].state:
+            cleared.append(state.global_step)
+
+    monkeypatch.setattr(_ResetOptimizer, "on_step_begin", spy)
+    stages = [STAGES[0], {**STAGES[1], "reset_optimizer": True}, STAGES[1], {**STAGES[0], "reset_optimizer": True}]
+    train(recipe(output_dir=tmp_path / "out", stages=stages))
+    assert cleared == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [(float("nan"), "the loss was not finite at step 22"), (1e4, "the loss has exploded: .* at step 24")],
+)
+def test_a_run_that_blows_up_stops_and_keeps_its_last_good_checkpoint(factor, said, tmp_path, monkeypatch):
+    real = LoopTrainer.training_step
+
+    def poisoned(self, model, inputs, *others):
+        if self.state.global_step == 22:
+            with torch.no_grad():
+                self._reasoner().base.get_input_embeddings().weight.mul_(factor)
+        return real(self, model, inputs, *others)
+
+    monkeypatch.setattr(LoopTrainer, "training_step", poisoned)
+    stages = [{**STAGES[0], "steps": 30}]
+    with pytest.raises(TrainingError, match=rf"{said}.*; the last checkpoint in .* is kept"):
+        train(recipe(output_dir=tmp_path / "out", save_steps=1, stages=stages, guard={"patience": 3}))
+    # None while the loss was above its bound, although these weights were finite.
+    kept = sorted(path.name for path in (tmp_path / "out" / "steps").glob("checkpoint-*"))
+    assert kept == ["checkpoint-21", "checkpoint-22"]
+    LatentReasoner.from_pretrained(str(tmp_path / "out" / "steps" / "checkpoint-22"))
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_the_watch_wants_several_steps_in_a_row():
+    watch = Watch(GuardConfig(loss_factor=10.0, patience=3))
+    for step in range(20):
+        watch.loss(1.0 + step % 2, step)
+    for step, value in enumerate([21.0, 21.0, 19.0, 21.0, 21.0]):
+        watch.loss(value, 20 + step)
+        assert watch.calm == (value < 20)
+    with pytest.raises(TrainingError, match="the loss has exploded: 30 at step 25, and at most 2 in the first 20"):
+        watch.loss(30.0, 25)
+    with pytest.raises(TrainingError, match="the gradient was not finite at step 3"):
+        watch.gradient(float("inf"), 3)
+
+
+def test_a_batch_is_cut_into_equal_passes(tmp_path):
+    optimizer = {**DATA["optimizer"], "accumulate": 3}
+    with pytest.raises(ConfigError, match="batch_size must be a multiple of 3"):
+        train(recipe(output_dir=tmp_path / "out", optimizer=optimizer))
+    folder = train(recipe(output_dir=tmp_path / "two", stages=STAGES, optimizer={**optimizer, "accumulate": 2}))
+    assert json.loads((folder / MANIFEST).read_text())["steps"] == 3

@@ -5,12 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from slr_core.loop.projection import rms_normalize
-from slr_core.training.config import ObjectiveWeights
-from slr_core.training.data import IGNORE, Collator, LoopPlan, StageStream
-from slr_core.training.objectives import answer_loss, chains, fixed_point, losses, set_divergence
-from slr_core.training.trainer import build
+from slr_core.training.data import IGNORE, LoopPlan
+from slr_core.training.objectives.fixed_point import rest
+from slr_core.training.objectives.frontier import set_divergence as divergence_of
+from slr_core.training.objectives.frontier import side_by_side
 from tests import tiny
-from tests.training.recipe import DATA, recipe
+from tests.training.objectives.conftest import GRAPHS, Setup
+
+
+def set_divergence(logits, targets):
+    return divergence_of(logits, targets).value
 
 
 def spread(sets, size=6, inside=0.0, outside=-50.0):
@@ -60,104 +64,30 @@ def test_padding_gets_no_gradient():
     assert logits.grad[0, 1] < 0
 
 
-# -- fixed_point -----------------------------------------------------------------------------------------
-
-
-def test_only_steps_after_the_work_count():
-    # h_0 ... h_4; with 1 hop the work is done at t = 2, so that t = 3 and 4 count; with 2 hops t = 4.
-    states = torch.tensor([[9.0, 5.0, 1.0, 2.0, 2.0], [9.0, 7.0, 5.0, 4.0, 5.0]])[..., None]
-    expected = (1.0 + 0.0 + (1 / 4) ** 2) / 3
-    assert float(fixed_point(states, torch.tensor([1, 2]))) == pytest.approx(expected)
-
-
-def test_a_state_at_rest_and_a_loop_that_is_still_at_work_cost_nothing():
-    assert float(fixed_point(torch.ones(2, 5, 3), torch.tensor([1, 1]))) == 0
-    assert float(fixed_point(torch.randn(2, 5, 3), torch.tensor([4, 9]))) == 0
-
-
-def test_the_earlier_state_is_not_pulled_towards_the_later():
-    states = torch.randn(1, 4, 3, requires_grad=True)
-    fixed_point(states, torch.tensor([1])).backward()
-    assert states.grad[0, 3].abs().sum() > 0
-    assert states.grad[0, :3].abs().sum() == 0
-
-
 # -- on a model ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def setup():
-    config = recipe()
-    reasoner = build(config)
-    tiny.shake(reasoner)
-    items = list(StageStream(config))[8:12]  # a batch of the second stage: 4 iterations
-    return reasoner, Collator(reasoner.tokenizer, "", "")(items)
-
-
-def test_every_term_is_there_and_is_what_its_parts_say(setup):
-    reasoner, batch = setup
-    terms = losses(reasoner.train(), batch, ObjectiveWeights())
-    assert set(terms) == {"start", "frontier", "fixed_point", "chains", "answer"}
+def test_every_term_is_there_and_is_what_its_parts_say(graphs):
+    terms = graphs.terms()
+    assert set(terms) == set(GRAPHS)
     assert all(term.shape == () and term.isfinite() and term > 0 for term in terms.values())
+    reasoner, batch = graphs.reasoner, graphs.batch
     states = reasoner.unroll(reasoner.encode(batch["input_ids"], batch["attention_mask"]), 4)[:, :, 0]
     expected = {
         "start": F.cross_entropy(reasoner.head(states[:, 0]), batch["answer_ids"][:, 0]),
         "frontier": set_divergence(reasoner.head(states[:, 1:]), batch["targets"]),
-        "fixed_point": fixed_point(states, batch["hops"]),
+        "fixed_point": rest(states, batch["work"]).value,
     }
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("off", ["start", "frontier", "fixed_point", "chains", "answer"])
-def test_a_weight_of_zero_switches_a_term_off(setup, off):
-    reasoner, batch = setup
-    terms = losses(reasoner.train(), batch, ObjectiveWeights(**{off: 0.0}))
-    assert set(terms) == {"start", "frontier", "fixed_point", "chains", "answer"} - {off}
-
-
-def test_without_a_loop_the_state_of_the_prompt_is_trained(setup):
-    reasoner, batch = setup
-    terms = losses(reasoner.train(), {**batch, "plan": LoopPlan(0), "targets": None}, ObjectiveWeights(start=0.0))
-    assert {"start", "answer"} <= set(terms)
-    assert {"frontier", "fixed_point"}.isdisjoint(terms)
-    terms["answer"].backward()
-    touched = {name for name, p in reasoner.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    reasoner.zero_grad()
-    assert not any("lora" in name or not name.startswith("base.") for name in touched)
-    assert touched
-
-
-def test_the_answer_is_scored_token_by_token(setup):
-    reasoner, batch = setup
-    reasoner.eval()
-    answer = batch["answer_ids"].clone()
-    answer[0, -1] = IGNORE
-    looped = torch.ones(4, dtype=torch.bool)
-    with torch.no_grad():
-        context = reasoner.encode(batch["input_ids"], batch["attention_mask"])
-        reasoner.close(context, reasoner.unroll(context, 3), torch.full((4,), 3))
-        total = count = 0.0
-        for row in range(4):
-            alone = reasoner.encode(batch["input_ids"][[row]], batch["attention_mask"][[row]])
-            reasoner.close(alone, reasoner.unroll(alone, 3), torch.tensor([3]))
-            logits = reasoner.head(alone.state)
-            for target in answer[row]:
-                if target != IGNORE:
-                    total += float(-logits.log_softmax(-1)[0, target])
-                    count += 1
-                    logits = reasoner.answer(alone, target.view(1, 1), torch.tensor([[True]]), looped[:1])[:, 0]
-        assert float(answer_loss(reasoner, context, answer, looped)) == pytest.approx(total / count, rel=1e-4)
-    assert count == 11
-
-
-def test_chains_side_by_side_are_chains_one_by_one(setup):
-    reasoner, batch = setup
-    reasoner.eval()
+def test_chains_side_by_side_are_chains_one_by_one(graphs):
+    reasoner, batch = graphs.reasoner, graphs.batch
     starts, targets = batch["chain_starts"], batch["chain_targets"]
     with torch.no_grad():
         prompt = reasoner.encode(batch["input_ids"], batch["attention_mask"])
-        together = chains(reasoner, prompt.fork(), starts, targets)
+        together = side_by_side(reasoner, prompt.fork(), starts, targets).value
         states = []
         for q in range(starts.shape[1]):
             alone = prompt.fork()
@@ -169,108 +99,32 @@ def test_chains_side_by_side_are_chains_one_by_one(setup):
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_chains_can_begin_as_if_iterations_had_gone_before(setup):
-    reasoner, batch = setup
-    reasoner.eval()
+def test_chains_can_begin_as_if_iterations_had_gone_before(graphs):
+    reasoner, batch = graphs.reasoner, graphs.batch
     starts, targets = batch["chain_starts"], batch["chain_targets"]
     prompt = reasoner.encode(batch["input_ids"], batch["attention_mask"])
     with tiny.passes(reasoner) as seen:
-        later = chains(reasoner, prompt.fork(), starts, targets, after=2)
+        later = side_by_side(reasoner, prompt.fork(), starts, targets, after=2).value
     lengths = batch["attention_mask"].sum(-1)
     # Four iterations have adapters, and the last one's serves whatever comes after.
     assert [adapter for adapter, _ in seen] == ["loop_03", "loop_04", "loop_04", "loop_04"][: targets.shape[2]]
     for i, (_, positions) in enumerate(seen):
         assert positions == (lengths + 2 + i)[:, None].expand(-1, starts.shape[1]).tolist()
-    assert not torch.isclose(later, chains(reasoner, prompt.fork(), starts, targets), rtol=1e-3)
+    assert not torch.isclose(later, side_by_side(reasoner, prompt.fork(), starts, targets).value, rtol=1e-3)
 
 
-@pytest.mark.parametrize("workspace", ["append", "block", "prompt"])
-@pytest.mark.parametrize("backprop", [1, 2, 9])
-def test_truncated_backpropagation_computes_the_same(workspace, backprop, setup):
-    reasoner, batch = other(workspace, setup)
-    tiny.shake(reasoner)
-    weights = TERMS[workspace].model_copy(update={"frontier": 0.0, "fixed_point": 0.0})
-    whole, cut = ({**batch, "plan": LoopPlan(4, k)} for k in (None, backprop))
-    expected = losses(reasoner.eval(), whole, weights)
-    actual = losses(reasoner, cut, weights)
-    assert actual.keys() == expected.keys() == {"answer", "start"} - ({"start"} if workspace == "prompt" else set())
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("workspace", ["append", "block", "prompt"])
-def test_truncated_backpropagation_reaches_the_last_iterations_and_the_prompt(workspace, setup):
-    reasoner, batch = other(workspace, setup)
-    tiny.shake(reasoner)
-    context = reasoner.encode(batch["input_ids"], batch["attention_mask"])
-    prompt = None if workspace == "prompt" else next(context.layers())[1]
-    states = reasoner.unroll(context, 4, backprop=2)
-    if prompt is not None:
-        prompt.retain_grad()
-    reasoner.close(context, states, torch.full((4,), 4))
-    reasoner.head(context.state).logsumexp(-1).sum().backward()
-    touched = {name for name, p in reasoner.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    adapters = {name.rpartition("loop_")[2][:2] for name in touched if "loop_" in name}
-    assert adapters == {"03", "04"}
-    assert prompt is None or prompt.grad.abs().sum() > 0
-
-
-def test_states_without_a_gradient_do_not_thin_out_the_means(setup):
-    reasoner, batch = setup
-    cut = {**batch, "plan": LoopPlan(4, 2)}
-    terms = losses(reasoner.eval(), cut, ObjectiveWeights(chains=0.0))
+def test_states_without_a_gradient_do_not_thin_out_the_means(graphs):
+    reasoner, batch = graphs.reasoner, graphs.batch
+    terms = graphs.terms(plan=LoopPlan(4, 2))
     states = reasoner.unroll(reasoner.encode(batch["input_ids"], batch["attention_mask"]), 4)[:, :, 0]
     expected = set_divergence(reasoner.head(states[:, 3:]), batch["targets"][:, 2:])
     torch.testing.assert_close(terms["frontier"], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_thirty_steps_on_one_batch_lower_every_term(setup):
-    _, batch = setup
-    reasoner = build(recipe()).train()
-    optimizer = torch.optim.AdamW(reasoner.parameters(), lr=1e-2)
-    history = []
-    for _ in range(30):
-        terms = losses(reasoner, batch, ObjectiveWeights())
-        history.append({name: float(term.detach()) for name, term in terms.items()})
-        optimizer.zero_grad()
-        sum(terms.values()).backward()
-        optimizer.step()
-    for name in ("answer", "frontier", "start", "chains"):
-        assert history[-1][name] < 0.8 * history[0][name], name
-    assert sum(history[-1].values()) < 0.7 * sum(history[0].values())
-
-
-def test_every_part_is_trained(setup):
-    reasoner, batch = setup
-    reasoner.train().zero_grad()
-    sum(losses(reasoner, batch, ObjectiveWeights()).values()).backward()
-    still = [name for name, p in reasoner.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    reasoner.zero_grad()
-    assert still == []
-
-
-# -- in the other workspaces -----------------------------------------------------------------------------
-
-OTHERS = ("block", "prompt")
-TERMS = {
-    "append": ObjectiveWeights(chains=0.0),
-    "block": ObjectiveWeights(chains=0.0),
-    "prompt": ObjectiveWeights(chains=0.0, start=0.0),
-}
-
-
-def other(workspace, setup, **loop):
-    """An untrained reasoner with this workspace and a batch for it."""
-    loop = {**DATA["loop"], "workspace": workspace, "block_size": 3, **loop}
-    objectives = TERMS[workspace].model_dump()
-    return build(recipe(loop=loop, objectives=objectives)), setup[1]
-
-
-@pytest.mark.parametrize("workspace", OTHERS)
-def test_terms_are_read_at_the_last_position_of_a_workspace(workspace, setup):
-    reasoner, batch = other(workspace, setup)
-    tiny.shake(reasoner)
-    terms = losses(reasoner.eval(), batch, TERMS[workspace])
+@pytest.mark.parametrize("workspace", ["block", "prompt"])
+def test_states_are_read_at_the_last_position_of_a_workspace(workspace):
+    made = Setup({"frontier": 1.0, "fixed_point": 1.0}, {"workspace": workspace, "block_size": 3})
+    reasoner, batch = made.reasoner, made.batch
     with torch.no_grad():
         context = reasoner.encode(batch["input_ids"], batch["attention_mask"])
         states = reasoner.unroll(context, 4)
@@ -280,59 +134,16 @@ def test_terms_are_read_at_the_last_position_of_a_workspace(workspace, setup):
             assert len(set(lengths)) > 1
             at = [int(mask.nonzero()[-1]) for mask in batch["attention_mask"]]
             last = torch.stack([states[row, :, position] for row, position in enumerate(at)])
-        expected = {
-            "frontier": set_divergence(reasoner.head(last[:, 1:]), batch["targets"]),
-            "fixed_point": fixed_point(last, batch["hops"]),
-        }
-        if workspace == "block":
-            start = reasoner.encode(batch["input_ids"], batch["attention_mask"]).state
-            expected["start"] = F.cross_entropy(reasoner.head(start), batch["answer_ids"][:, 0])
-    assert set(terms) == {*expected, "answer"}
-    for name, value in expected.items():
-        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    expected = {
+        "frontier": set_divergence(reasoner.head(last[:, 1:]), batch["targets"]),
+        "fixed_point": rest(last, batch["work"]).value,
+    }
+    for name, value in made.terms().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("workspace", TERMS)
-def test_without_a_loop_the_terms_are_the_base_models(workspace, setup):
-    reasoner, batch = other(workspace, setup)
-    with torch.no_grad():
-        for parameter in reasoner.base.parameters():
-            parameter.mul_(8)  # fresh weights hardly look at their context
-    weights = ObjectiveWeights(chains=0.0)
-    terms = losses(reasoner.eval(), {**batch, "plan": LoopPlan(0), "targets": None}, weights)
-    answer, total, count = batch["answer_ids"], 0.0, 0
-    with torch.no_grad():
-        for row in range(4):
-            prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()]
-            tokens = answer[row][answer[row] != IGNORE]
-            logits = reasoner.base(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
-            total += float(F.cross_entropy(logits, tokens, reduction="sum"))
-            count += len(tokens)
-    assert set(terms) == {"start", "answer"}
-    assert float(terms["answer"].detach()) == pytest.approx(total / count, rel=1e-4)
-
-
-@pytest.mark.parametrize("workspace", OTHERS)
-def test_thirty_steps_on_one_batch_lower_the_terms_of_other_workspaces(workspace, setup):
-    reasoner, batch = other(workspace, setup, timestep={"kind": "learned", "noise_level": True})
-    reasoner.train()
-    optimizer = torch.optim.AdamW(reasoner.parameters(), lr=1e-2)
-    history = []
-    for _ in range(30):
-        terms = losses(reasoner, batch, TERMS[workspace])
-        history.append({name: float(term.detach()) for name, term in terms.items()})
-        optimizer.zero_grad()
-        sum(terms.values()).backward()
-        optimizer.step()
-    for name in ("answer", "frontier"):
+def test_thirty_steps_on_one_batch_lower_every_term():
+    history = Setup(GRAPHS, shake=False).learn()
+    for name in ("answer", "frontier", "start", "chains"):
         assert history[-1][name] < 0.8 * history[0][name], name
-
-
-@pytest.mark.parametrize("workspace", OTHERS)
-def test_every_part_of_other_workspaces_is_trained(workspace, setup):
-    loop = {"lora": {"rank": 2, "decode_rank": 2}, "timestep": {"kind": "learned", "noise_level": True}}
-    reasoner, batch = other(workspace, setup, **loop)
-    tiny.shake(reasoner)
-    sum(losses(reasoner.train(), batch, TERMS[workspace]).values()).backward()
-    still = [name for name, p in reasoner.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert still == []
+    assert sum(history[-1].values()) < 0.7 * sum(history[0].values())

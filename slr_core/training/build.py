@@ -1,0 +1,149 @@
+"""The model of a recipe: from random weights, a base model or a latent reasoner; and what of it is trained."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from slr_core.checkpoint import CONFIG
+from slr_core.config import LoopConfig, SLRConfig, TextConfig
+from slr_core.errors import CheckpointError, ConfigError
+from slr_core.initialize import load_base
+from slr_core.model import LatentReasoner
+from slr_core.training.config import BaseConfig, TrainConfig
+from slr_core.training.data import MARK
+from slr_core.training.sources import Listed, Source, source_of
+from slr_core.training.tokenizer import prontoqa_tokenizer, prosqa_tokenizer, start_embeddings, word_tokenizer
+
+_SAMPLED = 4000  # questions of a source whose words a `words` tokenizer knows
+
+
+def build(config: TrainConfig) -> LatentReasoner:
+    """The latent reasoner that a recipe starts from, reproducible from its seed.
+
+    Raises:
+        ConfigError: an objective does not suit the loop of the checkpoint in ``base.from``.
+        CheckpointError: what ``base.from`` names cannot be loaded.
+    """
+    torch.manual_seed(config.seed)
+    source = config.base.source
+    made = _from_scratch(config) if source is None else _from(config, source)
+    config.check(made.config.loop)
+    choose_weights(made, config.train)
+    return made
+
+
+def choose_weights(reasoner: LatentReasoner, train: str) -> None:
+    """Freeze what is not trained: ``full`` trains all, ``adapters`` the loop's own weights, and so on."""
+    reasoner.requires_grad_(True)
+    if train == "full":
+        return
+    for name, parameter in reasoner.base.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    if train == "adapters_and_embeddings":
+        reasoner.base.get_input_embeddings().requires_grad_(True)
+        head: nn.Module = reasoner.base.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head.requires_grad_(True)
+
+
+def teacher_of(config: TrainConfig, student: LatentReasoner) -> LatentReasoner | None:
+    """The frozen larger reasoner of the objectives ``teacher_*``, where there is one.
+
+    Raises:
+        ConfigError: its tokens are not the student's.
+    """
+    if config.teacher is None:
+        return None
+    teacher = LatentReasoner.from_pretrained(config.teacher).requires_grad_(False)
+    if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+        raise ConfigError(f"teacher: {config.teacher} has other tokens than the model that is trained")
+    return teacher
+
+
+def _from(config: TrainConfig, source: str) -> LatentReasoner:
+    if not (Path(source) / CONFIG).is_file():
+        base, tokenizer = load_base(source)
+        return LatentReasoner(base, _padded(tokenizer), _settings(config.loop, config.text))
+    loaded = LatentReasoner.from_pretrained(source)
+    if config.loop is None:
+        if config.text is not None:
+            loaded.config = loaded.config.replace(text=config.text.model_dump(mode="json"))
+        return loaded
+    # Its base without its loop.
+    inside = Path(source) / loaded.config.base
+    base, _ = load_base(str(inside) if inside.is_dir() else loaded.config.base, tokenizer_from=source)
+    return LatentReasoner(base, loaded.tokenizer, _settings(config.loop, config.text or loaded.config.text))
+
+
+def _settings(loop: LoopConfig | None, text: TextConfig | None) -> SLRConfig:
+    return SLRConfig(loop=loop or LoopConfig(), text=text or TextConfig())
+
+
+def _padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    if tokenizer.eos_token is None:
+        raise ConfigError("base.from: the tokenizer has no end token, so that no answer could end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, whatever it is
+    return tokenizer
+
+
+def _from_scratch(config: TrainConfig) -> LatentReasoner:
+    tokenizer = _tokenizer(config)
+    base = _llama(config.base, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if config.base.tokenizer in ("prosqa", "prontoqa"):
+        generator = torch.Generator().manual_seed(config.seed)
+        table: nn.Module = base.get_input_embeddings()
+        table.load_state_dict({"weight": start_embeddings(tokenizer, config.base.hidden_size, generator)})
+    return LatentReasoner(base, tokenizer, _settings(config.loop, config.text))
+
+
+def _tokenizer(config: TrainConfig) -> Any:
+    kind = config.base.tokenizer
+    if kind == "prosqa":
+        return prosqa_tokenizer(chain_of_thought=config.writes_steps)
+    if kind == "prontoqa":
+        return prontoqa_tokenizer()
+    if kind == "words":
+        texts = [f" {MARK}"] if config.writes_steps else []
+        text = config.text or TextConfig()
+        texts += [text.prompt_prefix, text.prompt_suffix, text.answer_prefix]
+        for source in {data.model_dump_json(): data for stage in config.schedule for data in stage.data}.values():
+            texts += _sample(source_of(source, config.seed), config.seed)
+        return word_tokenizer(texts)
+    try:
+        return _padded(AutoTokenizer.from_pretrained(kind, trust_remote_code=False))
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[:1]
+        raise CheckpointError(f"base.tokenizer: {kind} cannot be loaded ({''.join(first)})") from error
+
+
+def _sample(source: Source, seed: int) -> Iterator[str]:
+    examples = source.examples if isinstance(source, Listed) else source.draw(0, _SAMPLED, random.Random(seed))
+    for example in examples:
+        yield from (example.question, example.answer, f" {example.answer}")
+        yield from (f"{blank}{step}" for step in example.steps for blank in ("", " "))
+
+
+def _llama(base: BaseConfig, vocabulary: int, eos: Any, pad: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=base.hidden_size,
+            intermediate_size=base.intermediate_size,
+            num_hidden_layers=base.num_hidden_layers,
+            num_attention_heads=base.num_attention_heads,
+            num_key_value_heads=base.num_attention_heads,
+            max_position_embeddings=base.max_position_embeddings,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=eos,
+            pad_token_id=pad,
+            attn_implementation="sdpa",  # type: ignore[call-arg]
+        )
+    )
