@@ -91,6 +91,7 @@ class BankedLinear(nn.Module):
         present = [pair for pair in pairs if pair is not None]
         self.acts = bool(present)
         if not present:
+            self.down = self.up = self.flat_down = self.flat_up = torch.empty(0)
             return
         rank = max(len(a) for a, _ in present)
         self.down = present[0][0].new_zeros(len(pairs), present[0][0].shape[1], rank)
@@ -190,7 +191,7 @@ class AdapterBank:
         setattr(self.model.get_submodule(parent), name, self.layers[path])
 
     def tune(self, rows: int, queries: int, rounds: int = 5) -> dict[tuple[int, int], Method]:
-        """Choose the fastest way for each layer shape, measured on random inputs ``[rows, queries, d_in]``.
+        """Choose the fastest way for each layer shape, measured on inputs ``[rows, queries, d_in]``.
 
         Returns:
             What was chosen, by ``(d_in, d_out)``.
@@ -204,7 +205,7 @@ class AdapterBank:
                 continue
             shape = (layer.down.shape[1], layer.up.shape[2])
             if shape not in chosen:
-                x = torch.randn(rows, queries, shape[0], dtype=layer.down.dtype, device=layer.down.device)
+                x = torch.ones(rows, queries, shape[0], dtype=layer.down.dtype, device=layer.down.device)
                 y = torch.zeros(rows, queries, shape[1], dtype=layer.down.dtype, device=layer.down.device)
                 best: dict[Method, float] = {}
                 for _ in range(rounds):  # interleaved: a noisy machine is noisy for all of them

@@ -15,7 +15,7 @@ from slr_core.diagnostics import stability
 from slr_core.engine.bank import AdapterBank
 from slr_core.engine.cache import SlotCache
 from slr_core.engine.events import Event, Finished, Iterated, Written
-from slr_core.engine.iteration import Iteration, iterate
+from slr_core.engine.iteration import Iteration, Moved
 from slr_core.engine.passes import Passes, by_length, by_loop_set
 from slr_core.engine.prefix import PrefixCache
 from slr_core.engine.scheduler import Scheduler, Work
@@ -129,7 +129,11 @@ class Core:
         self.counters.steps += bool(work)
         self.counters.row_steps += len(work)
         if self.on_step is not None and work:
-            self.on_step(self._report(len(work), before, time.perf_counter() - began))
+            report = self._report(len(work), before, time.perf_counter() - began)
+            try:
+                self.on_step(report)
+            except Exception:  # whoever keeps statistics must not stop the engine
+                logger.exception("a listener failed")
         for sequence in [s for s in self.scheduler.running if s.phase is Phase.DONE]:
             self._leave(sequence)
 
@@ -169,8 +173,8 @@ class Core:
         for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
             if not sequence.cancelled and now <= sequence.deadline:
                 continue
-            if not sequence.cancelled:
-                _settle(sequence, DeadlineError("the request's deadline has passed"))
+            # Who has cancelled hears of that: `concurrent.futures.wait` waits until somebody says so.
+            _settle(sequence, DeadlineError("the request's deadline has passed"))
             self.counters.wasted_iterations += sequence.t
             self._leave(sequence)
 
@@ -230,20 +234,27 @@ class Core:
     def _pass(self, rows: list[Work]) -> None:
         began = time.perf_counter()
         hidden = self.passes.run(rows)
-        looping = [(sequence, hidden[i, :count]) for i, (sequence, count) in enumerate(rows) if _loops(sequence)]
-        outputs = dict(looping)
+        outputs = {sequence: hidden[i, :count] for i, (sequence, count) in enumerate(rows)}
+        looping = by_loop_set(sequence for sequence, _ in rows if sequence.phase is Phase.LOOP)
+        moved = [Moved.by(group, [outputs[sequence] for sequence in group]) for group in looping]
+        # The head's weights are large: what loops is read together with what writes, where anything in a loop is read.
+        reading = [group for group in moved if group.reads_head]
+        writing = [sequence for sequence, _ in rows if sequence.phase is Phase.DECODE] if reading else []
+        states = [*(group.to_read() for group in reading), *(outputs[sequence][-1:] for sequence in writing)]
+        read = list(self.head(torch.cat(states)).split([len(x) for x in states])) if reading else []
+        logits = dict(zip(writing, (x[0] for x in read[len(reading) :]), strict=True))
         iterations = [
-            iteration
-            for group in by_loop_set(sequence for sequence, _ in looping)
-            for iteration in iterate(group, [outputs[sequence] for sequence in group])
+            iteration for group in moved for iteration in group.examine(read.pop(0) if group.reads_head else None)
         ]
         # Nothing has changed so far: what failed can be run again. From here on a fault is one row's alone.
         ended = time.perf_counter()
         for iteration in iterations:
             self._alone(iteration.sequence, self._iterated, iteration, began, ended)
-        for i, (sequence, count) in enumerate(rows):
-            if sequence not in outputs:
-                self._alone(sequence, self._ran, count, hidden[i, count - 1])
+        looped = {iteration.sequence for iteration in iterations}
+        for sequence, count in rows:
+            if sequence not in looped:
+                sequence.logits = logits.get(sequence)
+                self._alone(sequence, self._ran, count, outputs[sequence][-1])
 
     def _ran(self, sequence: Sequence, count: int, state: Tensor) -> None:
         sequence.filled += count
@@ -290,6 +301,8 @@ class Core:
         elif workspace.closing_passes(kept):
             sequence.phase = Phase.CLOSE
         else:
+            if kept and kept == sequence.t:
+                sequence.logits = sequence.head
             self._answer(sequence, sequence.states[kept][-1] if kept else sequence.prompt_state)
 
     def _answer(self, sequence: Sequence, state: Tensor | None) -> None:
@@ -300,8 +313,12 @@ class Core:
     # -- writing -----------------------------------------------------------------------------------
 
     def _write(self, rows: list[Work]) -> None:
-        logits = self.head(torch.stack([sequence.state for sequence, _ in rows if sequence.state is not None]))
-        self._take([sequence for sequence, _ in rows], logits)
+        unread = [s for s, _ in rows if s.logits is None and s.state is not None]
+        if unread:
+            logits = self.head(torch.stack([s.state for s in unread if s.state is not None]))
+            for sequence, own in zip(unread, logits, strict=True):
+                sequence.logits = own
+        self._take([s for s, _ in rows], torch.stack([s.logits for s, _ in rows if s.logits is not None]))
 
     def _write_latent(self, rows: list[Work]) -> None:
         sequences = [sequence for sequence, _ in rows]
@@ -320,7 +337,7 @@ class Core:
         if answer.generator is not None:
             token = choose(logits, sequence.request.sampling, answer.generator)
         answer.push(token)
-        sequence.state, sequence.pending = None, [token]
+        sequence.state, sequence.logits, sequence.pending = None, None, [token]
         self.counters.tokens += 1
         if sequence.on_event is not None:
             _tell(sequence, Written(token, answer.fresh()))
@@ -363,10 +380,6 @@ class Core:
         _settle(sequence, result)
 
 
-def _loops(sequence: Sequence) -> bool:
-    return sequence.phase is Phase.LOOP
-
-
 def _tell(sequence: Sequence, event: Event) -> None:
     if sequence.on_event is None:
         return
@@ -377,6 +390,9 @@ def _tell(sequence: Sequence, event: Event) -> None:
 
 
 def _settle(sequence: Sequence, outcome: Result | Exception) -> None:
+    if sequence.settled:
+        return  # a fault that comes after the answer
+    sequence.settled = True
     if sequence.future.set_running_or_notify_cancel():
         settle: Any = sequence.future.set_exception if isinstance(outcome, Exception) else sequence.future.set_result
         settle(outcome)

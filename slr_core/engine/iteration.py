@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -53,69 +54,93 @@ class Iteration:
         )
 
 
-def iterate(rows: list[Sequence], outputs: list[Tensor]) -> list[Iteration]:
-    """The third formula and the measures, from each row's g_t ``[W, d]``; one transfer to the host for all of them.
+@dataclass(frozen=True)
+class Moved:
+    """Rows of one loop set after an iteration, before it is known what that says of their loops.
 
-    Args:
-        rows: of one loop set; all of them read the head, or none.
-        outputs: what the pass gave at their workspaces.
+    Attributes:
+        rows: all of them read the head, or none.
+        h: h_t ``[n, W, d]``.
+        g: what was mixed into it.
+        previous: h_{t-1}.
+        own: ``[n, W]`` bool, which positions are real; ``None``: all.
     """
-    reasoner = rows[0].loops.reasoner
-    g, own = stacked(outputs)
-    previous, _ = stacked([row.states[-1] for row in rows])
-    # Only a residual to h_0 reads it.
-    initial = stacked([row.states[0] for row in rows])[0] if reasoner.residual.config.source == "initial" else previous
-    h = reasoner.residual(g, previous, initial)
-    moved = reasoner.moved(g, h)
-    head = before = None
-    if rows[0].reads_head:
-        head = reasoner.read(readout(h, own))
-        before = torch.stack([_head_before(row, head[i]) for i, row in enumerate(rows)])
-    distances = measure(
-        h,
-        own,
-        previous=previous,
-        moved=moved,
-        head=head,
-        head_before=before,
-        p_halt=None if reasoner.halting is None else reasoner.halting(h, own),
-    )
-    measured = {name: x for name, x in vars(distances).items() if x is not None}
-    earlier, _ = stacked([row.states[-2] if row.t else row.states[-1] for row in rows])
-    change = distances.change
-    if change is None or moved is not h:
-        change = step(h, previous, own)[0]
-    measured["back"] = step(h, earlier, own)[0] / change
-    own_states = h if own is None else h.masked_fill(~own[..., None], 0)
-    measured["finite"] = own_states.isfinite().flatten(1).all(-1).float()
-    table = torch.stack(list(measured.values())).T.tolist()
 
-    count = max(row.request.top_tokens for row in rows)
-    tops = None if head is None else reasoner.top_tokens(head, count)
-    iterations = []
-    for i, row in enumerate(rows):
-        values = dict(zip(measured, table[i], strict=True))
-        back, finite = values.pop("back"), values.pop("finite")
-        t = row.t + 1
-        if not reasoner.is_state(t - 1):
-            values = {name: value for name, value in values.items() if name in _OF_THE_STATE}
-        iterations.append(
-            Iteration(
-                sequence=row,
-                state=h[i, : len(outputs[i])],
-                measured=values,
-                finite=bool(finite),
-                back=back if t > 1 and reasoner.is_state(t - 2) else None,
-                head=None if head is None else head[i],
-                top_tokens=tops[i][: row.request.top_tokens] if tops else (),
-            )
+    rows: list[Sequence]
+    h: Tensor
+    g: Tensor
+    previous: Tensor
+    own: Tensor | None
+
+    @classmethod
+    def by(cls, rows: list[Sequence], outputs: list[Tensor]) -> Self:
+        """The third formula, from each row's g_t ``[W, d]``."""
+        residual = rows[0].loops.reasoner.residual
+        g, own = stacked(outputs)
+        previous, _ = stacked([row.states[-1] for row in rows])
+        # Only a residual to h_0 reads it.
+        initial = stacked([row.states[0] for row in rows])[0] if residual.config.source == "initial" else previous
+        return cls(rows, residual(g, previous, initial), g, previous, own)
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether :meth:`examine` wants the head's view."""
+        return self.rows[0].reads_head
+
+    def to_read(self) -> Tensor:
+        """States ``[n + m, d]`` for the head: the new ones, then h_0 of rows that begin, where it is a state."""
+        return torch.cat([readout(self.h, self.own), *(row.states[0][-1:] for row in self._begun())])
+
+    def _begun(self) -> list[Sequence]:
+        return [row for row in self.rows if row.head is None and row.loops.reasoner.is_state(0)]
+
+    def examine(self, logits: Tensor | None) -> list[Iteration]:
+        """The measures, with one transfer to the host for all rows; ``logits`` ``[n + m, V]`` at :meth:`to_read`."""
+        rows, h, own, previous = self.rows, self.h, self.own, self.previous
+        reasoner = rows[0].loops.reasoner
+        moved = reasoner.moved(self.g, h)
+        head = before = None
+        if logits is not None:
+            read = logits.float().log_softmax(-1)
+            head, first = read[: len(rows)], dict(zip(self._begun(), read[len(rows) :], strict=True))
+            # Where h_0 is an input nothing is compared with it: any row stands in.
+            before = torch.stack([row.head if row.head is not None else first.get(row, head[0]) for row in rows])
+        distances = measure(
+            h,
+            own,
+            previous=previous,
+            moved=moved,
+            head=head,
+            head_before=before,
+            p_halt=None if reasoner.halting is None else reasoner.halting(h, own),
         )
-    return iterations
+        measured = {name: x for name, x in vars(distances).items() if x is not None}
+        earlier, _ = stacked([row.states[-2] if row.t else row.states[-1] for row in rows])
+        change = distances.change
+        if change is None or moved is not h:
+            change = step(h, previous, own)[0]
+        measured["back"] = step(h, earlier, own)[0] / change
+        real = h if own is None else h.masked_fill(~own[..., None], 0)
+        measured["finite"] = real.isfinite().flatten(1).all(-1).float()
+        table = torch.stack(list(measured.values())).T.tolist()
 
-
-def _head_before(row: Sequence, stand_in: Tensor) -> Tensor:
-    if row.head is not None:
-        return row.head
-    reasoner = row.loops.reasoner
-    # Before the first iteration of a loop that starts from a state, that state is read; an input cannot be.
-    return reasoner.read(row.states[0][-1]) if reasoner.is_state(0) else stand_in
+        tops = None if head is None else reasoner.top_tokens(head, max(row.request.top_tokens for row in rows))
+        iterations = []
+        for i, row in enumerate(rows):
+            values = dict(zip(measured, table[i], strict=True))
+            back, finite = values.pop("back"), values.pop("finite")
+            t = row.t + 1
+            if not reasoner.is_state(t - 1):
+                values = {name: value for name, value in values.items() if name in _OF_THE_STATE}
+            iterations.append(
+                Iteration(
+                    sequence=row,
+                    state=h[i, : len(row.states[-1])],
+                    measured=values,
+                    finite=bool(finite),
+                    back=back if t > 1 and reasoner.is_state(t - 2) else None,
+                    head=None if head is None else head[i],
+                    top_tokens=tops[i][: row.request.top_tokens] if tops else (),
+                )
+            )
+        return iterations

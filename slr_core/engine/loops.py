@@ -83,10 +83,15 @@ def share_base(owner: LatentReasoner, other: LatentReasoner) -> None:
         ConfigError: they are not the same weights.
     """
     ours, theirs = _base_weights(owner), _base_weights(other)
-    if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+    if ours.keys() != theirs.keys() or not all(_same(ours[name], theirs[name]) for name in ours):
         raise ConfigError("the checkpoint's base model is not the one that is served")
     for name, weight in theirs.items():
         weight.data = ours[name].data
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    alike = (first.dtype, first.device, first.shape) == (second.dtype, second.device, second.shape)
+    return alike and torch.equal(first, second)
 
 
 def _base_weights(reasoner: LatentReasoner) -> dict[str, Tensor]:

@@ -87,10 +87,10 @@ class PrefixCache:
             end = prompt_tokens if whole else (index + 1) * BLOCK
             entry = _Entry(cache.take(slot, index * BLOCK, end), state.clone() if whole else None)
             if entry.size > self.max_bytes:
-                return
+                break
             self._entries[key] = entry
             self.bytes += entry.size
-        self._used(keys)
+        self._used(keys[: self.known(keys)])
         while self.bytes > self.max_bytes:
             self.bytes -= self._entries.popitem(last=False)[1].size
 

@@ -48,15 +48,17 @@ class Scheduler:
         The queue is read in order of arrival while there are slots. Who fits gets one; who does not, or whose
         prompt begins like one that is just being prefilled, keeps its place and may be overtaken, until that
         happened ``max_bypasses`` times. Everyone who runs gets one pass; prompts share ``prefill_chunk``
-        positions, in the order of their slots.
+        positions, in the order of arrival: slots change hands, and whoever moves must not overtake.
         """
         kept: list[Sequence] = []
-        while self.waiting and len(self.running) < self.slots:
-            sequence = self.waiting.popleft()
+        for sequence in list(self.waiting):
+            if len(self.running) == self.slots:
+                break
             patient = sequence.bypassed < self.max_bypasses
             if self.reserved + sequence.reserved > self.max_tokens or (patient and self._prefix_under_way(sequence)):
                 kept.append(sequence)
             else:
+                self.waiting.remove(sequence)
                 sequence.slot = len(self.running)
                 self.running.append(sequence)
                 self.reserved += sequence.reserved
@@ -65,11 +67,10 @@ class Scheduler:
                     overtaken.bypassed += 1
             if any(overtaken.bypassed >= self.max_bypasses for overtaken in kept):
                 break
-        self.waiting.extendleft(reversed(kept))
 
         work: list[Work] = []
         budget = self.prefill_chunk
-        for sequence in self.running:
+        for sequence in sorted(self.running, key=lambda running: running.arrived):
             queries = sequence.queries()
             if sequence.phase is Phase.PREFILL:
                 queries = min(queries, budget)

@@ -40,6 +40,7 @@ class Sequence:
         loops: the loop set that it runs.
         future: where its result goes. Nobody marks it as running: cancelling works until the end.
         cancelled: nobody waits for it any longer; the engine sees it at its next step.
+        settled: the future has been told how it ended.
         on_event: hears of every event, on the engine's thread.
         deadline: ``time.monotonic`` after which nobody waits.
         keys: names of its prompt's prefixes, for their reuse; see :mod:`slr_core.engine.prefix`.
@@ -61,6 +62,7 @@ class Sequence:
     answer: Answer
     row: RowLog
     cancelled: bool = False
+    settled: bool = False
     arrived: float = field(default_factory=time.perf_counter)
     bypassed: int = 0
     slot: int = -1
@@ -73,6 +75,8 @@ class Sequence:
     """The head's log-probabilities ``[V]`` at the last state, where the request reads them."""
     state: Tensor | None = None
     """Where the next token is read in this step, ``[d]``."""
+    logits: Tensor | None = None
+    """The head's at ``state`` ``[V]``, up to a constant, where it was read already."""
     pending: list[int] = field(default_factory=list)
     """Tokens to feed next."""
     admitted: float = inf

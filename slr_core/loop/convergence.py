@@ -163,7 +163,7 @@ def measure(
         return distances
     return replace(
         distances,
-        kl=(head_before.exp() * (head_before - head)).sum(-1),
+        kl=torch.linalg.vecdot(head_before.exp(), head_before - head),
         entropy_change=(entropy - _entropy(head_before)).abs(),
         argmax_stable=(head.argmax(-1) != head_before.argmax(-1)).float(),
     )
@@ -174,7 +174,8 @@ def _flat(x: Tensor, own: Tensor | None) -> Tensor:
 
 
 def _entropy(log_probabilities: Tensor) -> Tensor:
-    return -(log_probabilities.exp() * log_probabilities).sum(-1)
+    entropy: Tensor = -torch.linalg.vecdot(log_probabilities.exp(), log_probabilities)
+    return entropy
 
 
 class ExitRule:
