@@ -5,7 +5,7 @@ PORT ?= 8000
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all lint train clean
+.PHONY: help serve test test-all lint bench train clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ lint: .venv/.dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: .venv/.dev  ## what the engine costs and gains, as ratios measured side by side (ten minutes)
+	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine
 
 train: .venv/.dev  ## train the bundled checkpoint again, into runs/prosqa (more than an hour on two cores)
 	$(BIN)/slr train configs/prosqa.yaml
