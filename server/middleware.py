@@ -38,6 +38,9 @@ class RequestContext:
         # Stands if the client leaves, or the server gives up, before a response has begun.
         status = CLIENT_CLOSED_REQUEST
         started = False
+        counted = scope["path"] in ENDPOINTS
+        if counted:
+            self.metrics.began()
 
         async def respond(message: Message) -> None:
             nonlocal status, started
@@ -54,7 +57,7 @@ class RequestContext:
             if not started:
                 await describe(error).response()(scope, receive, respond)
         finally:
-            if scope["path"] in ENDPOINTS:
+            if counted:
                 self.metrics.answered(scope["path"], status)
             client = scope["client"][0] if scope.get("client") else "-"
             milliseconds = 1000 * (time.perf_counter() - began)

@@ -45,7 +45,9 @@ class Service:
         # One thread: the cores belong to the engine.
         self._tokenizing = ThreadPoolExecutor(1, "slr-tokenize")
         self._admission = Admission(settings.max_queue, self._queued)
-        self.metrics = Metrics(settings.model_name, self._queued, self._in_flight)
+        self.metrics = Metrics(settings.model_name)
+        if engine is not None:
+            self.metrics.watch(engine)
 
     async def __aenter__(self) -> Self:
         if self._engine is None:
@@ -116,6 +118,9 @@ class Service:
         try:
             for request in requests:
                 futures.append(engine.submit(request))
+                # Counted where the engine ends it, and not where an answer is awaited: the work was done even if
+                # its client has left by then.
+                self.metrics.follow(request, futures[-1])
                 futures[-1].add_done_callback(self._finished)
         except EngineError:
             for future in futures:
@@ -124,13 +129,8 @@ class Service:
         return futures
 
     def _finished(self, future: Future[Result]) -> None:
-        # Counted here, in the engine's thread, and not where an answer is awaited: the work was done
-        # even if its client has left by now.
-        if future.cancelled():
-            return
-        self._admission.finished()
-        if future.exception() is None:
-            self.metrics.record(future.result())
+        if not future.cancelled():
+            self._admission.finished()
 
     async def _load(self) -> None:
         began = time.monotonic()
@@ -139,6 +139,7 @@ class Service:
         except Exception as error:  # whatever it is, the process must hear of it: see server.cli
             self.failure = error
             return
+        self.metrics.watch(self._engine)
         logger.info(
             "model %s loaded in %.1f s: %s",
             self.settings.model_name,
@@ -149,13 +150,11 @@ class Service:
     def _build(self) -> Engine:
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)
-        return Engine.from_pretrained(self.settings.model, slots=self.settings.slots)
+        settings = self.settings
+        return Engine.from_pretrained(settings.model, slots=settings.slots, on_step=self.metrics.stepped)
 
     def _queued(self) -> int:
         return 0 if self._engine is None else self._engine.queued
-
-    def _in_flight(self) -> int:
-        return 0 if self._engine is None else self._engine.in_flight
 
 
 async def _gather(futures: list[Future[Result]]) -> list[Result]:

@@ -51,7 +51,8 @@ class Result:
     """What became of a request.
 
     ``final_change`` is the relative change of the last iteration; ``forward_passes`` what the request
-    alone would have cost. The head's measures in ``records`` are complete for a traced request alone.
+    alone would have cost; ``first_token_s`` the seconds from its arrival to its first token. The head's
+    measures in ``records`` are complete for a traced request alone.
     """
 
     text: str
@@ -63,6 +64,7 @@ class Result:
     prompt_tokens: int
     forward_passes: int
     timings: Timings
+    first_token_s: float
     records: tuple[IterationRecord, ...]
     stability: Stability
     states: Tensor | None = None
@@ -250,6 +252,7 @@ def _result(
         prompt_tokens=len(request.prompt_ids),
         forward_passes=passes(reasoner, request, looped.iterations[row], looped.kept[row], len(answer.tokens)),
         timings=Timings(queue_s, prefill_s, loop_s, own_s - prefill_s - loop_s, queue_s + own_s),
+        first_token_s=queue_s + answer.began_at - started,
         # A batch reads as many tokens as its most curious row.
         records=tuple(
             replace(record, top_tokens=record.top_tokens[: request.top_tokens], thought=thought)

@@ -31,6 +31,8 @@ class Answer:
         self.tokens: list[int] = []
         self._shown = ""
         self.finished: FinishReason | None = None
+        self.began_at = 0.0
+        """When the first token was written (``time.perf_counter``)."""
         self.ended_at = 0.0
 
     def take(self, logits: Tensor) -> None:
@@ -39,6 +41,8 @@ class Answer:
 
     def push(self, token: int) -> None:
         """Add a token and see whether the answer ends with it."""
+        if not self.tokens:
+            self.began_at = time.perf_counter()
         self.tokens.append(token)
         # Only a stop string needs the text now.
         stopped = self.request.stop and any(stop in self._decoded() for stop in self.request.stop)
