@@ -1,5 +1,6 @@
 """Whatever bytes, files or tensors a checkpoint folder holds, it loads and runs, or is refused in one clear line."""
 
+import itertools
 import struct
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def test_an_undamaged_folder_loads(workspace, folders):
     assert {key.split(".")[0] for key in modules} >= {"project", "timestep", "residual", "halting", "decoder"}
 
 
-@cases(30)
+@cases(15)
 @given(data=st.data(), workspace=workspaces)
 def test_truncated(folders, data, workspace):
     folder = folders[workspace]
@@ -41,7 +42,7 @@ def test_truncated(folders, data, workspace):
     assert damaged(folder, {name: content[:at]}) or not name.endswith(".safetensors")
 
 
-@cases(60)
+@cases(30)
 @given(data=st.data(), workspace=workspaces)
 def test_flipped_bits(folders, data, workspace):
     folder = folders[workspace]
@@ -54,7 +55,7 @@ def test_flipped_bits(folders, data, workspace):
     damaged(folder, {name: bytes(content)})
 
 
-@cases(15)
+@cases(10)
 @given(data=st.data(), workspace=workspaces)
 def test_other_bytes_altogether(folders, data, workspace):
     folder = folders[workspace]
@@ -68,7 +69,7 @@ def test_other_bytes_altogether(folders, data, workspace):
 # -- files of something else -----------------------------------------------------------------------------
 
 
-@cases(30)
+@cases(15)
 @given(data=st.data(), workspace=workspaces, other=workspaces)
 def test_swapped_files(folders, data, workspace, other):
     folder, source = folders[workspace], folders[other]
@@ -121,8 +122,7 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("workspace", MADE)
+@pytest.mark.parametrize(("workspace", "legacy"), list(zip(MADE, itertools.cycle([False, True]))))
 def test_a_pickle_in_place_of_any_file_is_never_unpickled(workspace, legacy, folders, tmp_path):
     folder, mark = folders[workspace], tmp_path / "mark"
     torch.save({"weights": Bomb(mark)}, tmp_path / "bomb", _use_new_zipfile_serialization=not legacy)
@@ -174,7 +174,7 @@ def spoiled(x):
     return st.sampled_from([float("nan"), float("inf"), -float("inf")]).map(lambda bad: torch.full_like(x, bad))
 
 
-@cases(40)
+@cases(20)
 @given(data=st.data(), workspace=workspaces)
 def test_wrong_tensors(folders, data, workspace):
     folder = folders[workspace]

@@ -89,7 +89,7 @@ def put(data, place, value):
         data[last] = value
 
 
-@cases(100)
+@cases(50)
 @given(data=st.data(), workspace=workspaces)
 def test_absurd_values(folders, data, workspace):
     folder = folders[workspace]

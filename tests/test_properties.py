@@ -143,7 +143,7 @@ def margins() -> Iterator[list[float]]:
 # -- the base model --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(kind=kinds, loop=loops(), rows=prompts, data=st.data())
 def test_without_iterations_it_is_the_base_model(kind, loop, rows, data):
     made, plain = tiny.reasoner(kind, loop), tiny.base(kind)
@@ -203,7 +203,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone_in_any_order_and_padded_on_ei
 # -- exits -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(kind=kinds, loop=loops(), rows=prompts, data=st.data())
 def test_a_minimum_that_is_the_maximum_equals_the_criterion_fixed(kind, loop, rows, data):
     made = tiny.reasoner(kind, loop)
@@ -231,7 +231,7 @@ def test_a_minimum_that_is_the_maximum_equals_the_criterion_fixed(kind, loop, ro
 # -- checkpoints -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(kind=kinds, loop=loops(), rows=prompts, data=st.data())
 def test_saving_and_loading_changes_nothing(kind, loop, rows, data):
     made = tiny.reasoner(kind, loop)
@@ -256,7 +256,7 @@ def test_saving_and_loading_changes_nothing(kind, loop, rows, data):
 # -- past the last trained iteration ---------------------------------------------------------------------
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(kind=kinds, loop=loops(policies=("last", "cycle")), beyond=st.integers(1, 4))
 def test_past_the_end_adapter_and_embedding_follow_the_policy(kind, loop, beyond):
     made, trained = tiny.reasoner(kind, loop), loop["trained_iterations"]
@@ -287,7 +287,7 @@ def test_past_the_end_adapter_and_embedding_follow_the_policy(kind, loop, beyond
     assert [made.adapter_name(t) for t in range(1, count + 1)] == names[loop["lora"]["kind"]]
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(loop=loops(policies=("error",)), beyond=st.integers(1, 4))
 def test_past_the_end_an_error_comes_before_anything_runs(loop, beyond):
     config = tiny.config(loop).loop
@@ -337,7 +337,7 @@ def broken(made: LatentReasoner, at: int, row: int, where: str, bad: float) -> I
 
 @pytest.mark.parametrize("workspace", tiny.WORKSPACES)
 @pytest.mark.parametrize("where", ["state", "position", "layer"])
-@settings(max_examples=7)
+@settings(max_examples=4)
 @given(kind=kinds, rows=prompts, bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]), data=st.data())
 def test_a_state_that_breaks_decodes_the_last_good_one_and_leaves_its_neighbours_alone(
     workspace, where, kind, rows, bad, data
@@ -372,7 +372,7 @@ def part_of(name: str) -> str:
     return "lora" if ".lora_" in name else name.split(".")[0]
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(kind=kinds, loop=loops(), frozen=st.sets(st.sampled_from(PARTS)) | st.just({"base"}))
 def test_gradients_reach_every_trainable_part_and_no_frozen_one(kind, loop, frozen):
     made = tiny.reasoner(kind, loop).train()

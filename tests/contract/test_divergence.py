@@ -39,8 +39,9 @@ def broken_into(made, t_bad, where, bad, monkeypatch):
     (inner.h if hasattr(inner, "h") else inner.layers)[0].register_forward_hook(layer)
 
 
-@pytest.mark.parametrize("at", [1, 3])
-@pytest.mark.parametrize(("where", "bad"), [("state", float("inf")), ("layer", float("nan"))], ids=["state", "layer"])
+@pytest.mark.parametrize(
+    ("at", "where", "bad"), [(1, "state", float("inf")), (3, "layer", float("nan"))], ids=["state", "layer"]
+)
 def test_a_row_that_breaks_down_decodes_its_last_good_state_and_leaves_its_neighbours_alone(
     kind, loop, at, where, bad, monkeypatch
 ):

@@ -14,6 +14,7 @@ from slr_core.evaluation.run import model_of, run_method, spec_of
 from slr_core.evaluation.statistics import summarize
 from slr_core.evaluation.store import Store
 from slr_core.generation import generate
+from slr_core.training.trainer import MANIFEST
 from tests import tiny
 from tests.evaluation.asked import Words, examples, questions
 
@@ -80,8 +81,7 @@ def answer(name, backend, store=None, settings=SETTINGS, **options):
     return run_method(ALL[name], backend, Words(), QUESTIONS, settings, store=store, run=run, **options)
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("after", [0, 4, 6])
+@pytest.mark.parametrize(("name", "after"), [*((name, 6) for name in ALL), ("slr", 0), ("slr", 4)])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(backend, tmp_path, name, after):
     path = tmp_path / "results.jsonl"
     whole = answer(name, backend)
@@ -123,7 +123,7 @@ def test_a_batch_that_was_broken_off_runs_whole_but_keeps_what_it_had(backend, t
 @pytest.mark.parametrize("name", sorted(set(ALL) - {"pause", "no_thought", "pause_as_thought", "multipass_pause"}))
 def test_the_batch_size_changes_no_answer(backend, name):
     whole = roughly(answer(name, backend, batch_size=64))
-    for size in (1, 3, 9):
+    for size in (1, 3):
         assert roughly(answer(name, backend, batch_size=size)) == whole
 
 
@@ -157,8 +157,9 @@ def test_another_seed_draws_anew(backend, name):
     def drawn(seed):
         return [o.text for o in answer(name, backend, settings=replace(SETTINGS, noise=1.0, seed=seed))]
 
-    assert drawn(3) == drawn(3)
-    assert len({tuple(drawn(seed)) for seed in range(4)}) > 1
+    first = drawn(3)
+    assert drawn(3) == first
+    assert any(drawn(seed) != first for seed in range(3))
 
 
 def test_questions_that_are_alike_are_answered_one_by_one(backend):
@@ -200,6 +201,7 @@ def test_a_models_hash_is_that_of_its_files(tmp_path):
     (folder / "README.md").write_text("words")
     (folder / "steps" / "000100").mkdir(parents=True)
     (folder / "steps" / "000100" / "model.safetensors").write_bytes(b"of the training run")
+    (folder / MANIFEST).write_text('{"seconds": 1}')
     assert model_of(str(folder)) == before == model_of(str(folder) + "/.")
     (folder / "base" / "model.safetensors").write_bytes(b"weightS")
     changed = model_of(str(folder))
