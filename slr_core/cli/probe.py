@@ -32,8 +32,9 @@ from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from slr_core.evaluation.inside import Inside
+    from slr_core.evaluation.labels import Label
     from slr_core.evaluation.lens import Lens
-    from slr_core.evaluation.probes import Label, Probe, Score
+    from slr_core.evaluation.probes import Probe, Score
     from slr_core.model import LatentReasoner
 
 
@@ -59,7 +60,7 @@ def probe(
 ) -> None:
     """Look into the states: what they read as, what probes find in them, and how they move."""
     from slr_core.evaluation.inside import Inside
-    from slr_core.evaluation.probes import LABELS
+    from slr_core.evaluation.labels import LABELS
     from slr_core.evaluation.run import model_of
     from slr_core.evaluation.store import Store
 

@@ -12,12 +12,11 @@ import torch
 
 from slr_core import tasks
 from slr_core.errors import ConfigError
+from slr_core.evaluation.labels import LABELS, Label
 from slr_core.evaluation.probes import (
-    LABELS,
     MEAN,
     READOUT,
     Collected,
-    Label,
     collect,
     places_to_look,
     probe,
