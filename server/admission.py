@@ -1,4 +1,5 @@
-"""Backpressure: how much work may wait, and when a client that found no room should come again."""
+"""Backpressure: how much work may wait, how deep it may go meanwhile, and when a client that found no room should
+come again."""
 
 from __future__ import annotations
 
@@ -7,12 +8,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from server.errors import QueueFull
+from slr_core.generation import Request
 
 _LONGEST_WAIT_S = 60
 _RECENT_S = 60  # an idle hour says nothing about the rate under load
 _REMEMBERED = 256
+_FULL_PRESSURE = 0.5
+"""Share of the queue at which iteration budgets are at their floor: well before anyone is refused."""
 
 
 class Admission:
@@ -45,6 +50,12 @@ class Admission:
         finally:
             self._reserved -= count
 
+    def depth(self, floor: float) -> float:
+        """The share of its iteration budget that a request may keep now: from 1 while nothing waits, in
+        proportion, down to ``floor`` when the queue is half full."""
+        waiting = (self._queued() + self._reserved) / self.limit
+        return 1 - (1 - floor) * min(1.0, waiting / _FULL_PRESSURE)
+
     def finished(self) -> None:
         """Note that an answer is done; unlike the rest, from any thread."""
         self._finished.append(self._clock())
@@ -57,3 +68,11 @@ class Admission:
             return 1
         rate = len(self._finished) / max(self._clock() - self._finished[0], 1e-3)
         return max(1, min(_LONGEST_WAIT_S, math.ceil(missing / rate)))
+
+
+def shallower(request: Request, depth: float) -> Request:
+    """The request with ``depth`` of its iteration budget, rounded up, and no less than its minimum; the same
+    object where that changes nothing."""
+    loop = request.loop
+    most = max(loop.min_iterations, math.ceil(depth * loop.max_iterations))
+    return request if most >= loop.max_iterations else replace(request, loop=replace(loop, max_iterations=most))

@@ -7,12 +7,14 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from server import errors
-from server.middleware import BodyLimit, RequestContext
+from server.auth import Auth
+from server.middleware import REQUEST_ID, SERVER_TIMING, BodyLimit, HeaderLimit, RequestContext
 from server.routes import generate, health, metrics
 from server.service import Service
-from server.settings import Settings
+from server.settings import Settings, split
 from slr_core._version import __version__
 from slr_core.engine import Engine
 
@@ -29,6 +31,9 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         settings: the server's settings.
         engine: a running engine, which stays its owner's to close; by default the application loads
             ``settings.model`` at startup and closes it at shutdown.
+
+    Raises:
+        ConfigError: spans are asked for and OpenTelemetry is not installed.
     """
     service = Service(settings, engine)
 
@@ -44,13 +49,28 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=[
-            Middleware(RequestContext, metrics=service.metrics),
-            Middleware(BodyLimit, limit=settings.max_body_bytes),
-        ],
+        middleware=_middleware(settings, service),
     )
     app.state.service = service
     errors.install(app)
     for module in (generate, health, metrics):
         app.include_router(module.router)
     return app
+
+
+def _middleware(settings: Settings, service: Service) -> list[Middleware]:
+    """From the outside in."""
+    layers = [Middleware(RequestContext, metrics=service.metrics), Middleware(HeaderLimit)]
+    if settings.cors_origins is not None:
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=split(settings.cors_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type", REQUEST_ID],
+                expose_headers=[REQUEST_ID, SERVER_TIMING, "Retry-After"],
+            )
+        )
+    layers.append(Middleware(Auth, api_keys=settings.api_keys, admin_key=settings.admin_key))
+    layers.append(Middleware(BodyLimit, limit=settings.max_body_bytes))
+    return layers

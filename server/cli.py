@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import signal
 import socket
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import uvicorn
@@ -15,23 +14,41 @@ from pydantic_settings import CliApp, SettingsError
 from uvicorn.config import Config
 
 from server.settings import Settings
-from slr_core.errors import SLRError
+from slr_core.errors import EngineError, SLRError
 
 if TYPE_CHECKING:
     from server.service import Service
 
 
+_MAX_HEAD_BYTES = 64 << 10
+"""Request line and headers, beyond which the parser hangs up; the application's own limit is lower."""
+_FLUSH_S = 5
+"""Seconds for the last answers to reach their clients."""
+
+
 class _Server(uvicorn.Server):
-    """Says when the model can be asked, and ends when it never will."""
+    """Says when the model can be asked, ends when it never will, and lets what runs end when it is told to stop."""
 
     def __init__(self, config: Config, service: Service, address: str) -> None:
         super().__init__(config)
         self.service, self.address = service, address
-        self._announced = False
+        self._announced = self._told_to_stop = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._told_to_stop:  # the second time somebody is in a hurry
+            super().handle_exit(sig, frame)
+        self._told_to_stop = True
 
     async def on_tick(self, counter: int) -> bool:
+        if self.service.broken:
+            self.service.failure = EngineError("the engine has failed")
         if self.service.failure is not None:
             return True
+        if self._told_to_stop:
+            if self.service.draining is None:
+                self.service.drain()
+            elif self.service.draining.done():
+                return True
         if self.service.ready and not self._announced:
             self._announced = True
             print(f"slr-serve: {self.service.settings.model_name} ready at {self.address}", flush=True)
@@ -59,13 +76,17 @@ def serve(settings: Settings) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from server.app import create_app
+    from server.log import configure
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     disable_progress_bars()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    app = create_app(settings)
+    configure(settings)
     try:
-        listener = _listen(settings.host, settings.port)
+        app = create_app(settings)
+    except SLRError as error:
+        _fail(str(error))
+    try:
+        listener = _listen(settings)
     except OSError as error:
         _fail(f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error})")
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -73,12 +94,15 @@ def serve(settings: Settings) -> None:
     config = Config(
         app,
         lifespan="on",
+        # The parser that bounds the headers, whatever else is installed.
+        http="h11",
+        h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        # By then every request has been answered or has timed out.
-        timeout_graceful_shutdown=math.ceil(settings.request_timeout_s) + 1,
+        # By then every request has been answered.
+        timeout_graceful_shutdown=_FLUSH_S,
     )
     _Server(config, service, f"http://{host}:{listener.getsockname()[1]}").run([listener])
     if service.failure is not None:
@@ -87,15 +111,18 @@ def serve(settings: Settings) -> None:
         _fail(str(service.failure))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(settings: Settings) -> socket.socket:
     family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+        settings.host, settings.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
     )[0]
     # With the protocol spelled out, which socket.create_server does not: without it asyncio leaves Nagle's
     # algorithm on, and every response waits 40 ms for the client's delayed acknowledgement.
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # A client that never reads holds its connection until the kernel gives up on it: sooner than it would.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * settings.write_timeout_s))
         listener.bind(address)
     except OSError:
         listener.close()

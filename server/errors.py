@@ -14,10 +14,11 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from server.facts import current
 from server.schemas import ErrorDetail, ErrorResponse
-from slr_core.errors import RequestError, SLRError
+from slr_core.errors import DeadlineError, RequestError, SLRError
 
 CLIENT_CLOSED_REQUEST = 499
 """The status in logs and metrics of a request whose client left; nobody receives it."""
@@ -36,6 +37,30 @@ class UnsupportedMediaType(SLRError):
 
 class BodyTooLarge(SLRError):
     """The body is over the limit."""
+
+
+class BodyTooSlow(SLRError):
+    """The body did not arrive in time."""
+
+
+class TooManyHeaders(SLRError):
+    """The request's headers are over the limit."""
+
+
+class Unauthorized(SLRError):
+    """The request carries no key that opens this path."""
+
+
+class Forbidden(SLRError):
+    """Nobody may do this on this server."""
+
+
+class NotFound(RequestError):
+    """There is nothing of this name."""
+
+
+class Conflict(SLRError):
+    """It is not possible in the server's present state."""
 
 
 class QueueFull(SLRError):
@@ -65,12 +90,19 @@ class ClientGone(SLRError):
 _KINDS: dict[type[Exception], tuple[int, str, str]] = {
     RequestError: (400, _INVALID, "invalid_value"),
     InvalidJSON: (400, _INVALID, "invalid_json"),
+    Unauthorized: (401, "authentication_error", "invalid_api_key"),
+    Forbidden: (403, "permission_error", "forbidden"),
+    NotFound: (404, _INVALID, "not_found"),
+    BodyTooSlow: (408, "timeout_error", "body_timeout"),
+    Conflict: (409, _INVALID, "conflict"),
     BodyTooLarge: (413, _INVALID, "body_too_large"),
     UnsupportedMediaType: (415, _INVALID, "unsupported_media_type"),
+    TooManyHeaders: (431, _INVALID, "headers_too_large"),
     QueueFull: (429, "rate_limit_error", "queue_full"),
     ClientGone: (CLIENT_CLOSED_REQUEST, _INVALID, "client_closed_request"),
     Unavailable: (503, "unavailable_error", "unavailable"),
     TimedOut: (504, "timeout_error", "timeout"),
+    DeadlineError: (504, "timeout_error", "timeout"),
 }
 """Status, type and code of the errors whose message is for the caller. All others are a plain 500."""
 
@@ -94,10 +126,16 @@ class Problem:
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def response(self) -> JSONResponse:
-        """The response with the error body."""
-        detail = ErrorDetail(type=self.type, message=self.message, param=self.param, code=self.code)
-        return JSONResponse(ErrorResponse(error=detail).model_dump(), self.status, headers=dict(self.headers))
+    def body(self) -> ErrorResponse:
+        """The error body."""
+        return ErrorResponse(error=ErrorDetail(type=self.type, message=self.message, param=self.param, code=self.code))
+
+    def response(self) -> Response:
+        """The response with the error body; its code is noted among the request's facts."""
+        current().error = self.code
+        return Response(
+            self.body().model_dump_json(), self.status, headers=dict(self.headers), media_type="application/json"
+        )
 
 
 def describe(error: Exception) -> Problem:
@@ -110,7 +148,11 @@ def describe(error: Exception) -> Problem:
         if kind in _KINDS:
             status, family, code = _KINDS[kind]
             param = error.param if isinstance(error, RequestError) else None
-            headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, QueueFull) else {}
+            headers = {}
+            if isinstance(error, QueueFull):
+                headers["Retry-After"] = str(error.retry_after_s)
+            elif isinstance(error, Unauthorized):
+                headers["WWW-Authenticate"] = "Bearer"
             return Problem(status, family, code, str(error), param, headers)
     return Problem(500, _SERVER, "internal_error", "the server failed to answer this request")
 

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
-from urllib.parse import quote
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import CLIENT_CLOSED_REQUEST, BodyTooLarge, describe
+from server import facts
+from server.errors import CLIENT_CLOSED_REQUEST, BodyTooLarge, BodyTooSlow, TooManyHeaders, describe
+from server.log import Entry, note
 from server.metrics import ENDPOINTS, Metrics
 
-access = logging.getLogger("slr.access")
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "X-Request-Id"
+SERVER_TIMING = "Server-Timing"
+MAX_HEADERS, MAX_HEADER_BYTES = 100, 32 << 10
+"""What a request's headers may be; far beyond, the HTTP parser itself hangs up."""
+BODY_TIMEOUT_S = 30.0
+"""Seconds for a body to arrive."""
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestContext:
-    """Gives each request an id, one log line and its count, and answers for whatever nobody caught."""
+    """Gives each request an id, one log line, its count and its span, and answers for whatever nobody caught."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, trace: Callable[[Entry], None] | None = None) -> None:
+        self.app, self.metrics, self.trace = app, metrics, trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began = time.perf_counter()
-        given = Headers(scope=scope).get(REQUEST_ID, "")
+        began, clock = time.time_ns(), time.perf_counter()
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID, "")
         request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        known = facts.begin()
         # Stands if the client leaves, or the server gives up, before a response has begun.
         status = CLIENT_CLOSED_REQUEST
         started = False
@@ -46,7 +55,13 @@ class RequestContext:
             nonlocal status, started
             if message["type"] == "http.response.start":
                 started, status = True, message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                sent = MutableHeaders(scope=message)
+                sent[REQUEST_ID] = request_id
+                if known.timings is not None and not known.stream:
+                    sent[SERVER_TIMING] = ", ".join(
+                        f"{name.removesuffix('_s')};dur={1000 * seconds:.3f}"
+                        for name, seconds in vars(known.timings).items()
+                    )
             await send(message)
 
         try:
@@ -57,48 +72,88 @@ class RequestContext:
             if not started:
                 await describe(error).response()(scope, receive, respond)
         finally:
+            status = known.status or status
             if counted:
                 self.metrics.answered(scope["path"], status)
-            client = scope["client"][0] if scope.get("client") else "-"
-            milliseconds = 1000 * (time.perf_counter() - began)
-            # The path arrives decoded: quoted again it cannot forge a second line.
-            access.info(
-                "%s %s %s %d %.1fms %s", client, scope["method"], quote(scope["path"]), status, milliseconds, request_id
+            entry = Entry(
+                request_id=request_id,
+                client=scope["client"][0] if scope.get("client") else "-",
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                began_ns=began,
+                duration_s=time.perf_counter() - clock,
+                traceparent=headers.get("traceparent"),
+                facts=known,
             )
+            note(entry)
+            if counted and self.trace is not None:
+                self.trace(entry)
 
 
-class BodyLimit:
-    """Reads the body ahead of the application, and refuses it when it is over ``limit`` bytes."""
+class HeaderLimit:
+    """Refuses a flood of headers."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] == "http":
+            headers = scope["headers"]
+            if len(headers) > MAX_HEADERS or sum(len(k) + len(v) for k, v in headers) > MAX_HEADER_BYTES:
+                error = TooManyHeaders(f"at most {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes together are taken")
+                await describe(error).response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class BodyLimit:
+    """Reads the body ahead of the application, and refuses it when it is over ``limit`` bytes or takes too long."""
+
+    def __init__(self, app: ASGIApp, limit: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
+        self.app, self.limit, self.timeout_s = app, limit, timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
             await self.app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
-        too_large = declared.isdecimal() and int(declared) > self.limit
-        chunks: list[bytes] = []
-        size, more = 0, True
-        while more and not too_large:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            more = message.get("more_body", False)
-            too_large = size > self.limit
-        if too_large:
-            error = BodyTooLarge(f"the body must be at most {self.limit} bytes")
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                body = await self._read(Headers(scope=scope).get("content-length", ""), receive)
+        except TimeoutError:
+            error = BodyTooSlow(f"the body must arrive within {self.timeout_s:g} seconds")
             await describe(error).response()(scope, receive, send)
             return
-        body: Message | None = {"type": "http.request", "body": b"".join(chunks), "more_body": False}
+        except BodyTooLarge as too_large:
+            await describe(too_large).response()(scope, receive, send)
+            return
+        if body is None:
+            return
+        message: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def replay() -> Message:
-            nonlocal body
-            message, body = body, None
-            return await receive() if message is None else message
+            nonlocal message
+            given, message = message, None
+            return await receive() if given is None else given
 
         await self.app(scope, replay, send)
+
+    async def _read(self, declared: str, receive: Receive) -> bytes | None:
+        """The body; ``None`` where the client left before its end."""
+        size = int(declared) if declared.isdecimal() else 0
+        chunks: list[bytes] = []
+        received, more = 0, True
+        while more:
+            if max(size, received) > self.limit:
+                raise BodyTooLarge(f"the body must be at most {self.limit} bytes")
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunks.append(message.get("body", b""))
+            received += len(chunks[-1])
+            more = message.get("more_body", False)
+        if received > self.limit:
+            raise BodyTooLarge(f"the body must be at most {self.limit} bytes")
+        return b"".join(chunks)

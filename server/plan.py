@@ -45,16 +45,16 @@ def check_limits(body: GenerateRequest, settings: Settings) -> None:
 
 
 def plan(
-    reasoner: LatentReasoner, body: GenerateRequest, settings: Settings, limit: int | None = None
+    body: GenerateRequest, settings: Settings, reasoner: LatentReasoner, limit: int | None = None
 ) -> list[Request]:
     """The engine's requests in the order of the results: all samples of the first prompt, then of the next.
 
     Tokenizes, so it belongs in a thread.
 
     Args:
-        reasoner: whose texts and defaults apply.
         body: what is asked.
         settings: the operator's limits.
+        reasoner: whose texts and defaults apply.
         limit: positions of a slot of the engine.
 
     Raises:
@@ -92,12 +92,25 @@ def plan(
             if error.param == "prompt" and len(body.prompt) > 1:
                 raise RequestError(f"prompt {index}: {error}", param=f"prompt.{index}") from error
             raise
+        check_prompt(request.prompt_ids, settings)
         # The checkpoint's default gives way to the operator's limit.
         request = replace(request, max_new_tokens=min(request.max_new_tokens, settings.max_new_tokens))
         requests += [replace(request, sampling=_sample(sampling, i)) for i in range(body.n or 1)]
     if states:
         _check_states(reasoner, requests, settings.max_state_values)
     return requests
+
+
+def check_prompt(ids: tuple[int, ...], settings: Settings, param: str = "prompt") -> None:
+    """Hold a prompt to the operator's limit.
+
+    Raises:
+        RequestError: it has more tokens.
+    """
+    if settings.max_prompt_tokens is not None and len(ids) > settings.max_prompt_tokens:
+        raise RequestError(
+            f"{param} has {len(ids)} tokens, this server takes at most {settings.max_prompt_tokens}", param=param
+        )
 
 
 def _check_states(reasoner: LatentReasoner, requests: list[Request], limit: int) -> None:

@@ -64,13 +64,6 @@ def _finite_or_null(state: Tensor) -> list[list[float | None]]:
     return [[finite_or_none(value) for value in position] for position in state.tolist()]
 
 
-def _only_false(value: bool) -> bool:
-    if value:
-        raise PydanticCustomError("not_supported", "must be false, true is not supported yet")
-    return value
-
-
-OnlyFalse = Annotated[bool, AfterValidator(_only_false)]
 Prompts = Annotated[
     list[str],
     BeforeValidator(_as_list),
@@ -78,13 +71,16 @@ Prompts = Annotated[
 ]
 Temperature = Annotated[float, Field(ge=0, le=10), AfterValidator(_not_minute)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+LoopSetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
-class _Request(BaseModel):
+class StrictModel(BaseModel):
+    """Something that is asked."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class Convergence(_Request):
+class Convergence(StrictModel):
     """When the loop stops by itself."""
 
     criterion: Criterion | None = Field(None, description="the distance that is compared to the threshold")
@@ -94,7 +90,7 @@ class Convergence(_Request):
     patience: int | None = Field(None, ge=1, le=64, description="iterations in a row below the threshold")
 
 
-class GenerateRequest(_Request):
+class GenerateRequest(StrictModel):
     """What ``POST /generate`` takes. What is left out takes the checkpoint's default."""
 
     model_config = ConfigDict(json_schema_extra={"examples": _GENERATE_EXAMPLES})
@@ -113,7 +109,8 @@ class GenerateRequest(_Request):
         None, max_length=16, description="strings that end an answer; they are not part of it"
     )
     n: int | None = Field(None, ge=1, description="answers per prompt; 1 by default")
-    stream: OnlyFalse | None = Field(None, description="answers come whole: false is all that is accepted")
+    loop_set: LoopSetName | None = Field(None, description="the loop set to run; the server's own by default")
+    stream: bool | None = Field(None, description="tell of every iteration, token and result as server-sent events")
 
 
 class TraceRequest(GenerateRequest):
@@ -129,11 +126,13 @@ class TraceRequest(GenerateRequest):
     )
 
 
-class _Response(BaseModel):
+class Frozen(BaseModel):
+    """Something that is answered."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Usage(_Response):
+class Usage(Frozen):
     """What an answer cost."""
 
     prompt_tokens: int
@@ -141,7 +140,7 @@ class Usage(_Response):
     forward_passes: int = Field(description="passes of the model that this answer alone would have taken")
 
 
-class Timings(_Response):
+class Timings(Frozen):
     """Seconds in each stage."""
 
     queue_s: float
@@ -151,7 +150,7 @@ class Timings(_Response):
     total_s: float
 
 
-class GenerateResult(_Response):
+class GenerateResult(Frozen):
     """One answer."""
 
     index: int = Field(description="running number: all samples of the first prompt, then of the next")
@@ -160,16 +159,17 @@ class GenerateResult(_Response):
     iterations: int = Field(description="iterations that the loop ran")
     exit_reason: ExitReason
     final_change: float | None = Field(description="relative change of the last iteration")
+    budget_reduced: bool = Field(description="under pressure, the loop was allowed fewer iterations than asked for")
     usage: Usage
     timings: Timings
 
     @classmethod
-    def of(cls, index: int, result: Result) -> Self:
+    def of(cls, index: int, result: Result, reduced: bool) -> Self:
         """A result of the engine as JSON shows it."""
-        return cls(**cls._fields(index, result))
+        return cls(**cls._fields(index, result, reduced))
 
     @classmethod
-    def _fields(cls, index: int, result: Result) -> dict[str, Any]:
+    def _fields(cls, index: int, result: Result, reduced: bool) -> dict[str, Any]:
         return {
             "index": index,
             "text": result.text,
@@ -177,6 +177,7 @@ class GenerateResult(_Response):
             "iterations": result.iterations,
             "exit_reason": result.exit_reason,
             "final_change": result.final_change,
+            "budget_reduced": reduced,
             "usage": Usage(
                 prompt_tokens=result.prompt_tokens,
                 completion_tokens=result.completion_tokens,
@@ -186,14 +187,14 @@ class GenerateResult(_Response):
         }
 
 
-class TopToken(_Response):
+class TopToken(Frozen):
     """A token that the LM head reads from a state."""
 
     token: str
     prob: float
 
 
-class Iteration(_Response):
+class Iteration(Frozen):
     """One iteration of the loop. ``null`` marks what is undefined or not finite."""
 
     t: int
@@ -214,14 +215,28 @@ class Iteration(_Response):
     )
 
     @classmethod
-    def of(cls, record: IterationRecord, states: Tensor | None) -> Self:
+    def of(cls, record: IterationRecord, states: Tensor | None = None, **more: Any) -> Self:
         """A record of the loop as JSON shows it; ``states`` ``[t + 1, W, d]`` are those of the whole loop."""
         tops = [TopToken(token=token, prob=prob) for token, prob in record.top_tokens]
         state = None if states is None else _finite_or_null(states[record.t])
-        return cls(**{**vars(record), "top_tokens": tops, "state": state})
+        return cls(**{**vars(record), "top_tokens": tops, "state": state, **more})
 
 
-class Stability(_Response):
+class IterationEvent(Iteration):
+    """In a stream: an iteration is done."""
+
+    index: int = Field(description="of the answer")
+
+
+class TokenEvent(Frozen):
+    """In a stream: a token is written."""
+
+    index: int = Field(description="of the answer")
+    token_id: int
+    text: str = Field(description="what may be shown beyond the last event; nothing while a character is incomplete")
+
+
+class Stability(Frozen):
     """What the iterations together say."""
 
     contraction_rate: float | None
@@ -236,39 +251,41 @@ class TraceResult(GenerateResult):
     stability: Stability
 
     @classmethod
-    def _fields(cls, index: int, result: Result) -> dict[str, Any]:
+    def _fields(cls, index: int, result: Result, reduced: bool) -> dict[str, Any]:
         return {
-            **super()._fields(index, result),
+            **super()._fields(index, result, reduced),
             "trace": [Iteration.of(record, result.states) for record in result.records],
             "stability": Stability(**vars(result.stability)),
         }
 
 
-class GenerateResponse(_Response):
-    """Answers, prompt by prompt."""
+class Head(Frozen):
+    """What every response begins with, and a stream ends with."""
 
     id: str
     model: str
     created: int = Field(description="seconds since 1970")
+
+
+class GenerateResponse(Head):
+    """Answers, prompt by prompt."""
+
     results: list[GenerateResult]
 
 
-class TraceResponse(_Response):
+class TraceResponse(Head):
     """Answers with their traces, prompt by prompt."""
 
-    id: str
-    model: str
-    created: int = Field(description="seconds since 1970")
     results: list[TraceResult]
 
 
-class Health(_Response):
+class Health(Frozen):
     """The body of a passed health check."""
 
     status: str
 
 
-class ErrorDetail(_Response):
+class ErrorDetail(Frozen):
     """What went wrong."""
 
     type: str = Field(description="the kind of error", examples=["invalid_request_error"])
@@ -277,7 +294,7 @@ class ErrorDetail(_Response):
     code: str = Field(description="the error, for programs", examples=["invalid_value"])
 
 
-class ErrorResponse(_Response):
+class ErrorResponse(Frozen):
     """The body of every error."""
 
     error: ErrorDetail

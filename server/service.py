@@ -5,24 +5,46 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-import torch
-
-from server.admission import Admission
-from server.errors import TimedOut, Unavailable
+from server.admission import Admission, shallower
+from server.errors import Unavailable
+from server.facts import current
+from server.flight import Flight, Told
 from server.metrics import Metrics
-from server.plan import check_limits, count, plan
-from server.schemas import GenerateRequest
 from server.settings import Settings
 from slr_core.describe import describe
-from slr_core.engine import Engine
-from slr_core.errors import EngineError
+from slr_core.engine import DEFAULT_LOOP_SET, Engine, Finished
+from slr_core.errors import EngineError, RequestError
 from slr_core.generation import Request, Result
+from slr_core.loop.convergence import LoopSettings
+from slr_core.model import LatentReasoner
+from slr_core.sampling import SamplingSettings
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a body asks of the engine.
+
+    Attributes:
+        count: how many answers.
+        plan: from a loop set's model and the positions of a slot to the requests, ``count`` of them. It
+            tokenizes, so it is called in a thread.
+        loop_set: whose model; ``None``: the engine's own checkpoint.
+        stream: tell of iterations and tokens as well.
+    """
+
+    count: int
+    plan: Callable[[LatentReasoner, int], list[Request]]
+    loop_set: str | None = None
+    stream: bool = False
 
 
 class Service:
@@ -31,17 +53,20 @@ class Service:
     Args:
         settings: the server's settings.
         engine: a running engine, which stays its owner's to close; by default one is built from
-            ``settings.model`` in a thread, and requests are refused until it is there.
+            ``settings.model`` in a thread, and requests are refused until it has given a first answer.
     """
 
     def __init__(self, settings: Settings, engine: Engine | None = None) -> None:
         self.settings = settings
         self.failure: Exception | None = None
-        """Why the model could not be loaded."""
+        """Why the model could not be loaded, or what ended the engine."""
         self._engine = engine
         self._owned = engine is None
         self.loading: asyncio.Task[None] | None = None
         """Ends when the model is there, or :attr:`failure` is."""
+        self.draining: asyncio.Task[None] | None = None
+        """Ends when nothing is left to answer; see :meth:`drain`."""
+        self._flights: set[Flight] = set()
         # One thread: the cores belong to the engine.
         self._tokenizing = ThreadPoolExecutor(1, "slr-tokenize")
         self._admission = Admission(settings.max_queue, self._queued)
@@ -61,76 +86,123 @@ class Service:
         if self.loading is not None:
             await self.loading
         if self._engine is not None and self._owned:
-            await asyncio.to_thread(self._engine.close)
+            # A step that hangs does not keep the process from ending.
+            await asyncio.to_thread(self._engine.close, self.settings.stall_timeout_s)
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    # -- how it does --------------------------------------------------------------------------------
+
+    @property
+    def started(self) -> bool:
+        """Whether the model has been loaded and has answered."""
+        return self._engine is not None
 
     @property
     def ready(self) -> bool:
         """Whether requests are taken."""
-        return self._engine is not None and self._engine.alive
+        return self._engine is not None and self._engine.alive and self.draining is None
+
+    @property
+    def broken(self) -> bool:
+        """Whether the engine has ended by itself: it will not come back."""
+        return self._engine is not None and self._owned and not self._engine.alive and self.draining is None
+
+    @property
+    def stalled(self) -> bool:
+        """Whether work is pending and no step has been made for too long."""
+        return self._engine is not None and self._engine.stalled_s() > self.settings.stall_timeout_s
 
     def check(self) -> Engine:
         """The engine, if it can be expected to answer.
 
         Raises:
-            Unavailable: it is loading, stopped, or has made no progress for as long as a request may take.
+            Unavailable: it is loading, stopped or stuck, or the server is shutting down.
         """
         if self.failure is not None:
             raise Unavailable("the model could not be loaded")
         if self._engine is None:
             raise Unavailable("the model is still loading")
+        if self.draining is not None:
+            raise Unavailable("the server is shutting down")
         if not self._engine.alive:
             raise Unavailable("the engine is stopped")
-        if self._engine.stalled_s() > self.settings.request_timeout_s:
+        if self.stalled:
             raise Unavailable("the engine makes no progress")
         return self._engine
 
-    async def answer(self, body: GenerateRequest) -> list[Result]:
-        """Answer every prompt of a body, ``n`` times each. Cancelling drops what has not begun.
+    # -- a request ----------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def fly(self, ask: Ask) -> AsyncIterator[Flight]:
+        """Have the engine work on what is asked, for as long as the context lasts.
 
         Raises:
-            RequestError: the body cannot be run.
+            RequestError: it cannot be run.
             QueueFull: there is no room for all of it.
             Unavailable: there is no engine to run it.
             TimedOut: it took too long.
             EngineError: the engine failed on it.
         """
-        check_limits(body, self.settings)
-        engine = self.check()
+        engine, facts = self.check(), current()
+        facts.answers, facts.stream, facts.loop_set = ask.count, ask.stream, ask.loop_set
         limit = self.settings.request_timeout_s
+        deadline = time.monotonic() + limit
         try:
-            async with asyncio.timeout(limit):
-                with self._admission.reserve(count(body)):
-                    requests = await asyncio.get_running_loop().run_in_executor(
-                        self._tokenizing, plan, engine.reasoner, body, self.settings, engine.capacity
-                    )
-                    futures = self._submit(engine, requests)
-                return await _gather(futures)
-        except TimeoutError as error:
-            raise TimedOut(f"no answer within {limit:g} seconds") from error
+            loop_set = engine.loop_sets.get(DEFAULT_LOOP_SET if ask.loop_set is None else ask.loop_set)
+            if loop_set is None:
+                raise RequestError(f"there is no loop set {ask.loop_set!r}", param="loop_set")
+            depth = self._admission.depth(self.settings.elastic_floor)
+            with self._admission.reserve(ask.count):
+                requests = await asyncio.get_running_loop().run_in_executor(
+                    self._tokenizing, ask.plan, loop_set.reasoner, engine.capacity
+                )
+                planned = [(shallower(request, depth), request) for request in requests]
+                flight = Flight(
+                    engine,
+                    [(runs, runs is not asked) for runs, asked in planned],
+                    loop_set=ask.loop_set,
+                    every=ask.stream,
+                    deadline=deadline,
+                    limit_s=limit,
+                )
+            for (request, _), future in zip(planned, flight.futures, strict=True):
+                self.metrics.follow(request, future)
+                future.add_done_callback(self._finished)
+            facts.reduced = sum(runs is not asked for runs, asked in planned)
+            self.metrics.budget_reduced(facts.reduced)
+            self._flights.add(flight)
+            try:
+                with flight:
+                    yield flight
+            finally:
+                self._flights.discard(flight)
         except EngineError as error:
             if not engine.alive:
                 raise Unavailable("the engine is stopped") from error
             raise
 
-    def _submit(self, engine: Engine, requests: list[Request]) -> list[Future[Result]]:
-        futures: list[Future[Result]] = []
-        try:
-            for request in requests:
-                futures.append(engine.submit(request))
-                # Counted where the engine ends it, and not where an answer is awaited: the work was done even if
-                # its client has left by then.
-                self.metrics.follow(request, futures[-1])
-                futures[-1].add_done_callback(self._finished)
-        except EngineError:
-            for future in futures:
-                future.cancel()
-            raise
-        return futures
+    async def answer(self, ask: Ask) -> list[tuple[Result, bool]]:
+        """Every answer in order, each with whether its iteration budget was reduced; raises as :meth:`fly`."""
+        results: dict[int, tuple[Result, bool]] = {}
+        async with self.fly(ask) as flight:
+            async for told in flight:
+                assert isinstance(told.event, Finished)
+                results[told.answer] = (told.event.result, told.reduced)
+        return [results[index] for index in range(ask.count)]
+
+    async def stream(self, ask: Ask) -> AsyncGenerator[Told]:
+        """What happens to the answers, as it happens; raises as :meth:`fly`."""
+        async with self.fly(ask) as flight:
+            async for told in flight:
+                yield told
 
     def _finished(self, future: Future[Result]) -> None:
+        # Noted in the engine's thread, and not where an answer is awaited: the work was done even if its
+        # client has left by now.
         if not future.cancelled():
             self._admission.finished()
+
+    # -- its life -----------------------------------------------------------------------------------
 
     async def _load(self) -> None:
         began = time.monotonic()
@@ -148,20 +220,52 @@ class Service:
         )
 
     def _build(self) -> Engine:
-        if self.settings.threads is not None:
-            torch.set_num_threads(self.settings.threads)
         settings = self.settings
-        return Engine.from_pretrained(settings.model, slots=settings.slots, on_step=self.metrics.stepped)
+        engine = Engine.from_pretrained(
+            settings.model,
+            slots=settings.slots,
+            cache_gib=settings.cache_gib,
+            prefix_gib=settings.prefix_gib,
+            threads=settings.threads,
+            on_step=self.metrics.stepped,
+        )
+        try:
+            engine.submit(_first_request(engine.reasoner)).result()
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    def drain(self) -> None:
+        """Refuse whatever comes or waits, and let what runs end within the grace period. Called once."""
+        self.draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        error = Unavailable("the server is shutting down")
+        logger.info("draining: %d requests are under way", len(self._flights))
+        for flight in list(self._flights):
+            if not flight.begun:
+                flight.abort(error)
+        ends = time.monotonic() + self.settings.grace_s
+        while self._flights and time.monotonic() < ends:
+            await asyncio.sleep(0.02)
+        for flight in list(self._flights):
+            flight.abort(error)
 
     def _queued(self) -> int:
         return 0 if self._engine is None else self._engine.queued
 
 
-async def _gather(futures: list[Future[Result]]) -> list[Result]:
-    waiting = [asyncio.wrap_future(future) for future in futures]
-    try:
-        return await asyncio.gather(*waiting)
-    finally:
-        # After a failure the other answers have no reader: cancelling drops those that still wait.
-        for future in waiting:
-            future.cancel()
+def _first_request(reasoner: LatentReasoner) -> Request:
+    """A token's worth of everything: prefill, the loop as far as the checkpoint lets it run, a written token."""
+    return Request(
+        prompt_ids=(0,),
+        answer_prefix_ids=(),
+        loop=LoopSettings.resolve(reasoner.config.loop),
+        max_new_tokens=1,
+        sampling=SamplingSettings(),
+        stop=(),
+        trace=False,
+        top_tokens=0,
+        include_states=False,
+    )

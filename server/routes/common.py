@@ -1,36 +1,50 @@
-"""What endpoints share: strict JSON bodies, the service, the documented errors, waiting for a client that may leave."""
+"""What endpoints share: strict JSON bodies, the service, the documented errors."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
-from starlette.types import Receive
 
-from server.errors import ClientGone, InvalidJSON, UnsupportedMediaType
+from server.errors import InvalidJSON, UnsupportedMediaType
 from server.schemas import ErrorResponse
 from server.service import Service
 
-T = TypeVar("T")
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorResponse, "description": "The body is not JSON, or a field is unknown, missing or wrong."},
-    413: {"model": ErrorResponse, "description": "The body is too large."},
-    415: {"model": ErrorResponse, "description": "The content type is not application/json."},
-    429: {
-        "model": ErrorResponse,
-        "description": "Too much work is waiting.",
-        "headers": {"Retry-After": {"description": "seconds to wait", "schema": {"type": "integer"}}},
-    },
-    500: {"model": ErrorResponse, "description": "The server failed."},
-    503: {"model": ErrorResponse, "description": "The engine is loading, stopped or stuck."},
-    504: {"model": ErrorResponse, "description": "The answer took too long."},
-    "default": {"model": ErrorResponse, "description": "Every error has this body."},
+_EXPLAINED = {
+    400: "The body is not JSON, or a field is unknown, missing or wrong.",
+    401: "A key is needed.",
+    403: "Nobody may do this on this server.",
+    404: "There is nothing of this name.",
+    408: "The body did not arrive in time.",
+    409: "The server's present state does not allow it.",
+    413: "The body is too large.",
+    415: "The content type is not application/json.",
+    429: "Too much work is waiting.",
+    431: "The headers are too large.",
+    500: "The server failed.",
+    503: "The engine is loading, stopped or stuck, or the server is shutting down.",
+    504: "The answer took too long.",
 }
+_RETRY_AFTER = {"Retry-After": {"description": "seconds to wait", "schema": {"type": "integer"}}}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The documentation of these errors."""
+    described: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorResponse, "description": _EXPLAINED[status]} for status in statuses
+    }
+    if 429 in described:
+        described[429]["headers"] = _RETRY_AFTER
+    return {**described, "default": {"model": ErrorResponse, "description": "Every error has this body."}}
+
+
+ERRORS = errors(400, 401, 408, 413, 415, 429, 431, 500, 503, 504)
+"""Of the endpoints that ask the model for something."""
+STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+"""The documentation of the other form of a successful answer."""
 
 
 class _JSONRequest(Request):
@@ -52,7 +66,7 @@ class _JSONRequest(Request):
 
 
 class JSONRoute(APIRoute):
-    """A route that takes JSON and nothing else."""
+    """A route whose body, where it has one, is JSON and nothing else."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, behind the strict parser."""
@@ -64,7 +78,7 @@ class JSONRoute(APIRoute):
             await parsed.parse()
             return await handle(parsed)
 
-        return strict
+        return strict if self.body_field is not None else handle
 
 
 def _service(request: Request) -> Service:
@@ -73,27 +87,3 @@ def _service(request: Request) -> Service:
 
 
 ServiceDependency = Annotated[Service, Depends(_service)]
-
-
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work``; when the client leaves first, cancel it.
-
-    Raises:
-        ClientGone: the client left.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(request.receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone("the client closed the connection")
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -4,44 +4,85 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
-from server.routes.common import ERRORS, JSONRoute, ServiceDependency, while_connected
+from server.plan import check_limits, count, plan
+from server.routes.common import ERRORS, STREAM, JSONRoute, ServiceDependency
 from server.schemas import (
     GenerateRequest,
     GenerateResponse,
     GenerateResult,
+    Head,
+    IterationEvent,
+    TokenEvent,
     TraceRequest,
     TraceResponse,
     TraceResult,
 )
-from server.service import Service
+from server.service import Ask, Service
+from server.sse import EventStream, frame, while_connected
+from slr_core.engine import Finished, Iterated, Written
 
-router = APIRouter(route_class=JSONRoute, responses=ERRORS, tags=["reasoning"])
+router = APIRouter(route_class=JSONRoute, responses={200: STREAM, **ERRORS}, tags=["reasoning"])
 
 
-@router.post("/generate", summary="Answer prompts after a latent loop")
-async def generate(body: GenerateRequest, request: Request, service: ServiceDependency) -> GenerateResponse:
+@router.post("/generate", summary="Answer prompts after a latent loop", response_model=GenerateResponse)
+async def generate(body: GenerateRequest, request: Request, service: ServiceDependency) -> GenerateResponse | Response:
     """Refine the hidden state until it settles, then write the answer.
 
     Several prompts are answered independently and batched together. `max_iterations: 0` asks the base model.
+    With `stream`, events named `iteration`, `token` and `result` tell of each answer by its `index`, and `done`
+    ends the stream; an event `error` in its place says why it broke off.
     """
-    results = await while_connected(request, service.answer(body))
+    ask, head = _ask(body, service), _head(service)
+    if body.stream:
+        return await _stream(request, service, ask, head, GenerateResult)
+    results = await while_connected(request.receive, service.answer(ask))
     return GenerateResponse(
-        results=[GenerateResult.of(index, result) for index, result in enumerate(results)], **_head(service)
+        results=[GenerateResult.of(index, *answer) for index, answer in enumerate(results)], **vars(head)
     )
 
 
-@router.post("/trace", summary="Answer prompts and show every iteration")
-async def trace(body: TraceRequest, request: Request, service: ServiceDependency) -> TraceResponse:
+@router.post("/trace", summary="Answer prompts and show every iteration", response_model=TraceResponse)
+async def trace(body: TraceRequest, request: Request, service: ServiceDependency) -> TraceResponse | Response:
     """The same answers as `/generate`, with each iteration's diagnostics and what the head reads from its state."""
-    results = await while_connected(request, service.answer(body))
-    return TraceResponse(
-        results=[TraceResult.of(index, result) for index, result in enumerate(results)], **_head(service)
+    ask, head = _ask(body, service), _head(service)
+    if body.stream:
+        return await _stream(request, service, ask, head, TraceResult)
+    results = await while_connected(request.receive, service.answer(ask))
+    return TraceResponse(results=[TraceResult.of(index, *answer) for index, answer in enumerate(results)], **vars(head))
+
+
+def _ask(body: GenerateRequest, service: Service) -> Ask:
+    check_limits(body, service.settings)
+    return Ask(count(body), partial(plan, body, service.settings), body.loop_set, bool(body.stream))
+
+
+def _head(service: Service) -> Head:
+    return Head(id=f"slr-{uuid.uuid4().hex}", model=service.settings.model_name, created=int(time.time()))
+
+
+async def _stream(request: Request, service: Service, ask: Ask, head: Head, shown: type[GenerateResult]) -> EventStream:
+    return await EventStream.begin(
+        request.receive,
+        _frames(service, ask, head, shown),
+        write_timeout_s=service.settings.write_timeout_s,
+        error_event="error",
     )
 
 
-def _head(service: Service) -> dict[str, Any]:
-    return {"id": f"slr-{uuid.uuid4().hex}", "model": service.settings.model_name, "created": int(time.time())}
+async def _frames(service: Service, ask: Ask, head: Head, shown: type[GenerateResult]) -> AsyncGenerator[bytes]:
+    async with aclosing(service.stream(ask)) as told:
+        async for index, event, reduced in told:
+            match event:
+                case Iterated(record):
+                    yield frame(IterationEvent.of(record, index=index), "iteration")
+                case Written(token_id, text):
+                    yield frame(TokenEvent(index=index, token_id=token_id, text=text), "token")
+                case Finished(result):
+                    yield frame(shown.of(index, result, reduced), "result")
+    yield frame(head, "done")

@@ -7,9 +7,9 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
-from server.routes.common import ServiceDependency
+from server.routes.common import ServiceDependency, errors
 
-router = APIRouter(tags=["operation"])
+router = APIRouter(tags=["operation"], responses=errors(401))
 
 
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)

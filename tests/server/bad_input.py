@@ -50,7 +50,7 @@ CASES = [
     # fields
     case("no prompt", {}, 400, "prompt", "missing_field"),
     fields("unknown field", "tokens", "unknown_field", tokens=3),
-    fields("stream", "stream", stream=True),
+    fields("stream as text", "stream", stream="true"),
     fields("stream as a number", "stream", stream=0),
     fields("unknown nested field", "convergence.speed", "unknown_field", convergence={"speed": 1}),
     fields("long unknown field", "x" * 100, "unknown_field", **{"x" * 5000: 1}),
@@ -77,6 +77,11 @@ CASES = [
     fields("no room for the answer", "max_new_tokens", max_new_tokens=500),
     fields("more minimum than maximum", "min_iterations", max_iterations=2, min_iterations=3),
     # the rest
+    fields("a loop set that nobody loaded", "loop_set", loop_set="other"),
+    *(
+        fields(f"loop set {name!r}", "loop_set", loop_set=name)
+        for name in ("", "../../etc/passwd", "/etc/passwd", "a/b", "..", "a\x00b", "a\nb", "x" * 65)
+    ),
     fields("stop as text", "stop", stop="."),
     fields("empty stop", "stop.0", stop=[""]),
     fields("convergence as text", "convergence", convergence="cosine"),

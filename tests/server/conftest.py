@@ -32,7 +32,7 @@ def reference(reasoner) -> LatentReasoner:
 
 @pytest.fixture(scope="session")
 def engine(reasoner) -> Iterator[Engine]:
-    with Engine(reasoner) as made:
+    with Engine(reasoner, threads=1) as made:
         yield made
 
 
@@ -72,7 +72,7 @@ def gate() -> Gate:
 def gated(reasoner, gate) -> Iterator[Callable[..., TestClient]]:
     """Makes clients of a server whose engine stands at ``gate``; settings are arguments."""
     made = tiny.twin(reasoner)
-    with Engine(made, slots=2) as engine:
+    with Engine(made, slots=2, threads=1) as engine:
         engine.model.base_model.register_forward_pre_hook(gate)
         clients = []
 

@@ -66,7 +66,8 @@ def test_response(client):
     assert set(timings) == {"queue_s", "prefill_s", "loop_s", "decode_s", "total_s"}
     assert sum(value for stage, value in timings.items() if stage != "total_s") == pytest.approx(timings["total_s"])
     assert set(result) == {
-        *("index", "text", "finish_reason", "iterations", "exit_reason", "final_change", "usage", "timings")
+        *("index", "text", "finish_reason", "iterations", "exit_reason", "final_change", "usage", "timings"),
+        "budget_reduced",
     }
 
 

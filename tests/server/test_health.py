@@ -12,35 +12,40 @@ from tests import tiny
 def test_ready(client):
     assert client.get("/livez").json() == {"status": "alive"}
     assert client.get("/readyz").json() == {"status": "ready"}
+    assert client.get("/startupz").json() == {"status": "started"}
 
 
-def refused(client: TestClient, message: str) -> None:
+def refused(client: TestClient, message: str, live: int = 200) -> None:
     for response in (client.get("/readyz"), client.post("/generate", json={"prompt": "w1"})):
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "unavailable"
         assert message in response.json()["error"]["message"]
-    assert client.get("/livez").status_code == 200
+    assert client.get("/livez").status_code == live
 
 
 def test_a_stopped_engine_is_not_ready(reasoner):
-    engine = Engine(tiny.twin(reasoner))
+    engine = Engine(tiny.twin(reasoner), threads=1)
     with TestClient(create_app(Settings(), engine)) as client:
         engine.close()
         refused(client, "stopped")
 
 
 def test_a_stuck_engine_is_not_ready(gated, gate):
-    client = gated(request_timeout_s=0.3)
+    client = gated(request_timeout_s=0.2, stall_timeout_s=0.3)
     assert client.post("/generate", json={"prompt": "w1"}).status_code == 504
-    deadline = time.monotonic() + 20  # the engine's clock started a little after the request's
-    while client.get("/readyz").status_code == 200 and time.monotonic() < deadline:
+    assert client.get("/livez").status_code == 200
+    deadline = time.monotonic() + 20
+    while client.get("/livez").status_code == 200 and time.monotonic() < deadline:
         pass
-    refused(client, "no progress")
+    refused(client, "no progress", live=503)
     gate.opened.set()
+    while client.get("/livez").status_code == 503 and time.monotonic() < deadline:
+        pass
+    assert client.get("/readyz").status_code == 200
 
 
 def test_loading(monkeypatch, reasoner, gate):
-    engine = Engine(tiny.twin(reasoner))
+    engine = Engine(tiny.twin(reasoner), threads=1)
 
     def load(*_, **__):
         gate()
@@ -49,9 +54,12 @@ def test_loading(monkeypatch, reasoner, gate):
     monkeypatch.setattr(Engine, "from_pretrained", load)
     with TestClient(create_app(Settings(threads=1))) as client:
         refused(client, "loading")
+        assert client.get("/startupz").status_code == 503
         gate.opened.set()
         service = client.app.state.service
         client.portal.call(lambda: service.loading)
+        assert engine.counters.tokens == 1, "it has given an answer"
+        assert client.get("/startupz").status_code == 200
         assert client.get("/readyz").status_code == 200
     assert not engine.alive, "an engine of the application's own is closed with it"
 

@@ -28,10 +28,12 @@ def test_one_log_line_a_request(client, caplog):
     caplog.set_level(logging.INFO, "slr.access")
     client.post("/generate", json={"prompt": "w1"}, headers={"x-request-id": "one"})
     client.get("/a%0Ab", headers={"x-request-id": "two"})
-    one, two = (record.getMessage() for record in caplog.records if record.name == "slr.access")
-    assert " POST /generate 200 " in one
-    assert one.endswith(" one")
-    assert " GET /a%0Ab 404 " in two
+    one, two = (record.fields for record in caplog.records if record.name == "slr.access")
+    assert (one["method"], one["path"], one["status"], one["request_id"]) == ("POST", "/generate", 200, "one")
+    assert (one["answers"], one["stream"], one["prompt_tokens"]) == (1, False, 1)
+    assert len(one["iterations"]) == len(one["exit_reasons"]) == 1
+    assert one["loop_s"] > 0
+    assert (two["path"], two["status"], two["error"]) == ("/a%0Ab", 404, "not_found")
 
 
 def test_a_body_that_does_not_say_its_length(client):
@@ -47,7 +49,7 @@ def test_a_body_that_does_not_say_its_length(client):
 
 
 def test_what_nobody_foresaw(client, monkeypatch, caplog):
-    monkeypatch.setattr("server.service.check_limits", lambda *_: 1 / 0)
+    monkeypatch.setattr("server.routes.generate.check_limits", lambda *_: 1 / 0)
     response = client.post("/generate", json={"prompt": "w1"}, headers={"x-request-id": "odd"})
     assert response.status_code == 500
     assert response.headers["x-request-id"] == "odd"

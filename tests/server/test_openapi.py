@@ -21,7 +21,7 @@ def references(node):
 
 def test_document(document):
     assert document["openapi"].startswith("3.")
-    assert set(document["paths"]) == {"/generate", "/trace", "/livez", "/readyz", "/metrics"}
+    assert set(document["paths"]) == {"/generate", "/trace", "/livez", "/readyz", "/startupz", "/metrics"}
     names = set(document["components"]["schemas"])
     used = set(references(document))
     assert used == {f"#/components/schemas/{name}" for name in names}, "nothing dangles, nothing is left over"
@@ -36,11 +36,12 @@ def test_document(document):
 @pytest.mark.parametrize("path", ["/generate", "/trace"])
 def test_errors_are_documented(document, path):
     responses = document["paths"][path]["post"]["responses"]
-    assert set(responses) == {"200", "400", "413", "415", "429", "500", "503", "504", "default"}
-    for status, response in responses.items():
-        (content,) = response["content"].values()
-        is_error = content["schema"]["$ref"].endswith("/ErrorResponse")
-        assert is_error == (status != "200")
+    refusals = {"400", "401", "408", "413", "415", "429", "431", "500", "503", "504", "default"}
+    assert set(responses) == {"200", *refusals}
+    for status in refusals:
+        (content,) = responses[status]["content"].values()
+        assert content["schema"]["$ref"].endswith("/ErrorResponse")
+    assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
     assert "Retry-After" in responses["429"]["headers"]
 
 

@@ -8,7 +8,7 @@ from tests import tiny
 
 
 def planned(reference, body, **settings):
-    return plan(reference, GenerateRequest(**body), Settings(**settings))
+    return plan(GenerateRequest(**body), Settings(**settings), reference)
 
 
 def test_defaults_are_the_checkpoints(reference):
@@ -21,8 +21,15 @@ def test_defaults_give_way_to_the_operators_limits(reference):
     assert (request.loop.max_iterations, request.max_new_tokens) == (2, 3)
     (request,) = planned(reference, {"prompt": "w1"}, max_iterations=0)
     assert (request.loop.max_iterations, request.loop.min_iterations) == (0, 0)
-    (request,) = plan(reference, TraceRequest(prompt="w1"), Settings(max_top_tokens=2))
+    (request,) = plan(TraceRequest(prompt="w1"), Settings(max_top_tokens=2), reference)
     assert request.top_tokens == 2
+
+
+def test_prompts_are_held_to_the_operators_limit(reference):
+    assert planned(reference, {"prompt": "w1 w2"}, max_prompt_tokens=2)
+    with pytest.raises(RequestError, match="has 3 tokens, this server takes at most 2") as error:
+        planned(reference, {"prompt": "w1 w2 w3"}, max_prompt_tokens=2)
+    assert error.value.param == "prompt"
 
 
 def test_samples(reference):
@@ -54,7 +61,7 @@ def test_limits(body, settings, param):
 
 def test_states_are_asked_for_by_traces(reference):
     def asked(**body):
-        (request,) = plan(reference, TraceRequest(prompt="w1", **body), Settings())
+        (request,) = plan(TraceRequest(prompt="w1", **body), Settings(), reference)
         return request.include_states
 
     assert asked(include_states=True)
@@ -70,15 +77,15 @@ def test_the_size_of_the_states_is_capped(workspace, values):
     # Two prompts of 1 and 3 tokens and 3 iterations; a block has 4 positions, a state 32 numbers.
     made = tiny.reasoner(loop={"workspace": workspace, "block_size": 4})
     body = TraceRequest(prompt=["w1", "w1 w2 w3"], max_iterations=3, include_states=True)
-    assert len(plan(made, body, Settings(max_state_values=32 * values))) == 2
+    assert len(plan(body, Settings(max_state_values=32 * values), made)) == 2
     with pytest.raises(RequestError, match=f"include_states: .* {32 * values} numbers, .* at most 50;") as error:
-        plan(made, body, Settings(max_state_values=50))
+        plan(body, Settings(max_state_values=50), made)
     assert error.value.param == "include_states"
     with pytest.raises(RequestError):
-        plan(made, body, Settings(max_state_values=32 * values - 1))
+        plan(body, Settings(max_state_values=32 * values - 1), made)
     with pytest.raises(RequestError):
-        plan(made, body.model_copy(update={"n": 2}), Settings(max_state_values=32 * values))
-    assert len(plan(made, body.model_copy(update={"include_states": False}), Settings(max_state_values=0))) == 2
+        plan(body.model_copy(update={"n": 2}), Settings(max_state_values=32 * values), made)
+    assert len(plan(body.model_copy(update={"include_states": False}), Settings(max_state_values=0), made)) == 2
 
 
 def test_a_criterion_that_the_checkpoint_cannot_serve_is_named_as_the_body_names_it(reference):

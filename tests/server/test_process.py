@@ -54,7 +54,8 @@ def http(server):
 
 def test_start(server, http):
     assert server.line.startswith("slr-serve: tiny ready at http://127.0.0.1:")
-    assert http.get("/livez").status_code == http.get("/readyz").status_code == 200
+    for probe in ("/livez", "/readyz", "/startupz"):
+        assert http.get(probe).status_code == 200
     # The environment is read as well.
     error = http.post("/generate", json={"prompt": "w1", "max_new_tokens": 41}).json()["error"]
     assert error["param"] == "max_new_tokens"
@@ -125,12 +126,12 @@ def test_sigterm_answers_what_runs_and_exits_cleanly(server, http):
 
     with ThreadPoolExecutor() as pool:
         running = pool.submit(http.post, "/generate", json={"prompt": prompts, "max_new_tokens": 40})
-        while "slr_requests_in_flight 0.0" in httpx.get(f"{server.url}/metrics").text:
+        while "slr_slots_in_use 0.0" in httpx.get(f"{server.url}/metrics").text:
             assert not running.done()
         assert server.stop() == 0
         assert len(running.result(20).json()["results"]) == len(prompts)
     log = server.log.read_text()
     assert "Traceback" not in log
-    assert " POST /generate 200 " in log
+    assert "method=POST path=/generate status=200" in log
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/livez")

@@ -1,11 +1,6 @@
-import asyncio
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from server.app import create_app
-from server.settings import Settings
-from slr_core.engine import Engine
 from tests import tiny
 from tests.server.conftest import sample
 
@@ -78,57 +73,3 @@ def test_stopping_refuses_what_waits(gated, gate):
         closing.result(20)
         assert [future.result(20).status_code for future in asked] == [503]
     assert client.post("/generate", json=BODY).status_code == 503
-
-
-def test_a_client_that_leaves_takes_its_waiting_requests_with_it(reasoner, gate):
-    made = tiny.twin(reasoner)
-    left = asyncio.Event()
-    sent = []
-
-    async def receive_then_leave():
-        if not receive_then_leave.asked:
-            receive_then_leave.asked = True
-            return {"type": "http.request", "body": json.dumps({**BODY, "n": 3}).encode(), "more_body": False}
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    receive_then_leave.asked = False
-
-    async def send(message):
-        sent.append(message)
-
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/generate",
-        "raw_path": b"/generate",
-        "query_string": b"",
-        "root_path": "",
-        "headers": [(b"content-type", b"application/json")],
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 2),
-        "scheme": "http",
-        "http_version": "1.1",
-    }
-
-    async def scenario(engine):
-        app = create_app(Settings(), engine)
-        async with app.router.lifespan_context(app):
-            running = engine.submit(tiny.request(made, "w1"))
-            await asyncio.to_thread(gate.reached.wait, 20)
-            request = asyncio.create_task(app(scope, receive_then_leave, send))
-            while engine.queued < 3:
-                await asyncio.sleep(0.001)
-            left.set()
-            await asyncio.wait_for(request, 20)
-            gate.opened.set()
-            await asyncio.wrap_future(running)
-            value = app.state.service.metrics.registry.get_sample_value
-            assert value("slr_requests_total", {"endpoint": "/generate", "status": "cancelled"}) == 1
-            assert value("slr_loop_iterations_count") == 0, "none of its requests ran"
-
-    with Engine(made) as engine:
-        engine.model.base_model.register_forward_pre_hook(gate)
-        asyncio.run(scenario(engine))
-    # Nobody reads it, but the application ends every request in the same way.
-    assert sent[0]["status"] == 499

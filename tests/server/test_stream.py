@@ -1,0 +1,236 @@
+"""Server-sent events: what a stream tells, how it begins, how it breaks off, and what a client that leaves frees."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from server import sse
+from server.app import create_app
+from server.errors import ErrorResponse
+from server.settings import Settings
+from slr_core.engine import Engine
+from slr_core.generation import generate
+from tests import tiny
+from tests.server import events
+from tests.server.asgi import Caller
+from tests.server.conftest import sample
+
+BODY = {"prompt": "w1 w2", "max_new_tokens": 5, "stream": True}
+
+
+def stream(client, path="/generate", **changes):
+    response = client.post(path, json={**BODY, **changes})
+    assert response.status_code == 200, response.text
+    return response, events.of(response.text)
+
+
+def of(told, name, index=0):
+    return [event.data for event in told if event.name == name and event.data["index"] == index]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/trace"])
+def test_a_stream_tells_what_the_whole_answer_says(client, path):
+    whole = client.post(path, json={**BODY, "stream": False}).json()["results"][0]
+    response, told = stream(client, path)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    assert "content-length" not in response.headers
+    names = [event.name for event in told]
+    iterations, tokens = whole["iterations"], whole["usage"]["completion_tokens"]
+    assert names == ["iteration"] * iterations + ["token"] * tokens + ["result", "done"]
+    (result,) = of(told, "result")
+    assert {**result, "timings": None, "trace": None} == {**whole, "timings": None, "trace": None}
+    assert "".join(token["text"] for token in of(told, "token")) == whole["text"]
+    assert [iteration["t"] for iteration in of(told, "iteration")] == list(range(1, iterations + 1))
+    assert set(told[-1].data) == {"id", "model", "created"}
+    if path == "/trace":
+        shown = [{k: v for k, v in i.items() if k not in ("index", "duration_s")} for i in of(told, "iteration")]
+        assert shown == [{k: v for k, v in i.items() if k != "duration_s"} for i in result["trace"]]
+        assert shown[0]["top_tokens"]
+
+
+def test_several_answers_share_a_stream_by_index(client, reference):
+    prompts = list(tiny.PROMPTS[:3])
+    _, told = stream(client, prompt=prompts, n=2, max_new_tokens=6)
+    for index in range(6):
+        expected = generate(reference, [tiny.request(reference, prompts[index // 2])])[0]
+        assert "".join(token["text"] for token in of(told, "token", index)) == expected.text
+        assert [token["token_id"] for token in of(told, "token", index)] == list(expected.token_ids)
+        assert len(of(told, "iteration", index)) == expected.iterations
+        assert of(told, "result", index)[0]["text"] == expected.text
+    assert [event.name for event in told].count("done") == 1
+
+
+@pytest.mark.parametrize("stop", [["w16"], []])
+def test_a_stop_string_is_never_shown(client, stop):
+    _, told = stream(client, stop=stop, max_new_tokens=12)
+    (result,) = of(told, "result")
+    assert "".join(token["text"] for token in of(told, "token")) == result["text"]
+    assert not stop or stop[0] not in result["text"]
+
+
+def test_a_refusal_keeps_its_status(gated, gate):
+    client = gated(max_queue=2)
+    assert client.post("/generate", json={**BODY, "n": 3}).status_code == 400
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(client.post, "/generate", json={**BODY, "n": 2})
+        assert gate.reached.wait(20)
+        engine = client.app.state.service.check()
+        waiting = [engine.submit(tiny.request(engine.reasoner, "w1")) for _ in range(2)]
+        refused = client.post("/generate", json=BODY)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        gate.opened.set()
+        assert first.result(20).status_code == 200
+        for future in waiting:
+            future.result(20)
+
+
+def test_an_error_before_the_first_event_has_its_status(gated, gate):
+    client = gated()
+    gate.opened.set()
+    gate.fail_next = True
+    response = client.post("/generate", json=BODY)
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+
+
+def test_a_stream_that_fails_ends_with_an_error_and_no_end(reasoner, caplog):
+    calls = 0
+
+    def fail_later(*_):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise RuntimeError("secret of the engine")
+
+    async def scenario(engine):
+        app = create_app(Settings(), engine)
+        async with app.router.lifespan_context(app):
+            caller = Caller(app, "/generate", {**BODY, "max_iterations": 8})
+            await caller.call()
+            return caller, app.state.service
+
+    with Engine(tiny.twin(reasoner), threads=1) as engine:
+        engine.submit(tiny.request(engine.reasoner, "w1 w2")).result()
+        engine.model.base_model.register_forward_pre_hook(fail_later)
+        caller, service = asyncio.run(scenario(engine))
+    told = events.of(caller.text)
+    assert caller.sent[0]["status"] == 200
+    assert [event.name for event in told] == ["iteration"] * 3 + ["error"]
+    assert told[-1].data["error"]["code"] == "internal_error"
+    ErrorResponse.model_validate(told[-1].data)
+    assert "secret" not in caller.text
+    assert "secret" in caplog.text
+    assert all(message["more_body"] for message in caller.sent[1:]), "nothing says that this is the end"
+    value = service.metrics.registry.get_sample_value
+    assert value("slr_requests_total", {"endpoint": "/generate", "status": "error"}) == 1
+
+
+def test_a_deadline_in_the_middle_of_a_stream(gated, gate):
+    client = gated(request_timeout_s=0.5)
+    made = []
+
+    def pause_later(*_):
+        made.append(1)
+        if len(made) == 4:
+            gate.opened.clear()
+
+    gate.opened.set()
+    engine = client.app.state.service.check()
+    engine.model.base_model.register_forward_pre_hook(pause_later)
+    _, told = stream(client)
+    gate.opened.set()
+    assert told[0].name == "iteration"
+    assert told[-1].name == "error"
+    assert told[-1].data["error"]["code"] == "timeout"
+    assert sample(client, "slr_requests_total", endpoint="/generate", status="timeout") == 1
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("path", ["/generate", "/trace"])
+def test_a_client_that_leaves_frees_its_slot_at_the_next_step(reasoner, gate, path, streamed):
+    body = {**BODY, "stream": streamed, "n": 3, "max_new_tokens": 40}
+
+    async def scenario(engine):
+        app = create_app(Settings(), engine)
+        async with app.router.lifespan_context(app):
+            caller = Caller(app, path, body)
+            request = asyncio.create_task(caller.call())
+            await asyncio.to_thread(gate.reached.wait, 20)
+            steps = engine.counters.steps
+            caller.leave()
+            await asyncio.wait_for(request, 20)
+            gate.opened.set()
+            while engine.in_flight or engine.queued:
+                await asyncio.sleep(0.001)
+            value = app.state.service.metrics.registry.get_sample_value
+            assert value("slr_requests_total", {"endpoint": path, "status": "cancelled"}) == 1
+            assert engine.counters.steps <= steps + 1
+            assert engine.counters.tokens == 0
+
+    with Engine(tiny.twin(reasoner), slots=2, threads=1) as engine:
+        engine.model.base_model.register_forward_pre_hook(gate)
+        asyncio.run(scenario(engine))
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_stream(engine):
+    async def scenario():
+        app = create_app(Settings(), engine)
+        async with app.router.lifespan_context(app):
+            caller = Caller(app, "/generate", {**BODY, "n": 4, "max_new_tokens": 50})
+            request = asyncio.create_task(caller.call())
+            await caller.heard.wait()
+            caller.leave()
+            await asyncio.wait_for(request, 20)
+            while engine.in_flight or engine.queued:
+                await asyncio.sleep(0.001)
+            assert "done" not in [event.name for event in events.of(caller.text)]
+            value = app.state.service.metrics.registry.get_sample_value
+            assert value("slr_requests_total", {"endpoint": "/generate", "status": "cancelled"}) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_does_not_read_is_let_go(engine):
+    async def scenario():
+        app = create_app(Settings(write_timeout_s=0.05), engine)
+        async with app.router.lifespan_context(app):
+            caller = Caller(app, "/generate", {**BODY, "max_new_tokens": 50})
+
+            async def send(message):
+                await Caller._send(caller, message)
+                if message["type"] == "http.response.body":
+                    await asyncio.Event().wait()  # the connection is full
+
+            caller._send = send
+            bystander = Caller(app, "/generate", BODY)
+            await asyncio.wait_for(asyncio.gather(caller.call(), bystander.call()), 20)
+            assert events.of(bystander.text)[-1].name == "done"
+            while engine.in_flight or engine.queued:
+                await asyncio.sleep(0.001)
+
+    asyncio.run(scenario())
+
+
+def test_silence_is_filled_with_comments(monkeypatch):
+    monkeypatch.setattr(sse, "PING_S", 0.01)
+
+    async def scenario():
+        begun = asyncio.Event()
+
+        async def frames():
+            yield b"one"
+            await begun.wait()
+            yield b"two"
+
+        heard = []
+        async for each in sse._pinged(frames()):
+            heard.append(each)
+            if each == sse.COMMENT:
+                begun.set()
+        return heard
+
+    heard = asyncio.run(scenario())
+    assert heard[0] == b"one"
+    assert heard[-1] == b"two"
+    assert sse.COMMENT in heard
