@@ -35,6 +35,7 @@ lint: .venv/.dev  ## ruff and mypy
 
 bench: .venv/.dev  ## what the engine costs and gains, as ratios measured side by side (ten minutes)
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine
+	$(BIN)/python -m benchmarks.metrics
 
 train: .venv/.dev  ## train the bundled checkpoint again, into runs/prosqa (more than an hour on two cores)
 	$(BIN)/slr train configs/prosqa.yaml
