@@ -129,6 +129,7 @@ def evaluate(
 ) -> None:
     """Score a model on a task, with confidence intervals and the task's shortcut rules beside it."""
     from slr_core.evaluation import methods
+    from slr_core.evaluation.backends import Local
     from slr_core.evaluation.statistics import by_difficulty, summarize
     from slr_core.evaluation.store import Store
 
@@ -149,6 +150,8 @@ def evaluate(
     levels, overall, rules = by_difficulty(outcomes), summarize(outcomes), baselines(questions)
     store.keep("baselines", questions.spec, rules, {})
     _print_levels(levels, overall, rules, f"{questions.task.name}: {questions.source}")
+    if isinstance(backend, Local) and (rows := backend.rows_per_step) is not None:
+        console.print(f"mean rows per step: {rows:.1f} of {backend.engine.slots}", highlight=False)
     if json_file is not None:
         figures = {"overall": asdict(overall), "by_difficulty": {k: asdict(v) for k, v in levels.items()}}
         record = {"method": method, **_manifest(questions, server or model, settings), **figures, "baselines": rules}

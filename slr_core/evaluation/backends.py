@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import httpx
 
+from slr_core.engine import Engine
 from slr_core.errors import ConfigError, EngineError, RequestError
 from slr_core.evaluation.cost import Cost
 from slr_core.evaluation.outcomes import Answered
@@ -15,6 +19,9 @@ from slr_core.generation import Request, Think, generate, prepare
 from slr_core.loop.convergence import LoopSettings
 from slr_core.model import LatentReasoner
 from slr_core.sampling import SamplingSettings
+
+SLOTS = 64
+"""Questions that the engine answers at once; its cache is as large as its memory allows, whatever this is."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,13 @@ class Ask:
 
 
 class Backend(Protocol):
-    """Answers prompts."""
+    """Answers prompts.
+
+    Attributes:
+        batches_at_once: so many batches keep it busy; :meth:`answer` may be called from as many threads.
+    """
+
+    batches_at_once: int
 
     def answer(self, prompts: Sequence[str], ask: Ask, seeds: Sequence[int]) -> list[list[Answered]]:
         """``ask.samples`` answers per prompt; prompt i draws from ``seeds[i]`` on."""
@@ -43,21 +56,46 @@ class Backend(Protocol):
 
 
 class Local:
-    """A model in this process, run by the code that serves."""
+    """A model in this process, run by the engine that serves."""
+
+    batches_at_once = 4
 
     def __init__(self, reasoner: LatentReasoner) -> None:
         self.reasoner, self.cost = reasoner, Cost(reasoner)
+        self._starting = threading.Lock()
+
+    @property
+    def engine(self) -> Engine:
+        """It is started when it is first asked for, and ends with this backend."""
+        with self._starting:
+            return self._engine
+
+    @property
+    def rows_per_step(self) -> float | None:
+        """How full the engine's steps were on average; ``None`` where it was not used."""
+        counters = self.engine.counters if "_engine" in vars(self) else None
+        return counters.row_steps / counters.steps if counters and counters.steps else None
+
+    @cached_property
+    def _engine(self) -> Engine:
+        engine = Engine(self.reasoner, slots=SLOTS)
+        weakref.finalize(self, engine.close)
+        return engine
 
     def answer(
         self, prompts: Sequence[str], ask: Ask, seeds: Sequence[int], think: Think | None = None
     ) -> list[list[Answered]]:
-        """As :class:`Backend`; ``think`` interferes with the loops, which come prompt by prompt, sample by sample."""
+        """As :class:`Backend`; ``think`` interferes with the loops, which come prompt by prompt, sample by sample:
+        that is the reference's work, and it must have the model alone."""
         requests = [
             self.request(prompt, ask, seed + sample)
             for prompt, seed in zip(prompts, seeds, strict=True)
             for sample in range(ask.samples)
         ]
-        results = generate(self.reasoner, requests, think=think)
+        if think is None:
+            results = [future.result() for future in [self.engine.submit(request) for request in requests]]
+        else:
+            results = generate(self.reasoner, requests, think=think)
         cost, added = self.cost.request, self.cost.added_parameters
         answered = [Answered.of(r, cost(r.prompt_tokens, r.iterations, r.completion_tokens), added) for r in results]
         return _grouped(answered, ask.samples)
@@ -78,7 +116,7 @@ class Local:
 
 
 class Remote:
-    """A running server, asked through ``POST /trace``.
+    """A running server, asked through ``POST /trace``, one batch after the other.
 
     Args:
         url: where it listens.
@@ -87,6 +125,8 @@ class Remote:
     Raises:
         ConfigError: ``url`` is none.
     """
+
+    batches_at_once = 1
 
     def __init__(self, url: str, *, timeout_s: float = 600.0) -> None:
         self.url = url.rstrip("/")

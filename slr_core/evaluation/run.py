@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from hashlib import sha256
 from itertools import islice
@@ -13,7 +14,7 @@ from slr_core._version import __version__
 from slr_core.checkpoint import local_path
 from slr_core.evaluation.backends import Backend
 from slr_core.evaluation.methods import Batch, Method, Settings
-from slr_core.evaluation.outcomes import Outcome, key_of
+from slr_core.evaluation.outcomes import Answered, Outcome, key_of
 from slr_core.evaluation.store import Run, Store
 from slr_core.tasks.base import Example, Task
 from slr_core.tasks.sources import Questions
@@ -64,8 +65,9 @@ def run_method(
 ) -> list[Outcome]:
     """Answer what ``run`` does not hold yet; the outcomes in the order of the questions.
 
-    Batches are cut at fixed places: a question is computed beside the same others in a run that went on as in one
-    that was never interrupted.
+    Batches are cut at fixed places. What reaches into the model computes a question beside the same others in a run
+    that went on as in one that was never interrupted; the engine beside whatever else is under way, which changes
+    rounding alone.
 
     Args:
         method: how to answer.
@@ -83,11 +85,8 @@ def run_method(
     """
     store, run = store or Store(), run or Run({})
     keys = [key_of(index, example) for index, example in enumerate(examples)]
-    for chunk in _chunks(list(enumerate(examples)), batch_size):
-        missing = [index for index, _ in chunk if keys[index] not in run.outcomes]
-        progress(len(chunk) - len(missing))
-        if not missing:
-            continue
+
+    def answer(chunk: list[tuple[int, Example]]) -> list[Answered]:
         batch = Batch(
             backend=backend,
             task=task,
@@ -96,25 +95,36 @@ def run_method(
             settings=settings,
             before=task.prompt(examples[chunk[0][0] - 1]) if len(examples) > 1 else None,
         )
-        began = time.perf_counter()
-        answers = method.run(batch)
-        share = (time.perf_counter() - began) / len(chunk)
-        for (index, example), answered in zip(chunk, answers, strict=True):
-            if keys[index] in run.outcomes:
-                continue
-            store.add(
-                run,
-                Outcome(
-                    key=keys[index],
-                    difficulty=task.difficulty(example),
-                    answer=task.extract(answered.text),
-                    correct=task.grade(example, answered.text),
-                    steps_hold=task.grade_steps(example, answered.text),
-                    seconds=share,
-                    **vars(answered),
-                ),
-            )
-        progress(len(missing))
+        return method.run(batch)
+
+    chunks = []
+    for chunk in _chunks(list(enumerate(examples)), batch_size):
+        missing = sum(keys[index] not in run.outcomes for index, _ in chunk)
+        progress(len(chunk) - missing)
+        if missing:
+            chunks.append((chunk, missing))
+    ended = time.perf_counter()
+    # What reaches into the model must have it alone; the others go on with the next batch where one thins out.
+    with ThreadPoolExecutor(backend.batches_at_once if method.remote else 1) as pool:
+        try:
+            for (chunk, missing), answers in zip(chunks, pool.map(answer, [c for c, _ in chunks]), strict=True):
+                began, ended = ended, time.perf_counter()
+                for (index, example), answered in zip(chunk, answers, strict=True):
+                    if keys[index] in run.outcomes:
+                        continue
+                    outcome = Outcome(
+                        key=keys[index],
+                        difficulty=task.difficulty(example),
+                        answer=task.extract(answered.text),
+                        correct=task.grade(example, answered.text),
+                        steps_hold=task.grade_steps(example, answered.text),
+                        seconds=(ended - began) / len(chunk),
+                        **vars(answered),
+                    )
+                    store.add(run, outcome)
+                progress(missing)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return [run.outcomes[key] for key in keys]
 
 

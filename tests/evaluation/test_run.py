@@ -88,9 +88,11 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(backend, tmp_path, na
     with pytest.raises(Killed):
         answer(name, backend, Dying(path, after))
     assert len(Store(path).open({"method": name}).outcomes) == after
-    assert untimed(answer(name, backend, Store(path))) == untimed(whole)
+    # What reaches into the model computes a question beside the same others again; the engine beside whoever is there.
+    alike = roughly if ALL[name].remote else untimed
+    assert alike(answer(name, backend, Store(path))) == alike(whole)
     again = Store(path).open({"method": name}).outcomes
-    assert untimed(again.values()) == untimed(whole)
+    assert alike(again.values()) == alike(whole)
     assert len(path.read_text().splitlines()) == 1 + len(QUESTIONS)
 
 
@@ -98,8 +100,8 @@ def test_nothing_is_answered_twice(backend, tmp_path):
     path = tmp_path / "results.jsonl"
     told = []
     answer("slr", backend, Store(path), progress=told.append)
-    assert backend.asked == [example.question for example in QUESTIONS]
-    assert told == [0, 4, 0, 4, 0, 2]
+    assert sorted(backend.asked) == sorted(example.question for example in QUESTIONS)
+    assert told == [0, 0, 0, 4, 4, 2]
     backend.asked, told = [], []
     outcomes = answer("slr", backend, Store(path), progress=told.append)
     assert backend.asked == []
@@ -115,8 +117,8 @@ def test_a_batch_that_was_broken_off_runs_whole_but_keeps_what_it_had(backend, t
     kept = dict(Store(path).open({"method": "slr"}).outcomes)
     backend.asked, told = [], []
     outcomes = answer("slr", backend, Store(path), progress=told.append)
-    assert backend.asked == [example.question for example in QUESTIONS[4:]]
-    assert told == [4, 2, 2, 0, 2]
+    assert sorted(backend.asked) == sorted(example.question for example in QUESTIONS[4:])
+    assert told == [4, 2, 0, 2, 2]
     assert {outcome.key: outcome for outcome in outcomes[:6]} == kept
 
 
