@@ -20,6 +20,7 @@ def test_the_tree_is_what_the_documentation_says():
         "TrainingError",
         "RequestError",
         "EngineError",
+        "DeadlineError",
     }
     assert all(name in errors.__doc__ for name in CLASSES)
 
@@ -41,5 +42,13 @@ def test_a_request_error_names_its_field():
 
 
 def test_siblings_do_not_catch_each_other():
-    leaves = [kind for name, kind in CLASSES.items() if name != "SLRError"]
+    leaves = [kind for name, kind in CLASSES.items() if name not in ("SLRError", "EngineError")]
     assert all(a is b or not issubclass(a, b) for a in leaves for b in leaves)
+
+
+def test_a_deadline_is_a_fault_of_the_engine_and_of_no_request():
+    assert [name for name, kind in CLASSES.items() if issubclass(errors.DeadlineError, kind)] == [
+        "SLRError",
+        "EngineError",
+        "DeadlineError",
+    ]

@@ -90,6 +90,24 @@ def test_a_loop_takes_the_positions_of_its_workspace(workspace, iterations, take
         prepare(made, tiny.words(*[1] * (fits - 5)), settings, max_new_tokens=7)
 
 
+def test_what_fits_a_slot_is_less_than_what_fits_the_model(made):
+    settings, prompt = loop(made, max_iterations=4), tiny.words(*[1] * 10)
+    assert prepare(made, prompt, settings, limit=20).max_new_tokens == 6
+    assert prepare(made, prompt, settings, max_new_tokens=6, limit=20).max_new_tokens == 6
+    with pytest.raises(RequestError, match=r"max_new_tokens must be at most 6 .* got 7"):
+        prepare(made, prompt, settings, max_new_tokens=7, limit=20)
+    with pytest.raises(RequestError, match=r"prompt has 10 tokens; .* at most 9 fit"):
+        prepare(made, prompt, settings, limit=14)
+
+
+def test_a_slot_longer_than_the_model_changes_nothing(made):
+    settings, prompt = loop(made, max_iterations=4), tiny.words(*[1] * 10)
+    most = tiny.POSITIONS - 10 - 4
+    assert prepare(made, prompt, settings, limit=10**6).max_new_tokens == most
+    with pytest.raises(RequestError, match=f"max_new_tokens must be at most {most}"):
+        prepare(made, prompt, settings, max_new_tokens=most + 1, limit=10**6)
+
+
 def test_an_answer_prefix_is_tokens_of_its_own():
     made = tiny.reasoner(text={"answer_prefix": "w7 w8", "prompt_suffix": " w2"})
     request = prepare(made, "w5", loop(made))
@@ -245,6 +263,15 @@ def test_waiting_is_part_of_the_total(made):
     (result,) = generate(made, [tiny.request(made, tiny.PROMPTS[3], FIXED)], queued_s=[5.0])
     assert result.timings.queue_s == 5.0
     assert result.timings.total_s > 5.0
+
+
+def test_the_first_token_comes_between_the_loop_and_the_end(made):
+    request = tiny.request(made, tiny.PROMPTS[3], FIXED)
+    (result,) = generate(made, [request], queued_s=[5.0])
+    timings = result.timings
+    assert timings.queue_s + timings.prefill_s + timings.loop_s <= result.first_token_s <= timings.total_s
+    (single,) = generate(made, [tiny.request(made, tiny.PROMPTS[3], FIXED, max_new_tokens=1)])
+    assert single.first_token_s <= single.timings.total_s
 
 
 def test_the_limit_ends_an_answer_by_length(made):

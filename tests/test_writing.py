@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from slr_core.generation import generate, prepare
+from slr_core.generation import generate, passes, prepare
 from slr_core.loop.convergence import LoopSettings
+from slr_core.writing import Answer, put_into_words
 from tests import tiny
 
 WORKSPACES = ("append", "block", "prompt")
+PROMPTS = tiny.PROMPTS[:4]
 LATENT = {"hidden_size": 16, "layers": 1, "heads": 2, "max_thought_tokens": 5}
 WRITES = {"decoder": {"answers": "latent_decoder", "latent_decoder": LATENT}}
 THINKS = {"decoder": {"latent_decoder": LATENT}}
@@ -42,6 +46,96 @@ class Passes:
         self.count += 1
 
 
+# -- a row while it is written ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bytewise():
+    """A reasoner whose tokens are bytes."""
+    made = tiny.reasoner()
+    made.tokenizer = tiny.byte_tokenizer()
+    return made
+
+
+def write_ids(made, ids, stop=(), limit=50):
+    """The answer of so many tokens, and what was shown of it after each."""
+    row, shown = Answer(made, tiny.request(made, "abc", stop=stop, max_new_tokens=limit)), []
+    for token in ids:
+        row.push(token)
+        shown.append(row.fresh())
+        if row.finished:
+            break
+    return row, shown
+
+
+def test_an_answer_ends_at_its_end_token_a_stop_string_or_its_length(bytewise):
+    ids = bytewise.tokenizer("abcd").input_ids
+    row, _ = write_ids(bytewise, [*ids, tiny.EOS, *ids])
+    assert (row.finished, row.text, row.tokens) == ("stop", "abcd", [*ids, tiny.EOS])
+    row, _ = write_ids(bytewise, ids, stop=("cd", "bcd"))
+    assert (row.finished, row.text, row.tokens) == ("stop", "a", ids)
+    row, _ = write_ids(bytewise, ids, limit=3)
+    assert (row.finished, row.text, row.tokens) == ("length", "abc", ids[:3])
+    row, _ = write_ids(bytewise, ids)
+    assert (row.finished, row.text) == (None, "abcd")
+    # The last token that there is room for may end it as well.
+    assert write_ids(bytewise, [ids[0], tiny.EOS], limit=2)[0].finished == "stop"
+    assert write_ids(bytewise, ids, stop=("d",), limit=4)[0].finished == "stop"
+
+
+def test_what_is_shown_is_shown_once(bytewise):
+    row, shown = write_ids(bytewise, bytewise.tokenizer("ab c").input_ids)
+    assert shown == ["a", "b", " ", "c"]
+    assert row.fresh() == ""
+
+
+def test_a_character_is_shown_when_it_is_whole(bytewise):
+    _, shown = write_ids(bytewise, bytewise.tokenizer("aé😀b").input_ids)
+    assert shown == ["a", "", "é", "", "", "", "😀", "b"]
+
+
+def test_half_a_character_is_shown_at_the_end_alone(bytewise):
+    half = bytewise.tokenizer("a😀").input_ids[:3]
+    _, shown = write_ids(bytewise, half, limit=3)
+    assert shown == ["a", "", "\ufffd"]
+    _, shown = write_ids(bytewise, [*half, *bytewise.tokenizer("b").input_ids])
+    assert shown == ["a", "", "", "\ufffdb"]
+
+
+def test_the_beginning_of_a_stop_string_is_held_back(bytewise):
+    ids = bytewise.tokenizer("abcabd").input_ids
+    assert write_ids(bytewise, ids, stop=("abd",))[1] == ["", "", "abc", "", "", ""]
+    assert write_ids(bytewise, ids[:5], stop=("abd",), limit=5)[1] == ["", "", "abc", "", "ab"]
+
+
+def test_what_is_held_back_reaches_over_half_a_character(bytewise):
+    # After `a` and half an `é` the stop string may still come: `a` must not have been shown.
+    row, shown = write_ids(bytewise, bytewise.tokenizer("baé").input_ids, stop=("aé",))
+    assert (row.text, "".join(shown)) == ("b", "b")
+
+
+byte_ids = st.lists(st.integers(1, len(tiny.WORDS) - 1), max_size=20)
+characters = st.text("abcé😀€", max_size=8)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_nothing_that_was_shown_is_taken_back(bytewise, data):
+    ids = [
+        token
+        for part in data.draw(st.lists(st.one_of(byte_ids, characters), max_size=5))
+        for token in (bytewise.tokenizer(part).input_ids if isinstance(part, str) else part)
+    ]
+    stop = tuple(data.draw(st.lists(st.text("abé😀", min_size=1, max_size=3), max_size=2)))
+    row, shown = write_ids(bytewise, ids, stop, limit=data.draw(st.integers(1, 40)))
+    so_far = "".join(shown)
+    if row.finished:
+        assert so_far == row.text
+        assert not any(stopping in row.text for stopping in stop)
+    else:
+        assert row.text.startswith(so_far)
+
+
 # -- what a request costs --------------------------------------------------------------------------------
 
 
@@ -62,6 +156,16 @@ def test_the_passes_told_are_the_passes_run(workspace, loop, prefix, iterations)
     else:
         closing = {"append": 0, "block": int(iterations > 0), "prompt": 1}[workspace]
         assert result.forward_passes == before + closing + bool(prefix) + tokens - 1
+
+
+def test_passes_after_a_divergence_are_those_run_and_those_from_the_state_that_was_kept():
+    # Three iterations were run, none was kept: the answer is the base model's.
+    for workspace, expected in (("append", 1 + 3 + 4), ("block", 1 + 3 + 4), ("prompt", 3 + 1 + 4)):
+        for loop in ({}, WRITES):
+            made = reasoner(workspace, loop)
+            assert passes(made, tiny.request(made, tiny.PROMPTS[1]), 3, 0, 5) == expected
+    made = reasoner("block", WRITES)
+    assert passes(made, tiny.request(made, tiny.PROMPTS[1]), 3, 2, 5) == 4
 
 
 # -- the answer prefix -----------------------------------------------------------------------------------
@@ -236,6 +340,22 @@ def test_a_state_that_is_not_finite_has_no_thought(monkeypatch):
     assert clean.token_ids == expected[1].token_ids
     assert [record.thought for record in clean.records] == [record.thought for record in expected[1].records]
     assert spoiled.records[0].thought == expected[0].records[0].thought
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_states_of_loops_of_any_depth_are_put_into_words_for_those_who_are_wanted(workspace):
+    made = reasoner(workspace, THINKS)
+    depths = (3, 2, 0, 1)
+    results = [
+        answer(made, prompt, n, trace=True, include_states=True) for prompt, n in zip(PROMPTS, depths, strict=True)
+    ]
+    states = [result.states for result in results]
+    with torch.inference_mode():
+        said = put_into_words(made, states, [True, False, True, True])
+        assert put_into_words(made, [], []) == []
+        assert put_into_words(reasoner(workspace), states[:1], [True]) == [[None] * 3]
+    thoughts = [[record.thought for record in result.records] for result in results]
+    assert said == [thoughts[0], [None, None], [], thoughts[3]]
 
 
 # -- states ----------------------------------------------------------------------------------------------

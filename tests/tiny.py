@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -201,3 +201,19 @@ def batch(prompts: tuple[str, ...] | list[str], side: str = "right") -> tuple[Te
 def edit_json(path: Path, **changes: Any) -> None:
     """Set keys of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@cache
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """As many tokens, a byte each: letters, and the bytes of characters that need two, three and four of them."""
+    # The printable stand-ins for bytes that GPT-2 introduced.
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    shifted = {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(kept)))}
+    letters = {byte: shifted.get(byte, chr(byte)) for byte in range(256)}
+    needed = sorted({*b" abcdefghijklmnopqr", *"éèß€😀😎".encode()})
+    pieces = ("<pad>", "<eos>", "<unk>", *(letters[byte] for byte in needed))
+    pieces += tuple(letters[byte] for byte in b"stuvwxyzABCDEFGHIJKLMNOP")[: len(WORDS) - len(pieces)]
+    made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")

@@ -1,21 +1,27 @@
+"""The engine from outside: answers, order, what it tells of itself, closing."""
+
 import threading
-from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from slr_core.engine import Engine, engine
-from slr_core.errors import CheckpointError, EngineError, RequestError
+from slr_core.engine import Engine, Iterated
+from slr_core.engine.cache import token_bytes
+from slr_core.engine.engine import GIB
+from slr_core.errors import CheckpointError, ConfigError, EngineError, RequestError
 from slr_core.generation import generate
 from slr_core.sampling import SamplingSettings
 from tests import tiny
+from tests.engine.stepped import TIMEOUT, Stepped, empty, facts
 
-TIMEOUT = 60
 LOOPS = (
     {"max_iterations": 0},
     {"max_iterations": 2, "criterion": "fixed"},
     {"max_iterations": 8, "criterion": "relative_change", "threshold": 0.5},
     {"max_iterations": 6, "criterion": "argmax_stable"},
 )
+WORKSPACES = tuple(tiny.WORKSPACES)
 
 
 @pytest.fixture(scope="module")
@@ -23,246 +29,342 @@ def made():
     return tiny.reasoner()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def requests(made):
     return [
         tiny.request(made, prompt, LOOPS[i % len(LOOPS)], sampling=SamplingSettings(temperature=i % 2, seed=i))
-        for i, prompt in enumerate(tiny.PROMPTS * 3)
+        for i, prompt in enumerate(tiny.PROMPTS * 2)
     ]
 
 
-class Gate:
-    """Stands in for ``generate``: shows each batch, and lets it run only when told."""
-
-    def __init__(self, monkeypatch):
-        self.batches = []
-        self.open = threading.Event()
-        self.entered = threading.Event()
-        self.fail = {}
-        monkeypatch.setattr(engine, "generate", self)
-
-    def __call__(self, reasoner, batch, *, queued_s):
-        self.batches.append(list(batch))
-        self.entered.set()
-        assert self.open.wait(TIMEOUT)
-        for request in batch:
-            if request.prompt_ids in self.fail:
-                raise self.fail[request.prompt_ids]
-        return generate(reasoner, batch, queued_s=queued_s)
+@pytest.fixture(scope="module")
+def expected(made, requests):
+    return [facts(generate(made, [request])[0]) for request in requests]
 
 
-@pytest.fixture
-def gate(monkeypatch):
-    made = Gate(monkeypatch)
-    yield made
-    made.open.set()
-
-
-@pytest.fixture
-def running(made, gate):
-    """An engine that is held inside its first batch, of one request."""
-    with Engine(made, max_batch=4) as started:
-        first = started.submit(tiny.request(made, tiny.words(1, 1)))
-        assert gate.entered.wait(TIMEOUT)
-        started.first = first
-        yield started
-        gate.open.set()
-
-
-def facts(result):
-    return result.token_ids, result.text, result.iterations, result.exit_reason, result.finish_reason
+def fixed(iterations, tokens=6):
+    return {"loop": {"max_iterations": iterations, "criterion": "fixed"}, "max_new_tokens": tokens}
 
 
 # -- answers ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_batch", [1, 3, 32])
-def test_requests_from_many_threads_get_what_they_get_alone(made, requests, max_batch):
-    expected = [facts(generate(made, [request])[0]) for request in requests]
-    start = threading.Barrier(6)
-    with Engine(made, max_batch=max_batch) as serving, ThreadPoolExecutor(6) as pool:
+@pytest.mark.parametrize("slots", [1, 3, 32])
+def test_requests_from_many_threads_get_what_they_get_alone(made, requests, expected, slots):
+    start = threading.Barrier(4)
+    with Engine(made, slots=slots) as serving, ThreadPoolExecutor(4) as pool:
 
         def client(share):
             start.wait(TIMEOUT)
             return [(i, serving.submit(requests[i])) for i in share]
 
-        shares = [range(k, len(requests), 6) for k in range(6)]
+        shares = [range(k, len(requests), 4) for k in range(4)]
         futures = [pair for share in pool.map(client, shares) for pair in share]
         answers = {i: facts(future.result(TIMEOUT)) for i, future in futures}
     assert [answers[i] for i in range(len(requests))] == expected
+    assert empty(serving)
 
 
 def test_generate_answers_in_the_order_of_its_prompts(made):
-    with Engine(made, max_batch=3) as serving:
-        results = serving.generate(list(tiny.PROMPTS), max_new_tokens=4, max_iterations=2, criterion="fixed")
-        (single,) = serving.generate(tiny.PROMPTS[2], max_new_tokens=4, max_iterations=2, criterion="fixed")
-        assert serving.generate([]) == []
     loop = {"max_iterations": 2, "criterion": "fixed"}
-    expected = [generate(made, [tiny.request(made, p, loop, max_new_tokens=4)])[0] for p in tiny.PROMPTS]
-    assert [facts(result) for result in results] == [facts(result) for result in expected]
-    assert facts(single) == facts(expected[2])
+    with Engine(made, slots=3) as serving:
+        results = serving.generate(list(tiny.PROMPTS), max_new_tokens=4, **loop)
+        (single,) = serving.generate(tiny.PROMPTS[2], max_new_tokens=4, **loop)
+        assert serving.generate([]) == []
+    alone = [generate(made, [tiny.request(made, p, loop, max_new_tokens=4)])[0] for p in tiny.PROMPTS]
+    assert [facts(result) for result in results] == [facts(result) for result in alone]
+    assert facts(single) == facts(alone[2])
 
 
-@pytest.mark.parametrize("workspace", ["append", "block", "prompt"])
-@pytest.mark.parametrize("answers", ["lm_head", "latent_decoder"])
-def test_every_workspace_and_writer_is_served_as_alone(workspace, answers):
-    decoder = {"answers": answers, "latent_decoder": {"hidden_size": 16, "layers": 1, "heads": 2}}
-    loop = {"workspace": workspace, "block_size": 3, "decoder": decoder, "timestep": {"noise_level": True}}
-    made = tiny.reasoner(loop=loop, decode=True, text={"answer_prefix": "w7"})
-    requests = [
-        tiny.request(made, prompt, LOOPS[i % len(LOOPS)], trace=i % 2 == 0, include_states=i % 3 == 0)
-        for i, prompt in enumerate(tiny.PROMPTS)
-    ]
-    expected = [generate(made, [request])[0] for request in requests]
-    with Engine(made, max_batch=5) as serving:
-        results = [future.result(TIMEOUT) for future in [serving.submit(request) for request in requests]]
-    for i, (result, alone) in enumerate(zip(results, expected, strict=True)):
-        assert facts(result) == facts(alone)
-        assert result.forward_passes == alone.forward_passes
-        assert [record.thought for record in result.records] == [record.thought for record in alone.records]
-        assert (result.states is not None) == (i % 3 == 0)
-
-
-def test_generate_refuses_before_anything_runs(made, gate):
-    with Engine(made) as serving:
+def test_generate_refuses_before_anything_runs(made):
+    with Stepped(made) as serving:
         for prompts, loop in ((["w1", ""], {}), ("w1", {"max_iterations": 2, "min_iterations": 3})):
             with pytest.raises(RequestError):
                 serving.generate(prompts, **loop)
-        assert gate.batches == []
+        assert serving.queued == serving.in_flight == 0
+
+
+def test_the_reference_may_run_beside_its_engine(made, requests, expected):
+    with Stepped(made, slots=4) as serving:
+        futures = [serving.submit(request) for request in requests[:4]]
+        for request, alone in zip(requests[:4], expected[:4], strict=True):
+            serving.step()
+            assert facts(generate(made, [request])[0]) == alone
+        serving.drain()
+    assert [facts(future.result(0)) for future in futures] == expected[:4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_numbers_are_served(dtype, caplog):
+    made = tiny.reasoner(plain=tiny.base().to(dtype), decode=True)
+    asked = [
+        tiny.request(made, prompt, {"max_iterations": i % 4, "criterion": "kl"}, trace=i % 2 == 0, include_states=True)
+        for i, prompt in enumerate(tiny.PROMPTS)
+    ]
+    with Stepped(made, slots=4) as serving:
+        futures = [serving.submit(request) for request in asked]
+        serving.drain()
+        assert empty(serving)
+    results = [future.result(0) for future in futures]
+    assert all(result.states.dtype == torch.float32 for result in results)
+    assert not caplog.records
+    if dtype == torch.float64:  # bf16 rounds a batch otherwise than its rows
+        assert [facts(result) for result in results] == [facts(generate(made, [request])[0]) for request in asked]
 
 
 def test_it_loads_a_checkpoint(made, tmp_path):
     made.save_pretrained(str(tmp_path / "checkpoint"))
-    with Engine.from_pretrained(str(tmp_path / "checkpoint"), max_batch=2) as serving:
-        assert serving.max_batch == 2
+    with Engine.from_pretrained(str(tmp_path / "checkpoint"), slots=2) as serving:
+        assert serving.slots == 2
         (result,) = serving.generate(tiny.PROMPTS[1], max_new_tokens=4)
     assert facts(result) == facts(generate(made, [tiny.request(made, tiny.PROMPTS[1], max_new_tokens=4)])[0])
     with pytest.raises(CheckpointError):
         Engine.from_pretrained(str(tmp_path / "nowhere"))
 
 
-# -- batching --------------------------------------------------------------------------------------------
-
-
-def test_what_waits_is_batched_first_come_first_served(running, gate, requests):
-    futures = [running.submit(request) for request in requests[:10]]
-    assert (running.queued, running.in_flight) == (10, 1)
-    gate.open.set()
-    results = [future.result(TIMEOUT) for future in futures]
-    assert gate.batches[1:] == [requests[0:4], requests[4:8], requests[8:10]]
-    assert [len(r.token_ids) > 0 for r in results] == [True] * 10
-
-
-def test_waiting_counts_in_the_timings(running, gate, requests):
-    future = running.submit(requests[0])
-    gate.open.set()
-    timings = future.result(TIMEOUT).timings
-    assert timings.queue_s > 0
-    assert timings.total_s >= timings.queue_s
-
-
-def test_progress_is_told(running, gate, requests):
-    future = running.submit(requests[0])
-    assert running.stalled_s() >= 0
-    before = running.last_progress
-    gate.open.set()
-    wait([future, running.first], TIMEOUT)
-    running.close(TIMEOUT)
-    assert running.last_progress > before
-    assert (running.queued, running.in_flight, running.stalled_s()) == (0, 0, 0.0)
-
-
-# -- cancelling ------------------------------------------------------------------------------------------
-
-
-def test_a_request_cancelled_while_it_waits_never_runs(running, gate, requests):
-    futures = [running.submit(request) for request in requests[:5]]
-    assert futures[1].cancel()
-    assert futures[3].cancel()
-    gate.open.set()
-    for i in (0, 2, 4):
-        assert futures[i].result(TIMEOUT)
-    assert gate.batches[1:] == [[requests[0], requests[2], requests[4]]]
-    with pytest.raises(CancelledError):
-        futures[1].result(TIMEOUT)
-
-
-def test_a_queue_of_cancelled_requests_is_skipped(running, gate, requests):
-    assert all(running.submit(request).cancel() for request in requests[:6])
-    assert running.queued == 0
-    last = running.submit(requests[7])
-    assert running.queued == 1
-    gate.open.set()
-    assert last.result(TIMEOUT)
-    assert gate.batches[1:] == [[requests[7]]]
-
-
-def test_a_running_request_cannot_be_cancelled(running, gate):
-    assert not running.first.cancel()
-    gate.open.set()
-    assert running.first.result(TIMEOUT)
-
-
-# -- failing ---------------------------------------------------------------------------------------------
+# -- what fits -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("error", "expected", "message"),
+    ("options", "message"),
     [
-        (RuntimeError("out of memory"), EngineError, "out of memory"),
-        (KeyError("layer"), EngineError, "layer"),
-        (RequestError("cannot", param="prompt"), RequestError, "cannot"),
+        ({"slots": 0}, "slots must be at least 1, got 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk must be at least 1, got 0"),
+        ({"prefix_gib": -0.5}, "prefix_gib must be at least 0, got -0.5"),
+        ({"capacity": 1}, "room for 1 positions"),
+        ({"cache_gib": 1e-7}, "room for 0 positions"),
+        ({"cache_gib": -1.0}, "positions"),
     ],
-    ids=["runtime", "key", "request"],
 )
-def test_a_request_that_fails_fails_alone_and_the_engine_goes_on(
-    running, gate, requests, error, expected, message, caplog
-):
-    gate.fail[requests[1].prompt_ids] = error
-    futures = [running.submit(request) for request in requests[:8]]
-    gate.open.set()
-    with pytest.raises(expected, match=message):
-        futures.pop(1).result(TIMEOUT)
-    for future in [running.first, *futures, running.submit(requests[0])]:
-        assert future.result(TIMEOUT).token_ids
-    assert running.alive
-    assert "a batch of 4 requests failed" in caplog.text
+def test_an_engine_that_could_serve_nobody_is_refused(made, options, message):
+    with pytest.raises(ConfigError, match=message):
+        Engine(made, **options)
 
 
-def test_rows_that_fail_only_together_are_answered_alone(running, gate, requests, monkeypatch, caplog):
-    # Computed while the engine is held: nothing else may run the model beside it.
-    expected = [facts(generate(running.reasoner, [request])[0]) for request in requests[:4]]
+def test_a_slot_is_as_long_as_the_model_or_as_memory_allows(made):
+    column = token_bytes(made.base)
+    for gib, capacity in ((4.0, tiny.POSITIONS), (4 * 30 * column / GIB, 30), ((4 * 31 * column - 1) / GIB, 30)):
+        with Engine(made, slots=4, cache_gib=gib) as serving:
+            assert serving.capacity == capacity
 
-    def too_many(reasoner, batch, *, queued_s):
-        if len(batch) > 1:
-            raise RuntimeError("out of memory")
-        return gate(reasoner, batch, queued_s=queued_s)
 
-    monkeypatch.setattr(engine, "generate", too_many)
-    futures = [running.submit(request) for request in requests[:4]]
-    gate.open.set()
-    assert [facts(future.result(TIMEOUT)) for future in futures] == expected
-    assert "a batch of 4 requests failed" in caplog.text
+@pytest.mark.parametrize(("workspace", "taken"), [("append", 3), ("block", 3), ("prompt", 0)])
+def test_a_slot_can_be_used_to_its_last_column_and_no_further(workspace, taken):
+    made = tiny.reasoner(loop=tiny.WORKSPACES[workspace], text={"answer_prefix": "w7 w8"})
+    prompt, asked = tiny.words(*range(9)), fixed(3, None)
+    with Stepped(made, slots=2, capacity=24) as serving:
+        settings = tiny.request(made, prompt, asked["loop"]).loop
+        request = serving.prepare(prompt, settings)
+        assert request.max_new_tokens == 24 - 9 - 2 - taken
+        (alone,) = generate(made, [request])
+        futures = [serving.submit(request) for _ in range(2)]
+        serving.drain()
+        assert [facts(future.result(0)) for future in futures] == [facts(alone)] * 2
+        assert empty(serving)
+        with pytest.raises(RequestError, match=r"max_new_tokens must be at most"):
+            serving.prepare(prompt, settings, max_new_tokens=request.max_new_tokens + 1)
+        # Prepared for the whole model, not for a slot.
+        large = tiny.request(made, prompt, asked["loop"], max_new_tokens=request.max_new_tokens + 1)
+        with pytest.raises(RequestError, match=r"may need 25 positions, a slot has 24") as caught:
+            serving.submit(large)
+        assert caught.value.param == "prompt"
+        assert serving.queued == 0
+
+
+# -- batching --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("iterations", [0, 3])
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_a_lone_request_takes_as_many_steps_as_passes(workspace, iterations):
+    made = tiny.reasoner(loop=tiny.WORKSPACES[workspace], text={"answer_prefix": "w7"})
+    with Stepped(made, prefix_gib=0) as serving:
+        calls = []
+        serving.model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+        future = serving.submit(tiny.request(made, tiny.PROMPTS[1], **fixed(iterations)))
+        serving.drain()
+        assert future.result(0).forward_passes == serving.counters.steps == len(calls)
+
+
+def test_single_positions_share_a_pass_whatever_they_do(made):
+    with Stepped(made, slots=4, prefix_gib=0) as serving:
+        seen = []
+        serving.model.base_model.register_forward_pre_hook(
+            lambda _, args, options: seen.append(tuple(options["inputs_embeds"].shape[:2])), with_kwargs=True
+        )
+        futures = [serving.submit(tiny.request(made, tiny.words(5), **fixed(1)))]
+        serving.step()
+        futures.append(serving.submit(tiny.request(made, tiny.words(6), **fixed(3))))
+        serving.step()
+        futures.append(serving.submit(tiny.request(made, tiny.words(7), **fixed(2))))
+        serving.step()  # a token, an iteration, a prompt of one token
+        assert seen == [(1, 1), (2, 1), (3, 1)]
+        # A prompt of five runs in a pass of its own.
+        futures.append(serving.submit(tiny.request(made, tiny.PROMPTS[1], **fixed(2))))
+        serving.step()
+        assert seen[3:] == [(3, 1), (1, 5)]
+        serving.drain()
+        assert all(future.result(0).token_ids for future in futures)
+
+
+def test_nobody_waits_for_the_slowest(made):
+    with Stepped(made, slots=2, prefix_gib=0) as serving:
+        slow = serving.submit(tiny.request(made, tiny.PROMPTS[0], **fixed(30, 1)))
+        quick = [serving.submit(tiny.request(made, tiny.words(i), **fixed(i % 3, 1))) for i in range(1, 7)]
+        serving.until(lambda: all(future.done() for future in quick))
+        # One step for the prompt and one an iteration, one after another in the second slot.
+        assert serving.counters.steps == sum(1 + i % 3 for i in range(1, 7))
+        assert not slow.done()
+        serving.drain()
+        assert slow.result(0).iterations == 30
+
+
+def test_a_loop_that_is_over_decodes_in_the_same_step(made):
+    events = []
+    with Stepped(made) as serving:
+        serving.submit(tiny.request(made, tiny.PROMPTS[1], **fixed(2, 3)), on_event=events.append)
+        shown = []
+        while serving.queued or serving.in_flight:
+            serving.step()
+            shown.append([type(event).__name__ for event in events])
+            events.clear()
+    assert shown[1:] == [["Iterated"], ["Iterated", "Written"], ["Written"], ["Written", "Finished"]]
+
+
+def test_first_come_first_served(made, requests):
+    with Stepped(made, slots=2) as serving:
+        futures = [serving.submit(request) for request in requests[:5]]
+        assert (serving.queued, serving.in_flight) == (5, 0)
+        serving.step()
+        assert (serving.queued, serving.in_flight) == (3, 2)
+        admitted = []
+        while serving.queued:
+            serving.step()
+            admitted += [i for i, future in enumerate(futures) if serving.sequence(future) and i not in admitted]
+        assert admitted == sorted(admitted)
+        serving.drain()
+
+
+def test_a_long_prompt_is_run_in_pieces_and_holds_nobody_up(made):
+    long, short = tiny.words(*range(20)), tiny.words(3)
+    requests = [tiny.request(made, prompt, **fixed(2)) for prompt in (short, long)]
+    with Stepped(made, slots=2, prefill_chunk=4, prefix_gib=0) as serving:
+        futures = [serving.submit(request) for request in requests]
+        seen = []
+        serving.model.base_model.register_forward_pre_hook(
+            lambda _, args, options: seen.append(tuple(options["position_ids"].shape)), with_kwargs=True
+        )
+        serving.drain()
+        assert seen[:4] == [(1, 1), (1, 3), (1, 1), (1, 4)]
+        assert serving.counters.prefill_tokens == 21
+    for future, request in zip(futures, requests, strict=True):
+        assert facts(future.result(0)) == facts(generate(made, [request])[0])
+
+
+# -- what it tells of itself -----------------------------------------------------------------------------
+
+
+def test_timings_add_up_and_waiting_is_part_of_them(made, requests):
+    with Stepped(made, slots=1) as serving:
+        futures = [serving.submit(request) for request in requests[:4]]
+        serving.drain()
+    for i, future in enumerate(futures):
+        result = future.result(0)
+        timings = result.timings
+        parts = (timings.queue_s, timings.prefill_s, timings.loop_s, timings.decode_s)
+        assert min(parts) >= 0
+        assert sum(parts) == pytest.approx(timings.total_s, abs=1e-9)
+        assert timings.queue_s + timings.prefill_s + timings.loop_s <= result.first_token_s <= timings.total_s
+        if i:
+            # Each waited for the ones before it.
+            assert timings.queue_s >= futures[i - 1].result(0).timings.queue_s
+
+
+def test_what_was_done_is_counted_and_told_step_by_step(made, requests):
+    steps = []
+    with Stepped(made, slots=3, prefix_gib=0, on_step=steps.append) as serving:
+        futures = [serving.submit(request) for request in requests[:8]]
+        serving.drain()
+        counters = serving.counters
+    results = [future.result(0) for future in futures]
+    assert counters.tokens == sum(len(result.token_ids) for result in results)
+    assert counters.iterations == sum(result.iterations for result in results)
+    assert counters.prefill_tokens == sum(result.prompt_tokens for result in results)
+    assert (counters.reused_tokens, counters.wasted_iterations) == (0, 0)
+    assert counters.steps == len(steps)
+    assert counters.row_steps == sum(step.rows for step in steps)
+    assert counters.iterations == sum(step.looping for step in steps)
+    assert counters.prefill_tokens == sum(step.prefill_tokens for step in steps)
+    assert counters.tokens == sum(step.written for step in steps)
+    assert all(step.duration_s >= 0 and 1 <= step.rows <= 3 for step in steps)
+    assert steps[0].columns == sum(result.prompt_tokens for result in results[:3])
+
+
+def test_iterations_that_no_answer_came_of_are_counted(made):
+    with Stepped(made) as serving:
+        future = serving.submit(tiny.request(made, tiny.PROMPTS[1], **fixed(5)))
+        serving.step(4)
+        future.cancel()
+        serving.drain()
+        assert (serving.counters.iterations, serving.counters.wasted_iterations) == (3, 3)
+
+
+def test_who_hears_of_steps_and_fails_stops_nothing(made, requests, expected, caplog):
+    def broken(step):
+        raise RuntimeError("statistics are off")
+
+    with Stepped(made, on_step=broken) as serving:
+        future = serving.submit(requests[1])
+        serving.drain()
+        assert facts(future.result(0)) == expected[1]
+        assert serving.alive
+    assert "statistics are off" in caplog.text
+
+
+def test_progress_is_told(made, requests):
+    with Stepped(made) as serving:
+        before = serving.last_progress
+        assert serving.stalled_s() == 0.0
+        future = serving.submit(requests[0])
+        assert serving.stalled_s() >= 0
+        serving.drain()
+        assert future.done()
+        assert serving.last_progress > before
+        assert (serving.queued, serving.in_flight, serving.stalled_s()) == (0, 0, 0.0)
+
+
+def test_a_request_is_followed_while_it_runs(made):
+    events = []
+    request = tiny.request(made, tiny.PROMPTS[1], **fixed(3), trace=True, top_tokens=2)
+    with Stepped(made) as serving:
+        future = serving.submit(request, on_event=events.append)
+        serving.step(3)
+        assert [event.record.t for event in events if isinstance(event, Iterated)] == [1, 2]
+        serving.drain()
+    records = [event.record for event in events if isinstance(event, Iterated)]
+    assert tuple(records) == future.result(0).records
 
 
 # -- closing ---------------------------------------------------------------------------------------------
 
 
-def test_closing_finishes_what_runs_and_refuses_what_waits(running, gate, requests):
-    waiting = [running.submit(request) for request in requests[:6]]
-    assert waiting[2].cancel()
-    running.close(timeout=0)
-    assert not running.alive
-    with pytest.raises(EngineError, match="shut down"):
-        running.submit(requests[7])
-    gate.open.set()
-    assert running.first.result(TIMEOUT).token_ids
-    for i in (0, 1, 3, 4, 5):
+def test_closing_finishes_what_runs_and_refuses_what_waits(made, requests, expected):
+    serving = Stepped(made, slots=2)
+    futures = [serving.submit(request) for request in requests[:6]]
+    serving.step()
+    assert futures[4].cancel()
+    serving.close()
+    assert not serving.alive
+    assert [facts(future.result(0)) for future in futures[:2]] == expected[:2]
+    for i in (2, 3, 5):
         with pytest.raises(EngineError, match="shut down"):
-            waiting[i].result(TIMEOUT)
-    running.close(TIMEOUT)
-    assert len(gate.batches) == 1
-    assert running.queued == 0
+            futures[i].result(0)
+    with pytest.raises(EngineError, match="shut down"):
+        serving.submit(requests[7])
+    with pytest.raises(EngineError, match="shut down"):
+        Engine._between_steps(serving, lambda: None)
+    assert empty(serving)
+    assert serving.queued == 0
 
 
 def own_threads():

@@ -77,6 +77,29 @@ def test_frequencies_are_not_saved():
     assert "frequencies" not in timestep(kind="sinusoidal").state_dict()
 
 
+@pytest.mark.parametrize("noise_level", [False, True])
+@pytest.mark.parametrize("combine", ["add", "concat"])
+@pytest.mark.parametrize("kind", ["none", "learned", "sinusoidal"])
+def test_rows_at_different_iterations_are_combined_as_each_alone(kind, combine, noise_level):
+    if kind == "none" and not noise_level:
+        pytest.skip("nothing is combined")
+    made, x = timestep(kind=kind, combine=combine, noise_level=noise_level), torch.randn(3, 2, 8)
+    iterations, change = (3, 1, 4), torch.tensor([[0.5], [nan], [0.01]])
+    e_t = None if kind == "none" else torch.stack([made.embedding(t) for t in iterations])[:, None]
+    found = made.combined(x, e_t, change)
+    for row, t in enumerate(iterations):
+        torch.testing.assert_close(found[row], made(x[row], t, change[row]))
+    assert found.shape == x.shape
+    torch.testing.assert_close(made.combined(x, e_t, None), made.combined(x, e_t, torch.full((3, 1), nan)))
+
+
+def test_embeddings_are_combined_in_the_dtype_of_the_inputs():
+    made = timestep(kind="learned", noise_level=True)
+    x = torch.randn(2, 1, 8, dtype=torch.bfloat16)
+    found = made.combined(x, made.table[:2, None], torch.tensor([[0.5], [0.1]]))
+    assert found.dtype == torch.bfloat16
+
+
 # -- the noise level -------------------------------------------------------------------------------------
 
 

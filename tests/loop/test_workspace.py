@@ -95,6 +95,27 @@ def test_h_0(made):
             assert made[workspace].is_state(0) == (workspace == "append")
 
 
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_h_0_of_one_row_is_that_of_a_batch(made, workspace):
+    model = made[workspace]
+    ids, mask = tiny.batch([PROMPT, tiny.PROMPTS[3]])
+    with torch.no_grad():
+        context = model.encode(ids, mask)
+        for row, prompt in enumerate((PROMPT, tiny.PROMPTS[3])):
+            own = torch.tensor([tiny.ids(prompt)])
+            before = tiny.base().base_model(input_ids=own).last_hidden_state[0, -1]
+            first = model.workspace.first(before if model.workspace.prefills else model.embed(own)[0])
+            assert first.shape[0] == model.workspace.width(own.shape[1])
+            torch.testing.assert_close(first, context.initial[row][context.own[row]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_a_workspace_prefills_where_the_plain_prompt_is_run_before_its_loop(made, workspace):
+    with Watch(made[workspace]) as watch, torch.no_grad():
+        made[workspace].encode(*tiny.batch([PROMPT]))
+    assert made[workspace].workspace.prefills == bool(watch.passes)
+
+
 # -- what runs -------------------------------------------------------------------------------------------
 
 PREFILL = (list(range(P)), 0, None)

@@ -1,0 +1,329 @@
+"""The engine against the reference: whatever runs beside it, each request gets what it gets alone.
+
+``SLR_MIXES=2000`` makes the wide run (marked slow) as wide as that.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slr_core.engine.bank import BankedLinear
+from slr_core.errors import DeadlineError, RequestError
+from slr_core.generation import generate
+from slr_core.loop.convergence import ExitRule
+from slr_core.sampling import SamplingSettings
+from tests import tiny
+from tests.engine.stepped import Stepped, empty, facts, near
+
+WIDE = int(os.environ.get("SLR_MIXES", "150"))
+MEASURES = ("relative_change", "cosine", "norm", "kl", "entropy")
+SHARED = tuple(3 * i % 37 for i in range(20))
+"""What some prompts begin with: more than one block of the prefix cache."""
+
+# -- mixes -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request, when it comes, and whether and when somebody gives it up."""
+
+    prompt: str
+    loop: dict[str, Any]
+    options: dict[str, Any]
+    second: bool
+    arrives: int
+    given_up: tuple[int, str] | None
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Models, an engine and a load."""
+
+    kind: str
+    first: dict[str, Any]
+    second: dict[str, Any] | None
+    removed: int | None
+    engine: dict[str, Any]
+    method: str | None
+    asks: list[Ask]
+
+
+@st.composite
+def parts(draw):
+    """Keyword arguments of :func:`tests.tiny.reasoner`."""
+    workspace = draw(st.sampled_from(sorted(tiny.WORKSPACES)))
+    projections = ["identity", "rms_match", "linear", "mlp", *["pause"] * (workspace == "append")]
+    lora = draw(st.sampled_from(["per_iteration", "per_iteration", "shared", "none"]))
+    rank = draw(st.sampled_from([2, (1, 3, 2)])) if lora == "per_iteration" else 2
+    answers = draw(st.sampled_from([None, None, "lm_head", "latent_decoder"]))
+    loop = {
+        **tiny.WORKSPACES[workspace],
+        "halting_head": True,
+        "projection": {"kind": draw(st.sampled_from(projections))},
+        "timestep": {
+            "kind": draw(st.sampled_from(["none", "sinusoidal", "learned"])),
+            "combine": draw(st.sampled_from(["add", "concat"])),
+            "noise_level": draw(st.booleans()),
+        },
+        "lora": {"kind": lora, "rank": rank, "past_end": draw(st.sampled_from(["last", "cycle"]))},
+        "residual": {
+            "source": draw(st.sampled_from(["none", "initial", "previous"])),
+            "mix": draw(st.sampled_from(["add", "convex", "gated"])),
+            "norm": draw(st.booleans()),
+            "scale": draw(st.sampled_from([0.1, 0.5])),
+        },
+        # The second one ends many loops early.
+        "guard": draw(st.sampled_from([{}, {}, {"expanding_iterations": 1, "norm_factor": 1.02}])),
+    }
+    if answers is not None:
+        loop["decoder"] = {"answers": answers, "latent_decoder": tiny.LATENT_DECODER}
+    text = {"answer_prefix": draw(st.sampled_from(["", "w7", "w7 w8 w9"]))}
+    return {"loop": loop, "decode": draw(st.booleans()), "text": text}
+
+
+THRESHOLDS = {
+    "relative_change": st.floats(0.05, 1.2),
+    "cosine": st.floats(0.002, 0.7),
+    "kl": st.floats(0.01, 3),
+    "entropy_change": st.floats(0.01, 0.8),
+    "argmax_stable": st.just(0.5),
+    "learned": st.floats(0.85, 0.95),
+    "fixed": st.just(0.0),
+}
+
+
+@st.composite
+def asks(draw, two):
+    """One request."""
+    tail = draw(st.lists(st.integers(0, 36), min_size=1, max_size=20))
+    shared = draw(st.sampled_from([0, 0, 5, 16, 20]))
+    ids = (*SHARED[:shared], *tail)[:24] if shared < 20 else SHARED
+    criterion = draw(st.sampled_from(sorted(THRESHOLDS)))
+    most = draw(st.integers(0, 7))
+    loop = {
+        "max_iterations": most,
+        "min_iterations": draw(st.integers(0, min(most, 3))),
+        "criterion": criterion,
+        "threshold": draw(THRESHOLDS[criterion]),
+        "patience": draw(st.sampled_from([1, 1, 2])),
+    }
+    sampling = SamplingSettings(
+        temperature=draw(st.sampled_from([0.0, 0.0, 0.7, 2.0])),
+        top_k=draw(st.sampled_from([0, 5])),
+        top_p=draw(st.sampled_from([1.0, 0.8])),
+        seed=draw(st.integers(0, 99)),
+    )
+    trace = draw(st.booleans())
+    options = {
+        "max_new_tokens": draw(st.integers(1, 7)),
+        "sampling": sampling,
+        "stop": draw(st.sampled_from([(), (), ("w1",), ("w2 w", "w3")])),
+        "trace": trace,
+        "top_tokens": draw(st.sampled_from([0, 3])) if trace else 0,
+        "include_states": draw(st.booleans()),
+    }
+    return Ask(
+        prompt=tiny.words(*ids),
+        loop=loop,
+        options=options,
+        second=two and draw(st.booleans()),
+        arrives=draw(st.integers(0, 8)),
+        given_up=draw(
+            st.none() | st.none() | st.tuples(st.integers(0, 20), st.sampled_from(["cancelled", "deadline"]))
+        ),
+    )
+
+
+@st.composite
+def mixes(draw):
+    """Everything."""
+    two = draw(st.booleans())
+    return Mix(
+        kind=draw(st.sampled_from(tiny.KINDS)),
+        first=draw(parts()),
+        second=draw(parts()) if two else None,
+        removed=draw(st.none() | st.integers(0, 15)) if two else None,
+        engine={
+            "slots": draw(st.integers(1, 5)),
+            "capacity": draw(st.sampled_from([42, 64])),
+            "prefill_chunk": draw(st.sampled_from([1, 5, 16, 512])),
+            "prefix_gib": draw(st.sampled_from([0, 20_000 / 2**30, 0.25])),
+        },
+        method=draw(st.sampled_from(["masked", "grouped", "segments", None])),
+        asks=draw(st.lists(asks(two), min_size=3, max_size=9)),
+    )
+
+
+# -- the reference ---------------------------------------------------------------------------------------
+
+
+def reference(made, request):
+    """What a request gets alone, and whether rounding could change when its loop ends."""
+    update, close = ExitRule.update, []
+
+    def within(value, bound):
+        return value is not None and abs(value - bound) <= 1e-3 * abs(bound)
+
+    def noted(rule, t, *, norm, distance, **others):
+        reason = update(rule, t, norm=norm, distance=distance, **others)
+        far, contraction = rule.guard.norm_factor * rule.first_norm, rule.contraction or 0.0
+        close.append(
+            within(distance, rule.settings.threshold)
+            or (within(contraction, 1.0) and norm > 0.999 * far)
+            or (within(norm, far) and contraction > 0.999)
+        )
+        return reason
+
+    with patch.object(ExitRule, "update", noted):
+        (result,) = generate(made, [request])
+    return result, any(close)
+
+
+def expect(made, request, tally):
+    """The request to run and what to expect of it: near a threshold, its recorded depth is replayed."""
+    result, close = reference(made, request)
+    tally["requests"] += 1
+    while close:
+        tally["near"] += 1
+        depth = result.iterations
+        loop = replace(request.loop, criterion="fixed", max_iterations=depth, min_iterations=depth)
+        if loop == request.loop:
+            break  # it is the guard that is near: nothing to replay
+        request = replace(request, loop=loop)
+        result, close = reference(made, request)
+    return request, None if close else result
+
+
+# -- comparing -------------------------------------------------------------------------------------------
+
+
+def assert_equal(found, expected):
+    """All that a result says, as far as rounding lets it."""
+    assert facts(found) == facts(expected)
+    assert near(found.final_change, expected.final_change)
+    assert near(found.stability.contraction_rate, expected.stability.contraction_rate, 1e-3)
+    before = None
+    for mine, theirs in zip(found.records, expected.records, strict=True):
+        assert mine.t == theirs.t
+        for name in MEASURES:
+            assert near(getattr(mine, name), getattr(theirs, name)), (name, mine, theirs)
+        # A quotient of steps: rounding weighs more, the smaller they are.
+        tolerance = 1e-4 if before is None else 1e-4 + 1e-5 / max(before, 1e-5)
+        assert near(mine.contraction, theirs.contraction, tolerance), (mine, theirs)
+        before = theirs.relative_change
+        assert len(mine.top_tokens) == len(theirs.top_tokens)
+        for (token, p), (other, q) in zip(mine.top_tokens, theirs.top_tokens, strict=True):
+            assert near(p, q)
+            assert token == other or any(near(q, r) for name, r in theirs.top_tokens if name != other)
+    assert (found.states is None) == (expected.states is None)
+    if expected.states is not None:
+        torch.testing.assert_close(found.states, expected.states, rtol=1e-4, atol=1e-4)
+
+
+def check(mix, tally):
+    """Run a mix and hold it to the reference."""
+    first = tiny.reasoner(mix.kind, **mix.first)
+    second = None
+    if mix.second is not None:
+        second = tiny.reasoner(mix.kind, **mix.second, seed=5, plain=tiny.base(mix.kind))
+    wanted = []
+    for ask in mix.asks:
+        made = second if ask.second else first
+        wanted.append(expect(made, tiny.request(made, ask.prompt, ask.loop, **ask.options), tally))
+
+    futures: dict[int, Any] = {}
+    refused: set[int] = set()
+    with Stepped(first, **mix.engine) as engine:
+        if second is not None:
+            engine.add("second", second)
+        for layer in engine._bank.layers.values():
+            if mix.method is not None and isinstance(layer, BankedLinear):
+                layer.method = mix.method
+        step = 0
+        while step <= 20 or engine._core.busy or engine._arrived:
+            if step == mix.removed:
+                engine.remove_loop_set("second")
+            for i, ask in enumerate(mix.asks):
+                if ask.arrives == step:
+                    try:
+                        futures[i] = engine.submit(wanted[i][0], loop_set="second" if ask.second else None)
+                    except RequestError:
+                        assert ask.second
+                        assert step >= mix.removed
+                        refused.add(i)
+                if i in futures and ask.given_up is not None and ask.given_up[0] == step:
+                    if ask.given_up[1] == "cancelled":
+                        futures[i].cancel()
+                    elif (sequence := engine.sequence(futures[i])) is not None:
+                        sequence.deadline = 0.0
+            if engine._core.busy or engine._arrived:
+                engine.step()
+            step += 1
+            assert step < 1000
+        assert empty(engine)
+        if mix.removed is not None:
+            assert {loops.name for loops in engine._in_bank} == {"default"}
+    for i, ask in enumerate(mix.asks):
+        if i in refused:
+            continue
+        assert futures[i].done()
+        if futures[i].cancelled() or isinstance(futures[i].exception(), DeadlineError):
+            assert ask.given_up is not None
+            assert futures[i].cancelled() == (ask.given_up[1] == "cancelled")
+            tally["given up"] += 1
+        elif wanted[i][1] is not None:
+            assert_equal(futures[i].result(), wanted[i][1])
+            tally["equal"] += 1
+            tally[wanted[i][1].exit_reason] += 1
+
+
+def check_many(examples):
+    tally: Counter[str] = Counter()
+
+    @settings(max_examples=examples)
+    @given(mixes())
+    def run(mix):
+        check(mix, tally)
+
+    run()
+    print(dict(tally))
+    assert tally["near"] <= 0.01 * tally["requests"]
+    assert tally["equal"] > 0.5 * tally["requests"]
+    assert all(tally[reason] for reason in ("converged", "max_iterations", "given up"))
+
+
+@pytest.mark.parametrize("workspace", sorted(tiny.WORKSPACES))
+def test_what_lies_near_a_threshold_is_replayed_at_its_recorded_depth(workspace):
+    made, tally = tiny.reasoner(loop=tiny.WORKSPACES[workspace]), Counter()
+    loop = {"max_iterations": 5, "criterion": "relative_change", "threshold": 0.0}
+    result, close = reference(made, tiny.request(made, tiny.PROMPTS[3], loop))
+    assert (result.iterations, close) == (5, False)
+    # Below the threshold at iteration 3 by the breadth of a hair.
+    loop["threshold"] = result.records[2].relative_change * 1.0005
+    request = tiny.request(made, tiny.PROMPTS[3], loop)
+    alone, close = reference(made, request)
+    assert close
+    replayed, expected = expect(made, request, tally)
+    assert tally == {"requests": 1, "near": 1}
+    assert (replayed.loop.criterion, replayed.loop.min_iterations) == ("fixed", alone.iterations)
+    assert (expected.iterations, expected.token_ids) == (alone.iterations, alone.token_ids)
+    with Stepped(made, slots=2) as engine:
+        future = engine.submit(replayed)
+        engine.drain()
+        assert_equal(future.result(0), expected)
+
+
+def test_whatever_runs_beside_it_a_request_gets_what_it_gets_alone():
+    check_many(15)
+
+
+@pytest.mark.slow
+def test_many_more_mixes():
+    check_many(WIDE)
