@@ -26,8 +26,7 @@ from prometheus_client.registry import Collector
 
 from server.errors import CLIENT_CLOSED_REQUEST
 from slr_core._version import __version__
-from slr_core.engine import Engine
-from slr_core.engine.core import Counters, Step
+from slr_core.engine import Counters, Engine, Step
 from slr_core.generation import Request, Result
 from slr_core.loop.convergence import ExitReason
 

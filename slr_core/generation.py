@@ -17,12 +17,14 @@ from slr_core.errors import RequestError
 from slr_core.loop.convergence import ExitReason, LoopSettings
 from slr_core.model import LatentReasoner
 from slr_core.sampling import SamplingSettings
+from slr_core.scoring import TokenScore, score
 from slr_core.writing import Answer, FinishReason, LatentWriter, LMHead, pad, put_into_words, write
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, ready to run: tokenized, every setting resolved. Made by :func:`prepare`."""
+    """One prompt, ready to run: tokenized, every setting resolved. Made by :func:`prepare`, which says what each
+    field means."""
 
     prompt_ids: tuple[int, ...]
     answer_prefix_ids: tuple[int, ...]
@@ -33,6 +35,9 @@ class Request:
     trace: bool
     top_tokens: int
     include_states: bool
+    logprobs: int | None = None
+    score_prompt: bool = False
+    forced_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,10 @@ class Result:
     stability: Stability
     states: Tensor | None = None
     """h_0 ... h_t as they were, ``[t + 1, W, d]``, on the CPU; where the request asked for them."""
+    scores: tuple[TokenScore, ...] = ()
+    """Of the tokens written; where the request asked for log-probabilities."""
+    prompt_scores: tuple[TokenScore, ...] = ()
+    """Of the prompt's tokens by the base model; where the request asked for them."""
 
     @property
     def completion_tokens(self) -> int:
@@ -82,9 +91,16 @@ Messages = Sequence[Mapping[str, str]]
 """A chat: ``{"role": ..., "content": ...}`` each."""
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt that is taken as it is: none of the checkpoint's texts apply to it."""
+
+    ids: tuple[int, ...]
+
+
 def prepare(
     reasoner: LatentReasoner,
-    prompt: str | Messages,
+    prompt: str | Messages | Tokens,
     loop: LoopSettings,
     *,
     max_new_tokens: int | None = None,
@@ -93,13 +109,17 @@ def prepare(
     trace: bool = False,
     top_tokens: int = 0,
     include_states: bool = False,
+    logprobs: int | None = None,
+    score_prompt: bool = False,
+    forced_ids: tuple[int, ...] = (),
     limit: int | None = None,
 ) -> Request:
     """Apply the checkpoint's text settings and check that the request fits the model.
 
     Args:
         reasoner: whose tokenizer, texts and limits apply.
-        prompt: a text, which gets the prompt prefix and suffix, or a chat, which gets the chat template.
+        prompt: a text, which gets the prompt prefix and suffix, a chat, which gets the chat template, or tokens,
+            which get nothing.
         loop: resolved settings.
         max_new_tokens: the checkpoint's default where ``None``; a default gives way to what fits.
         sampling: greedy where ``None``.
@@ -107,6 +127,11 @@ def prepare(
         trace: measure the head at every iteration, and put the states into words where a decoder can.
         top_tokens: likely tokens to record per iteration.
         include_states: return the states themselves.
+        logprobs: how many of the likeliest tokens to tell of, with their log-probabilities, wherever a token
+            is scored; ``None``: no token is.
+        score_prompt: score the prompt's tokens too, by the base model: no loop has run before them.
+        forced_ids: tokens that the answer begins with, written and scored like others but not chosen; they do
+            not count towards ``max_new_tokens``, and neither they nor their text end it.
         limit: positions that prompt, loop and answer may take; by default what the model can address.
 
     Raises:
@@ -118,9 +143,12 @@ def prepare(
         raise RequestError(f"max_new_tokens must be at least 1, got {max_new_tokens}", param="max_new_tokens")
     if "" in stop:
         raise RequestError("stop must not hold an empty string", param="stop")
-    ids = _tokenize(reasoner, prompt)
-    prefix = reasoner.tokenizer(text.answer_prefix, add_special_tokens=False).input_ids if text.answer_prefix else []
-    taken = reasoner.workspace.loop_positions(loop.max_iterations) + len(prefix)
+    raw = isinstance(prompt, Tokens)
+    ids = _checked(reasoner, prompt.ids) if isinstance(prompt, Tokens) else _tokenize(reasoner, prompt)
+    prefix: list[int] = []
+    if text.answer_prefix and not raw:
+        prefix = reasoner.tokenizer(text.answer_prefix, add_special_tokens=False).input_ids
+    taken = reasoner.workspace.loop_positions(loop.max_iterations) + len(prefix) + len(forced_ids)
     limit = reasoner.max_positions if limit is None else min(limit, reasoner.max_positions)
     most = text.max_new_tokens if max_new_tokens is None else max_new_tokens
     if len(ids) + taken + 1 > limit:
@@ -143,15 +171,28 @@ def prepare(
         loop=loop,
         max_new_tokens=most,
         sampling=sampling or SamplingSettings(),
-        stop=(*text.stop, *stop),
+        stop=tuple(stop) if raw else (*text.stop, *stop),
         trace=trace,
         top_tokens=top_tokens,
         include_states=include_states,
+        logprobs=logprobs,
+        score_prompt=score_prompt,
+        forced_ids=forced_ids,
     )
 
 
-def _field(prompt: str | Messages) -> str:
-    return "prompt" if isinstance(prompt, str) else "messages"
+def _field(prompt: str | Messages | Tokens) -> str:
+    return "prompt" if isinstance(prompt, str | Tokens) else "messages"
+
+
+def _checked(reasoner: LatentReasoner, ids: tuple[int, ...]) -> list[int]:
+    known = reasoner.vocabulary
+    if not ids:
+        raise RequestError("prompt must hold at least one token", param="prompt")
+    unknown = next((token for token in ids if not 0 <= token < known), None)
+    if unknown is not None:
+        raise RequestError(f"prompt must hold token ids from 0 to {known - 1}, got {unknown}", param="prompt")
+    return list(ids)
 
 
 def _tokenize(reasoner: LatentReasoner, prompt: str | Messages) -> list[int]:
@@ -219,13 +260,27 @@ def generate(
     by_decoder = [reasoner.answers_from_states and kept > 0 for kept in looped.kept]
     write(answers, LMHead(reasoner, looped, requests), [not by for by in by_decoder])
     write(answers, LatentWriter.of_answers(reasoner, looped, requests), by_decoder)
+    scored = [_prompt_scores(reasoner, request) for request in requests]
     thoughts = put_into_words(reasoner, looped.states, [request.trace for request in requests])
-    return [
+    results = [
         _result(
             reasoner, looped, i, request, answers[i], thoughts[i], prefill_s, started, queued_s[i] if queued_s else 0.0
         )
         for i, request in enumerate(requests)
     ]
+    return [replace(result, prompt_scores=scores) for result, scores in zip(results, scored, strict=True)]
+
+
+def _prompt_scores(reasoner: LatentReasoner, request: Request) -> tuple[TokenScore, ...]:
+    if not request.score_prompt:
+        return ()
+    ids = torch.tensor([request.prompt_ids], device=reasoner.device)
+    with reasoner.adapters.use(None):
+        logits = reasoner.base(input_ids=ids, use_cache=False).logits[0, :-1]
+    return (
+        TokenScore(request.prompt_ids[0], None),
+        *score(logits, request.prompt_ids[1:], request.logprobs or 0),
+    )
 
 
 def _result(
@@ -260,12 +315,13 @@ def _result(
         ),
         stability=looped.stability[row],
         states=looped.states[row].float().cpu() if request.include_states else None,
+        scores=tuple(answer.scores),
     )
 
 
 def passes(reasoner: LatentReasoner, request: Request, iterations: int, kept: int, tokens: int) -> int:
     """Passes of the base model that a request alone takes; those of the latent decoder's few layers do not count."""
-    passes = reasoner.workspace.passes(iterations)
+    passes = reasoner.workspace.passes(iterations) + (request.score_prompt and not reasoner.workspace.prefills)
     if reasoner.answers_from_states and kept:
         return passes
     return passes + reasoner.workspace.closing_passes(kept) + bool(request.answer_prefix_ids) + tokens - 1

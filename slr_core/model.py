@@ -122,6 +122,13 @@ class LatentReasoner(nn.Module):
         """Positions that the base model can address: prompt, thoughts and answer together."""
         return int(getattr(self.base.config, "max_position_embeddings", 2**31))
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the base model knows: those below this."""
+        table = self.base.get_input_embeddings().weight
+        assert isinstance(table, Tensor)
+        return len(table)
+
     def state_values(self, prompt_tokens: int, iterations: int) -> int:
         """Numbers in the states h_1 ... h_t of one row."""
         return iterations * self.workspace.width(prompt_tokens) * hidden_size(self.base)

@@ -14,6 +14,7 @@ from slr_core.context import LoopOutput
 from slr_core.loop.workspace import readout
 from slr_core.model import LatentReasoner
 from slr_core.sampling import choose
+from slr_core.scoring import TokenScore, score
 
 if TYPE_CHECKING:
     from slr_core.generation import Request
@@ -29,33 +30,49 @@ class Answer:
         self.end_tokens = reasoner.end_tokens
         self.generator = request.sampling.generator()
         self.tokens: list[int] = []
+        self.scores: list[TokenScore] = []
+        """Of the tokens, where the request asks for log-probabilities."""
         self._shown = ""
         self.finished: FinishReason | None = None
         self.began_at = 0.0
         """When the first token was written (``time.perf_counter``)."""
         self.ended_at = 0.0
 
-    def take(self, logits: Tensor) -> None:
-        """Choose the next token from logits ``[V]`` and see whether the answer ends with it."""
-        self.push(choose(logits, self.request.sampling, self.generator))
+    def take(self, logits: Tensor, likeliest: int | None = None) -> int:
+        """Choose the next token from logits ``[V]``, of which ``likeliest`` may be known, and see whether the answer
+        ends with it."""
+        forced = self.request.forced_ids
+        if len(self.tokens) < len(forced):
+            token = forced[len(self.tokens)]
+        elif self.generator is None and likeliest is not None:
+            token = likeliest
+        else:
+            token = choose(logits, self.request.sampling, self.generator)
+        if self.request.logprobs is not None:
+            self.scores += score(logits[None], (token,), self.request.logprobs)
+        self.push(token)
+        return token
 
     def push(self, token: int) -> None:
         """Add a token and see whether the answer ends with it."""
         if not self.tokens:
             self.began_at = time.perf_counter()
         self.tokens.append(token)
+        beyond = len(self.tokens) - len(self.request.forced_ids)
+        if beyond <= 0:
+            return
         # Only a stop string needs the text now.
-        stopped = self.request.stop and any(stop in self._decoded() for stop in self.request.stop)
+        stopped = self.request.stop and self._end_of(self._decoded()) is not None
         if stopped or token in self.end_tokens:
             self.end("stop")
-        elif len(self.tokens) >= self.request.max_new_tokens:
+        elif beyond >= self.request.max_new_tokens:
             self.end("length")
 
     @property
     def text(self) -> str:
         """The answer so far, up to its first stop string."""
         text = self._decoded()
-        return text[: min([at for stop in self.request.stop if (at := text.find(stop)) >= 0], default=len(text))]
+        return text[: self._end_of(text)]
 
     def fresh(self) -> str:
         """What may be shown beyond what this returned before: never what a later token could take back."""
@@ -69,11 +86,17 @@ class Answer:
     def _decoded(self) -> str:
         return str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
 
+    def _end_of(self, text: str) -> int | None:
+        """Where the first stop string begins; those in what was forced do not count."""
+        forced = self.request.forced_ids
+        start = len(self.tokenizer.decode(list(forced), skip_special_tokens=True)) if forced else 0
+        return min([at for stop in self.request.stop if (at := text.find(stop, start)) >= 0], default=None)
+
     def _unsettled(self, text: str) -> int:
         # Half a character decodes to U+FFFD; the beginning of a stop string may become one.
-        broken = len(text) - len(text.rstrip("\ufffd"))
-        begun = [n for stop in self.request.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        return max([broken, *begun])
+        whole = text.rstrip("\ufffd")
+        begun = [n for stop in self.request.stop for n in range(1, len(stop)) if whole.endswith(stop[:n])]
+        return len(text) - len(whole) + max(begun, default=0)
 
     def end(self, reason: FinishReason) -> None:
         """The answer is complete."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,57 +20,13 @@ from slr_core.engine.passes import Passes, by_length, by_loop_set
 from slr_core.engine.prefix import PrefixCache
 from slr_core.engine.scheduler import Scheduler, Work
 from slr_core.engine.sequence import Phase, Sequence
+from slr_core.engine.statistics import Counters, Step
 from slr_core.errors import DeadlineError, EngineError, SLRError
 from slr_core.generation import Result, Timings, passes
-from slr_core.sampling import choose
+from slr_core.scoring import TokenScore, score_states
 from slr_core.writing import LatentWriter, put_into_words
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Counters:
-    """What the engine has done since it started.
-
-    Attributes:
-        steps: steps that ran something.
-        row_steps: rows over all steps; by ``steps``, how full they were.
-        prefill_tokens: prompt tokens that were run.
-        reused_tokens: prompt tokens that were not, because their prefix was at hand.
-        iterations: iterations of all rows.
-        wasted_iterations: those of them that no answer came of: of requests that were given up or failed, and of a
-            diverged loop those after its last good state.
-        tokens: tokens written.
-    """
-
-    steps: int = 0
-    row_steps: int = 0
-    prefill_tokens: int = 0
-    reused_tokens: int = 0
-    iterations: int = 0
-    wasted_iterations: int = 0
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step that ran something, for whoever keeps statistics.
-
-    Attributes:
-        duration_s: seconds.
-        rows: requests that ran.
-        looping: those of them that ran an iteration.
-        prefill_tokens: prompt tokens that were run.
-        written: tokens.
-        columns: columns of the cache that hold something, all slots together.
-    """
-
-    duration_s: float
-    rows: int
-    looping: int
-    prefill_tokens: int
-    written: int
-    columns: int
 
 
 class Core:
@@ -190,9 +146,8 @@ class Core:
             sequence.filled = filled
             if state is not None:
                 self._begin(sequence, state)
-        else:
-            tokens = torch.tensor(ids, device=self.passes.device)
-            self._begin(sequence, self.passes.embeddings(tokens))
+        elif not sequence.request.score_prompt:
+            self._begin(sequence, self._embedded(sequence))
 
     def _leave(self, sequence: Sequence) -> None:
         slot = sequence.slot
@@ -254,19 +209,38 @@ class Core:
         for sequence, count in rows:
             if sequence not in looped:
                 sequence.logits = logits.get(sequence)
-                self._alone(sequence, self._ran, count, outputs[sequence][-1])
+                self._alone(sequence, self._ran, count, outputs[sequence])
 
-    def _ran(self, sequence: Sequence, count: int, state: Tensor) -> None:
+    def _ran(self, sequence: Sequence, count: int, states: Tensor) -> None:
+        if sequence.phase is Phase.PREFILL and sequence.request.score_prompt:
+            self._score_prompt(sequence, states[:count])
         sequence.filled += count
+        state = states[count - 1]
         if sequence.phase is Phase.PREFILL:
             self.counters.prefill_tokens += count
             if sequence.filled == len(sequence.request.prompt_ids):
-                self.prefixes.keep(sequence.keys, sequence.filled, self.cache, sequence.slot, state)
-                self._begin(sequence, state)
+                if state.isfinite().all():  # a fault that passes must not stay for who comes with the same prompt
+                    self.prefixes.keep(sequence.keys, sequence.filled, self.cache, sequence.slot, state)
+                if sequence.loops.workspace.prefills:
+                    self._begin(sequence, state)
+                else:  # it was run for its scores alone
+                    sequence.filled = 0
+                    self._begin(sequence, self._embedded(sequence))
         elif sequence.phase is Phase.CLOSE:
             self._answer(sequence, state)
         else:
             sequence.state = state
+
+    def _score_prompt(self, sequence: Sequence, states: Tensor) -> None:
+        ids, at = sequence.request.prompt_ids, sequence.filled + 1
+        if not sequence.prompt_scores:
+            sequence.prompt_scores.append(TokenScore(ids[0], None))
+        following = ids[at : at + len(states)]
+        sequence.prompt_scores += score_states(self.head, states, following, sequence.request.logprobs or 0)
+
+    def _embedded(self, sequence: Sequence) -> Tensor:
+        embedded: Tensor = self.passes.embeddings(torch.tensor(sequence.request.prompt_ids, device=self.passes.device))
+        return embedded
 
     def _begin(self, sequence: Sequence, state: Tensor) -> None:
         """The prompt is there: ``state`` is what :meth:`Workspace.first` asks for."""
@@ -328,19 +302,20 @@ class Core:
         self._take(sequences, writer.next([s.answer.tokens for s in sequences], everyone))
 
     def _take(self, sequences: list[Sequence], logits: Tensor) -> None:
-        for sequence, likeliest, row in zip(sequences, logits.argmax(-1).tolist(), logits, strict=True):
-            self._alone(sequence, self._push, likeliest, row)
+        table = torch.stack([logits.argmax(-1), logits.isnan().any(-1)], dim=-1).tolist()
+        for sequence, (likeliest, broken), row in zip(sequences, table, logits, strict=True):
+            if broken:  # its most likely token would be no more than the first
+                self._fail(sequence, EngineError("the model's logits are not numbers"))
+            else:
+                self._alone(sequence, self._push, likeliest, row)
 
     def _push(self, sequence: Sequence, likeliest: int, logits: Tensor) -> None:
         answer = sequence.answer
-        token = likeliest
-        if answer.generator is not None:
-            token = choose(logits, sequence.request.sampling, answer.generator)
-        answer.push(token)
+        token = answer.take(logits, likeliest)
         sequence.state, sequence.logits, sequence.pending = None, None, [token]
         self.counters.tokens += 1
         if sequence.on_event is not None:
-            _tell(sequence, Written(token, answer.fresh()))
+            _tell(sequence, Written(token, answer.fresh(), answer.scores[-1] if answer.scores else None))
         if answer.finished is not None:
             self._finish(sequence)
 
@@ -373,6 +348,8 @@ class Core:
             records=tuple(records),
             stability=stability(records, row.returns, reason == "converged"),
             states=states.float().cpu() if states is not None and request.include_states else None,
+            scores=tuple(answer.scores),
+            prompt_scores=tuple(sequence.prompt_scores),
         )
         sequence.phase = Phase.DONE
         self.counters.wasted_iterations += sequence.t - row.kept

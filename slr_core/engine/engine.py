@@ -20,14 +20,15 @@ from slr_core.base import hidden_size
 from slr_core.diagnostics import RowLog
 from slr_core.engine.bank import AdapterBank
 from slr_core.engine.cache import token_bytes
-from slr_core.engine.core import Core, Counters, Step
+from slr_core.engine.core import Core
 from slr_core.engine.devices import best_device, fastest_threads, suit
 from slr_core.engine.events import Event, Finished
 from slr_core.engine.loops import LoopSet, share_base
 from slr_core.engine.prefix import prefix_keys
 from slr_core.engine.sequence import Sequence
+from slr_core.engine.statistics import Counters, Step
 from slr_core.errors import ConfigError, EngineError, RequestError
-from slr_core.generation import Messages, Request, Result, prepare
+from slr_core.generation import Messages, Request, Result, Tokens, prepare
 from slr_core.loop.convergence import ExitRule, LoopSettings
 from slr_core.model import LatentReasoner
 from slr_core.writing import Answer
@@ -142,7 +143,7 @@ class Engine:
     # -- requests ----------------------------------------------------------------------------------
 
     def prepare(
-        self, prompt: str | Messages, loop: LoopSettings, *, loop_set: str | None = None, **options: Any
+        self, prompt: str | Messages | Tokens, loop: LoopSettings, *, loop_set: str | None = None, **options: Any
     ) -> Request:
         """A request that fits this engine's slots; see :func:`slr_core.generation.prepare`.
 
@@ -176,6 +177,7 @@ class Engine:
             len(request.prompt_ids)
             + loops.workspace.loop_positions(request.loop.max_iterations)
             + len(request.answer_prefix_ids)
+            + len(request.forced_ids)
             + request.max_new_tokens
         )
         if reserved > self.capacity:
@@ -186,7 +188,7 @@ class Engine:
             future=Future(),
             on_event=on_event,
             deadline=deadline,
-            keys=prefix_keys(request.prompt_ids) if loops.workspace.prefills and self._core.prefixes.max_bytes else (),
+            keys=prefix_keys(request.prompt_ids) if self._reuses(request, loops) else (),
             reserved=reserved,
             answer=Answer(loops.reasoner, request),
             row=RowLog(ExitRule(request.loop, loops.config.guard)),
@@ -202,6 +204,10 @@ class Engine:
             self._arrived.append(sequence)
             self._changed.notify()
         return sequence.future
+
+    def _reuses(self, request: Request, loops: LoopSet) -> bool:
+        # What is scored has to be run.
+        return loops.workspace.prefills and self._core.prefixes.max_bytes > 0 and not request.score_prompt
 
     async def stream(self, request: Request, **options: Any) -> AsyncIterator[Event]:
         """The events of a request as they come; leaving the iteration early drops it. Options as in :meth:`submit`.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from slr_core.diagnostics import IterationRecord
 from slr_core.generation import Result
+from slr_core.scoring import TokenScore
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Written:
 
     token_id: int
     text: str
+    score: TokenScore | None = None
+    """Where the request asks for log-probabilities."""
 
 
 @dataclass(frozen=True)

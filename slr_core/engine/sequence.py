@@ -15,6 +15,7 @@ from slr_core.diagnostics import RowLog
 from slr_core.engine.events import Event
 from slr_core.engine.loops import LoopSet
 from slr_core.generation import Request, Result
+from slr_core.scoring import TokenScore
 from slr_core.writing import Answer
 
 
@@ -79,6 +80,8 @@ class Sequence:
     """The head's at ``state`` ``[V]``, up to a constant, where it was read already."""
     pending: list[int] = field(default_factory=list)
     """Tokens to feed next."""
+    prompt_scores: list[TokenScore] = field(default_factory=list)
+    """Of its prompt so far, where the request asks for them."""
     admitted: float = inf
     prefilled: float = inf
     looped: float = inf
