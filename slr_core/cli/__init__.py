@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from slr_core._version import __version__
-from slr_core.cli import evaluate, models, probe, reason, stability, sweep, train
+from slr_core.cli import evaluate, load, models, probe, reason, stability, sweep, train
 from slr_core.errors import SLRError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command()(stability.stability)
 app.command()(probe.probe)
 app.command()(sweep.sweep)
 app.command()(evaluate.report)
+app.command()(load.load)
 
 
 def main() -> None:

@@ -1,0 +1,103 @@
+"""``slr load``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from slr_core.cli.options import AsJson, console, print_json, progress_bars
+
+if TYPE_CHECKING:
+    from slr_core.load import Asked, Report
+
+_BAR = 40
+
+
+def load(
+    url: Annotated[str, typer.Argument(help="where the server listens, as http://127.0.0.1:8000")],
+    duration: Annotated[float, typer.Option(min=0.1, help="seconds in which requests are sent")] = 30.0,
+    concurrency: Annotated[int, typer.Option(min=1, help="clients, each asking again once it was answered")] = 8,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="requests a second, arriving at random whatever the server does, in place of clients"
+        ),
+    ] = None,
+    hops: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=18, help="difficulty of the ProsQA questions; repeat for a mix  [default: 2, 3 and 4]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of questions and arrivals")] = 0,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="SLR_API_KEY", help="bearer key, if the server wants one")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds that an answer is waited for")] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """Put a running server under load, and see how long answers and loops took."""
+    import asyncio
+
+    from slr_core.load import Plan, run
+
+    plan = Plan(
+        url,
+        duration_s=duration,
+        concurrency=concurrency,
+        rate=rate,
+        hops=hops or (2, 3, 4),
+        seed=seed,
+        api_key=api_key,
+        timeout_s=timeout,
+    )
+    with progress_bars() as bars:
+        row = bars.add_task("asking", total=round(duration))
+        answers = 0
+
+        def progress(elapsed_s: float, asked: Asked) -> None:
+            nonlocal answers
+            answers += 1
+            bars.update(row, completed=min(elapsed_s, duration), description=f"{answers} ended")
+
+        report = asyncio.run(run(plan, progress))
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _print(report, url)
+
+
+def _print(report: Report, url: str) -> None:
+    found = report.to_json()
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in found["outcomes"].items())
+    console.print(
+        f"{escape(url)}: {found['requests']} requests in {found['elapsed_s']:.1f} s ({outcomes}), "
+        f"{found['answers_per_s']:.1f} answers a second",
+        highlight=False,
+    )
+    if not report.answered:
+        return
+    console.print(
+        "latency  " + "  ".join(f"{name} {1000 * s:.1f} ms" for name, s in found["latency_s"].items()), highlight=False
+    )
+    table = _table("iterations", "answers", "")
+    most = max(found["iterations"].values())
+    for t, count in found["iterations"].items():
+        table.add_row(t, str(count), "█" * max(1, round(_BAR * count / most)))
+    console.print(table)
+    console.print(
+        "exits  " + "  ".join(f"{reason} {count}" for reason, count in found["exit_reasons"].items()), highlight=False
+    )
+    table = _table("hops", "answers", "iterations", "right", "p50")
+    for hops, row in found["by_hops"].items():
+        cells = (f"{row['iterations']:.2f}", f"{row['accuracy']:.3f}", f"{1000 * row['p50_s']:.1f} ms")
+        table.add_row(hops, str(row["answers"]), *cells)
+    console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    return table
