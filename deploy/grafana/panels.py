@@ -1,0 +1,204 @@
+"""What the dashboards are made of: queries, panels, variables. One place decides what they all look alike in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from grafana_foundation_sdk.builders import common, dashboard, heatmap, prometheus, stat, timeseries
+from grafana_foundation_sdk.models import common as common_models
+from grafana_foundation_sdk.models import dashboard as models
+from grafana_foundation_sdk.models import heatmap as heatmap_models
+from grafana_foundation_sdk.models import prometheus as prometheus_models
+
+Panel = timeseries.Panel | stat.Panel | heatmap.Panel
+SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
+WHERE = 'instance=~"$instance"'
+WIDTH = 24
+"""Columns of a dashboard."""
+
+
+# -- queries ---------------------------------------------------------------------------------------------
+
+
+def now(metric: str, *, by: str = "") -> str:
+    """A gauge, summed over the chosen instances."""
+    return f"sum{_by(by)} ({metric}{_selector('')})"
+
+
+def rate(metric: str, *, by: str = "", labels: str = "") -> str:
+    """Events a second of a counter, summed over the chosen instances."""
+    return f"sum{_by(by)} (rate({metric}{_selector(labels)}[$__rate_interval]))"
+
+
+def quantile(q: float, histogram: str, *, by: str = "") -> str:
+    """A quantile of what a histogram saw."""
+    return f"histogram_quantile({q}, {rate(f'{histogram}_bucket', by=', '.join(filter(None, ('le', by))))})"
+
+
+def mean(histogram: str, *, by: str = "") -> str:
+    """The mean of what a histogram saw."""
+    return f"{rate(f'{histogram}_sum', by=by)} / {rate(f'{histogram}_count', by=by)}"
+
+
+def share(part: str, whole: str) -> str:
+    """One rate over another, nothing where there is nothing to divide by."""
+    return f"{part} / ({whole} > 0)"
+
+
+def parts(counter: str, label: str) -> str:
+    """The share that each value of a label has of a counter's rate."""
+    return f"{rate(counter, by=label)} / on () group_left () ({rate(counter)} > 0)"
+
+
+def _selector(labels: str) -> str:
+    return "{" + ", ".join(filter(None, (WHERE, labels))) + "}"
+
+
+def _by(labels: str) -> str:
+    return f" by ({labels})" if labels else ""
+
+
+# -- panels ----------------------------------------------------------------------------------------------
+
+
+def lines(
+    title: str,
+    description: str,
+    unit: str,
+    queries: Mapping[str, str],
+    *,
+    width: int = 12,
+    stacked: bool = False,
+    log: bool = False,
+    top: float | None = None,
+) -> timeseries.Panel:
+    """Curves over time.
+
+    Args:
+        title: of the panel.
+        description: what it shows, and what to think of it.
+        unit: Grafana's name of the unit.
+        queries: by the legend of their curves, which may name labels as ``{{label}}``.
+        width: in columns.
+        stacked: one on top of the other.
+        log: a logarithmic axis.
+        top: where the axis ends.
+    """
+    panel = (
+        timeseries.Panel()
+        .line_width(1)
+        .fill_opacity(60 if stacked else 5)
+        .show_points(common_models.VisibilityMode.NEVER)
+        .axis_soft_min(0)
+        .legend(
+            common.VizLegendOptions()
+            .display_mode(common_models.LegendDisplayMode.LIST)
+            .placement(common_models.LegendPlacement.BOTTOM)
+            .show_legend(True)
+        )
+        .tooltip(
+            common.VizTooltipOptions()
+            .mode(common_models.TooltipDisplayMode.MULTI)
+            .sort(common_models.SortOrder.DESCENDING)
+        )
+    )
+    if stacked:
+        panel.stacking(common.StackingConfig().mode(common_models.StackingMode.NORMAL).group("A"))
+    if log:
+        panel.scale_distribution(common.ScaleDistributionConfig().type(common_models.ScaleDistribution.LOG).log(10))
+    if top is not None:
+        panel.max(top)
+    _fill(panel, title, description, unit, width, 8)
+    for place, (legend, expression) in enumerate(queries.items()):
+        panel.with_target(_query(expression, legend, place))
+    return panel
+
+
+def number(title: str, description: str, unit: str, expression: str, *, width: int = 4) -> stat.Panel:
+    """The latest value, with its curve behind."""
+    panel = (
+        stat.Panel()
+        .graph_mode(common_models.BigValueGraphMode.AREA)
+        .color_mode(common_models.BigValueColorMode.NONE)
+        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+    )
+    _fill(panel, title, description, unit, width, 5)
+    return panel.with_target(_query(expression, title, 0))
+
+
+def heat(title: str, description: str, unit: str, histogram: str, *, width: int = 12) -> heatmap.Panel:
+    """How a histogram's buckets fill over time."""
+    panel = (
+        heatmap.Panel()
+        .calculate(False)
+        .color(heatmap.HeatmapColorOptions().mode(heatmap_models.HeatmapColorMode.SCHEME).scheme("Blues").steps(64))
+        .cell_values(heatmap.CellValues().unit("short"))
+        .y_axis(heatmap.YAxisConfig().unit(unit))
+        .show_legend()
+    )
+    _fill(panel, title, description, unit, width, 8)
+    expression = f"sum by (le) (increase({histogram}_bucket{_selector('')}[$__rate_interval]))"
+    return panel.with_target(_query(expression, "{{le}}", 0, prometheus_models.PromQueryFormat.HEATMAP))
+
+
+def _fill(panel: Panel, title: str, description: str, unit: str, width: int, height: int) -> None:
+    panel.title(title).description(description).unit(unit).datasource(SOURCE).span(width).height(height)
+
+
+def _query(
+    expression: str,
+    legend: str,
+    place: int,
+    shape: prometheus_models.PromQueryFormat = prometheus_models.PromQueryFormat.TIME_SERIES,
+) -> prometheus.Dataquery:
+    return (
+        prometheus.Dataquery()
+        .expr(expression)
+        .legend_format(legend)
+        .range()
+        .format(shape)
+        .ref_id(chr(ord("A") + place))
+        .datasource(SOURCE)
+    )
+
+
+# -- a dashboard -----------------------------------------------------------------------------------------
+
+
+def board(uid: str, title: str, description: str, rows: Mapping[str, list[Panel]]) -> dashboard.Dashboard:
+    """A dashboard with its variables; panels stand in their rows from left to right."""
+    made = (
+        dashboard.Dashboard(title)
+        .uid(uid)
+        .description(description)
+        .tags(["slr"])
+        .readonly()
+        .timezone("browser")
+        .time("now-1h", "now")
+        .refresh("10s")
+        .tooltip(models.DashboardCursorSync.CROSSHAIR)
+        .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
+        .with_variable(_variable("model", "Model", "label_values(slr_build_info, model)"))
+        # The other metrics do not name the model: it is chosen by the instances that serve it.
+        .with_variable(_variable("instance", "Instance", 'label_values(slr_build_info{model=~"$model"}, instance)'))
+        .link(dashboard.DashboardLink("SLR").type(models.DashboardLinkType.DASHBOARDS).tags(["slr"]).keep_time(True))
+    )
+    for name, panels in rows.items():
+        made.with_row(dashboard.Row(name))
+        for panel in panels:
+            made.with_panel(panel)
+    return made
+
+
+def _variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
+    return (
+        dashboard.QueryVariable(name)
+        .label(label)
+        .datasource(SOURCE)
+        .query(query)
+        .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(models.VariableSort.ALPHABETICAL_ASC)
+        .include_all(True)
+        .multi(True)
+        .current(models.VariableOption(selected=True, text=["All"], value=["$__all"]))
+    )

@@ -1,0 +1,155 @@
+import re
+import shutil
+import subprocess
+from importlib.metadata import version
+
+import pytest
+import yaml
+from prometheus_client import generate_latest
+
+from deploy.grafana import make
+from server.metrics import Metrics
+from tests.deploy.monitoring import (
+    DASHBOARDS,
+    PROMETHEUS,
+    ROOT,
+    RULES,
+    alerts,
+    dashboards,
+    metrics_of,
+    panel_expressions,
+    panels,
+    rules,
+)
+
+UNITS = {"s": "_seconds", "bytes": "_bytes"}
+"""Grafana's units that a metric's name must agree with."""
+
+
+@pytest.fixture(scope="module")
+def exposed():
+    """Every series that a server exposes from its start: the metric that it belongs to, and its type."""
+    return {s.name: family.type for family in Metrics("tiny").registry.collect() for s in family.samples}
+
+
+def test_the_committed_dashboards_are_what_their_source_makes():
+    assert {path.name: path.read_text() for path in DASHBOARDS} == make.render()
+
+
+def test_every_panel_says_what_it_shows_in_which_unit():
+    for name, dashboard in dashboards().items():
+        assert dashboard["description"]
+        assert [variable["name"] for variable in dashboard["templating"]["list"]] == ["datasource", "model", "instance"]
+        for panel in panels(dashboard):
+            where = f"{name} / {panel['title']}"
+            assert len(panel["description"]) > 20, where
+            assert panel["fieldConfig"]["defaults"]["unit"], where
+            assert panel["datasource"]["uid"] == "${datasource}", where
+            legends = [target["legendFormat"] for target in panel["targets"]]
+            assert len(set(legends)) == len(legends), where
+            assert all(legends), where
+
+
+def test_panels_fill_their_rows_and_do_not_overlap():
+    for name, dashboard in dashboards().items():
+        taken = set()
+        for panel in panels(dashboard):
+            at = panel["gridPos"]
+            cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+            assert not cells & taken, f"{name} / {panel['title']}"
+            assert max(x for x, _ in cells) < 24, f"{name} / {panel['title']}"
+            taken |= cells
+
+
+def test_every_metric_that_is_asked_for_exists(exposed):
+    asked = [*panel_expressions(), *((rule.get("record") or rule["alert"], rule["expr"]) for rule in rules())]
+    assert len(asked) > 60
+    for where, expression in asked:
+        assert metrics_of(expression) <= exposed.keys(), where
+        assert metrics_of(expression) or "instance:" in expression or "up{" in expression, where
+
+
+def test_every_recorded_name_that_is_asked_for_is_recorded():
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    asked = {name for rule in rules() for name in re.findall(r"\binstance:[\w:]+", rule["expr"])}
+    assert asked <= recorded
+    assert recorded - asked <= {"instance:slr_loop_iterations:mean_rate5m"}, "recorded for people to look up"
+
+
+def test_counters_are_asked_for_rates_and_gauges_are_not(exposed):
+    for where, expression in [*panel_expressions(), *((r.get("record"), r["expr"]) for r in rules())]:
+        for name in metrics_of(expression):
+            asked_as_rate = re.search(rf"(?:rate|increase)\({name}\b", expression) is not None
+            assert asked_as_rate == (exposed[name] in ("counter", "histogram")), f"{where}: {name}"
+
+
+def test_units_agree_with_the_metrics():
+    for name, dashboard in dashboards().items():
+        for panel in panels(dashboard):
+            unit = panel["fieldConfig"]["defaults"]["unit"]
+            for target in panel["targets"]:
+                # A quantile or mean is in the metric's unit; anything else divides or counts.
+                measured = re.match(r"histogram_quantile\(.*?\((\w+)_bucket|.*?\((\w+)_sum.*/.*_count", target["expr"])
+                if measured is None or "saved" in target["expr"]:
+                    continue
+                metric = measured.group(1) or measured.group(2)
+                suffix = UNITS.get(unit)
+                assert metric.endswith(suffix or metric), f"{name} / {panel['title']}: {metric} as {unit}"
+                assert suffix or not metric.endswith(tuple(UNITS.values())), f"{name} / {panel['title']}"
+
+
+def test_every_alert_has_a_paragraph_and_says_where():
+    manual = (ROOT / "docs/operations.md").read_text()
+    for name, alert in alerts().items():
+        paragraph = re.search(rf"^### {name}\n\n(.+?)(?=\n#|\Z)", manual, re.MULTILINE | re.DOTALL)
+        assert paragraph, f"{name} has no paragraph in docs/operations.md"
+        assert len(paragraph.group(1)) > 150, name
+        assert alert["annotations"]["runbook"] == f"docs/operations.md#{name.lower()}"
+        assert alert["annotations"]["summary"]
+        assert alert["annotations"]["description"]
+        assert alert["labels"]["severity"] in ("page", "ticket")
+    assert set(re.findall(r"^### (SLR\w+)$", manual, re.MULTILINE)) == alerts().keys()
+
+
+def test_every_alert_is_tested():
+    tested = (PROMETHEUS / "tests/alerts.test.yml").read_text()
+    for name in alerts():
+        assert re.search(rf"alertname: {name}\n\s+eval_time: \w+\n\s+exp_alerts:\n\s+- exp_labels", tested), name
+
+
+def test_what_is_scraped_is_what_runs():
+    config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
+    assert job["job_name"] == "slr", "the rules ask for this job"
+    source = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yaml").read_text())
+    assert source["datasources"][0]["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
+
+
+@pytest.fixture(scope="module")
+def promtool():
+    found = shutil.which("promtool")
+    if found is None:
+        pytest.skip("promtool is not here: apt-get install prometheus")
+    return found
+
+
+def test_promtool_finds_no_fault(promtool):
+    for arguments in (
+        ("check", "config", "--lint-fatal", str(PROMETHEUS / "prometheus.yml")),
+        ("check", "rules", "--lint-fatal", *map(str, RULES)),
+        ("test", "rules", *map(str, sorted((PROMETHEUS / "tests").glob("*.yml")))),
+    ):
+        run = subprocess.run([promtool, *arguments], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_promtool_likes_the_names_of_the_metrics(promtool):
+    page = generate_latest(Metrics("tiny").registry)
+    run = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr.decode()
+    assert run.stderr == b""
+
+
+def test_the_dashboards_are_made_for_the_grafana_that_runs():
+    (image,) = re.findall(r"grafana/grafana:(\d+\.\d+)\.", (ROOT / "docker/compose.yaml").read_text())
+    assert version("grafana-foundation-sdk").split("!")[1].startswith(f"{image}.")
