@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from slr_core.checkpoint import CONFIG
+from slr_core.checkpoint import CONFIG, local_path
 from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.initialize import load_base
@@ -67,7 +66,8 @@ def teacher_of(config: TrainConfig, student: LatentReasoner) -> LatentReasoner |
 
 
 def _from(config: TrainConfig, source: str) -> LatentReasoner:
-    if not (Path(source) / CONFIG).is_file():
+    folder = local_path(source)
+    if not (folder / CONFIG).is_file():
         base, tokenizer = load_base(source)
         return LatentReasoner(base, _padded(tokenizer), _settings(config.loop, config.text))
     loaded = LatentReasoner.from_pretrained(source)
@@ -76,8 +76,8 @@ def _from(config: TrainConfig, source: str) -> LatentReasoner:
             loaded.config = loaded.config.replace(text=config.text.model_dump(mode="json"))
         return loaded
     # Its base without its loop.
-    inside = Path(source) / loaded.config.base
-    base, _ = load_base(str(inside) if inside.is_dir() else loaded.config.base, tokenizer_from=source)
+    inside = folder / loaded.config.base
+    base, _ = load_base(str(inside) if inside.is_dir() else loaded.config.base, tokenizer_from=str(folder))
     return LatentReasoner(base, loaded.tokenizer, _settings(config.loop, config.text or loaded.config.text))
 
 

@@ -1,0 +1,97 @@
+"""`slr train` as real processes: killed and resumed, and two that share a batch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from slr_core.training.trainer import MANIFEST
+from tests.training.recipe import DATA, GRAPHS
+
+pytestmark = pytest.mark.slow
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+STAGES = [{"steps": 60, "iterations": {"mean": 3, "least": 1, "most": 4}, "backprop": 2, "data": GRAPHS}]
+
+
+def recipe(folder, **changes):
+    path = folder / "recipe.yaml"
+    data = {**DATA, "stages": STAGES, "threads": 1, "output_dir": str(folder / "out"), **changes}
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def command(path, *options):
+    return [sys.executable, "-m", "slr_core.cli", "train", str(path), *options]
+
+
+def finish(arguments):
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def weights(folder):
+    found = [path for path in sorted(folder.rglob("*.safetensors")) if "steps" not in path.relative_to(folder).parts]
+    return {f"{path.relative_to(folder)}/{key}": x for path in found for key, x in load_file(path).items()}
+
+
+def test_a_run_that_is_killed_and_resumed_ends_where_a_straight_one_does(tmp_path):
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "killed").mkdir()
+    finish(command(recipe(tmp_path / "straight")))
+    path = recipe(tmp_path / "killed", save_steps=7)
+    steps = tmp_path / "killed" / "out" / "steps"
+    running = subprocess.Popen(command(path), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # In the middle of things: as soon as the second checkpoint appears, finished or not.
+    while not (steps / "checkpoint-14").exists() and running.poll() is None:
+        time.sleep(0.001)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "out" / MANIFEST).exists()
+    finish(command(path, "--resume"))
+    expected, actual = weights(tmp_path / "straight" / "out"), weights(tmp_path / "killed" / "out")
+    assert expected.keys() == actual.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(actual[key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def logged(folder):
+    state = json.loads((folder / "out" / "steps" / "checkpoint-12" / "trainer_state.json").read_text())
+    return [{k: v for k, v in entry.items() if k != "epoch"} for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_have_the_loss_of_one_with_the_same_batch(launcher, tmp_path):
+    stages = [{**STAGES[0], "steps": 12, "iterations": 4}]
+    changes = {"stages": stages, "log_steps": 1, "train": "adapters" if launcher == "accelerate" else "full"}
+    module = ["-m", "slr_core.cli", "train"]
+    launch = {
+        "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--master_port=29533", *module],
+        "accelerate": [
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes=2",
+            "--main_process_port=29534",
+            *module,
+        ],
+    }
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        path = str(recipe(tmp_path / name, **changes))
+        finish(command(path) if name == "one" else [sys.executable, "-m", *launch[launcher], path])
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert len(one) == len(two) == 12
+    for alone, shared in zip(one, two, strict=True):
+        assert alone.keys() == shared.keys() >= {"loss", "answer", "frontier", "chains", "fixed_point"}
+        for name, value in alone.items():
+            assert shared[name] == pytest.approx(value, rel=2e-3, abs=2e-3), name
+    expected, actual = weights(tmp_path / "one" / "out"), weights(tmp_path / "two" / "out")
+    for key, tensor in expected.items():
+        torch.testing.assert_close(actual[key], tensor, rtol=1e-3, atol=1e-3, msg=key)
