@@ -294,7 +294,7 @@ def check_many(examples):
 
     run()
     print(dict(tally))
-    assert tally["near"] <= 0.01 * tally["requests"]
+    assert tally["near"] <= max(2, 0.01 * tally["requests"])
     assert tally["equal"] > 0.5 * tally["requests"]
     assert all(tally[reason] for reason in ("converged", "max_iterations", "given up"))
 
