@@ -232,6 +232,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         logging_nan_inf_filter=False,
         ignore_data_skip=True,  # the stream itself starts where a resumed run goes on
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # a process has one device: more are for torchrun or accelerate to launch
     parts = arguments.world_size * optimizer.accumulate
     if optimizer.batch_size % parts:
         raise ConfigError(f"optimizer.batch_size must be a multiple of {parts}, processes times optimizer.accumulate")

@@ -108,7 +108,7 @@ class Rollout:
         return write(self.reasoner, self.closed.fork(), self.batch["answer_ids"], looped=self.exits > 0).logits
 
     def _from_states(self) -> Tensor:
-        memory, present = self.workspace[torch.arange(len(self.exits)), self.exits], self.own
+        memory, present = self.workspace[torch.arange(len(self.exits), device=self.exits.device), self.exits], self.own
         if self.reasoner.config.loop.workspace == "append":
             memory = self.states[:, 1:]
             order = torch.arange(self.iterations, device=memory.device)
