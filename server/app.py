@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from server import errors
 from server.auth import Auth
 from server.middleware import REQUEST_ID, SERVER_TIMING, BodyLimit, HeaderLimit, RequestContext
-from server.routes import generate, health, metrics
+from server.routes import admin, generate, health, metrics, openai
 from server.service import Service
 from server.settings import Settings, split
 from slr_core._version import __version__
@@ -53,7 +53,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     )
     app.state.service = service
     errors.install(app)
-    for module in (generate, health, metrics):
+    for module in (generate, openai, health, metrics, admin):
         app.include_router(module.router)
     return app
 

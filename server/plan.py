@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 from server.schemas import DEFAULT_TOP_TOKENS, Convergence, GenerateRequest, TraceRequest
 from server.settings import Settings
+from slr_core.config import LoopConfig
 from slr_core.errors import RequestError
 from slr_core.generation import Request, prepare
 from slr_core.loop.convergence import LoopSettings
 from slr_core.model import LatentReasoner
 from slr_core.sampling import SamplingSettings
+
+
+class Bounds(Protocol):
+    """What says how far a loop may go: a body of ours, or the ``slr`` object of OpenAI's."""
+
+    @property
+    def max_iterations(self) -> int | None:
+        """Most iterations."""
+
+    @property
+    def min_iterations(self) -> int | None:
+        """Least iterations."""
+
+    @property
+    def convergence(self) -> Convergence | None:
+        """When it may stop by itself."""
 
 
 def count(body: GenerateRequest) -> int:
@@ -24,23 +42,38 @@ def check_limits(body: GenerateRequest, settings: Settings) -> None:
     Raises:
         RequestError: a field is above its limit.
     """
-    limits = {
-        "n": settings.max_n,
-        "max_iterations": settings.max_iterations,
-        "min_iterations": settings.max_iterations,
-        "max_new_tokens": settings.max_new_tokens,
-        "top_tokens": settings.max_top_tokens,
-    }
-    if len(body.prompt) > settings.max_prompts:
-        raise RequestError(f"prompt must hold at most {settings.max_prompts} prompts, got {len(body.prompt)}", "prompt")
-    for name, limit in limits.items():
-        value = getattr(body, name, None)
-        if value is not None and value > limit:
-            raise RequestError(f"{name} must be at most {limit} on this server", param=name)
-    if count(body) > settings.max_queue:
+    check_count(len(body.prompt), body.n, settings)
+    hold("max_iterations", body.max_iterations, settings.max_iterations)
+    hold("min_iterations", body.min_iterations, settings.max_iterations)
+    hold("max_new_tokens", body.max_new_tokens, settings.max_new_tokens)
+    if isinstance(body, TraceRequest):
+        hold("top_tokens", body.top_tokens, settings.max_top_tokens)
+
+
+def hold(name: str, value: int | None, limit: int) -> None:
+    """Hold a field to its limit.
+
+    Raises:
+        RequestError: it is above.
+    """
+    if value is not None and value > limit:
+        raise RequestError(f"{name} must be at most {limit} on this server", param=name)
+
+
+def check_count(prompts: int, n: int | None, settings: Settings) -> None:
+    """Hold the number of prompts and answers to the operator's limits.
+
+    Raises:
+        RequestError: it is above.
+    """
+    if prompts > settings.max_prompts:
+        raise RequestError(f"prompt must hold at most {settings.max_prompts} prompts, got {prompts}", "prompt")
+    hold("n", n, settings.max_n)
+    answers = prompts * (n or 1)
+    if answers > settings.max_queue:
         raise RequestError(
-            f"prompts times n must be at most {settings.max_queue} on this server, got {count(body)}",
-            param="prompt" if body.n in (None, 1) else "n",
+            f"prompts times n must be at most {settings.max_queue} on this server, got {answers}",
+            param="prompt" if n in (None, 1) else "n",
         )
 
 
@@ -60,7 +93,7 @@ def plan(
     Raises:
         RequestError: a prompt or a setting cannot be run.
     """
-    loop = _loop(reasoner, body, settings.max_iterations)
+    loop = resolve(reasoner.config.loop, body, settings.max_iterations)
     sampling = SamplingSettings(
         temperature=body.temperature or 0.0,
         top_k=body.top_k or 0,
@@ -88,17 +121,22 @@ def plan(
                 include_states=states,
                 limit=limit,
             )
+            check_prompt(request.prompt_ids, settings)
         except RequestError as error:
-            if error.param == "prompt" and len(body.prompt) > 1:
-                raise RequestError(f"prompt {index}: {error}", param=f"prompt.{index}") from error
-            raise
-        check_prompt(request.prompt_ids, settings)
+            raise numbered(error, index, len(body.prompt)) from error
         # The checkpoint's default gives way to the operator's limit.
         request = replace(request, max_new_tokens=min(request.max_new_tokens, settings.max_new_tokens))
-        requests += [replace(request, sampling=_sample(sampling, i)) for i in range(body.n or 1)]
+        requests += samples(request, body.n)
     if states:
         _check_states(reasoner, requests, settings.max_state_values)
     return requests
+
+
+def numbered(error: RequestError, index: int, prompts: int) -> RequestError:
+    """The error of one of several prompts, which says of which."""
+    if error.param != "prompt" or prompts == 1:
+        return error
+    return RequestError(f"prompt {index}: {error}", param=f"prompt.{index}")
 
 
 def check_prompt(ids: tuple[int, ...], settings: Settings, param: str = "prompt") -> None:
@@ -123,23 +161,37 @@ def _check_states(reasoner: LatentReasoner, requests: list[Request], limit: int)
         )
 
 
-def _loop(reasoner: LatentReasoner, body: GenerateRequest, limit: int) -> LoopSettings:
-    convergence = body.convergence or Convergence()
+def resolve(config: LoopConfig, bounds: Bounds | None, limit: int, at: str = "") -> LoopSettings:
+    """The loop's settings, every default filled in, none above the operator's limit.
+
+    Args:
+        config: the checkpoint's defaults.
+        bounds: what is asked.
+        limit: most iterations.
+        at: where the fields stand in the body, for errors: ``"slr."``.
+
+    Raises:
+        RequestError: a setting cannot be run.
+    """
+    convergence = (bounds.convergence if bounds else None) or Convergence()
     try:
         loop = LoopSettings.resolve(
-            reasoner.config.loop,
-            max_iterations=body.max_iterations,
-            min_iterations=body.min_iterations,
+            config,
+            max_iterations=bounds.max_iterations if bounds else None,
+            min_iterations=bounds.min_iterations if bounds else None,
             criterion=convergence.criterion,
             threshold=convergence.threshold,
             patience=convergence.patience,
         )
     except RequestError as error:
-        if error.param in vars(convergence):
-            raise RequestError(str(error), param=f"convergence.{error.param}") from error
-        raise
+        inside = "convergence." if error.param in vars(convergence) else ""
+        raise RequestError(str(error), param=f"{at}{inside}{error.param}") from error
     return replace(loop, max_iterations=min(loop.max_iterations, limit), min_iterations=min(loop.min_iterations, limit))
 
 
-def _sample(sampling: SamplingSettings, index: int) -> SamplingSettings:
-    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
+def samples(request: Request, n: int | None) -> list[Request]:
+    """The request ``n`` times; where it has a seed, each draws with the next."""
+    sampling = request.sampling
+    if sampling.seed is None:
+        return [request] * (n or 1)
+    return [replace(request, sampling=replace(sampling, seed=sampling.seed + i)) for i in range(n or 1)]

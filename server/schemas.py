@@ -279,6 +279,19 @@ class TraceResponse(Head):
     results: list[TraceResult]
 
 
+class LoadLoopSet(StrictModel):
+    """What ``POST /admin/loop_sets`` takes."""
+
+    name: LoopSetName = Field(description="a folder in the server's folder of loop sets; requests ask for it by this")
+
+
+class LoopSetList(Frozen):
+    """Loop sets by name."""
+
+    loaded: list[str] = Field(description="those that requests can ask for; default is the server's own")
+    available: list[str] = Field(description="those in the server's folder")
+
+
 class Health(Frozen):
     """The body of a passed health check."""
 

@@ -9,14 +9,17 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from server.admission import Admission, shallower
-from server.errors import Unavailable
+from server.errors import Conflict, NotFound, Unavailable
 from server.facts import current
 from server.flight import Flight, Told
+from server.loopsets import LoopSets
 from server.metrics import Metrics
+from server.schemas import LoopSetList
 from server.settings import Settings
 from slr_core.describe import describe
 from slr_core.engine import DEFAULT_LOOP_SET, Engine, Finished
@@ -26,6 +29,7 @@ from slr_core.loop.convergence import LoopSettings
 from slr_core.model import LatentReasoner
 from slr_core.sampling import SamplingSettings
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -67,6 +71,9 @@ class Service:
         self.draining: asyncio.Task[None] | None = None
         """Ends when nothing is left to answer; see :meth:`drain`."""
         self._flights: set[Flight] = set()
+        self._loop_sets = LoopSets(settings.loop_sets)
+        self.created = int(time.time())
+        """When the server started, in seconds since 1970."""
         # One thread: the cores belong to the engine.
         self._tokenizing = ThreadPoolExecutor(1, "slr-tokenize")
         self._admission = Admission(settings.max_queue, self._queued)
@@ -130,6 +137,48 @@ class Service:
             raise Unavailable("the engine makes no progress")
         return self._engine
 
+    def loop_set_of(self, model: str | None) -> str | None:
+        """The loop set that a model's name stands for; ``None`` for the served checkpoint's own.
+
+        Raises:
+            NotFound: it stands for nothing.
+            Unavailable: there is no engine.
+        """
+        if model is None or model == self.settings.model_name:
+            return None
+        if model in self.check().loop_sets and model != DEFAULT_LOOP_SET:
+            return model
+        raise NotFound(f"there is no model {model!r}; GET /v1/models lists them", param="model")
+
+    def models(self) -> list[str]:
+        """The names that :meth:`loop_set_of` knows.
+
+        Raises:
+            Unavailable: there is no engine.
+        """
+        others = [name for name in self.check().loop_sets if name != DEFAULT_LOOP_SET]
+        return [self.settings.model_name, *others]
+
+    async def loop_sets(self) -> LoopSetList:
+        """Those that are loaded, and those that could be."""
+        loaded = sorted(self.check().loop_sets)
+        return LoopSetList(loaded=loaded, available=await asyncio.to_thread(self._loop_sets.available))
+
+    async def load_loop_set(self, name: str) -> None:
+        """As :meth:`server.loopsets.LoopSets.load`."""
+        engine = self.check()
+        if name == self.settings.model_name:
+            raise Conflict(f"{name!r} is the served model's own name")
+        await self._loop_sets.load(engine, name)
+
+    async def remove_loop_set(self, name: str) -> None:
+        """As :meth:`server.loopsets.LoopSets.remove`."""
+        await self._loop_sets.remove(self.check(), name)
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run what would hold up the event loop where prompts are tokenized."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+
     # -- a request ----------------------------------------------------------------------------------
 
     @asynccontextmanager
@@ -153,9 +202,7 @@ class Service:
                 raise RequestError(f"there is no loop set {ask.loop_set!r}", param="loop_set")
             depth = self._admission.depth(self.settings.elastic_floor)
             with self._admission.reserve(ask.count):
-                requests = await asyncio.get_running_loop().run_in_executor(
-                    self._tokenizing, ask.plan, loop_set.reasoner, engine.capacity
-                )
+                requests = await self.in_thread(partial(ask.plan, loop_set.reasoner, engine.capacity))
                 planned = [(shallower(request, depth), request) for request in requests]
                 flight = Flight(
                     engine,

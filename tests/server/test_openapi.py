@@ -21,7 +21,10 @@ def references(node):
 
 def test_document(document):
     assert document["openapi"].startswith("3.")
-    assert set(document["paths"]) == {"/generate", "/trace", "/livez", "/readyz", "/startupz", "/metrics"}
+    assert set(document["paths"]) == {
+        *("/generate", "/trace", "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model}"),
+        *("/livez", "/readyz", "/startupz", "/metrics", "/admin/loop_sets", "/admin/loop_sets/{name}"),
+    }
     names = set(document["components"]["schemas"])
     used = set(references(document))
     assert used == {f"#/components/schemas/{name}" for name in names}, "nothing dangles, nothing is left over"

@@ -1,0 +1,95 @@
+"""Loop sets that come and go while requests run."""
+
+import pytest
+from fastapi.testclient import TestClient
+
+from server.app import create_app
+from server.settings import Settings
+from slr_core.engine import Engine
+from slr_core.generation import generate
+from tests import tiny
+
+ADMIN = "a" * 20
+HEADERS = {"authorization": f"Bearer {ADMIN}"}
+BODY = {"prompt": tiny.PROMPTS[1], "max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, reasoner):
+    """Another loop on the same base, one on another base, and something that is no checkpoint."""
+    folder = tmp_path_factory.mktemp("loop_sets")
+    other = tiny.twin(reasoner)
+    tiny.shake(other, seed=7)
+    other.save_pretrained(str(folder / "other"))
+    tiny.reasoner(seed=5).save_pretrained(str(folder / "stranger"))
+    (folder / "junk").mkdir()
+    (folder / "file").write_text("x")
+    return folder
+
+
+@pytest.fixture
+def client(reasoner, folder):
+    settings = Settings(admin_key=ADMIN, loop_sets=str(folder))
+    with Engine(reasoner, threads=1) as engine, TestClient(create_app(settings, engine)) as client:
+        yield client
+
+
+def load(client, name):
+    return client.post("/admin/loop_sets", json={"name": name}, headers=HEADERS)
+
+
+def text(client, **more):
+    return client.post("/generate", json={**BODY, **more}).json()["results"][0]["text"]
+
+
+def test_a_loop_set_is_loaded_served_and_removed(client, reasoner, folder):
+    assert client.get("/admin/loop_sets", headers=HEADERS).json() == {
+        "loaded": ["default"],
+        "available": ["junk", "other", "stranger"],
+    }
+    own = text(client)
+    assert load(client, "other").json()["loaded"] == ["default", "other"]
+    other = type(reasoner).from_pretrained(str(folder / "other"))
+    (expected,) = generate(other, [tiny.request(other, BODY["prompt"])])
+    assert text(client, loop_set="other") == expected.text != own
+    assert text(client) == own
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["prosqa", "other"]
+    completion = {"model": "other", "prompt": BODY["prompt"], "temperature": 0, "max_tokens": 6}
+    answer = client.post("/v1/completions", json=completion).json()
+    assert (answer["model"], answer["choices"][0]["text"]) == ("other", expected.text)
+    removed = client.delete("/admin/loop_sets/other", headers=HEADERS)
+    assert removed.json()["loaded"] == ["default"]
+    refused = client.post("/generate", json={**BODY, "loop_set": "other"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "loop_set")
+    assert client.post("/v1/completions", json=completion).status_code == 404
+    assert load(client, "other").status_code == 200, "and it may come back"
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        *(("stranger", 409), ("junk", 409), ("default", 409), ("prosqa", 409)),
+        *(("nope", 404), ("file", 404), ("..", 400), ("../other", 400), ("/etc", 400), ("", 400), (3, 400)),
+    ],
+)
+def test_what_cannot_be_loaded(client, folder, name, status):
+    response = load(client, name)
+    assert response.status_code == status, response.text
+    assert str(folder) not in response.text
+    assert text(client)
+
+
+@pytest.mark.parametrize(("name", "status"), [("default", 409), ("nope", 404), ("..%2fother", 404), ("a b", 400)])
+def test_what_cannot_be_removed(client, name, status):
+    assert client.delete(f"/admin/loop_sets/{name}", headers=HEADERS).status_code == status
+
+
+def test_twice(client):
+    assert load(client, "other").status_code == 200
+    assert load(client, "other").status_code == 409
+
+
+def test_nothing_can_be_loaded_without_a_folder(engine):
+    with TestClient(create_app(Settings(admin_key=ADMIN), engine)) as client:
+        assert load(client, "other").status_code == 404
+        assert client.get("/admin/loop_sets", headers=HEADERS).json()["available"] == []

@@ -1,0 +1,157 @@
+"""Keys, CORS, header and body limits, paths: who may ask, and what is never opened."""
+
+import asyncio
+import hashlib
+import logging
+
+import pytest
+from fastapi.testclient import TestClient
+from pydantic import ValidationError
+
+from server.app import create_app
+from server.auth import Keys
+from server.middleware import BodyLimit
+from server.settings import Settings
+from tests.server.conftest import sample
+
+KEY, OTHER, ADMIN = "k" * 20, "o" * 20, "a" * 20
+BODY = {"prompt": "w1", "max_new_tokens": 1}
+PROBES = ("/livez", "/readyz", "/startupz")
+PROTECTED = [
+    *(("POST", path) for path in ("/generate", "/trace", "/v1/completions", "/v1/chat/completions")),
+    *(("GET", path) for path in ("/v1/models", "/v1/models/prosqa", "/metrics", "/docs", "/openapi.json", "/nope")),
+]
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+def served(engine):
+    def build(**settings):
+        return TestClient(create_app(Settings(**settings), engine))
+
+    return build
+
+
+def test_everything_but_probes_needs_a_key(served):
+    hashed = "sha256:" + hashlib.sha256(OTHER.encode()).hexdigest()
+    with served(api_keys=f"{KEY}, {hashed}", admin_key=ADMIN) as client:
+        for path in PROBES:
+            assert client.get(path).status_code == 200
+        for method, path in PROTECTED:
+            for headers in ({}, bearer("x" * 20), bearer(""), {"authorization": f"Basic {KEY}"}, bearer(hashed)):
+                response = client.request(method, path, headers=headers)
+                assert response.status_code == 401, path
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert response.json()["error"]["code"] == "invalid_api_key"
+            for key in (KEY, OTHER, ADMIN):
+                assert client.request(method, path, headers=bearer(key)).status_code not in (401, 403)
+        assert client.post("/generate", json=BODY, headers=bearer(KEY)).status_code == 200
+        assert sample(client, "slr_requests_total", endpoint="/generate", status="rejected") > 0
+
+
+def test_a_body_is_not_read_without_a_key(served):
+    def chunks():
+        yield b"{"
+        raise AssertionError("nobody should read on")
+
+    with served(api_keys=KEY) as client:
+        assert client.post("/generate", content=b"x" * (2 << 20)).status_code == 401
+
+
+def test_the_admin_key_is_another(served):
+    with served(api_keys=KEY, admin_key=ADMIN) as client:
+        assert client.get("/admin/loop_sets").status_code == 401
+        assert client.get("/admin/loop_sets", headers=bearer(KEY)).status_code == 401
+        assert client.get("/admin/loop_sets", headers=bearer(ADMIN)).status_code == 200
+    for settings in ({}, {"api_keys": KEY}):
+        with served(**settings) as client:
+            response = client.get("/admin/loop_sets", headers=bearer(KEY))
+            assert (response.status_code, response.json()["error"]["code"]) == (403, "forbidden")
+    with served(admin_key=ADMIN) as client:
+        assert client.post("/generate", json=BODY).status_code == 200
+
+
+def test_keys_are_kept_as_hashes_and_compared_whole(monkeypatch):
+    settings = Settings(api_keys=f"{KEY},{OTHER}")
+    keys = Keys(settings.api_keys)
+    assert KEY not in str(vars(keys))
+    assert KEY not in repr(settings)
+    compared = []
+    monkeypatch.setattr("server.auth.hmac.compare_digest", lambda a, b: compared.append(len(a)) or a == b)
+    assert keys.opened_by(KEY.encode())
+    assert not keys.opened_by(KEY[:-1].encode())
+    assert compared == [64] * 4, "every hash, whatever matched"
+
+
+@pytest.mark.parametrize("keys", ["short", "", ",", f"{KEY},short"])
+def test_short_keys_are_refused_and_not_shown(keys):
+    with pytest.raises(ValidationError) as error:
+        Settings(api_keys=keys)
+    assert KEY not in str(error.value)
+
+
+def test_keys_are_not_logged(served, caplog):
+    caplog.set_level(logging.DEBUG)
+    with served(api_keys=KEY, admin_key=ADMIN) as client:
+        client.post("/generate", json=BODY, headers=bearer(KEY))
+        client.get("/admin/loop_sets", headers=bearer(ADMIN))
+    logged = caplog.text + str([vars(record) for record in caplog.records if record.name.startswith(("slr", "server"))])
+    assert KEY not in logged
+    assert ADMIN not in logged
+
+
+def test_no_other_origin_may_ask_by_default(client):
+    origin = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+    for response in (client.options("/generate", headers=origin), client.post("/generate", json=BODY, headers=origin)):
+        assert "access-control-allow-origin" not in response.headers
+
+
+def test_origins_that_the_operator_names_may(served):
+    with served(cors_origins="https://a.example,https://b.example", api_keys=KEY) as client:
+        preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        response = client.options("/generate", headers={"origin": "https://b.example", **preflight})
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == "https://b.example"
+        response = client.post("/generate", json=BODY, headers={"origin": "https://b.example", **bearer(KEY)})
+        assert response.headers["access-control-allow-origin"] == "https://b.example"
+        assert "X-Request-Id" in response.headers["access-control-expose-headers"]
+        response = client.options("/generate", headers={"origin": "https://evil.example", **preflight})
+        assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{f"x-{i}": "1" for i in range(101)}, {"x": "y" * 33_000}, {"x" * 33_000: "y"}],
+    ids=["many", "long", "name"],
+)
+def test_a_flood_of_headers(client, headers):
+    response = client.post("/generate", json=BODY, headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (431, "headers_too_large")
+    assert client.post("/generate", json=BODY).status_code == 200
+
+
+def test_a_body_that_never_arrives():
+    sent = []
+
+    async def never():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    limit = BodyLimit(lambda *_: 1 / 0, limit=100, timeout_s=0.01)
+    asyncio.run(limit({"type": "http", "method": "POST", "headers": []}, never, send))
+    assert sent[0]["status"] == 408
+
+
+@pytest.mark.parametrize(
+    "path", ["/../etc/passwd", "/%2e%2e/etc/passwd", "/generate/..%2f..", "/v1/models/..%2f..%2fetc", "//generate"]
+)
+def test_tricks_with_paths(client, path):
+    response = client.get(path)
+    assert response.status_code == 404
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert "root:" not in response.text
