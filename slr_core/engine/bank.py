@@ -162,8 +162,6 @@ class AdapterBank:
         self.model: PreTrainedModel = copy.deepcopy(base, memo).eval()  # type: ignore[no-untyped-call]
         self.device = self.model.device
         self.rows: Rows | None = None
-        self.names: list[str] = []
-        """Each place's adapter, for :meth:`fill`."""
         self.layers: dict[str, BankedLinear] = {}
         for path, module in list(self.model.named_modules()):
             if isinstance(module, LoraLayer):

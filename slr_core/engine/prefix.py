@@ -51,8 +51,6 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.bytes = max_bytes, 0
-        self.hits = 0
-        """Prompt tokens that were not run again."""
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
 
     def known(self, keys: tuple[bytes, ...]) -> int:
@@ -75,7 +73,6 @@ class PrefixCache:
             cache.put(slot, filled, columns)
             filled += columns.shape[-2]
         self._used(keys[:count])
-        self.hits += filled
         return filled, state
 
     def keep(self, keys: tuple[bytes, ...], prompt_tokens: int, cache: SlotCache, slot: int, state: Tensor) -> None:

@@ -84,7 +84,6 @@ def test_a_whole_prompt_comes_back_with_its_state(tokens):
     filled, state = shelf.restore(prompt)
     assert filled == tokens
     assert torch.equal(state, shelf.states[prompt])
-    assert shelf.prefixes.hits == tokens
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from slr_core.engine import devices
+from slr_core.engine.devices import fastest_threads, suit
+from tests import tiny
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cpu_that_only_emulates_half_precision_gets_fp32(dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    made = tiny.reasoner().to(dtype)
+    suit(made)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("feature", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_a_cpu_that_computes_bf16_keeps_it_and_no_other(feature, monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == feature)
+    for dtype, expected in (
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        made = tiny.reasoner().to(dtype)
+        suit(made)
+        assert made.base.dtype == expected
+
+
+def test_the_number_of_threads_that_measures_fastest_is_kept(threads, monkeypatch):
+    torch.set_num_threads(6)
+    now, seen = [0.0], []
+    cost = {1: 4.0, 2: 3.0, 4: 1.0, 6: 2.0}
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: now[0])
+
+    def run():
+        seen.append(torch.get_num_threads())
+        now[0] += cost[torch.get_num_threads()]
+
+    assert fastest_threads(run, rounds=1) == torch.get_num_threads() == 4
+    assert seen == [1, 2, 4, 6] * 2
+
+
+def test_one_thread_is_not_measured_against_more(threads):
+    torch.set_num_threads(1)
+    assert fastest_threads(lambda: None) == 1
