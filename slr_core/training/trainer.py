@@ -226,6 +226,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         save_total_limit=2,
         seed=config.seed,
         bf16=config.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # or bf16 would be refused there
         ddp_find_unused_parameters=True,  # a batch need not reach every iteration's adapter
         remove_unused_columns=False,
         report_to=["tensorboard"] if is_tensorboard_available() else [],  # type: ignore[no-untyped-call]

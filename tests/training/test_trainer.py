@@ -43,7 +43,11 @@ def test_building_is_reproducible_from_the_seed():
     assert first.config.text == recipe().text
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_iterations": 0}, {"chains": 0}], ids=["loop", "control", "no-chains"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"max_iterations": 0}, {"chains": 0}, {"bf16": True}],
+    ids=["loop", "control", "no-chains", "bf16"],
+)
 def test_a_recipe_becomes_a_checkpoint(changes, tmp_path):
     folder = train(recipe(output_dir=tmp_path / "out", stages=STAGES, **changes))
     assert folder == tmp_path / "out"
