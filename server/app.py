@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -11,12 +11,14 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server import errors
 from server.auth import Auth
+from server.log import Entry
 from server.middleware import REQUEST_ID, SERVER_TIMING, BodyLimit, HeaderLimit, RequestContext
 from server.routes import admin, generate, health, metrics, openai
 from server.service import Service
 from server.settings import Settings, split
 from slr_core._version import __version__
 from slr_core.engine import Engine
+from slr_core.errors import ConfigError
 
 _DESCRIPTION = """
 An inference server for language models that think in their hidden states: a latent loop refines a state until it
@@ -60,7 +62,10 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
 
 def _middleware(settings: Settings, service: Service) -> list[Middleware]:
     """From the outside in."""
-    layers = [Middleware(RequestContext, metrics=service.metrics), Middleware(HeaderLimit)]
+    layers = [
+        Middleware(RequestContext, metrics=service.metrics, trace=_tracer(settings)),
+        Middleware(HeaderLimit),
+    ]
     if settings.cors_origins is not None:
         layers.append(
             Middleware(
@@ -74,3 +79,13 @@ def _middleware(settings: Settings, service: Service) -> list[Middleware]:
     layers.append(Middleware(Auth, api_keys=settings.api_keys, admin_key=settings.admin_key))
     layers.append(Middleware(BodyLimit, limit=settings.max_body_bytes))
     return layers
+
+
+def _tracer(settings: Settings) -> Callable[[Entry], None] | None:
+    if settings.otel_endpoint is None:
+        return None
+    try:
+        from server.tracing import tracer
+    except ImportError as error:
+        raise ConfigError("otel_endpoint needs OpenTelemetry: pip install 'slr[otel]'") from error
+    return tracer(settings.otel_endpoint, settings.model_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import sys
@@ -76,11 +77,11 @@ def serve(settings: Settings) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from server.app import create_app
-    from server.log import configure
+    from server.log import handler
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     disable_progress_bars()
-    configure(settings)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler(settings)])
     try:
         app = create_app(settings)
     except SLRError as error:

@@ -101,10 +101,9 @@ class _JSON(logging.Formatter):
         return json.dumps(entry, ensure_ascii=True)
 
 
-def configure(settings: Settings) -> None:
-    """Send everything that is logged to standard error, in the form that the settings name."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        _JSON() if settings.log_format == "json" else _Text("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    )
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+def handler(settings: Settings) -> logging.Handler:
+    """Writes to standard error, in the form that the settings name."""
+    made = logging.StreamHandler()
+    text = _Text("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    made.setFormatter(_JSON() if settings.log_format == "json" else text)
+    return made

@@ -1,0 +1,105 @@
+"""The end of a server: what runs ends within the grace period, what waits and what comes hears 503."""
+
+import asyncio
+
+from server.app import create_app
+from server.settings import Settings
+from slr_core.engine import Engine
+from tests import tiny
+from tests.server import events
+from tests.server.asgi import Caller
+
+BODY = {"prompt": "w1 w2", "max_new_tokens": 3}
+
+
+async def served(engine, **settings):
+    app = create_app(Settings(**settings), engine)
+    return app, app.router.lifespan_context(app)
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def code(caller):
+    return caller.sent[0]["status"]
+
+
+def test_what_runs_ends_and_what_waits_is_refused(reasoner, gate):
+    async def scenario(engine):
+        app, life = await served(engine)
+        async with life:
+            service = app.state.service
+            running = Caller(app, "/generate", {**BODY, "n": 3})  # one of them waits: it belongs to what runs
+            streaming = Caller(app, "/trace", {**BODY, "stream": True})
+            waiting = Caller(app, "/generate", BODY)
+            tasks = [asyncio.create_task(running.call())]
+            await until(lambda: engine.in_flight)
+            tasks += [asyncio.create_task(waiting.call()), asyncio.create_task(streaming.call())]
+            await until(lambda: engine.queued + engine.in_flight == 5)
+            service.drain()
+            await asyncio.wait_for(tasks[1], 20)
+            await asyncio.wait_for(tasks[2], 20)
+            assert code(waiting) == code(streaming) == 503
+            late = Caller(app, "/generate", BODY)
+            await late.call()
+            assert code(late) == 503
+            assert not service.ready
+            assert not service.draining.done()
+            gate.opened.set()
+            await asyncio.wait_for(service.draining, 20)
+            await tasks[0]
+            assert code(running) == 200
+            assert running.text.count('"text"') == 3
+
+    with Engine(tiny.twin(reasoner), slots=2, threads=1) as engine:
+        engine.model.base_model.register_forward_pre_hook(gate)
+        asyncio.run(scenario(engine))
+
+
+def test_what_outlasts_the_grace_period_is_told_so(reasoner, gate):
+    async def scenario(engine):
+        app, life = await served(engine, grace_s=0.05)
+        async with life:
+            service = app.state.service
+            caller = Caller(app, "/generate", BODY)
+            task = asyncio.create_task(caller.call())
+            await until(lambda: engine.in_flight == 1)
+            service.drain()
+            await asyncio.wait_for(task, 20)
+            assert code(caller) == 503
+            gate.opened.set()
+            await asyncio.wait_for(service.draining, 20)
+            await until(lambda: not engine.in_flight)
+
+    with Engine(tiny.twin(reasoner), slots=2, threads=1) as engine:
+        engine.model.base_model.register_forward_pre_hook(gate)
+        asyncio.run(scenario(engine))
+
+
+def test_a_stream_that_runs_is_streamed_to_its_end(engine):
+    async def scenario():
+        app, life = await served(engine)
+        async with life:
+            service = app.state.service
+            caller = Caller(app, "/generate", {**BODY, "max_new_tokens": 40, "stream": True})
+            task = asyncio.create_task(caller.call())
+            await caller.heard.wait()
+            service.drain()
+            await asyncio.wait_for(service.draining, 20)
+            await task
+            assert events.of(caller.text)[-1].name == "done"
+
+    asyncio.run(scenario())
+
+
+def test_an_idle_server_ends_at_once(engine):
+    async def scenario():
+        app, life = await served(engine)
+        async with life:
+            app.state.service.drain()
+            await asyncio.wait_for(app.state.service.draining, 20)
+
+    asyncio.run(scenario())

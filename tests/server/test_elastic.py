@@ -1,0 +1,80 @@
+"""Elastic depth: the iteration budget shrinks with the queue, to a floor, before anyone is refused."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.admission import Admission, shallower
+from tests import tiny
+from tests.server.conftest import sample
+
+
+def depth(waiting, floor=0.5, limit=10):
+    return Admission(limit, lambda: waiting).depth(floor)
+
+
+def test_depth_follows_the_queue():
+    assert [depth(waiting) for waiting in range(6)] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
+    assert depth(10) == depth(5) == 0.5, "the floor is reached when the queue is half full"
+    assert depth(10, floor=1.0) == 1.0, "and a floor of 1 turns it off"
+
+
+@given(st.integers(1, 500), st.integers(0, 500), st.floats(0.01, 1))
+def test_depth_is_monotonic_and_bounded(limit, waiting, floor):
+    now, more = depth(waiting, floor, limit), depth(waiting + 1, floor, limit)
+    assert floor - 1e-9 <= more <= now <= 1
+
+
+@given(st.integers(0, 50), st.data(), st.floats(0.01, 1))
+def test_a_shallower_request_keeps_its_minimum(most, data, share):
+    least = data.draw(st.integers(0, most))
+    request = tiny.request(REASONER, "w1", {"max_iterations": most, "min_iterations": least})
+    given_ = shallower(request, share)
+    assert least <= given_.loop.max_iterations <= most
+    assert given_.loop.max_iterations >= share * most
+    assert (given_ is request) == (given_.loop.max_iterations == most)
+    assert replace(given_, loop=request.loop) == request, "nothing else changes"
+
+
+REASONER = tiny.reasoner()
+BODY = {"prompt": "w1 w2", "max_new_tokens": 2, "max_iterations": 8, "convergence": {"criterion": "fixed"}}
+
+
+def test_under_pressure_answers_are_shallower_and_say_so(gated, gate):
+    client = gated(max_queue=4)
+    engine = client.app.state.service.check()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(client.post, "/generate", json=BODY)
+        assert gate.reached.wait(20)
+        waiting = [engine.submit(tiny.request(engine.reasoner, "w1")) for _ in range(3)]
+        plain = pool.submit(client.post, "/generate", json=BODY)
+        while engine.queued < 4:
+            pass
+        gate.opened.set()
+        (unhurried,), (hurried,) = (r.result(20).json()["results"] for r in (first, plain))
+        for future in waiting:
+            future.result(20)
+    assert (unhurried["iterations"], unhurried["budget_reduced"]) == (8, False)
+    assert (hurried["iterations"], hurried["budget_reduced"]) == (4, True)
+    assert sample(client, "slr_budget_reductions_total") == 1
+
+
+def test_it_can_be_turned_off(gated, gate):
+    client = gated(max_queue=4, elastic_floor=1.0)
+    engine = client.app.state.service.check()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(client.post, "/generate", json=BODY)
+        assert gate.reached.wait(20)
+        waiting = [engine.submit(tiny.request(engine.reasoner, "w1")) for _ in range(3)]
+        last = pool.submit(client.post, "/generate", json=BODY)
+        while engine.queued < 3:
+            pass
+        gate.opened.set()
+        assert first.result(20).status_code == 200
+        (result,) = last.result(20).json()["results"]
+        for future in waiting:
+            future.result(20)
+    assert (result["iterations"], result["budget_reduced"]) == (8, False)
