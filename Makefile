@@ -5,7 +5,7 @@ PORT ?= 8000
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all lint bench train clean
+.PHONY: help serve test test-all lint bench train image up clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,13 @@ bench: .venv/.dev  ## what the engine costs and gains, as ratios measured side b
 
 train: .venv/.dev  ## train the bundled checkpoint again, into runs/prosqa (more than an hour on two cores)
 	$(BIN)/slr train configs/prosqa.yaml
+
+image:  ## the container image slr:cpu, with Docker, or without (docker/build-without-docker)
+	if command -v docker > /dev/null; then docker build -f docker/Dockerfile --target cpu -t slr:cpu .; \
+	else docker/build-without-docker; fi
+
+up:  ## server, Prometheus and Grafana in containers: http://localhost:3000 has the dashboards
+	docker compose up --build
 
 clean:  ## remove the environment and caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

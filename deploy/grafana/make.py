@@ -195,10 +195,10 @@ def stability() -> Dashboard:
                     },
                 ),
                 lines(
-                    "State norm by iteration, median",
+                    "State norm by iteration, mean",
                     "Length of the state. Growth from iteration to iteration precedes a divergence.",
                     "none",
-                    {"t = {{iteration}}": quantile(0.5, "slr_hidden_state_norm", by="iteration")},
+                    {"t = {{iteration}}": mean("slr_hidden_state_norm", by="iteration")},
                 ),
             ],
         },
@@ -238,7 +238,7 @@ def latency() -> Dashboard:
             ],
             "Steps": [
                 heat(
-                    "Step duration",
+                    "Steps by duration",
                     "Every step takes each running answer one pass.",
                     SECONDS,
                     "slr_step_duration_seconds",
