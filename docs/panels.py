@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--until", type=float, default=None, help="Unix time of the end (default: now)")
     options = parser.parse_args()
     end = options.until or time.time()
-    plt.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "slr"})
+    plt.rcParams.update(
+        {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "slr", "svg.fonttype": "none"}
+    )
     with httpx.Client(base_url=options.url, timeout=30) as client:
         for name, titles in PICTURES.items():
             dashboard = json.loads((DASHBOARDS / f"{name}.json").read_text(encoding="utf-8"))
@@ -93,7 +95,7 @@ def draw(client: httpx.Client, axis: Axes, panel: dict[str, Any], start: float, 
     if panel["fieldConfig"]["defaults"]["custom"].get("scaleDistribution", {}).get("type") == "log":
         axis.set_yscale("log")
     else:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.dataLim.y1 or 1)
     if unit == "percentunit":
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     elif unit == "s":
@@ -111,7 +113,12 @@ def _heat(client: httpx.Client, axis: Axes, panel: dict[str, Any], start: float,
     used = [place for place in range(len(edges)) if counts[place].any()]
     shown = slice(0, used[-1] + 1)
     mesh = axis.pcolormesh(
-        [_minutes(at, start) for at in moments], np.arange(len(edges))[shown], counts[shown], cmap="Blues", vmin=0
+        [_minutes(at, start) for at in moments],
+        np.arange(len(edges))[shown],
+        counts[shown],
+        cmap="Blues",
+        vmin=0,
+        rasterized=True,
     )
     labels = [f"{float(one['metric']['le']):g}" for one in edges][shown]
     axis.set_yticks(range(len(labels)), labels)
