@@ -3,7 +3,7 @@
 A row at iteration t runs with L_t, so one linear layer sees several adapters in one batch. Three ways to
 compute the same, of which :func:`tune` picks the fastest for each layer shape by measurement:
 
-- ``masked``: all adapters side by side, and a mask that leaves each row its own: ``((x A) * mask) B``. Two dense
+- ``masked``: all adapters side by side, and a mask that leaves each row its own: ``mask(x A) B``. Two dense
   products, whatever the mix.
 - ``grouped``: rows gathered by adapter into blocks of equal size, one batched product (``bmm``) each for A and B.
 - ``segments``: rows sorted by adapter, two products for each adapter present.
@@ -23,6 +23,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from slr_core.errors import ConfigError
 
 Method = Literal["masked", "grouped", "segments"]
 
@@ -56,14 +58,14 @@ class Rows:
         self.places = torch.tensor(places, device=device)
         self.sources = torch.zeros(count * self.block, dtype=torch.long, device=device)
         self.sources[self.places] = self.order
-        self.masks: dict[int, Tensor] = {}
+        self._foreign: dict[int, Tensor] = {}
 
-    def mask(self, rank: int, dtype: torch.dtype) -> Tensor:
-        """``[n, 1, count * rank]``: ones where a row's own adapter lies."""
-        if rank not in self.masks:
+    def foreign(self, rank: int) -> Tensor:
+        """``[n, 1, count * rank]`` bool: false where a row's own adapter lies."""
+        if rank not in self._foreign:
             owners = torch.arange(self.count, device=self.device).repeat_interleave(rank)
-            self.masks[rank] = (self.owner[:, None] == owners)[:, None].to(dtype)
-        return self.masks[rank]
+            self._foreign[rank] = (self.owner[:, None] != owners)[:, None]
+        return self._foreign[rank]
 
 
 class BankedLinear(nn.Module):
@@ -114,6 +116,18 @@ class BankedLinear(nn.Module):
         return _METHODS[self.method](self, rows, x, y)
 
 
+def check_finite(base: PreTrainedModel) -> None:
+    """Refuse adapters that would be felt by rows which do not use them: zero times infinity is not zero.
+
+    Raises:
+        ConfigError: a weight, scaled as it is used, is not finite.
+    """
+    for path, layer in base.named_modules():
+        for name in layer.lora_A if isinstance(layer, LoraLayer) else ():
+            if not all(weight.isfinite().all() for weight in _weights(layer, name)):
+                raise ConfigError(f"adapter {name} at {path}: its weights are not finite once they are scaled")
+
+
 def _weights(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     assert isinstance(down, Tensor)
@@ -122,9 +136,9 @@ def _weights(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _masked(layer: BankedLinear, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
-    mask = rows.mask(layer.down.shape[-1], x.dtype)
     shrunk = x @ layer.flat_down
-    return y.add_(shrunk.mul_(mask) @ layer.flat_up)
+    # Not multiplied by zeros: what another request's adapter made infinite would become NaN here.
+    return y.add_(shrunk.masked_fill_(rows.foreign(layer.down.shape[-1]), 0) @ layer.flat_up)
 
 
 def _grouped(layer: BankedLinear, rows: Rows, x: Tensor, y: Tensor) -> Tensor:

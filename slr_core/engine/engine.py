@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from slr_core.base import hidden_size
 from slr_core.diagnostics import RowLog
-from slr_core.engine.bank import AdapterBank
+from slr_core.engine.bank import AdapterBank, check_finite
 from slr_core.engine.cache import token_bytes
 from slr_core.engine.core import Core
 from slr_core.engine.devices import best_device, fastest_threads, suit
@@ -255,7 +255,7 @@ class Engine:
 
         Raises:
             CheckpointError: it cannot be loaded.
-            ConfigError: the name is taken, or its base model is not this engine's.
+            ConfigError: the name is taken, its base model is not this engine's, or its weights are not finite.
         """
         if name in self.loop_sets:
             raise ConfigError(f"there is a loop set {name!r} already")
@@ -263,6 +263,7 @@ class Engine:
             path_or_id, dtype=self.reasoner.base.dtype, device=str(self.reasoner.device)
         )
         share_base(self.reasoner, reasoner)
+        check_finite(reasoner.base)
         added = LoopSet(name, reasoner)
 
         def add() -> None:
