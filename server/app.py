@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
@@ -55,8 +56,11 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     )
     app.state.service = service
     errors.install(app)
-    for module in (generate, openai, health, metrics, admin):
-        app.include_router(module.router)
+    bearer = [Depends(HTTPBearer(auto_error=False, description="a key of the server"))]  # for the docs: see Auth
+    for module in (generate, openai, metrics):
+        app.include_router(module.router, dependencies=bearer if settings.api_keys else None)
+    app.include_router(health.router)
+    app.include_router(admin.router, dependencies=bearer)
     return app
 
 

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import compile_path
 
 from server.facts import current
 from server.schemas import ErrorDetail, ErrorResponse
@@ -185,7 +186,18 @@ def _message(fault: Mapping[str, Any]) -> str:
 
 
 async def _handle(request: Request, error: Exception) -> Response:
-    return describe(error).response()
+    response = describe(error).response()
+    if response.status_code == 405:
+        # The router names the methods of one route, and a path may have several.
+        response.headers["Allow"] = ", ".join(_methods(request)) or response.headers.get("Allow", "")
+    return response
+
+
+def _methods(request: Request) -> list[str]:
+    app: FastAPI = request.app
+    paths = app.openapi()["paths"]
+    matching = (operations for path, operations in paths.items() if compile_path(path)[0].match(request.url.path))
+    return sorted({method.upper() for operations in matching for method in operations})
 
 
 def install(app: FastAPI) -> None:

@@ -43,7 +43,18 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 ERRORS = errors(400, 401, 408, 413, 415, 429, 431, 500, 503, 504)
 """Of the endpoints that ask the model for something."""
-STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+STREAM: dict[str, Any] = {
+    "content": {
+        "text/event-stream": {
+            "schema": {
+                "type": "object",
+                "description": "an event",
+                "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "JSON"}},
+                "required": ["data"],
+            }
+        }
+    }
+}
 """The documentation of the other form of a successful answer."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
@@ -12,7 +11,12 @@ from server.routes.common import ServiceDependency, errors
 router = APIRouter(tags=["operation"], responses=errors(401))
 
 
-@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+@router.get(
+    "/metrics",
+    summary="Metrics for Prometheus",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def metrics(request: Request, service: ServiceDependency) -> Response:
     """All metrics in the text format that the scraper asks for."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

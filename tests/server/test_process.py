@@ -1,9 +1,5 @@
 """A real server: its own process, a checkpoint from a folder, sockets."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,37 +9,16 @@ import pytest
 from slr_core.generation import generate
 from tests import tiny
 from tests.server.bad_input import CASES
-
-
-class Server:
-    def __init__(self, folder, log):
-        # A file, because a pipe that nobody reads would fill up and stop the server.
-        self.log = log
-        with log.open("w") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "server.cli", "--model", str(folder), "--port", "0", "--threads", "1"],
-                env={**os.environ, "SLR_MAX_NEW_TOKENS": "40"},
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-            )
-        self.line = self.process.stdout.readline()
-        self.url = self.line.split()[-1] if self.line else ""
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+from tests.server.process import Server
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, reasoner):
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     reasoner.save_pretrained(str(folder))
-    started = Server(folder, folder.parent / "log")
+    started = Server(folder, folder.parent / "log", SLR_MAX_NEW_TOKENS="40")
     yield started
-    started.process.kill()
-    started.process.wait()
-    started.process.stdout.close()
+    started.kill()
 
 
 @pytest.fixture(scope="module")

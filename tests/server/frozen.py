@@ -1,0 +1,46 @@
+"""``slr-serve`` whose engine can be made to stand still in a phase, or to fail in it: for tests, and nowhere else.
+
+``SLR_TEST_FREEZE`` names a folder. While it holds a file ``freeze-<phase>``, the engine stands before its next pass
+of a request in that phase, and says so with a file ``reached-<phase>``. A file ``fail-<phase>`` makes that pass raise,
+once. ``die`` ends the engine's thread.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from server import cli
+from slr_core.engine.core import Core
+from slr_core.engine.passes import Passes
+
+FOLDER = Path(os.environ.pop("SLR_TEST_FREEZE"))
+
+
+def frozen(run: Any) -> Any:
+    def wrapped(passes: Passes, work: Any) -> Any:
+        for phase in {row.phase.value for row, _ in work}:
+            while (FOLDER / f"freeze-{phase}").exists():
+                (FOLDER / f"reached-{phase}").touch()
+                time.sleep(0.002)
+            if (FOLDER / f"fail-{phase}").exists():
+                (FOLDER / f"fail-{phase}").unlink()
+                raise RuntimeError(f"secret fault in {phase}")
+        return run(passes, work)
+
+    return wrapped
+
+
+def mortal(step: Any) -> Any:
+    def wrapped(core: Core) -> None:
+        if (FOLDER / "die").exists():
+            raise MemoryError("beyond a step")
+        step(core)
+
+    return wrapped
+
+
+if __name__ == "__main__":
+    Passes.run = frozen(Passes.run)
+    Core.step = mortal(Core.step)
+    cli.main()

@@ -1,0 +1,63 @@
+"""Whatever the description of the API allows, or forbids, is answered as it says: all of schemathesis' checks.
+
+One check is told more than its default: of bodies that the description allows it accepts a 400 too. That a prompt
+is all blanks or does not fit, that a minimum lies above a maximum, that a criterion needs a head: no schema says so.
+"""
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+
+from server.app import create_app
+from server.settings import Settings
+from slr_core.engine import Engine
+from tests import tiny
+
+ADMIN = "a" * 20
+HEADERS = {"Authorization": f"Bearer {ADMIN}"}
+ALLOWED = ["2xx", "400", "401", "403", "404", "409"]
+RELAXED = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+
+
+SETTINGS = Settings(api_keys="k" * 20, admin_key=ADMIN)
+
+
+class Served:
+    """The application: until there is an engine, one that can only describe itself."""
+
+    app = create_app(SETTINGS)
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":  # which every single call begins and ends
+            for event in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{event}.complete"})
+        else:
+            await self.app(scope, receive, send)
+
+
+SERVED = Served()
+schema = schemathesis.openapi.from_asgi("/openapi.json", SERVED, headers=HEADERS)
+schema.config.checks.positive_data_acceptance.expected_statuses = ALLOWED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _served():
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    made = tiny.reasoner(text={"chat_template": template, "max_new_tokens": 4})
+    with Engine(made, threads=1) as engine:
+        SERVED.app = create_app(SETTINGS, engine)
+        yield
+
+
+@schema.parametrize()
+@settings(max_examples=6, deadline=None, suppress_health_check=RELAXED)
+def test_some_of_everything(case):
+    case.call_and_validate(headers=HEADERS)
+
+
+@pytest.mark.slow
+@schema.parametrize()
+@settings(max_examples=300, deadline=None, suppress_health_check=RELAXED)
+def test_much_of_everything(case):
+    case.call_and_validate(headers=HEADERS)
