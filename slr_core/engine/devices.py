@@ -35,6 +35,8 @@ def fastest_threads(run: Callable[[], object], rounds: int = 3) -> int:
     """
     most = torch.get_num_threads()
     candidates = sorted({min(most, 2**i) for i in range(most.bit_length() + 1)})
+    if len(candidates) == 1:
+        return most
     best: dict[int, float] = {}
     for _ in range(rounds + 1):  # interleaved, and the first round warms up
         for threads in candidates:
