@@ -1,6 +1,8 @@
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from server.routes import generate
 from tests import tiny
 from tests.server.conftest import sample
 
@@ -73,3 +75,23 @@ def test_stopping_refuses_what_waits(gated, gate):
         closing.result(20)
         assert [future.result(20).status_code for future in asked] == [503]
     assert client.post("/generate", json=BODY).status_code == 503
+
+
+def test_tokenizing_holds_up_nobody_else(client, monkeypatch):
+    begun, ended = threading.Event(), threading.Event()
+    plan = generate.plan
+
+    def slowly(body, *rest):
+        if body.n == 2:
+            begun.set()
+            assert ended.wait(20)
+        return plan(body, *rest)
+
+    monkeypatch.setattr(generate, "plan", slowly)
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(client.post, "/generate", json={**BODY, "n": 2})
+        assert begun.wait(20)
+        for path in ("/livez", "/readyz", "/metrics"):
+            assert client.get(path).status_code == 200
+        ended.set()
+        assert slow.result(20).status_code == 200

@@ -1,7 +1,12 @@
+import re
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
-from server.settings import Settings
+from server.settings import Settings, table
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_setting_is_described():
@@ -45,3 +50,18 @@ def test_model_name(model, name):
 def test_the_name_of_this_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert Settings(model=".").model_name == tmp_path.name
+
+
+def test_the_documented_table_is_current():
+    text = (ROOT / "docs" / "server.md").read_text()
+    written = re.search(r"<!-- settings: .*? -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    assert written is not None
+    assert written[1] == table(), "put the output of `python -m server.settings` there"
+
+
+def test_every_complaint_has_its_test():
+    text = (ROOT / "docs" / "server.md").read_text()
+    named = re.findall(r"`(server/test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) == 10
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
