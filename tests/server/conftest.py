@@ -47,6 +47,13 @@ def client(app) -> Iterator[TestClient]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def shared_client(engine) -> Iterator[TestClient]:
+    """One client for a module whose tests look at no metrics."""
+    with TestClient(create_app(Settings(), engine)) as made:
+        yield made
+
+
 @dataclass
 class Gate:
     """Stops a model before each forward pass while it is shut, and can make a pass fail."""

@@ -3,6 +3,11 @@ import pytest
 from tests.server.bad_input import CASES
 
 
+@pytest.fixture
+def client(shared_client):
+    return shared_client
+
+
 @pytest.mark.parametrize("path", ["/generate", "/trace"])
 @pytest.mark.parametrize(("content", "headers", "status", "param", "code"), CASES)
 def test_refused_and_still_answering(client, path, content, headers, status, param, code):

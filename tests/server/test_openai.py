@@ -17,6 +17,11 @@ IDS = tiny.ids(PROMPT)
 GREEDY = {"temperature": 0, "max_tokens": 5}
 
 
+@pytest.fixture
+def client(shared_client):
+    return shared_client
+
+
 @pytest.fixture(scope="module")
 def chatty():
     template = "{% for m in messages %}{{ m.content }} {% endfor %}"

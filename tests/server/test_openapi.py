@@ -4,6 +4,11 @@ from server import schemas
 
 
 @pytest.fixture
+def client(shared_client):
+    return shared_client
+
+
+@pytest.fixture
 def document(client):
     return client.get("/openapi.json").json()
 

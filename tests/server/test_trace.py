@@ -24,6 +24,11 @@ def serving(made, **settings):
         yield client
 
 
+@pytest.fixture
+def client(shared_client):
+    return shared_client
+
+
 def trace(client, prompt=tiny.PROMPTS[1], **more):
     body = {"prompt": prompt, "max_new_tokens": 2, "max_iterations": 3, "convergence": {"criterion": "fixed"}, **more}
     response = client.post("/trace", json=body)
