@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _MAX_HEAD_BYTES = 64 << 10
 """Request line and headers, beyond which the parser hangs up; the application's own limit is lower."""
+_KEEP_ALIVE_S = 75
+"""Longer than balancers keep idle connections (60 s is common): whoever closes first must not be the server, or a
+request that is just being sent is lost."""
 _FLUSH_S = 5
 """Seconds for the last answers to reach their clients."""
 
@@ -102,6 +105,7 @@ def serve(settings: Settings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
         # By then every request has been answered.
         timeout_graceful_shutdown=_FLUSH_S,
     )
