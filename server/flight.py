@@ -17,6 +17,11 @@ from slr_core.errors import DeadlineError
 from slr_core.generation import Request, Result
 
 
+def late(limit_s: float) -> TimedOut:
+    """The error of a request that was not answered within its limit."""
+    return TimedOut(f"no answer within {limit_s:g} seconds")
+
+
 class Told(NamedTuple):
     """Something that happened to an answer."""
 
@@ -113,18 +118,15 @@ class Flight:
             async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
                 index, what = await self._arrived.get()
         except TimeoutError as error:
-            raise self._late() from error
+            raise late(self._limit_s) from error
         if isinstance(what, DeadlineError):
-            raise self._late() from what
+            raise late(self._limit_s) from what
         if isinstance(what, BaseException):
             raise what
         if isinstance(what, Finished):
             self._unfinished -= 1
             current().results.append(what.result)
         return Told(index, what, self._reduced[index])
-
-    def _late(self) -> TimedOut:
-        return TimedOut(f"no answer within {self._limit_s:g} seconds")
 
     def close(self) -> None:
         """Cancel what is left."""

@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 from server.admission import Admission, shallower
 from server.errors import Conflict, NotFound, Unavailable
 from server.facts import current
-from server.flight import Flight, Told
+from server.flight import Flight, Told, late
 from server.loopsets import LoopSets
 from server.metrics import Metrics
 from server.schemas import LoopSetList
@@ -202,7 +202,11 @@ class Service:
                 raise RequestError(f"there is no loop set {ask.loop_set!r}", param="loop_set")
             depth = self._admission.depth(self.settings.elastic_floor)
             with self._admission.reserve(ask.count):
-                requests = await self.in_thread(partial(ask.plan, loop_set.reasoner, engine.capacity))
+                try:
+                    async with asyncio.timeout(limit):
+                        requests = await self.in_thread(partial(ask.plan, loop_set.reasoner, engine.capacity))
+                except TimeoutError as error:
+                    raise late(limit) from error
                 planned = [(shallower(request, depth), request) for request in requests]
                 flight = Flight(
                     engine,

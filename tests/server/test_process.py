@@ -71,6 +71,13 @@ def test_a_body_that_never_ends_is_refused(http):
     assert response.status_code == 413
 
 
+@pytest.mark.parametrize("size", [40_000, 200_000])
+def test_a_flood_of_headers_is_refused(http, size):
+    response = http.get("/livez", headers={"x-flood": "x" * size})
+    assert response.status_code in (431, 400), "by the application, or by the parser before it"
+    assert http.get("/livez").status_code == 200
+
+
 def test_concurrent_requests(http, reference):
     def ask(prompt):
         return http.post("/generate", json={"prompt": prompt, "max_new_tokens": 6}).json()["results"][0]["text"]

@@ -2,7 +2,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from fastapi.testclient import TestClient
+
+from server.app import create_app
 from server.routes import generate
+from server.settings import Settings
 from tests import tiny
 from tests.server.conftest import sample
 
@@ -95,3 +99,11 @@ def test_tokenizing_holds_up_nobody_else(client, monkeypatch):
             assert client.get(path).status_code == 200
         ended.set()
         assert slow.result(20).status_code == 200
+
+
+def test_the_deadline_counts_while_others_are_tokenized(engine, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(generate, "plan", lambda *_: ended.wait(20))
+    with TestClient(create_app(Settings(request_timeout_s=0.05), engine)) as client:
+        assert client.post("/generate", json=BODY).status_code == 504
+        ended.set()
