@@ -19,6 +19,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -120,6 +121,12 @@ def compared(kept: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, int
     return {"compared": len(sample) - near, "near_threshold": near, "mismatches": wrong}
 
 
+def held(pid: int) -> tuple[float, int]:
+    """Memory in MiB and open descriptors of a process, once it has seen that its clients are gone."""
+    time.sleep(2)
+    return resident_mib(pid), len(os.listdir(f"/proc/{pid}/fd"))
+
+
 def main() -> None:
     """Run it, print, and write where asked."""
     parser = argparse.ArgumentParser()
@@ -136,10 +143,10 @@ def main() -> None:
     try:
         url = process.stdout.readline().split()[-1]
         asyncio.run(Soak(url, options.requests // 10, prompts).run())
-        warm = (resident_mib(process.pid), len(os.listdir(f"/proc/{process.pid}/fd")))
+        warm = held(process.pid)
         soak = Soak(url, options.requests, prompts)
         asyncio.run(soak.run())
-        after = (resident_mib(process.pid), len(os.listdir(f"/proc/{process.pid}/fd")))
+        after = held(process.pid)
         metrics = httpx.get(f"{url}/metrics").text.splitlines()
     finally:
         process.send_signal(signal.SIGTERM)
