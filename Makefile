@@ -23,10 +23,10 @@ serve: .venv/.serve  ## serve the bundled checkpoint on HOST:PORT (127.0.0.1:800
 	$(BIN)/slr-serve --host $(HOST) --port $(PORT)
 
 test: .venv/.dev  ## the tests, in a few minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
-test-all: .venv/.dev  ## the slow tests as well
-	$(BIN)/python -m pytest -m ''
+test-all: test  ## the slow tests as well
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/.dev  ## ruff and mypy
 	$(BIN)/ruff format --check .

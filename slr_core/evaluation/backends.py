@@ -157,7 +157,10 @@ class Remote:
                 "/trace", json={**body, **limits, **options, "convergence": convergence, "top_tokens": 0}
             )
             if response.status_code == 200:
-                return [_from_json(result) for result in response.json()["results"]]
+                results = response.json()["results"]
+                if any(result["budget_reduced"] for result in results):
+                    raise EngineError(f"{self.url}: it reduced an iteration budget; --elastic-floor 1 turns that off")
+                return [_from_json(result) for result in results]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise EngineError(f"{self.url}: no usable answer ({error!r})") from error
         try:

@@ -40,7 +40,7 @@ def remote(local, tmp_path_factory):
 
 
 def _served(folder, log=None):
-    server = Server(folder, log or folder.parent / "log")
+    server = Server(folder, log or folder.parent / "log", "--max-new-tokens", "40")
     try:
         yield Remote(server.url + "/")
     finally:
@@ -123,6 +123,7 @@ def test_a_server_that_is_not_there_is_an_engine_error_that_names_it():
         (200, "<html>", EngineError),
         (200, "[]", EngineError),
         (200, '{"results": [{"text": "w1"}]}', EngineError),
+        (200, '{"results": [{"budget_reduced": true}]}', EngineError),
     ],
 )
 def test_every_failing_answer_is_an_error_that_names_the_server(status, body, kind):
