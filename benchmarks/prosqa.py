@@ -27,10 +27,14 @@ from slr_core.tasks.base import Example, read_jsonl
 from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate
 
 SEED = 20261123
+FULL_SIZE = GraphSpec(28, 3, 6, True)
 GENERATED = {
+    "generated balanced, at most 28 nodes, 3 to 6 hops": FULL_SIZE,
+    "generated balanced, at most 28 nodes, 7 hops": GraphSpec(28, 7, 7, True),
     "generated balanced, at most 10 nodes, 2 to 4 hops": GraphSpec(10, 2, 4, True),
-    "generated balanced, at most 28 nodes, 3 to 6 hops": GraphSpec(28, 3, 6, True),
 }
+DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32)
+"""Iterations to force a loop to: up to four times the trained eight."""
 FILES = ("prosqa_balanced/valid", "prosqa/valid", "prosqa_ood/len7", "prosqa_ood/large")
 
 
@@ -41,7 +45,8 @@ def main() -> None:
     parser.add_argument("--control", type=Path, help="the control trained without the loop")
     parser.add_argument("--data", type=Path, help="folder of the data sets")
     parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
-    parser.add_argument("--questions", type=int, default=500, help="generated questions per set")
+    parser.add_argument("--questions", type=int, default=2000, help="generated questions per set")
+    parser.add_argument("--divergence", type=int, default=10_000, help="generated questions that look for divergence")
     options = parser.parse_args()
     logging.disable_progress_bar()
 
@@ -69,9 +74,18 @@ def main() -> None:
         print(f"| {name} | {len(examples)} | {rule:.3f} |", *(f"{_cell(outcomes)} |" for outcomes in row.values()))
     for name, outcomes in looped.items():
         _print_levels(name, outcomes)
+    forced = _forced(tested, sets)
+    diverged = _diverged(tested, options.divergence)
+    print(f"\nOf {options.divergence} more generated questions of 3 to 6 hops, {diverged} diverged.")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"seed": SEED, "sha256": _hashes(options.data), "figures": figures}
+        record = {
+            "seed": SEED,
+            "sha256": _hashes(options.data),
+            "figures": figures,
+            "forced": forced,
+            "diverged": {"questions": options.divergence, "diverged": diverged},
+        }
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -87,6 +101,28 @@ def _hashes(folder: Path | None) -> dict[str, str]:
 
 def _answer(backend: Local, method: Method, examples: list[Example]) -> list[Outcome]:
     return run_method(method, backend, ProsQA(), examples, Settings({}))
+
+
+def _forced(backend: Local, sets: dict[str, list[Example]]) -> dict[str, dict[int, float]]:
+    """Accuracy of loops that are forced to go on to a number of iterations, whatever their criterion says."""
+    print("\nForced to t iterations (trained to 8), accuracy:\n")
+    print("| questions |", *(f"{t} |" for t in DEPTHS))
+    print("|---|" + "---|" * len(DEPTHS))
+    accuracies: dict[str, dict[int, float]] = {}
+    for name, examples in sets.items():
+        accuracies[name] = {}
+        for t in DEPTHS:
+            settings = Settings({"max_iterations": t, "min_iterations": t})
+            outcomes = run_method(METHODS["slr_fixed"], backend, ProsQA(), examples, settings)
+            accuracies[name][t] = summarize(outcomes).accuracy
+        print(f"| {name} |", *(f"{accuracy:.3f} |" for accuracy in accuracies[name].values()))
+    return accuracies
+
+
+def _diverged(backend: Local, count: int) -> int:
+    examples = list(islice(generate(FULL_SIZE, SEED + 1), count))
+    outcomes = _answer(backend, METHODS["slr"], examples)
+    return sum(outcome.exit_reason == "diverged" for outcome in outcomes)
 
 
 def _figures(outcomes: list[Outcome]) -> dict[str, Any]:

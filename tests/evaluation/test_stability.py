@@ -48,7 +48,12 @@ def answers(local, method, loop=None, **settings):
 
 
 def timeless(summary):
-    return {name: value for name, value in vars(summary).items() if name != "seconds"}
+    """What must not change from run to run: the engine computes a question beside whoever is there, which rounds."""
+    rounded = {
+        "contraction_rate": summary.contraction_rate and round(summary.contraction_rate, 4),
+        "relative_change": [x and round(x, 4) for x in summary.relative_change],
+    }
+    return {name: value for name, value in vars(summary).items() if name != "seconds"} | rounded
 
 
 # -- a whole study ---------------------------------------------------------------------------------------
