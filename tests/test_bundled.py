@@ -62,6 +62,15 @@ def test_stops_by_itself_and_later_on_longer_paths(answers: list[Outcome]) -> No
     assert iterations[-1] - iterations[0] > 1
 
 
+def test_going_on_past_its_depth_makes_no_answer_worse(reasoner: LatentReasoner, questions: list[Example]) -> None:
+    few, forced = questions[:100], {}
+    for t in (8, 16, 24, 32):
+        settings = Settings({"max_iterations": t, "min_iterations": t})
+        forced[t] = summarize(run_method(METHODS["slr_fixed"], Local(reasoner), ProsQA(), few, settings)).accuracy
+    assert min(forced.values()) >= max(forced.values()) - 0.01
+    assert max(forced.values()) >= 0.95
+
+
 def test_relative_change_falls(answers: list[Outcome]) -> None:
     for summary in by_difficulty(answers).values():
         first, *_, last = summary.relative_change
@@ -130,8 +139,12 @@ def test_is_small_and_holds_nothing_that_can_run_code() -> None:
 
 def test_card_quotes_the_committed_figures() -> None:
     card = (BUNDLED / "README.md").read_text(encoding="utf-8")
-    figures = json.loads(RESULTS.read_text(encoding="utf-8"))["figures"]
+    record = json.loads(RESULTS.read_text(encoding="utf-8"))
+    figures, forced = record["figures"], record["forced"]
     for name, methods in figures.items():
-        (row,) = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
+        # The first such line is that of the methods, the second that of the forced loops.
+        row, past = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
         for figure in methods.values():
             assert f"{figure['overall']['accuracy']:.3f}" in row
+        for accuracy in forced[name].values():
+            assert f"{accuracy:.3f}" in past
