@@ -85,6 +85,7 @@ class LatentReasoner(nn.Module):
         super().__init__()
         self.config, self.tokenizer, self.base = config, tokenizer, base
         refuse_unfaithful(base)
+        self._words: dict[int, str] = {}
         self.adapter_configs = dict(fresh(config.loop) if adapters is None else adapters)
         attach(base, self.adapter_configs)
         self.adapters = LoopAdapters(base)
@@ -405,11 +406,16 @@ class LatentReasoner(nn.Module):
         if count == 0:
             return None
         top = head.exp().nan_to_num().topk(min(count, head.shape[-1]))
-        decode: Callable[[int], str] = lambda token: str(self.tokenizer.decode([token]))  # noqa: E731
         return [
-            tuple((decode(token), prob) for token, prob in zip(tokens, probs, strict=True))
+            tuple((self._word(token), prob) for token, prob in zip(tokens, probs, strict=True))
             for tokens, probs in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
+
+    def _word(self, token: int) -> str:
+        # Decoding one token takes longer than a small model's whole iteration.
+        if token not in self._words:
+            self._words[token] = str(self.tokenizer.decode([token]))
+        return self._words[token]
 
     def _finish(self, context: Context, rows: list[RowLog], states: Tensor) -> LoopOutput:
         kept = torch.tensor([row.kept for row in rows], device=states.device)
