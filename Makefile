@@ -37,7 +37,7 @@ bench: .venv/.dev  ## what the engine costs and gains, as ratios measured side b
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine
 	$(BIN)/python -m benchmarks.metrics
 
-train: .venv/.dev  ## train the bundled checkpoint again, into runs/prosqa (more than an hour on two cores)
+train: .venv/.dev  ## train the bundled checkpoint again, into runs/prosqa (about six hours on one core)
 	$(BIN)/slr train configs/prosqa.yaml
 
 image:  ## the container image slr:cpu, with Docker, or without (docker/build-without-docker)

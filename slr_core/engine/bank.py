@@ -40,7 +40,7 @@ class Rows:
 
     def __init__(self, adapters: Sequence[int | None], count: int, device: torch.device) -> None:
         used = [(adapter, row) for row, adapter in enumerate(adapters) if adapter is not None]
-        self.count, self.size, self.device = count, len(adapters), device
+        self.count, self.device = count, device
         self.any = bool(used)
         self.shared = adapters[0] if len(set(adapters)) == 1 else None
         if not used or self.shared is not None:
@@ -211,7 +211,7 @@ class AdapterBank:
         chosen: dict[tuple[int, int], Method] = {}
         if self.count < 2 or rows < 2:
             return chosen
-        mixed = Rows([row % self.count for row in range(rows)], self.count, self.model.device)
+        mixed = Rows([row % self.count for row in range(rows)], self.count, self.device)
         for layer in self.layers.values():
             if not layer.acts:
                 continue

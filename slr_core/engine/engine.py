@@ -383,9 +383,7 @@ class Engine:
                 retired = self._in_bank - set(self.loop_sets.values())
                 if retired and not retired <= self._in_use():
                     self._fill_bank()
-        except (
-            Exception
-        ) as fault:  # a step keeps faults to their requests: this is beyond it, and nothing more will come
+        except Exception as fault:  # a step keeps faults to their requests: this one is the engine's
             logger.exception("the engine has failed")
             error = EngineError(f"the engine has failed: {fault}")
         with self._changed:
@@ -418,8 +416,7 @@ class Engine:
                 return False
 
     def _take_arrivals(self) -> None:
-        for sequence in self._arrived:
-            self._core.scheduler.waiting.append(sequence)
+        self._core.scheduler.waiting.extend(self._arrived)
         self._arrived.clear()
 
 
