@@ -38,7 +38,7 @@ def sweep(
 def _print(rows: list[Row]) -> None:
     groups: dict[tuple[str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        values = ", ".join(f"{key}={value}" for key, value in row.variant.values.items()) or "as it is"
+        values = row.variant.label or "as it is"
         groups[row.questions, row.method][values].append(row)
     for (questions, method), variants in groups.items():
         title = f"{questions}; {method}"

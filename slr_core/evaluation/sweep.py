@@ -53,6 +53,9 @@ class SweepConfig(_Model):
     output_dir: str = Field(description="a folder per model, and results.jsonl, below it")
     set: dict[str, Any] = Field({}, description="settings of the recipe that hold for every model, by dotted name")
     vary: dict[str, tuple[Any, ...]] = Field({}, description="values per setting: every combination is trained")
+    variants: dict[str, dict[str, Any]] = Field(
+        {}, description="settings by a name of their own, where a product says too much; each with all of `vary`"
+    )
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="each combination is trained with each")
     evaluate: tuple[Judgement, ...] = Field(min_length=1)
 
@@ -75,7 +78,7 @@ class Variant:
     """One model of a sweep.
 
     Attributes:
-        values: what varies, by dotted name.
+        values: what varies, by dotted name, and the name it has in the spec as ``variant``.
         seed: of its training.
         config: its recipe.
     """
@@ -85,9 +88,15 @@ class Variant:
     config: TrainConfig
 
     @property
+    def label(self) -> str:
+        """For tables: without the settings that all share, and without the seed."""
+        named = (_plain(value) if key == "variant" else f"{key}={_plain(value)}" for key, value in self.values.items())
+        return ", ".join(named)
+
+    @property
     def name(self) -> str:
-        """For tables: without the settings that all share."""
-        return ", ".join([*(f"{key}={_plain(value)}" for key, value in self.values.items()), f"seed={self.seed}"])
+        """One model's own."""
+        return f"{self.label}, seed={self.seed}" if self.values else f"seed={self.seed}"
 
 
 def variants(sweep: SweepConfig, folder: Path) -> Iterator[Variant]:
@@ -96,14 +105,17 @@ def variants(sweep: SweepConfig, folder: Path) -> Iterator[Variant]:
     Raises:
         ConfigError: a setting or a combination is not one of the recipe's.
     """
-    for values in product(*sweep.vary.values()):
+    named = [({"variant": name}, own) for name, own in sweep.variants.items()] or [({}, {})]
+    for (name, own), values in product(named, product(*sweep.vary.values())):
         chosen = dict(zip(sweep.vary, values, strict=True))
         for seed in sweep.seeds:
-            place = Path(sweep.output_dir) / "models" / _slug({**chosen, "seed": seed})
-            settings = {**sweep.set, **chosen, "seed": seed, "output_dir": str(place)}
+            settings = {**sweep.set, **own, **chosen, "seed": seed}
+            place = Path(sweep.output_dir) / "models" / _slug({**name, **chosen, "seed": seed}, settings)
             # JSON is YAML.
-            overrides = tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())
-            yield Variant(chosen, seed, TrainConfig.from_yaml(folder / sweep.recipe, overrides))
+            overrides = tuple(
+                f"{key}={json.dumps(value)}" for key, value in {**settings, "output_dir": str(place)}.items()
+            )
+            yield Variant({**name, **chosen}, seed, TrainConfig.from_yaml(folder / sweep.recipe, overrides))
 
 
 @dataclass(frozen=True)
@@ -172,11 +184,11 @@ def run(
     return rows
 
 
-def _slug(values: dict[str, Any]) -> str:
+def _slug(values: dict[str, Any], settings: dict[str, Any]) -> str:
     text = "_".join(f"{key.rpartition('.')[2]}={_plain(value)}" for key, value in values.items())
-    # Shortened names could meet, so each has a hash of the whole.
+    # Shortened names could meet, and a name in a spec can change its meaning, so each has a hash of its settings.
     readable = "".join(c if c.isalnum() or c in "=_.-" else "-" for c in text)[:100]
-    return f"{readable}_{sha256(json.dumps(values).encode('utf-8')).hexdigest()[:8]}"
+    return f"{readable}_{sha256(json.dumps(settings).encode('utf-8')).hexdigest()[:8]}"
 
 
 def _plain(value: Any) -> str:

@@ -125,3 +125,24 @@ def test_a_spec_that_is_no_yaml(tmp_path):
     path.write_text("recipe: [")
     with pytest.raises(ConfigError, match="YAML"):
         sweep.run(path)
+
+
+def test_variants_have_names_and_settings_of_their_own(spec, trained):
+    named = {"both": {"loop.residual.source": "initial", "loop.timestep.kind": "none"}, "plain": {}}
+    rows = sweep.run(spec(variants=named, vary={"chains": [1, 2]}, seeds=[0]))
+    assert [(c.loop.residual.source, c.chains) for c in trained] == [
+        ("initial", 1),
+        ("initial", 2),
+        ("previous", 1),
+        ("previous", 2),
+    ]
+    assert [row.variant.label for row in rows[::2]] == [
+        f"{name}, chains={chains}" for name in named for chains in (1, 2)
+    ]
+    assert rows[0].variant.name == "both, chains=1, seed=0"
+
+
+def test_a_variant_that_means_something_else_is_trained_again(spec, trained):
+    sweep.run(spec(variants={"one": {"chains": 1}}, vary={}, seeds=[0]))
+    sweep.run(spec(variants={"one": {"chains": 2}}, vary={}, seeds=[0]))
+    assert [config.chains for config in trained] == [1, 2]
