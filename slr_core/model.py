@@ -245,13 +245,33 @@ class LatentReasoner(nn.Module):
         states, before = [context.hidden], context.fork()
         blind = 0 if backprop is None else max(0, iterations - backprop)
         with torch.no_grad():
-            for t in range(1, blind + 1):
-                states.append(self.iterate(context, t)[1])
+            states += self._stretch(context, 1, blind)
         if blind:
             context.regain_gradients(before)
-        for t in range(blind + 1, iterations + 1):
-            states.append(self.iterate(context, t)[1])
+        states += self._stretch(context, blind + 1, iterations)
         return torch.stack(states, dim=1)
+
+    def _stretch(self, context: Context, first: int, last: int) -> list[Tensor]:
+        """h_first ... h_last of every row, ``[B, W, d]`` each."""
+        count = last - first + 1
+        if not self._states_stay_apart or count < 2 or context.passes is not None:
+            return [self.iterate(context, t)[1] for t in range(first, last + 1)]
+        u = self.project_in(context.hidden).expand(-1, count, -1)
+        with self.adapters.use(self.adapter_name(last)):
+            g = self.advance(context, u, torch.ones(u.shape[:2], dtype=torch.bool, device=u.device))
+        states = list(self.residual(g, context.hidden, context.initial).split(1, dim=1))
+        context.hidden = states[-1]
+        return states
+
+    @property
+    def _states_stay_apart(self) -> bool:
+        """Whether no state reaches the next one's input and iterations are all alike: then one pass runs them all.
+
+        So it is with the control `pause_as_thought`.
+        """
+        loop = self.config.loop
+        apart = loop.projection.kind == "pause" and loop.residual.source == "none"
+        return apart and not self.timestep.acts and loop.lora.kind != "per_iteration"
 
     def close(self, context: Context, states: Tensor, kept: Tensor) -> None:
         """Make ``context`` ready to write, as if each row's loop had ended after ``kept`` ``[B]`` iterations.

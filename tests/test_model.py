@@ -212,6 +212,43 @@ def test_unrolling_is_the_loop_without_exits(workspace):
         torch.testing.assert_close(states[row][:, context.own[row]], expected, rtol=1e-5, atol=1e-5)
 
 
+PAUSE = {
+    "projection": {"kind": "pause"},
+    "timestep": {"kind": "none"},
+    "lora": {"kind": "shared", "rank": 2, "alpha": 4},
+    "residual": {"source": "none", "norm": True},
+}
+
+
+@pytest.mark.parametrize("backprop", [None, 2])
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_pauses_run_in_one_pass_are_those_run_one_by_one(kind, backprop):
+    made = tiny.reasoner(kind, PAUSE)
+    results = []
+    for one_by_one in (True, False):
+        made.zero_grad()
+        context = made.encode(*tiny.batch(tiny.PROMPTS[:3]))
+        if one_by_one:  # whoever asks for the passes gets each of them
+            context.passes = []
+        states = made.unroll(context, 5, backprop)
+        states[:, -1].square().sum().backward()
+        grads = {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
+        results.append((states.detach(), context.hidden.detach(), context.next_position, context.visible, grads))
+        assert context.passes is None or len(context.passes) == 5
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_thoughts_never_run_in_one_pass():
+    for change in (
+        {"projection": {"kind": "identity"}},
+        {"residual": {"source": "initial"}},
+        {"timestep": {"kind": "learned"}},
+        {"timestep": {"kind": "none", "noise_level": True}},
+        {"lora": {"kind": "per_iteration", "rank": 2, "alpha": 4}},
+    ):
+        assert not tiny.reasoner(loop={**PAUSE, **change})._states_stay_apart
+
+
 def test_the_answer_in_one_pass_is_the_answer_token_by_token():
     made = tiny.reasoner(decode=True)
     tokens, present = tiny.batch([tiny.words(7, 8, 9), tiny.words(1, 2), tiny.words(3, 4, 5)])
