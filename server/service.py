@@ -278,6 +278,7 @@ class Service:
             cache_gib=settings.cache_gib,
             prefix_gib=settings.prefix_gib,
             threads=settings.threads,
+            static_shapes=settings.static_shapes,
             on_step=self.metrics.stepped,
         )
         try:

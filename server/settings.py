@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of torch; without it, the fastest number, measured at the start"
     )
+    static_shapes: bool | None = Field(
+        None,
+        description="run loop and decode passes in few fixed shapes, as CUDA graphs on a GPU; without it, where one is",
+    )
     slots: int = Field(32, ge=1, le=4096, description="most answers computed at once")
     cache_gib: float = Field(4.0, gt=0, le=4096, description="memory for the keys and values of all slots, in GiB")
     prefix_gib: float = Field(

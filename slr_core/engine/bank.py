@@ -29,7 +29,30 @@ from slr_core.errors import ConfigError
 Method = Literal["masked", "grouped", "segments"]
 
 
-class Rows:
+class Owners:
+    """Which adapter each row of a pass uses, told by a tensor alone: another mix is another content of it.
+
+    Args:
+        owner: ``[n]`` long, the place in the bank for each row; -1: no adapter.
+        count: adapters in the bank.
+    """
+
+    any = True
+    shared: int | None = None
+
+    def __init__(self, owner: Tensor, count: int) -> None:
+        self.owner, self.count = owner, count
+        self._foreign: dict[int, Tensor] = {}
+
+    def foreign(self, rank: int) -> Tensor:
+        """``[n, 1, count * rank]`` bool: false where a row's own adapter lies."""
+        if rank not in self._foreign:
+            owners = torch.arange(self.count * rank, device=self.owner.device) // rank
+            self._foreign[rank] = (self.owner[:, None] != owners)[:, None]
+        return self._foreign[rank]
+
+
+class Rows(Owners):
     """Which adapter each row of a pass uses, and what the three ways need to know of that.
 
     Args:
@@ -40,7 +63,8 @@ class Rows:
 
     def __init__(self, adapters: Sequence[int | None], count: int, device: torch.device) -> None:
         used = [(adapter, row) for row, adapter in enumerate(adapters) if adapter is not None]
-        self.count, self.device = count, device
+        owners = [-1 if adapter is None else adapter for adapter in adapters]
+        super().__init__(torch.tensor(owners, device=device), count)
         self.any = bool(used)
         self.shared = adapters[0] if len(set(adapters)) == 1 else None
         if not used or self.shared is not None:
@@ -48,7 +72,6 @@ class Rows:
         used.sort()
         self.order = torch.tensor([row for _, row in used], device=device)
         self.sizes = Counter(adapter for adapter, _ in used)
-        self.owner = torch.tensor([-1 if adapter is None else adapter for adapter in adapters], device=device)
         # Each used row's place in blocks of equal size, one block an adapter.
         self.block = max(self.sizes.values())
         places, filled = [], Counter[int]()
@@ -58,14 +81,6 @@ class Rows:
         self.places = torch.tensor(places, device=device)
         self.sources = torch.zeros(count * self.block, dtype=torch.long, device=device)
         self.sources[self.places] = self.order
-        self._foreign: dict[int, Tensor] = {}
-
-    def foreign(self, rank: int) -> Tensor:
-        """``[n, 1, count * rank]`` bool: false where a row's own adapter lies."""
-        if rank not in self._foreign:
-            owners = torch.arange(self.count, device=self.device).repeat_interleave(rank)
-            self._foreign[rank] = (self.owner[:, None] != owners)[:, None]
-        return self._foreign[rank]
 
 
 class BankedLinear(nn.Module):
@@ -113,7 +128,8 @@ class BankedLinear(nn.Module):
             return y
         if rows.shared is not None:
             return y.add_((x @ self.down[rows.shared]) @ self.up[rows.shared])
-        return _METHODS[self.method](self, rows, x, y)
+        # The other two ways have shapes that depend on the mix.
+        return _METHODS[self.method](self, rows, x, y) if isinstance(rows, Rows) else _masked(self, rows, x, y)
 
 
 def check_finite(base: PreTrainedModel) -> None:
@@ -135,7 +151,7 @@ def _weights(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
     return down.detach(), up.detach() * layer.scaling[name]
 
 
-def _masked(layer: BankedLinear, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+def _masked(layer: BankedLinear, rows: Owners, x: Tensor, y: Tensor) -> Tensor:
     shrunk = x @ layer.flat_down
     # Not multiplied by zeros: what another request's adapter made infinite would become NaN here.
     return y.add_(shrunk.masked_fill_(rows.foreign(layer.down.shape[-1]), 0) @ layer.flat_up)
@@ -175,7 +191,7 @@ class AdapterBank:
         memo: dict[int, object] = {id(x): x for x in (*base.parameters(), *base.buffers())}
         self.model: PreTrainedModel = copy.deepcopy(base, memo).eval()  # type: ignore[no-untyped-call]
         self.device = self.model.device
-        self.rows: Rows | None = None
+        self.rows: Owners | None = None
         self.layers: dict[str, BankedLinear] = {}
         for path, module in list(self.model.named_modules()):
             if isinstance(module, LoraLayer):
@@ -189,9 +205,12 @@ class AdapterBank:
         for path, layer in self.layers.items():
             layer.fill([(model.get_submodule(path), name) for model, name in adapters])
         self.count = len(adapters)
+        self.fillings += 1
 
     count = 0
     """Adapters at hand."""
+    fillings = 0
+    """How often that has changed: their tensors are others then."""
 
     def use(self, adapters: Sequence[int | None]) -> None:
         """Say which adapter each row of the next pass uses."""

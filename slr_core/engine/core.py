@@ -41,6 +41,7 @@ class Core:
         capacity: columns of a slot.
         prefix_bytes: memory for prompts that may come again.
         prefill_chunk: most prompt positions in one step.
+        static: loop and decode passes run in fixed shapes.
         on_step: hears of every step that ran something; it must not block.
     """
 
@@ -52,6 +53,7 @@ class Core:
         capacity: int,
         prefix_bytes: int = 0,
         prefill_chunk: int = 512,
+        static: bool = False,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         self.on_step = on_step
@@ -64,7 +66,7 @@ class Core:
             known=lambda sequence: self.prefixes.known(sequence.keys),
             enter=self._enter,
         )
-        self.passes = Passes(bank, self.cache)
+        self.passes = Passes(bank, self.cache, static=static)
         self.head = bank.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.counters = Counters()
 
@@ -201,6 +203,9 @@ class Core:
         iterations = [
             iteration for group in moved for iteration in group.examine(read.pop(0) if group.reads_head else None)
         ]
+        prefilled = [row for row, count in rows if row.phase is Phase.PREFILL and count == row.queries()]
+        whole = torch.stack([outputs[row][-1] for row in prefilled]).isfinite().all(-1).tolist() if prefilled else []
+        finite = {row for row, is_finite in zip(prefilled, whole, strict=True) if is_finite}
         # Nothing has changed so far: what failed can be run again. From here on a fault is one row's alone.
         ended = time.perf_counter()
         for iteration in iterations:
@@ -209,17 +214,17 @@ class Core:
         for sequence, count in rows:
             if sequence not in looped:
                 sequence.logits = logits.get(sequence)
-                self._alone(sequence, self._ran, count, outputs[sequence])
+                self._alone(sequence, self._ran, count, outputs[sequence], sequence in finite)
 
-    def _ran(self, sequence: Sequence, count: int, states: Tensor) -> None:
+    def _ran(self, sequence: Sequence, count: int, states: Tensor, finite: bool) -> None:
         if sequence.phase is Phase.PREFILL and sequence.request.score_prompt:
             self._score_prompt(sequence, states[:count])
         sequence.filled += count
         state = states[count - 1]
         if sequence.phase is Phase.PREFILL:
             self.counters.prefill_tokens += count
-            if sequence.filled == len(sequence.request.prompt_ids):
-                if state.isfinite().all():  # a fault that passes must not stay for who comes with the same prompt
+            if not sequence.queries():
+                if finite:  # a fault that passes must not stay for who comes with the same prompt
                     self.prefixes.keep(sequence.keys, sequence.filled, self.cache, sequence.slot, state)
                 if sequence.loops.workspace.prefills:
                     self._begin(sequence, state)
@@ -303,6 +308,8 @@ class Core:
 
     def _take(self, sequences: list[Sequence], logits: Tensor) -> None:
         table = torch.stack([logits.argmax(-1), logits.isnan().any(-1)], dim=-1).tolist()
+        if any(s.answer.generator is not None or s.request.logprobs is not None for s in sequences):
+            logits = logits.cpu()  # at once, and not row by row
         for sequence, (likeliest, broken), row in zip(sequences, table, logits, strict=True):
             if broken:  # its most likely token would be no more than the first
                 self._fail(sequence, EngineError("the model's logits are not numbers"))

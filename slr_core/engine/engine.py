@@ -58,6 +58,8 @@ class Engine:
         prefix_gib: memory for prompts that may come again; 0 keeps none.
         prefill_chunk: most prompt positions in one step: a long prompt holds nobody up for longer.
         threads: torch threads of the engine; by default the fastest number for this model, measured at the start.
+        static_shapes: loop and decode passes run in few fixed shapes, which a GPU replays as CUDA graphs; by default
+            where there is a GPU.
         on_step: hears of every step, on the engine's thread: it must not block.
 
     Raises:
@@ -74,6 +76,7 @@ class Engine:
         prefix_gib: float = 0.25,
         prefill_chunk: int = 512,
         threads: int | None = None,
+        static_shapes: bool | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk), ("threads", threads)):
@@ -102,6 +105,7 @@ class Engine:
             capacity=self.capacity,
             prefix_bytes=int(prefix_gib * GIB),
             prefill_chunk=prefill_chunk,
+            static=reasoner.device.type == "cuda" if static_shapes is None else static_shapes,
             on_step=on_step,
         )
         self.loop_sets: dict[str, LoopSet] = {DEFAULT_LOOP_SET: LoopSet(DEFAULT_LOOP_SET, reasoner)}

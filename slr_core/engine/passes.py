@@ -15,6 +15,7 @@ from slr_core.engine.bank import AdapterBank
 from slr_core.engine.cache import SlotCache
 from slr_core.engine.scheduler import Work
 from slr_core.engine.sequence import Phase, Sequence
+from slr_core.engine.static import StaticPasses
 
 
 def by_length(work: Iterable[Work]) -> list[list[Work]]:
@@ -41,9 +42,11 @@ class Passes:
     Args:
         bank: the base model, with its adapters.
         cache: the slots.
+        static: single positions run in fixed shapes; see :mod:`slr_core.engine.static`.
     """
 
-    def __init__(self, bank: AdapterBank, cache: SlotCache) -> None:
+    def __init__(self, bank: AdapterBank, cache: SlotCache, *, static: bool = False) -> None:
+        self.static = StaticPasses(bank, cache) if static else None
         self.bank, self.cache, self.model, self.device = bank, cache, bank.model, bank.model.device
         self.embeddings: nn.Module = bank.model.get_input_embeddings()
         table = self.embeddings.weight
@@ -56,6 +59,9 @@ class Passes:
         It changes nothing but the slots' columns from each row's ``filled`` on, so it can be repeated.
         """
         device, queries = self.device, max(count for _, count in work)
+        embeds, adapters = self._inputs(work, queries), [_adapter(row) for row, _ in work]
+        if self.static is not None and queries == 1:
+            return self.static.run([row.slot for row, _ in work], [row.filled for row, _ in work], adapters, embeds)
         starts = torch.tensor([row.filled for row, _ in work], device=device)
         if len({count for _, count in work}) == 1:
             columns = positions = starts[:, None] + torch.arange(queries, device=device)
@@ -67,9 +73,8 @@ class Passes:
             positions = torch.where(real, columns, 0)
         width = max(row.filled + count for row, count in work)
         mask = torch.arange(width, device=device) <= positions[..., None]
-        embeds = self._inputs(work, queries)
         self.cache.bind([row.slot for row, _ in work], columns, width)
-        self.bank.use([_adapter(row) for row, _ in work])
+        self.bank.use(adapters)
         output = self.model.base_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask(self.model, mask, embeds.dtype),
