@@ -26,6 +26,7 @@ WIDE = int(os.environ.get("SLR_MIXES", "150"))
 MEASURES = ("relative_change", "cosine", "norm", "kl", "entropy")
 SHARED = tuple(3 * i % 37 for i in range(20))
 """What some prompts begin with: more than one block of the prefix cache."""
+TOKENS = st.integers(0, len(tiny.WORDS) - 1)
 
 # -- mixes -----------------------------------------------------------------------------------------------
 
@@ -121,6 +122,7 @@ def asks(draw, two):
         seed=draw(st.integers(0, 99)),
     )
     trace = draw(st.booleans())
+    forced = draw(st.sampled_from([0, 0, 0, 1, 3]))
     options = {
         "max_new_tokens": draw(st.integers(1, 7)),
         "sampling": sampling,
@@ -128,6 +130,11 @@ def asks(draw, two):
         "trace": trace,
         "top_tokens": draw(st.sampled_from([0, 3])) if trace else 0,
         "include_states": draw(st.booleans()),
+        "logprobs": draw(st.sampled_from([None, None, 0, 3])),
+        # Not more often: who asks for it neither uses nor fills the prefix cache.
+        "score_prompt": draw(st.sampled_from([False, False, False, True])),
+        # Special tokens too: the end token ends nothing here.
+        "forced_ids": tuple(draw(st.lists(TOKENS, min_size=forced, max_size=forced))),
     }
     return Ask(
         prompt=tiny.words(*ids),
@@ -152,9 +159,11 @@ def mixes(draw):
         removed=draw(st.none() | st.integers(0, 15)) if two else None,
         engine={
             "slots": draw(st.integers(1, 5)),
-            "capacity": draw(st.sampled_from([42, 64])),
+            # The first is what the largest request needs.
+            "capacity": draw(st.sampled_from([44, tiny.POSITIONS])),
             "prefill_chunk": draw(st.sampled_from([1, 5, 16, 512])),
             "prefix_gib": draw(st.sampled_from([0, 20_000 / 2**30, 0.25])),
+            "static_shapes": draw(st.booleans()),
         },
         method=draw(st.sampled_from(["masked", "grouped", "segments", None])),
         asks=draw(st.lists(asks(two), min_size=3, max_size=9)),
@@ -186,12 +195,15 @@ def reference(made, request):
     return result, any(close)
 
 
-def expect(made, request, tally):
-    """The request to run and what to expect of it: near a threshold, its recorded depth is replayed."""
+def expect(made, request, asked):
+    """The request to run and what to expect of it: near a threshold, its recorded depth is replayed.
+
+    ``asked`` notes whether it was near, once a prompt and loop: hypothesis repeats much of what it draws.
+    """
     result, close = reference(made, request)
-    tally["requests"] += 1
+    key = request.prompt_ids, request.loop
+    asked[key] = close or asked.get(key, False)
     while close:
-        tally["near"] += 1
         depth = result.iterations
         loop = replace(request.loop, criterion="fixed", max_iterations=depth, min_iterations=depth)
         if loop == request.loop:
@@ -204,7 +216,27 @@ def expect(made, request, tally):
 # -- comparing -------------------------------------------------------------------------------------------
 
 
-def assert_equal(found, expected):
+def assert_same_top(found, expected, close=near):
+    """The likeliest tokens; those that are as likely may have changed places."""
+    assert len(found) == len(expected)
+    for (token, p), (other, q) in zip(found, expected, strict=True):
+        assert close(p, q)
+        assert token == other or any(close(q, r) for name, r in expected if name != other)
+
+
+def assert_same_scores(found, expected, tolerance=1e-4):
+    """The scores of the same tokens; ``tolerance`` is absolute, which is the relative one of the probabilities."""
+
+    def close(a, b):
+        return a is b is None or a == pytest.approx(b, abs=tolerance)
+
+    assert [score.token_id for score in found] == [score.token_id for score in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert close(mine.logprob, theirs.logprob), (mine, theirs)
+        assert_same_top(mine.top, theirs.top, close)
+
+
+def assert_equal(found, expected, *, by_decoder=False):
     """All that a result says, as far as rounding lets it."""
     assert facts(found) == facts(expected)
     assert near(found.final_change, expected.final_change)
@@ -218,16 +250,16 @@ def assert_equal(found, expected):
         tolerance = 1e-4 if before is None else 1e-4 + 1e-5 / max(before, 1e-5)
         assert near(mine.contraction, theirs.contraction, tolerance), (mine, theirs)
         before = theirs.relative_change
-        assert len(mine.top_tokens) == len(theirs.top_tokens)
-        for (token, p), (other, q) in zip(mine.top_tokens, theirs.top_tokens, strict=True):
-            assert near(p, q)
-            assert token == other or any(near(q, r) for name, r in theirs.top_tokens if name != other)
+        assert_same_top(mine.top_tokens, theirs.top_tokens)
+    # The latent decoder's large weights amplify rounding: alone, too, a score may be 3e-4 off what float64 gives.
+    assert_same_scores(found.scores, expected.scores, 1e-3 if by_decoder else 1e-4)
+    assert_same_scores(found.prompt_scores, expected.prompt_scores)
     assert (found.states is None) == (expected.states is None)
     if expected.states is not None:
         torch.testing.assert_close(found.states, expected.states, rtol=1e-4, atol=1e-4)
 
 
-def check(mix, tally):
+def check(mix, tally, asked):
     """Run a mix and hold it to the reference."""
     first = tiny.reasoner(mix.kind, **mix.first)
     second = None
@@ -236,8 +268,9 @@ def check(mix, tally):
     wanted = []
     for ask in mix.asks:
         made = second if ask.second else first
-        wanted.append(expect(made, tiny.request(made, ask.prompt, ask.loop, **ask.options), tally))
+        wanted.append(expect(made, tiny.request(made, ask.prompt, ask.loop, **ask.options), asked))
 
+    tally["requests"] += len(wanted)
     futures: dict[int, Any] = {}
     refused: set[int] = set()
     with Stepped(first, **mix.engine) as engine:
@@ -279,29 +312,35 @@ def check(mix, tally):
             assert futures[i].cancelled() == (ask.given_up[1] == "cancelled")
             tally["given up"] += 1
         elif wanted[i][1] is not None:
-            assert_equal(futures[i].result(), wanted[i][1])
+            made = second if ask.second else first
+            assert_equal(futures[i].result(), wanted[i][1], by_decoder=made.answers_from_states)
             tally["equal"] += 1
             tally[wanted[i][1].exit_reason] += 1
+            tally["scored"] += bool(wanted[i][1].scores)
+            tally["prompt scored"] += bool(wanted[i][1].prompt_scores)
+            tally["forced"] += bool(wanted[i][0].forced_ids)
 
 
 def check_many(examples):
     tally: Counter[str] = Counter()
+    asked: dict[Any, bool] = {}
 
     @settings(max_examples=examples)
     @given(mixes())
     def run(mix):
-        check(mix, tally)
+        check(mix, tally, asked)
 
     run()
-    print(dict(tally))
-    assert tally["near"] <= max(2, 0.01 * tally["requests"])
+    near_ones = sum(asked.values())
+    print(dict(tally), f"{near_ones} near of {len(asked)}")
+    assert near_ones <= max(2, 0.01 * len(asked))
     assert tally["equal"] > 0.5 * tally["requests"]
-    assert all(tally[reason] for reason in ("converged", "max_iterations", "given up"))
+    assert all(tally[case] for case in ("converged", "max_iterations", "given up", "scored", "prompt scored", "forced"))
 
 
 @pytest.mark.parametrize("workspace", sorted(tiny.WORKSPACES))
 def test_what_lies_near_a_threshold_is_replayed_at_its_recorded_depth(workspace):
-    made, tally = tiny.reasoner(loop=tiny.WORKSPACES[workspace]), Counter()
+    made, asked = tiny.reasoner(loop=tiny.WORKSPACES[workspace]), {}
     loop = {"max_iterations": 5, "criterion": "relative_change", "threshold": 0.0}
     result, close = reference(made, tiny.request(made, tiny.PROMPTS[3], loop))
     assert (result.iterations, close) == (5, False)
@@ -310,8 +349,8 @@ def test_what_lies_near_a_threshold_is_replayed_at_its_recorded_depth(workspace)
     request = tiny.request(made, tiny.PROMPTS[3], loop)
     alone, close = reference(made, request)
     assert close
-    replayed, expected = expect(made, request, tally)
-    assert tally == {"requests": 1, "near": 1}
+    replayed, expected = expect(made, request, asked)
+    assert list(asked.values()) == [True]
     assert (replayed.loop.criterion, replayed.loop.min_iterations) == ("fixed", alone.iterations)
     assert (expected.iterations, expected.token_ids) == (alone.iterations, alone.token_ids)
     with Stepped(made, slots=2) as engine:
