@@ -212,6 +212,8 @@ def put_into_words(
     """
     latent = reasoner.config.loop.decoder.latent_decoder
     said: list[list[str | None]] = [[None] * (len(row) - 1) for row in states]
+    if latent is None:
+        return said
     # A state that is not finite has nothing to say, and would spoil the batch.
     places = [
         (row, t)
@@ -219,7 +221,7 @@ def put_into_words(
         for t in range(len(states[row]) - 1)
         if asked and states[row][t + 1].isfinite().all()
     ]
-    if latent is None or not places:
+    if not places:
         return said
     writer = LatentWriter(reasoner, [states[row][t + 1] for row, t in places])
     ends = reasoner.end_tokens

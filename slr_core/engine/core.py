@@ -334,7 +334,8 @@ class Core:
         states = torch.stack(sequence.states) if request.trace or request.include_states else None
         if states is not None and request.trace:
             (thoughts,) = put_into_words(reasoner, [states], [True])
-            records = [replace(r, thought=said) for r, said in zip(records, thoughts, strict=True)]
+            if any(said is not None for said in thoughts):
+                records = [replace(r, thought=said) for r, said in zip(records, thoughts, strict=True)]
         result = Result(
             text=answer.text,
             token_ids=tuple(answer.tokens),
