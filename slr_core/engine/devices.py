@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 
 import torch
+from transformers import PreTrainedModel
 
+from slr_core.base import hidden_size
 from slr_core.model import LatentReasoner
 
 
@@ -26,6 +28,13 @@ def suit(reasoner: LatentReasoner) -> None:
     )
     if half and reasoner.device.type == "cpu" and not native:
         reasoner.float()
+
+
+@torch.inference_mode()
+def threads_for(base: PreTrainedModel, rows: int) -> int:
+    """The number of threads that suits passes of so many single positions; see :func:`fastest_threads`."""
+    x = torch.zeros(rows, 1, hidden_size(base), dtype=base.dtype)
+    return fastest_threads(lambda: base.base_model(inputs_embeds=x, use_cache=False))
 
 
 def fastest_threads(run: Callable[[], object], rounds: int = 3) -> int:

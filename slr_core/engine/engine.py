@@ -10,20 +10,17 @@ from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Many
 from concurrent.futures import Future
 from math import inf
-from types import TracebackType
 from typing import Any, Self
 
 import torch
-from transformers import PreTrainedModel
 
-from slr_core.base import hidden_size
 from slr_core.diagnostics import RowLog
-from slr_core.engine.bank import AdapterBank, check_finite
+from slr_core.engine.bank import AdapterBank
 from slr_core.engine.cache import token_bytes
 from slr_core.engine.core import Core
-from slr_core.engine.devices import best_device, fastest_threads, suit
+from slr_core.engine.devices import best_device, suit, threads_for
 from slr_core.engine.events import Event, Finished
-from slr_core.engine.loops import LoopSet, share_base
+from slr_core.engine.loops import LoopSet, placed
 from slr_core.engine.prefix import prefix_keys
 from slr_core.engine.sequence import Sequence
 from slr_core.engine.statistics import Counters, Step
@@ -89,7 +86,8 @@ class Engine:
         self.slots = slots
         self.threads = threads
         """Torch threads, once the engine has run a step."""
-        self.capacity = _capacity(reasoner, slots, cache_gib) if capacity is None else capacity
+        room = int(cache_gib * GIB) // (slots * token_bytes(reasoner.base))
+        self.capacity = min(reasoner.max_positions, room) if capacity is None else capacity
         if self.capacity < 2:
             raise ConfigError(
                 f"a slot has room for {self.capacity} positions; give `capacity`, more `cache_gib` or fewer `slots`"
@@ -177,13 +175,7 @@ class Engine:
             RequestError: there is no such loop set, or the request is larger than a slot.
         """
         loops = self._loop_set(loop_set)
-        reserved = (
-            len(request.prompt_ids)
-            + loops.workspace.loop_positions(request.loop.max_iterations)
-            + len(request.answer_prefix_ids)
-            + len(request.forced_ids)
-            + request.max_new_tokens
-        )
+        reserved = loops.positions(request)
         if reserved > self.capacity:
             raise RequestError(f"the request may need {reserved} positions, a slot has {self.capacity}", param="prompt")
         sequence = Sequence(
@@ -263,12 +255,7 @@ class Engine:
         """
         if name in self.loop_sets:
             raise ConfigError(f"there is a loop set {name!r} already")
-        reasoner = LatentReasoner.from_pretrained(
-            path_or_id, dtype=self.reasoner.base.dtype, device=str(self.reasoner.device)
-        )
-        share_base(self.reasoner, reasoner)
-        check_finite(reasoner.base)
-        added = LoopSet(name, reasoner)
+        added = LoopSet.beside(self.reasoner, name, path_or_id)
 
         def add() -> None:
             self.loop_sets[name] = added
@@ -291,14 +278,9 @@ class Engine:
         """Hold the adapters of all loop sets that can be asked for, or that somebody still runs."""
         sets = [*self.loop_sets.values(), *(self._in_use() - set(self.loop_sets.values()))]
         self._in_bank = set(sets)
-        places: list[tuple[PreTrainedModel, str]] = []
-        for loops in sets:
-            names = sorted(loops.reasoner.adapters.names)
-            loops.adapters = {name: len(places) + i for i, name in enumerate(names)}
-            places += [(loops.reasoner.base, name) for name in names]
-        self._bank.fill(places)
+        self._bank.fill(placed(sets))
         chosen = self._bank.tune(self.slots, self.reasoner.workspace.width(TYPICAL_PROMPT))
-        logger.debug("adapter bank: %d adapters, %s", len(places), chosen)
+        logger.debug("adapter bank: %d adapters, %s", self._bank.count, chosen)
 
     def _in_use(self) -> set[LoopSet]:
         scheduler = self._core.scheduler
@@ -364,23 +346,16 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _set_threads(self) -> None:
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        elif self.model.device.type == "cpu":
-            x = torch.zeros(min(8, self.slots), 1, hidden_size(self.model), dtype=self.model.dtype)
-            with torch.inference_mode():
-                self.threads = fastest_threads(lambda: self.model.base_model(inputs_embeds=x, use_cache=False))
 
     def _run(self) -> None:
         error: Exception = EngineError("the engine is shut down")
         try:
-            self._set_threads()
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)
+            elif self.model.device.type == "cpu":
+                self.threads = threads_for(self.model, min(8, self.slots))
             while self._wait_for_work():
                 self._core.step()
                 self.last_progress = time.monotonic()
@@ -422,8 +397,3 @@ class Engine:
     def _take_arrivals(self) -> None:
         self._core.scheduler.waiting.extend(self._arrived)
         self._arrived.clear()
-
-
-def _capacity(reasoner: LatentReasoner, slots: int, cache_gib: float) -> int:
-    room = int(cache_gib * GIB) // (slots * token_bytes(reasoner.base))
-    return min(reasoner.max_positions, room)

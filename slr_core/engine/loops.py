@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from slr_core.engine.bank import check_finite
 from slr_core.errors import ConfigError
+from slr_core.generation import Request
 from slr_core.loop.lora import DECODE, trained_index
 from slr_core.model import LatentReasoner
 
@@ -38,6 +42,19 @@ class LoopSet:
             )
         """e_1 ... e_T ``[T, d]``."""
 
+    @classmethod
+    def beside(cls, owner: LatentReasoner, name: str, path_or_id: str) -> Self:
+        """Load a checkpoint's loop around the base model that ``owner`` has already.
+
+        Raises:
+            CheckpointError: it cannot be loaded.
+            ConfigError: its base model is another, or its weights are not finite.
+        """
+        reasoner = LatentReasoner.from_pretrained(path_or_id, dtype=owner.base.dtype, device=str(owner.device))
+        share_base(owner, reasoner)
+        check_finite(reasoner.base)
+        return cls(name, reasoner)
+
     @property
     def in_place(self) -> bool:
         """Whether an iteration runs the same positions again: every workspace but ``append``."""
@@ -59,6 +76,16 @@ class LoopSet:
         """Place in the bank of what writes after a loop."""
         return self.adapters.get(DECODE)
 
+    def positions(self, request: Request) -> int:
+        """Columns of a slot that a request may come to need."""
+        return (
+            len(request.prompt_ids)
+            + self.workspace.loop_positions(request.loop.max_iterations)
+            + len(request.answer_prefix_ids)
+            + len(request.forced_ids)
+            + request.max_new_tokens
+        )
+
     def inputs(self, hidden: Tensor, iterations: Sequence[int], change: Sequence[float | None]) -> Tensor:
         """``u_t`` ``[n, W, d]`` from h_{t-1} ``[n, W, d]``, each row's ``t`` and its last relative change."""
         timestep, projected = self.reasoner.timestep, self.reasoner.project_in(hidden)
@@ -74,6 +101,16 @@ class LoopSet:
         if timestep.noise_level:
             last = torch.tensor([torch.nan if x is None else x for x in change], device=device)[:, None]
         return timestep.combined(projected, e_t, last)
+
+
+def placed(sets: Iterable[LoopSet]) -> list[tuple[PreTrainedModel, str]]:
+    """Give every adapter of these loop sets its place in the bank: where to find each, and its name, in order."""
+    places: list[tuple[PreTrainedModel, str]] = []
+    for loops in sets:
+        names = sorted(loops.reasoner.adapters.names)
+        loops.adapters = {name: len(places) + i for i, name in enumerate(names)}
+        places += [(loops.reasoner.base, name) for name in names]
+    return places
 
 
 def share_base(owner: LatentReasoner, other: LatentReasoner) -> None:
