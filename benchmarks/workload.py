@@ -1,0 +1,116 @@
+"""What the engine is measured on: two models, and load L.
+
+The bundled checkpoint, whose passes are so short that overhead shows, and a Llama-shaped random model of 135M
+parameters (30 layers, width 576, vocabulary 49,152) with 8 loop adapters of rank 16 on all linear layers.
+Load L: 32 requests at once, prompts of 16 tokens, exits spread evenly over 1 to 16 iterations, 1 to 32 new tokens.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from slr_core import LatentReasoner
+from slr_core.config import SLRConfig
+from slr_core.engine import Engine
+from slr_core.engine.statistics import Step
+from slr_core.generation import Request
+from slr_core.loop.convergence import LoopSettings
+from slr_core.sampling import SamplingSettings
+
+SEED = 20261124
+ROWS, PROMPT, ITERATIONS, TOKENS = 32, 16, 16, 32
+
+
+class Endless(LatentReasoner):
+    """A model whose answers are as long as asked."""
+
+    end_tokens = frozenset()  # type: ignore[assignment]
+
+
+def bundled() -> LatentReasoner:
+    """The bundled checkpoint."""
+    return Endless.from_pretrained(None)
+
+
+def llama(layers: int) -> LatentReasoner:
+    """The Llama-shaped random model."""
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49_152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=layers,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        )
+    )
+    config = SLRConfig.from_dict(
+        {"loop": {"trained_iterations": 8, "max_iterations": 16, "lora": {"rank": 16}, "timestep": {"kind": "learned"}}}
+    )
+    reasoner = Endless(base.eval(), LatentReasoner.from_pretrained(None).tokenizer, config).eval()
+    with torch.no_grad():
+        for key, weight in reasoner.base.named_parameters():
+            if "lora_B" in key:
+                weight.normal_(std=0.02)
+    return reasoner
+
+
+def load(count: int, prompt: int = PROMPT) -> list[Request]:
+    """Requests of load L."""
+    rng = random.Random(SEED)
+    exits = [1 + i % ITERATIONS for i in range(count)]
+    rng.shuffle(exits)
+    return [replace(fixed(exit_at, rng.randint(1, TOKENS)), prompt_ids=tokens(rng, prompt)) for exit_at in exits]
+
+
+def fixed(iterations: int, new_tokens: int) -> Request:
+    """A request of a given length."""
+    return Request(
+        prompt_ids=tokens(random.Random(iterations), PROMPT),
+        answer_prefix_ids=(),
+        loop=LoopSettings(iterations, iterations, "fixed", 0.0, 1),
+        max_new_tokens=new_tokens,
+        sampling=SamplingSettings(),
+        stop=(),
+        trace=False,
+        top_tokens=0,
+        include_states=False,
+    )
+
+
+def tokens(rng: random.Random, count: int) -> tuple[int, ...]:
+    """A prompt."""
+    return tuple(rng.randrange(4, 40) for _ in range(count))
+
+
+def work(requests: list[Request]) -> int:
+    """Passes of rows that requests take: the prompt, the iterations, and every token but the first."""
+    return sum(r.loop.max_iterations + r.max_new_tokens for r in requests)
+
+
+class Watch:
+    """Notes when an engine's steps end and how many rows they had; for ``Engine(on_step=...)``."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, int]] = []
+
+    def __call__(self, step: Step) -> None:
+        """Note a step."""
+        self.steps.append((time.perf_counter(), step.rows))
+
+    def run(self, engine: Engine, requests: list[Request]) -> float:
+        """Answer them, as many at once as there are slots: seconds a pass of a row while all slots were taken."""
+        self.steps.clear()
+        began = time.perf_counter()
+        for future in [engine.submit(request) for request in requests]:
+            future.result()
+        # Once nobody waits for a slot, fewer run with every answer: that is not the load any more.
+        last = max(i for i, (_, rows) in enumerate(self.steps) if rows == ROWS)
+        return (self.steps[last][0] - began) / sum(rows for _, rows in self.steps[: last + 1])
