@@ -1,6 +1,7 @@
-"""The figures of the bundled checkpoint's model card: with the loop, without it, and the shortcut rule.
+"""The figures of the bundled checkpoint's model card: with the loop, without it, controls, and the shortcut rule.
 
-    python -m benchmarks.prosqa --control runs/prosqa_no_loop --data ../shared/data --out benchmarks/results/prosqa.json
+    python -m benchmarks.prosqa --control no_thought=runs/no_thought --control pause_as_thought=runs/pause_as_thought \\
+        --data ../shared/data --out benchmarks/results/prosqa.json
 
 Data sets that are not there are left out. `slr compare` does the same for one set and more methods.
 """
@@ -42,7 +43,13 @@ def main() -> None:
     """Run every method on every set, print Markdown tables and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="checkpoint folder (default: the bundled one)")
-    parser.add_argument("--control", type=Path, help="the control trained without the loop")
+    parser.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="METHOD=DIR",
+        help="a control of `slr compare` and the checkpoint trained for it; can be given again",
+    )
     parser.add_argument("--data", type=Path, help="folder of the data sets")
     parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
     parser.add_argument("--questions", type=int, default=2000, help="generated questions per set")
@@ -58,9 +65,9 @@ def main() -> None:
         "with its loop": (tested, METHODS["slr"]),
         "the same model, max_iterations 0": (tested, METHODS["no_cot"]),
     }
-    if options.control:
-        control = Local(LatentReasoner.from_pretrained(str(options.control)))
-        methods["trained without the loop"] = (control, METHODS["no_thought"])
+    for given in options.control:
+        name, _, folder = given.partition("=")
+        methods[name] = (Local(LatentReasoner.from_pretrained(folder)), METHODS[name])
 
     figures: dict[str, dict[str, Any]] = {}
     print("| questions | n | depth rule |", *(f"{method} |" for method in methods))
