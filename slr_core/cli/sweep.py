@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from slr_core.cli.evaluate import versions
+from slr_core.cli.evaluate import JsonFile, check_folder, versions
 from slr_core.cli.options import console
 from slr_core.errors import ConfigError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 def sweep(
     spec: Annotated[Path, typer.Argument(help="what to vary and how to judge, in YAML", exists=True, dir_okay=False)],
+    json_file: JsonFile = None,
 ) -> None:
     """Train a recipe over values of its settings and over seeds, evaluate every model, and compare them.
 
@@ -31,8 +33,13 @@ def sweep(
         from slr_core.evaluation.sweep import run
     except ImportError as error:
         raise ConfigError(f"training needs the extra `train`: pip install 'slr[train]' ({error})") from error
+    check_folder(json_file)
     status = Console(stderr=True)
-    _print(run(spec, about=versions(), progress=lambda doing: status.print(escape(doing))))
+    rows = run(spec, about=versions(), progress=lambda doing: status.print(escape(doing)))
+    _print(rows)
+    if json_file is not None:
+        record = {"manifest": {"spec": str(spec), **versions()}, "rows": [row.to_json() for row in rows]}
+        json_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _print(rows: list[Row]) -> None:

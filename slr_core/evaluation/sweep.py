@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -120,12 +120,29 @@ def variants(sweep: SweepConfig, folder: Path) -> Iterator[Variant]:
 
 @dataclass(frozen=True)
 class Row:
-    """One model's figures on one set of questions by one method."""
+    """One model's figures on one set of questions by one method.
+
+    Attributes:
+        variant: the model.
+        questions: task, source and, where they are changed, the settings of the loop.
+        method: by name.
+        summary: the figures.
+    """
 
     variant: Variant
     questions: str
     method: str
     summary: Summary
+
+    def to_json(self) -> dict[str, Any]:
+        """The row without the recipe."""
+        return {
+            "variant": self.variant.label,
+            "seed": self.variant.seed,
+            "asked": self.questions,
+            "method": self.method,
+            **asdict(self.summary),
+        }
 
 
 def run(
@@ -180,8 +197,13 @@ def run(
             for method in methods:
                 opened = store.open(spec_of(method, settings, task, questions, model), about)
                 outcomes = run_method(method, backend, task, questions.examples, settings, store=store, run=opened)
-                rows.append(Row(variant, f"{task.name}: {questions.source}", method.name, summarize(outcomes)))
+                rows.append(Row(variant, _asked(judge, questions.source), method.name, summarize(outcomes)))
     return rows
+
+
+def _asked(judge: Judgement, source: str) -> str:
+    settings = "".join(f"; {name}={value}" for name, value in judge.loop.items())
+    return f"{judge.task}: {source}{settings}"
 
 
 def _slug(values: dict[str, Any], settings: dict[str, Any]) -> str:

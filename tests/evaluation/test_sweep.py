@@ -1,8 +1,11 @@
+import json
 import shutil
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from slr_core import cli
 from slr_core.errors import ConfigError
 from slr_core.evaluation import sweep
 from slr_core.evaluation.store import Store
@@ -125,6 +128,23 @@ def test_a_spec_that_is_no_yaml(tmp_path):
     path.write_text("recipe: [")
     with pytest.raises(ConfigError, match="YAML"):
         sweep.run(path)
+
+
+def test_the_same_questions_under_other_settings_are_other_questions(spec, trained):
+    judges = [JUDGE | {"methods": ["slr"], "loop": loop} for loop in ({}, {"max_iterations": 1})]
+    rows = sweep.run(spec(vary={}, seeds=[0], evaluate=judges))
+    assert rows[1].to_json()["asked"] == f"{rows[0].questions}; max_iterations=1"
+    assert json.loads(json.dumps([row.to_json() for row in rows]))[1]["iterations"] == 1
+
+
+def test_the_command_prints_a_table_and_keeps_its_rows(spec, trained, tmp_path):
+    judges = [JUDGE | {"methods": ["slr"], "loop": loop} for loop in ({}, {"max_iterations": 1})]
+    arguments = ["sweep", str(spec(vary={}, evaluate=judges)), "--json", str(tmp_path / "rows.json")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("as it is") == 2
+    record = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["seed"], row["iterations"] == 1) for row in record["rows"][1::2]] == [(0, True), (1, True)]
 
 
 def test_variants_have_names_and_settings_of_their_own(spec, trained):
