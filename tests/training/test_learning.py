@@ -31,7 +31,7 @@ def test_every_variant_of_an_ablation_starts(name):
     spec = RECIPES / "ablations" / f"{name}.yaml"
     sweep = SweepConfig.from_yaml(spec)
     assert len(sweep.seeds) == 3
-    assert [judge.loop.get("max_iterations") for judge in sweep.evaluate] == [4, 16, None]
+    assert [judge.loop.get("max_iterations") for judge in sweep.evaluate] == [6, 24, None]
     planned = [variant for variant in variants(sweep, spec.parent) if variant.seed == 0]
     assert len(planned) == len(sweep.variants) >= 2
     for variant in planned:
