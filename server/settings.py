@@ -36,7 +36,10 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    model: str | None = Field(None, description="checkpoint folder or hub id; prosqa, or none, is the bundled one")
+    model: str | None = Field(
+        None,
+        description="checkpoint folder or hub id, or the name of one that ships (prosqa, prontoqa); none: prosqa",
+    )
     loop_sets: str | None = Field(
         None, description="folder whose checkpoints the admin endpoints may load as further loop sets"
     )

@@ -46,7 +46,8 @@ R = TypeVar("R", bound="LatentReasoner")
 
 CONFIG, MODULES, LOOPS, BASE = "slr_config.json", "slr_modules.safetensors", "loops", "base"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-BUNDLED = Path(__file__).parent / "checkpoints" / "prosqa"
+SHIPPED = Path(__file__).parent / "checkpoints"
+BUNDLED = SHIPPED / "prosqa"
 _DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MOST = 1024  # layers, experts, labels of a base model: made one by one, before any weight is looked at
@@ -145,9 +146,10 @@ def _load_loop(reasoner: LatentReasoner, folder: Path, *, assign: bool = False) 
 
 
 def local_path(path_or_id: str | Path | None) -> Path:
-    """Where a checkpoint is, if here: ``None`` is the bundled one, ``prosqa`` too unless a folder is called so."""
+    """Where a checkpoint is, if here: ``None`` is ``prosqa``; those that ship have names, unless a folder has them."""
     path = BUNDLED if path_or_id is None else Path(path_or_id)
-    return BUNDLED if str(path) == BUNDLED.name and not path.is_dir() else path
+    shipped = {folder.name: folder for folder in SHIPPED.iterdir()}.get(str(path))
+    return path if shipped is None or path.is_dir() else shipped
 
 
 def _folder(path_or_id: str | Path | None) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slr_core.checkpoint import BUNDLED, load, load_weights, local_path, save
+from slr_core.checkpoint import BUNDLED, SHIPPED, load, load_weights, local_path, save
 from slr_core.describe import describe
 from slr_core.errors import CheckpointError
 from slr_core.generation import generate
@@ -48,6 +48,9 @@ def states(made):
 def test_the_bundled_checkpoint_has_a_name_and_a_folder_called_so_comes_first(good, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert local_path("prosqa") == local_path(None) == BUNDLED
+    assert {local_path(folder.name) for folder in SHIPPED.iterdir()} == set(SHIPPED.iterdir())
+    assert local_path("") == Path()
+    assert local_path("checkpoints/prosqa") == Path("checkpoints/prosqa")
     assert describe(LatentReasoner.from_pretrained("prosqa")) == describe(LatentReasoner.from_pretrained())
     shutil.copytree(good, tmp_path / "prosqa")
     assert describe(LatentReasoner.from_pretrained("prosqa")) == describe(LatentReasoner.from_pretrained(str(good)))

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 # Redirected output is for files and pipes: no reason to wrap it at 80 columns.
 console = Console() if sys.stdout.isatty() else Console(width=160)
 
-Model = Annotated[str | None, typer.Option(help="checkpoint folder or hub id  [default: prosqa, the bundled one]")]
+Model = Annotated[
+    str | None, typer.Option(help="checkpoint folder or hub id, or prosqa or prontoqa, which ship  [default: prosqa]")
+]
 Prompt = Annotated[str, typer.Argument(help="the question; `-` reads it from standard input")]
 MaxIterations = Annotated[int | None, typer.Option(min=0, max=256, help="most iterations; 0 is the plain base model")]
 MinIterations = Annotated[int | None, typer.Option(min=0, max=256, help="fewest iterations")]
