@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from peft import LoraConfig
@@ -21,43 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slr_core.base import attention_mask, end_tokens, hidden_size, refuse_unfaithful
-from slr_core.config import LoopConfig, SLRConfig
+from slr_core.config import SLRConfig
 from slr_core.context import Context, LoopOutput
 from slr_core.diagnostics import RowLog, observe, stability
 from slr_core.errors import ConfigError, RequestError
 from slr_core.loop.convergence import ExitReason, ExitRule, LoopSettings, measure, step
-from slr_core.loop.decoder import LatentDecoder
-from slr_core.loop.halting import HaltingHead
 from slr_core.loop.lora import DECODE, LoopAdapters, attach, fresh, trained_index
-from slr_core.loop.projection import Projection
-from slr_core.loop.residual import Residual
-from slr_core.loop.timestep import Timestep
-from slr_core.loop.workspace import Workspace, readout
-from slr_core.loop.workspace import build as build_workspace
-
-
-class Parts(NamedTuple):
-    """The loop's own modules, by the names that their weights have in a checkpoint."""
-
-    workspace: Workspace
-    project: Projection
-    timestep: Timestep
-    residual: Residual
-    halting: HaltingHead | None
-    decoder: LatentDecoder | None
-
-    @classmethod
-    def build(cls, loop: LoopConfig, hidden_size: int) -> Self:
-        """Untrained parts for a base model of this hidden size."""
-        latent = loop.decoder.latent_decoder
-        return cls(
-            workspace=build_workspace(loop, hidden_size),
-            project=Projection(loop.projection, hidden_size),
-            timestep=Timestep(loop.timestep, hidden_size, loop.trained_iterations),
-            residual=Residual(loop.residual, hidden_size),
-            halting=HaltingHead(hidden_size) if loop.halting_head else None,
-            decoder=None if latent is None else LatentDecoder(latent, hidden_size),
-        )
+from slr_core.loop.parts import Parts
+from slr_core.loop.workspace import readout
 
 
 class LatentReasoner(nn.Module):
