@@ -28,7 +28,7 @@ def refuse_unfaithful(base: PreTrainedModel) -> None:
 
 def attention_mask(base: PreTrainedModel, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask ``[B, q, S]`` bool in the form that the base's attention takes: ``[B, 1, q, S]``."""
-    if base.config._attn_implementation == "sdpa":
+    if base.config._attn_implementation != "eager":
         return mask[:, None]
     # Eager attention adds its mask to the scores.
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[:, None]

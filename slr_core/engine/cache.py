@@ -38,18 +38,19 @@ class SlotCache(Cache):
         self.width = 0
         self.read: slice | Tensor = slice(0, 0)
 
-    def bind(self, slots: Sequence[int], columns: Tensor, width: int) -> None:
+    def bind(self, slots: Sequence[int], columns: Tensor, width: int, *, whole: bool = False) -> None:
         """Say where the next pass writes and what it reads.
 
         Args:
-            slots: of its rows, ascending.
+            slots: of its rows, ascending; with ``whole`` in any order, and one may come several times.
             columns: ``[n, q]`` long, where each input goes; ``capacity`` for padding.
             width: columns to read, from the first.
+            whole: all slots are read, whoever writes.
         """
         self.columns, self.width = columns, width
         self.rows = torch.tensor(slots, device=columns.device)
         neighbours = slots[-1] - slots[0] + 1 == len(slots)
-        self.read = slice(slots[0], slots[-1] + 1) if neighbours else self.rows
+        self.read = slice(None) if whole else slice(slots[0], slots[-1] + 1) if neighbours else self.rows
 
     def move(self, source: int, target: int, columns: int) -> None:
         """Copy the first columns of a slot to another."""

@@ -76,7 +76,7 @@ class Core:
         began, before = time.perf_counter(), replace(self.counters)
         self._drop_who_is_gone()
         work = self.scheduler.schedule()
-        for rows in by_length(work):
+        for rows in by_length(work, join=self.passes.joins):
             self._isolated(self._pass, rows)
         written = [(sequence, 0) for sequence in self.scheduler.running if sequence.state is not None]
         if written:
@@ -190,8 +190,7 @@ class Core:
 
     def _pass(self, rows: list[Work]) -> None:
         began = time.perf_counter()
-        hidden = self.passes.run(rows)
-        outputs = {sequence: hidden[i, :count] for i, (sequence, count) in enumerate(rows)}
+        outputs = dict(zip((sequence for sequence, _ in rows), self.passes.run(rows), strict=True))
         looping = by_loop_set(sequence for sequence, _ in rows if sequence.phase is Phase.LOOP)
         moved = [Moved.by(group, [outputs[sequence] for sequence in group]) for group in looping]
         # The head's weights are large: what loops is read together with what writes, where anything in a loop is read.

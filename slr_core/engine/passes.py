@@ -5,27 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from slr_core.base import attention_mask
+from slr_core.engine.attention import Joint, Part, joins
 from slr_core.engine.bank import AdapterBank
 from slr_core.engine.cache import SlotCache
 from slr_core.engine.scheduler import Work
 from slr_core.engine.sequence import Phase, Sequence
 from slr_core.engine.static import StaticPasses
 
+JOINED_POSITIONS = 256
+"""Of a pass that takes rows of any length together, at most; beyond, reading the weights once more hardly matters."""
 
-def by_length(work: Iterable[Work]) -> list[list[Work]]:
-    """Split a step into passes: single positions, then up to 2, 4, 8, ...: little of a pass is padding."""
 
-    def length_class(item: Work) -> int:
-        return (item[1] - 1).bit_length()
+def by_length(work: Iterable[Work], *, join: bool = True) -> list[list[Work]]:
+    """Split a step into passes: single positions, then up to 2, 4, 8, ...: little of a pass is padding.
 
-    ordered = sorted((item for item in work if item[1]), key=lambda item: (length_class(item), item[0].slot))
-    return [list(rows) for _, rows in groupby(ordered, key=length_class)]
+    A step of few positions is one pass, as long as it may ``join`` them.
+    """
+    ordered = sorted((item for item in work if item[1]), key=lambda item: (_length_class(item), item[0].slot))
+    if join and sum(count for _, count in ordered) <= JOINED_POSITIONS:
+        return [ordered] if ordered else []
+    return [list(rows) for _, rows in groupby(ordered, key=_length_class)]
+
+
+def _length_class(item: Work) -> int:
+    return (item[1] - 1).bit_length()
+
+
+def _width(work: Iterable[Work]) -> int:
+    return max(row.filled + count for row, count in work)
 
 
 def by_loop_set(rows: Iterable[Sequence]) -> list[list[Sequence]]:
@@ -47,64 +61,106 @@ class Passes:
 
     def __init__(self, bank: AdapterBank, cache: SlotCache, *, static: bool = False) -> None:
         self.static = StaticPasses(bank, cache) if static else None
+        self.joins = not static and joins(bank.model)
+        """Whether rows of different length classes can share a pass."""
         self.bank, self.cache, self.model, self.device = bank, cache, bank.model, bank.model.device
         self.embeddings: nn.Module = bank.model.get_input_embeddings()
         table = self.embeddings.weight
         assert isinstance(table, Tensor)
         self.table = table
 
-    def run(self, work: Rows[Work]) -> Tensor:
-        """One pass: states ``[n, q, d]``, of which each row's first ones are its own. Slots ascend.
+    def run(self, work: Rows[Work]) -> list[Tensor]:
+        """One pass over rows as :func:`by_length` has ordered them: each row's states ``[count, d]``.
 
         It changes nothing but the slots' columns from each row's ``filled`` on, so it can be repeated.
         """
-        device, queries = self.device, max(count for _, count in work)
-        embeds, adapters = self._inputs(work, queries), [_adapter(row) for row, _ in work]
+        counts, inputs, adapters = [count for _, count in work], self._inputs(work), [_adapter(row) for row, _ in work]
+        if len(set(map(_length_class, work))) > 1:
+            return list(torch.split(self._joined(work, adapters, inputs), counts))
+        slots, starts, queries = [row.slot for row, _ in work], [row.filled for row, _ in work], max(counts)
         if self.static is not None and queries == 1:
-            return self.static.run([row.slot for row, _ in work], [row.filled for row, _ in work], adapters, embeds)
-        starts = torch.tensor([row.filled for row, _ in work], device=device)
-        if len({count for _, count in work}) == 1:
-            columns = positions = starts[:, None] + torch.arange(queries, device=device)
+            return list(self.static.run(slots, starts, adapters, inputs[:, None]))
+        order = torch.arange(queries, device=self.device)
+        columns = positions = torch.tensor(starts, device=self.device)[:, None] + order
+        if len(set(counts)) == 1:
+            embeds = inputs.view(len(work), queries, -1)
         else:
-            order = torch.arange(queries, device=device)
-            real = order < torch.tensor([count for _, count in work], device=device)[:, None]
-            columns = torch.where(real, starts[:, None] + order, self.cache.capacity)
+            real = order < torch.tensor(counts, device=self.device)[:, None]
+            embeds = inputs.new_zeros(len(work), queries, inputs.shape[1])
+            embeds[real] = inputs
             # Padding looks at the first column, so that it sees something finite.
-            positions = torch.where(real, columns, 0)
-        width = max(row.filled + count for row, count in work)
-        mask = torch.arange(width, device=device) <= positions[..., None]
-        self.cache.bind([row.slot for row, _ in work], columns, width)
+            columns, positions = torch.where(real, columns, self.cache.capacity), torch.where(real, positions, 0)
+        width = _width(work)
+        self.cache.bind(slots, columns, width)
         self.bank.use(adapters)
-        output = self.model.base_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask(self.model, mask, embeds.dtype),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        hidden: Tensor = output.last_hidden_state
+        mask = torch.arange(width, device=self.device) <= positions[..., None]
+        hidden = self._forward(embeds, positions, attention_mask=attention_mask(self.model, mask, embeds.dtype))
+        return [states[:count] for states, count in zip(hidden, counts, strict=True)]
+
+    def _forward(self, embeds: Tensor, positions: Tensor, **options: Any) -> Tensor:
+        hidden: Tensor = self.model.base_model(
+            inputs_embeds=embeds, position_ids=positions, past_key_values=self.cache, use_cache=True, **options
+        ).last_hidden_state
         return hidden
 
-    def _inputs(self, work: Rows[Work], queries: int) -> Tensor:
-        device = self.device
-        tokens = [(i, row, count) for i, (row, count) in enumerate(work) if row.phase in (Phase.PREFILL, Phase.DECODE)]
-        embeds: Tensor | None = None
-        if tokens:
-            ids = [_tokens(row, count) for _, row, count in tokens]
-            padded = [x + [0] * (queries - len(x)) for x in ids]
-            embeds = self.embeddings(torch.tensor(padded, device=device))
-            if len(tokens) == len(work):
-                return embeds
-        inputs = self.table.new_zeros(len(work), queries, self.table.shape[1])
+    def _joined(self, work: Rows[Work], adapters: list[int | None], inputs: Tensor) -> Tensor:
+        """Every position a row of the model's batch: states ``[m, d]``."""
+        owners = [row for row, (_, count) in enumerate(work) for _ in range(count)]
+        columns = torch.tensor([row.filled + i for row, count in work for i in range(count)], device=self.device)
+        self.cache.bind([work[row][0].slot for row in owners], columns[:, None], self.cache.capacity, whole=True)
+        self.bank.use([adapters[row] for row in owners])
+        return self._forward(inputs[:, None], columns[:, None], joint=Joint(self._parts(work, columns)))[:, 0]
+
+    def _parts(self, work: Rows[Work], columns: Tensor) -> list[Part]:
+        parts, order = [], torch.arange(_width(work), device=self.device)
+        singles = [row for row, count in work if count == 1]
+        if singles:
+            slots, width = [row.slot for row in singles], max(row.filled for row in singles) + 1
+            span, own = slice(slots[0], slots[-1] + 1), slice(0, len(slots))
+            mask, among = order[:width] <= columns[own, None], None
+            if span.stop - span.start > len(slots):
+                among = torch.tensor(slots, device=self.device) - span.start
+                # Who is not among them looks at the first column, so that it sees something finite.
+                mask = (order[:width] < 1).repeat(span.stop - span.start, 1).index_copy_(0, among, mask)
+            parts.append(Part(own, span, width, mask[:, None, None], among))
+        start = len(singles)
+        for row, count in work[len(singles) :]:
+            own, width = slice(start, start + count), row.filled + count
+            mask = order[:width] <= columns[own, None]
+            parts.append(Part(own, slice(row.slot, row.slot + 1), width, mask[None, None]))
+            start += count
+        return parts
+
+    def _inputs(self, work: Rows[Work]) -> Tensor:
+        """What the rows feed, one after another: ``[m, d]``."""
+        ids: list[int] = []
+        tokens: list[int] = []
+        places: dict[Sequence, range] = {}
+        start = 0
+        for row, count in work:
+            places[row] = range(start, start + count)
+            if row.phase in (Phase.PREFILL, Phase.DECODE):
+                ids += _tokens(row, count)
+                tokens += places[row]
+            start += count
+        embeds: Tensor | None = self.embeddings(torch.tensor(ids, device=self.device)) if ids else None
+        if embeds is not None and len(tokens) == start:
+            return embeds
+        inputs = self.table.new_empty(start, self.table.shape[1])
         if embeds is not None:
-            inputs[torch.tensor([i for i, _, _ in tokens], device=device)] = embeds
-        places = {id(row): i for i, (row, _) in enumerate(work)}
+            inputs[torch.tensor(tokens, device=self.device)] = embeds
         latent = [row for row, _ in work if row.phase in (Phase.LOOP, Phase.CLOSE)]
         for group in by_loop_set(latent):
             for phase, rows in ((p, [row for row in group if row.phase is p]) for p in (Phase.LOOP, Phase.CLOSE)):
                 if rows:
                     u = looped(rows) if phase is Phase.LOOP else closing(rows)
-                    inputs[torch.tensor([places[id(row)] for row in rows], device=device), : u.shape[1]] = u
+                    own = [place for row in rows for place in places[row]]
+                    if len(own) < u.shape[0] * u.shape[1]:
+                        u = torch.cat([x[: len(places[row])] for row, x in zip(rows, u, strict=True)])
+                    u = u.reshape(-1, u.shape[-1])
+                    if len(own) == start:
+                        return u
+                    inputs[torch.tensor(own, device=self.device)] = u
         return inputs
 
 

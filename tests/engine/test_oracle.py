@@ -53,6 +53,7 @@ class Mix:
     removed: int | None
     engine: dict[str, Any]
     method: str | None
+    joins: bool
     asks: list[Ask]
 
 
@@ -166,6 +167,7 @@ def mixes(draw):
             "static_shapes": draw(st.booleans()),
         },
         method=draw(st.sampled_from(["masked", "grouped", "segments", None])),
+        joins=draw(st.booleans()),
         asks=draw(st.lists(asks(two), min_size=3, max_size=9)),
     )
 
@@ -276,6 +278,7 @@ def check(mix, tally, asked):
     with Stepped(first, **mix.engine) as engine:
         if second is not None:
             engine.add("second", second)
+        engine._core.passes.joins &= mix.joins
         for layer in engine._bank.layers.values():
             if mix.method is not None and isinstance(layer, BankedLinear):
                 layer.method = mix.method
