@@ -35,7 +35,9 @@ def recorded(engine: Engine) -> Iterator[Passes]:
 
     def note(_module: Any, _args: Any, options: dict[str, Any]) -> None:
         rows, queries, _ = options["inputs_embeds"].shape
-        passes.shapes.append((rows, queries, options["attention_mask"].shape[-1]))
+        joint = options.get("joint")
+        columns = max(part.width for part in joint.parts) if joint else options["attention_mask"].shape[-1]
+        passes.shapes.append((rows, queries, columns))
 
     def note_head(_module: Any, args: tuple[torch.Tensor]) -> None:
         passes.heads.append(len(args[0]))
@@ -52,11 +54,11 @@ def recorded(engine: Engine) -> Iterator[Passes]:
 
 
 @torch.inference_mode()
-def bare(engine: Engine, passes: Passes) -> None:
-    """The same passes by the base model alone."""
+def bare(engine: Engine, passes: Passes, cache: SlotCache) -> None:
+    """The same passes by the base model alone, over a cache of as many rows as the largest has."""
     engine._bank.rows = None  # the engine is idle: its model runs without adapters
     for rows, queries, columns in passes.shapes:
-        forward(engine.model, engine._core.cache, rows, queries, columns)
+        forward(engine.model, cache, rows, queries, columns)
     head = engine.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     for rows in passes.heads:
         head(torch.zeros(rows, hidden_size(engine.model)))
