@@ -17,27 +17,46 @@ from torch.utils.hooks import RemovableHandle
 
 from slr_core.base import hidden_size
 from slr_core.engine import Engine
+from slr_core.engine.attention import Part
 from slr_core.engine.cache import SlotCache
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What an engine ran: rows, positions and columns of each pass, and rows read by the head."""
+    """What an engine ran.
+
+    Attributes:
+        shapes: rows, positions and columns of each pass.
+        apart: the same, but single positions and prompts of each length class in passes of their own, as a model
+            without the engine would have to run them.
+        heads: rows read by the head, each time.
+    """
 
     shapes: list[tuple[int, int, int]]
+    apart: list[tuple[int, int, int]]
     heads: list[int]
 
 
 @contextmanager
 def recorded(engine: Engine) -> Iterator[Passes]:
     """Note every pass inside the block."""
-    passes = Passes([], [])
+    passes = Passes([], [], [])
 
     def note(_module: Any, _args: Any, options: dict[str, Any]) -> None:
         rows, queries, _ = options["inputs_embeds"].shape
         joint = options.get("joint")
-        columns = max(part.width for part in joint.parts) if joint else options["attention_mask"].shape[-1]
-        passes.shapes.append((rows, queries, columns))
+        if joint is None:
+            passes.shapes.append((rows, queries, options["attention_mask"].shape[-1]))
+            passes.apart.append(passes.shapes[-1])
+            return
+        passes.shapes.append((rows, 1, max(part.width for part in joint.parts)))
+        classes: dict[int, list[Part]] = {}
+        for part in joint.parts:
+            classes.setdefault((part.mask.shape[2] - 1).bit_length(), []).append(part)
+        for parts in classes.values():
+            length, columns = max(part.mask.shape[2] for part in parts), max(part.width for part in parts)
+            own = sum(part.own.stop - part.own.start for part in parts) if length == 1 else len(parts)
+            passes.apart.append((own, length, columns))
 
     def note_head(_module: Any, args: tuple[torch.Tensor]) -> None:
         passes.heads.append(len(args[0]))
@@ -54,13 +73,13 @@ def recorded(engine: Engine) -> Iterator[Passes]:
 
 
 @torch.inference_mode()
-def bare(engine: Engine, passes: Passes, cache: SlotCache) -> None:
-    """The same passes by the base model alone, over a cache of as many rows as the largest has."""
+def bare(engine: Engine, shapes: list[tuple[int, int, int]], heads: list[int], cache: SlotCache) -> None:
+    """Passes of these shapes by the base model alone, over a cache of as many rows as the largest has."""
     engine._bank.rows = None  # the engine is idle: its model runs without adapters
-    for rows, queries, columns in passes.shapes:
+    for rows, queries, columns in shapes:
         forward(engine.model, cache, rows, queries, columns)
     head = engine.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    for rows in passes.heads:
+    for rows in heads:
         head(torch.zeros(rows, hidden_size(engine.model)))
 
 
