@@ -17,6 +17,7 @@ import argparse
 import json
 import platform
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -55,20 +56,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30, help="of the random model, to try things out")
     options = parser.parse_args()
     logging.disable_progress_bar()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    threads = options.threads or torch.get_num_threads()
     torch.manual_seed(SEED)
     figures: list[Figure] = []
     shares: dict[str, dict[str, float]] = {}
+    used: dict[str, int] = {}
     makers: dict[str, Callable[[], LatentReasoner]] = {"bundled": bundled, "135M": lambda: llama(options.layers)}
     for name, make in makers.items():
         if options.only in (None, name):
+            torch.set_num_threads(threads)  # an engine chooses among so many; the last one's choice would bind this one
             for figure in measure(name, make(), options.turns, shares):
                 figures.append(figure)
                 print(_line(figure), flush=True)
+            used[name] = torch.get_num_threads()
     print(*_shares(shares), sep="\n")
     if options.out:
-        write(options.out, figures, shares)
+        write(options.out, figures, shares, used)
 
 
 def measure(name: str, reasoner: LatentReasoner, turns: int, shares: dict[str, dict[str, float]]) -> Iterator[Figure]:
@@ -239,11 +242,12 @@ def _shares(shares: dict[str, dict[str, float]]) -> list[str]:
     ]
 
 
-def write(out: Path, figures: list[Figure], shares: dict[str, dict[str, float]]) -> None:
+def write(out: Path, figures: list[Figure], shares: dict[str, dict[str, float]], threads: dict[str, int]) -> None:
     """The tables as Markdown and JSON."""
-    machine = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine = f"{_processor()}, torch {torch.__version__}"
+    on = ", ".join(f"{name} {count}" for name, count in threads.items())
     lines = [
-        f"`python -m benchmarks.engine`, {machine}",
+        f"`{' '.join(['python -m benchmarks.engine', *sys.argv[1:]])}`, {machine}, threads: {on}",
         "",
         "| figure | model | ratio | bar | measured |",
         "|---|---|---|---|---|",
@@ -254,7 +258,13 @@ def write(out: Path, figures: list[Figure], shares: dict[str, dict[str, float]])
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
-    record = {"machine": machine, "seed": SEED, "figures": [asdict(figure) for figure in figures], "shares": shares}
+    record = {
+        "machine": machine,
+        "threads": threads,
+        "seed": SEED,
+        "figures": [asdict(figure) for figure in figures],
+        "shares": shares,
+    }
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
