@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from slr_core.checkpoint import BUNDLED
+from slr_core.checkpoint import BUNDLED, SHIPPED
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import METHODS, Settings
 from slr_core.evaluation.outcomes import Outcome
@@ -20,7 +20,9 @@ from slr_core.evaluation.statistics import by_difficulty, summarize
 from slr_core.generation import generate, prepare
 from slr_core.loop.convergence import LoopSettings
 from slr_core.model import LatentReasoner
+from slr_core.tasks import prontoqa
 from slr_core.tasks.base import Example
+from slr_core.tasks.prontoqa import ProntoQA
 from slr_core.tasks.prosqa import GraphSpec, ProsQA
 from slr_core.tasks.prosqa import generate as make
 
@@ -131,8 +133,9 @@ def test_first_iteration_is_pefts_own_adapter(reasoner: LatentReasoner, question
     torch.testing.assert_close(expected, logits, atol=1e-4, rtol=1e-4)
 
 
-def test_is_small_and_holds_nothing_that_can_run_code() -> None:
-    files = [path for path in BUNDLED.rglob("*") if path.is_file()]
+@pytest.mark.parametrize("shipped", sorted(SHIPPED.iterdir()), ids=lambda folder: folder.name)
+def test_is_small_and_holds_nothing_that_can_run_code(shipped: Path) -> None:
+    files = [path for path in shipped.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 10 * 2**20
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
 
@@ -148,3 +151,23 @@ def test_card_quotes_the_committed_figures() -> None:
             assert f"{figure['overall']['accuracy']:.3f}" in row
         for accuracy in forced[name].values():
             assert f"{accuracy:.3f}" in past
+
+
+def test_prontoqa_proves_step_by_step_and_stays_where_it_is() -> None:
+    questions = list(islice(prontoqa.generate(5, False, SEED), 100))
+    backend = Local(LatentReasoner.from_pretrained("prontoqa"))
+    own = run_method(METHODS["slr"], backend, ProntoQA(), questions, Settings({}))
+    assert summarize(own).accuracy >= 0.97
+    assert summarize(own).converged > 0.95
+    forced = Settings({"max_iterations": 24, "min_iterations": 24})
+    assert summarize(run_method(METHODS["slr_fixed"], backend, ProntoQA(), questions, forced)).accuracy >= 0.96
+    without = run_method(METHODS["no_cot"], backend, ProntoQA(), questions, Settings({}))
+    assert summarize(without).accuracy < 0.7
+
+
+def test_prontoqa_says_its_thoughts_in_words() -> None:
+    reasoner = LatentReasoner.from_pretrained("prontoqa")
+    for example in islice(prontoqa.generate(5, False, SEED), 5):
+        request = prepare(reasoner, example.question, LoopSettings.resolve(reasoner.config.loop), trace=True)
+        (result,) = generate(reasoner, [request])
+        assert [record.thought for record in result.records][:6] == list(example.steps)
