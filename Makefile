@@ -37,8 +37,9 @@ bench: .venv/.dev  ## what the engine costs and gains, as ratios measured side b
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine
 	$(BIN)/python -m benchmarks.metrics
 
-train: .venv/.dev  ## train the bundled checkpoint again, into runs/prosqa (about six hours on one core)
+train: .venv/.dev  ## train the bundled checkpoint again, into runs/prosqa_more (about seven hours on one core)
 	$(BIN)/slr train configs/prosqa.yaml
+	$(BIN)/slr train configs/prosqa_more.yaml
 
 image:  ## the container image slr:cpu, with Docker, or without (docker/build-without-docker)
 	if command -v docker > /dev/null; then docker build -f docker/Dockerfile --target cpu -t slr:cpu .; \
