@@ -71,6 +71,8 @@ def save(reasoner: LatentReasoner, folder: str | Path) -> None:
         target = folder / LOOPS / name
         adapter.base_model_name_or_path = None  # a path of the machine that trained it helps nobody
         adapter.inference_mode = True
+        if isinstance(adapter.target_modules, set):  # PEFT would write them in another order in every process
+            adapter.target_modules = sorted(adapter.target_modules)
         adapter.save_pretrained(str(target))
         state = get_peft_model_state_dict(reasoner.base, adapter_name=name, save_embedding_layers=False)
         save_file({f"base_model.model.{key}": x.contiguous() for key, x in state.items()}, target / ADAPTER_WEIGHTS)

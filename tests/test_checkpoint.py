@@ -60,6 +60,15 @@ def test_the_bundled_checkpoint_has_a_name_and_a_folder_called_so_comes_first(go
 # -- saving and loading ----------------------------------------------------------------------------------
 
 
+def test_adapter_configs_are_the_same_whoever_saves_them(tmp_path):
+    made = tiny.reasoner(loop={"lora": {"rank": 2, "alpha": 4, "target_modules": ["v_proj", "q_proj", "o_proj"]}})
+    assert all(isinstance(adapter.target_modules, set) for adapter in made.adapter_configs.values())
+    save(made, tmp_path)
+    for path in (tmp_path / "loops").glob("*/adapter_config.json"):
+        assert json.loads(path.read_text())["target_modules"] == ["o_proj", "q_proj", "v_proj"]
+    assert states(load(LatentReasoner, tmp_path))[0].equal(states(made)[0])
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize(
     "loop",
