@@ -336,7 +336,9 @@ def check_many(examples):
     run()
     near_ones = sum(asked.values())
     print(dict(tally), f"{near_ones} near of {len(asked)}")
-    assert near_ones <= max(2, 0.01 * len(asked))
+    # One in a hundred; a small run may draw three standard deviations more.
+    expected = 0.01 * len(asked)
+    assert near_ones <= expected + 3 * expected**0.5
     assert tally["equal"] > 0.5 * tally["requests"]
     assert all(tally[case] for case in ("converged", "max_iterations", "given up", "scored", "prompt scored", "forced"))
 
