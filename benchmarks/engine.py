@@ -7,8 +7,9 @@ in passes of rows a second: neither side gains from how a run ends. A lockstep b
 loops and writes until its slowest row is done, and makes room for the next. The bound is the time of the bare base
 model's passes for the same work: no adapters, no engine, a cache that nothing copies. A bare model runs single
 positions and prompts in passes of their own; beside it stands the time with as few passes as the engine has.
-Both sides of a ratio run on as many threads as the engine finds fastest. They take turns, and the best turn of each
-counts: a busy machine slows single turns.
+Both sides of a ratio run on as many threads as the engine finds fastest, and what is held against an engine runs on the
+engine's own thread while it is idle: workers of two threads would get in each other's way (`release_workers`). They take
+turns, and the best turn of each counts: a busy machine slows single turns.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers.utils import logging
@@ -33,6 +35,8 @@ from slr_core.engine import Engine
 from slr_core.engine.bank import AdapterBank
 from slr_core.engine.cache import SlotCache
 from slr_core.generation import generate
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,23 +68,23 @@ def main() -> None:
     makers: dict[str, Callable[[], LatentReasoner]] = {"bundled": bundled, "135M": lambda: llama(options.layers)}
     for name, make in makers.items():
         if options.only in (None, name):
-            torch.set_num_threads(threads)  # an engine chooses among so many; the last one's choice would bind this one
-            for figure in measure(name, make(), options.turns, shares):
+            torch.set_num_threads(threads)  # an engine chooses among so many
+            for figure in measure(name, make(), options.turns, shares, used):
                 figures.append(figure)
                 print(_line(figure), flush=True)
-            used[name] = torch.get_num_threads()
     print(*_shares(shares), sep="\n")
     if options.out:
         write(options.out, figures, shares, used)
 
 
-def measure(name: str, reasoner: LatentReasoner, turns: int, shares: dict[str, dict[str, float]]) -> Iterator[Figure]:
-    """The figures of one model, and into ``shares`` where its steps' time goes."""
+def measure(
+    name: str, reasoner: LatentReasoner, turns: int, shares: dict[str, dict[str, float]], used: dict[str, int]
+) -> Iterator[Figure]:
+    """The figures of one model; into ``shares`` where its steps' time goes, into ``used`` on how many threads."""
     large, watch = name != "bundled", Watch()
     with Engine(reasoner, slots=ROWS, capacity=704, prefix_gib=0, on_step=watch) as engine:
         engine.submit(fixed(1, 1)).result()
-        if engine.threads:
-            torch.set_num_threads(engine.threads)  # what the engine found fastest, for everything beside it
+        used[name] = engine.threads
         yield from under_load(name, engine, watch, turns)
         yield alone(name, engine, turns)
         if large:
@@ -88,6 +92,7 @@ def measure(name: str, reasoner: LatentReasoner, turns: int, shares: dict[str, d
         spent = parts(engine, lambda: watch.run(engine, load(2 * ROWS if large else 16 * ROWS)))
         shares[name] = {part: seconds / sum(spent.values()) for part, seconds in spent.items()}
     if large:
+        torch.set_num_threads(used[name])
         yield from adapters(name, reasoner, turns)
         yield prefix(name, reasoner, turns)
 
@@ -103,7 +108,9 @@ def under_load(name: str, engine: Engine, watch: Watch, turns: int) -> Iterator[
     batches, few = requests[: 2 * ROWS if large else 8 * ROWS], requests[:8]
     with recorded(engine) as passes:
         watch.run(engine, requests)
-    cache = SlotCache(engine.model, max(rows for rows, _, _ in passes.shapes), engine.capacity)
+    cache = on_its_thread(
+        engine, lambda: SlotCache(engine.model, max(rows for rows, _, _ in passes.shapes), engine.capacity)
+    )
 
     def lockstep() -> None:
         for start in range(0, len(batches), ROWS):
@@ -117,10 +124,10 @@ def under_load(name: str, engine: Engine, watch: Watch, turns: int) -> Iterator[
     ours, bound, joined, batched, single, recording = best(
         turns,
         lambda: paces.append(watch.run(engine, requests)),
-        lambda: bare(engine, passes.apart, passes.heads, cache),
-        lambda: bare(engine, passes.shapes, passes.heads, cache),
-        lockstep,
-        reference,
+        lambda: on_its_thread(engine, lambda: bare(engine, passes.apart, passes.heads, cache)),
+        lambda: on_its_thread(engine, lambda: bare(engine, passes.shapes, passes.heads, cache)),
+        lambda: on_its_thread(engine, lockstep),
+        lambda: on_its_thread(engine, reference),
         lambda: watch.run(engine, traced),
     )
     pace = min(paces)
@@ -154,7 +161,11 @@ def long_prompts(name: str, engine: Engine, watch: Watch, turns: int) -> Figure:
         for request in requests[:8]:
             generate(engine.reasoner, [request])
 
-    _, single = best(min(2, turns), lambda: paces.append(watch.run(engine, requests)), reference)
+    _, single = best(
+        min(2, turns),
+        lambda: paces.append(watch.run(engine, requests)),
+        lambda: on_its_thread(engine, reference),
+    )
     own = work(requests[:8]) / single
     detail = f"{1 / min(paces):.0f} passes of rows a second, {own:.0f} one at a time"
     figure = "throughput under L / one at a time, 128-token prompts"
@@ -167,7 +178,7 @@ def alone(name: str, engine: Engine, turns: int) -> Figure:
     ours, theirs = best(
         3 * turns * (1 + many // 5),
         lambda: [engine.submit(request).result() for _ in range(many)],
-        lambda: [generate(engine.reasoner, [request]) for _ in range(many)],
+        lambda: on_its_thread(engine, lambda: [generate(engine.reasoner, [request]) for _ in range(many)]),
     )
     detail = f"{1000 * ours / many:.0f} ms, {1000 * theirs / many:.0f} ms"
     return Figure("a lone request's latency / the reference's", name, ours / theirs, "at most 1.05", detail)
@@ -213,6 +224,13 @@ def prefix(name: str, reasoner: LatentReasoner, turns: int) -> Figure:
         warm, cold = best(turns, lambda: first(shared), lambda: first(tokens(rng, 512)))
     detail = f"{warm:.3f} s warm, {cold:.3f} s cold"
     return Figure("time to first token, 512-token prefix warm / cold", name, warm / cold, "at most 0.3", detail)
+
+
+def on_its_thread(engine: Engine, run: Callable[[], T]) -> T:
+    """What ``run`` returns on the thread of an idle engine."""
+    returned: list[T] = []
+    engine._between_steps(lambda: returned.append(run()))
+    return returned[0]
 
 
 def best(turns: int, *sides: Callable[[], object]) -> list[float]:

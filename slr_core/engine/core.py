@@ -95,6 +95,11 @@ class Core:
         for sequence in [s for s in self.scheduler.running if s.phase is Phase.DONE]:
             self._leave(sequence)
 
+    @torch.inference_mode()
+    def run_idle(self, rows: int) -> None:
+        """What a step of so many single positions computes, each with another adapter, changing nothing."""
+        self.head(self.passes.run_idle(rows))
+
     def _report(self, rows: int, before: Counters, duration_s: float) -> Step:
         now = self.counters
         return Step(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedModel
 
-from slr_core.base import hidden_size
 from slr_core.model import LatentReasoner
 
 
@@ -30,29 +30,37 @@ def suit(reasoner: LatentReasoner) -> None:
         reasoner.float()
 
 
-@torch.inference_mode()
-def threads_for(base: PreTrainedModel, rows: int) -> int:
-    """The number of threads that suits passes of so many single positions; see :func:`fastest_threads`."""
-    x = torch.zeros(rows, 1, hidden_size(base), dtype=base.dtype)
-    return fastest_threads(lambda: base.base_model(inputs_embeds=x, use_cache=False))
-
-
-def fastest_threads(run: Callable[[], object], rounds: int = 3) -> int:
-    """Of 1, 2, 4, ... threads, at most those that torch has now, the number with which ``run`` is fastest.
+def fastest_threads(run: Callable[[], object], most: int, rounds: int = 3) -> int:
+    """Of 1, 2, 4, ... threads, at most ``most``, the number with which ``run`` is fastest.
 
     It holds for the calling thread from then on.
     """
-    most = torch.get_num_threads()
     candidates = sorted({min(most, 2**i) for i in range(most.bit_length() + 1)})
-    if len(candidates) == 1:
-        return most
     best: dict[int, float] = {}
-    for _ in range(rounds + 1):  # interleaved, and the first round warms up
+    for _ in range(rounds + 1 if len(candidates) > 1 else 0):  # interleaved, and the first round warms up
         for threads in candidates:
             torch.set_num_threads(threads)
             began = time.perf_counter()
             run()
             best[threads] = min(best.get(threads, float("inf")), time.perf_counter() - began)
-    chosen = min(best, key=best.__getitem__)
+    chosen = min(best, key=best.__getitem__, default=most)
     torch.set_num_threads(chosen)
     return chosen
+
+
+def release_workers() -> None:
+    """End the OpenMP workers that the calling thread has; when it computes in parallel again, it gets others.
+
+    Every thread that calls torch has workers of its own. GNU's OpenMP lets them spin between two parallel regions, but
+    only while all of them together are no more than the processors: one idle thread that has once loaded a model makes
+    another's workers sleep after each operation, and waking them takes longer than most operations of a step.
+    """
+    if sys.platform != "linux":
+        return
+    runtime = ctypes.CDLL(None)
+    # Other runtimes have no such rule, and may take this for all threads at once.
+    if hasattr(runtime, "omp_pause_resource_all") and not hasattr(runtime, "kmp_set_blocktime"):
+        runtime.omp_pause_resource_all(_OMP_PAUSE_HARD)
+
+
+_OMP_PAUSE_HARD = 2  # OpenMP 5.0, section 3.2.44

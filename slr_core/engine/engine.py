@@ -18,7 +18,7 @@ from slr_core.diagnostics import RowLog
 from slr_core.engine.bank import AdapterBank
 from slr_core.engine.cache import token_bytes
 from slr_core.engine.core import Core
-from slr_core.engine.devices import best_device, suit, threads_for
+from slr_core.engine.devices import best_device, fastest_threads, release_workers, suit
 from slr_core.engine.events import Event, Finished
 from slr_core.engine.loops import LoopSet, placed
 from slr_core.engine.prefix import prefix_keys
@@ -36,6 +36,8 @@ DEFAULT_LOOP_SET = "default"
 """The loop set of the checkpoint that an engine starts with."""
 TYPICAL_PROMPT = 16
 """Tokens of a prompt, where the adapter bank is tuned for whole prompts."""
+TYPICAL_ROWS = 8
+"""Rows of a step, where the number of threads is chosen."""
 GIB = 2**30
 
 
@@ -84,8 +86,8 @@ class Engine:
         self.reasoner = reasoner
         """The model that the engine started with; it may be used meanwhile, its weights must not be changed."""
         self.slots = slots
-        self.threads = threads
-        """Torch threads, once the engine has run a step."""
+        self.threads = threads or torch.get_num_threads()
+        """Torch threads of the engine."""
         room = int(cache_gib * GIB) // (slots * token_bytes(reasoner.base))
         self.capacity = min(reasoner.max_positions, room) if capacity is None else capacity
         if self.capacity < 2:
@@ -108,13 +110,19 @@ class Engine:
         )
         self.loop_sets: dict[str, LoopSet] = {DEFAULT_LOOP_SET: LoopSet(DEFAULT_LOOP_SET, reasoner)}
         """By name, those that requests can ask for."""
-        self._fill_bank()
         self.last_progress = time.monotonic()
         """When the engine last finished a step, or had nothing to do (``time.monotonic``)."""
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="slr-engine", daemon=True)
         self._thread.start()
+        # Measured where it will run, while nobody else computes.
+        release_workers()
+        try:
+            self._between_steps(lambda: self._set_up(threads))
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def from_pretrained(
@@ -256,6 +264,7 @@ class Engine:
         if name in self.loop_sets:
             raise ConfigError(f"there is a loop set {name!r} already")
         added = LoopSet.beside(self.reasoner, name, path_or_id)
+        release_workers()
 
         def add() -> None:
             self.loop_sets[name] = added
@@ -274,11 +283,21 @@ class Engine:
         del self.loop_sets[name]
         self._between_steps(self._fill_bank)
 
+    def _set_up(self, threads: int | None) -> None:
+        torch.set_num_threads(self.threads)
+        self._fill_bank()
+        if threads is None and self.model.device.type == "cpu":
+            self.threads = fastest_threads(lambda: self._core.run_idle(min(TYPICAL_ROWS, self.slots)), self.threads)
+            self._tune()
+
     def _fill_bank(self) -> None:
         """Hold the adapters of all loop sets that can be asked for, or that somebody still runs."""
         sets = [*self.loop_sets.values(), *(self._in_use() - set(self.loop_sets.values()))]
         self._in_bank = set(sets)
         self._bank.fill(placed(sets))
+        self._tune()
+
+    def _tune(self) -> None:
         chosen = self._bank.tune(self.slots, self.reasoner.workspace.width(TYPICAL_PROMPT))
         logger.debug("adapter bank: %d adapters, %s", self._bank.count, chosen)
 
@@ -352,10 +371,6 @@ class Engine:
     def _run(self) -> None:
         error: Exception = EngineError("the engine is shut down")
         try:
-            if self.threads is not None:
-                torch.set_num_threads(self.threads)
-            elif self.model.device.type == "cpu":
-                self.threads = threads_for(self.model, min(8, self.slots))
             while self._wait_for_work():
                 self._core.step()
                 self.last_progress = time.monotonic()

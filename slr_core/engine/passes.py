@@ -97,6 +97,16 @@ class Passes:
         hidden = self._forward(embeds, positions, attention_mask=attention_mask(self.model, mask, embeds.dtype))
         return [states[:count] for states, count in zip(hidden, counts, strict=True)]
 
+    def run_idle(self, rows: int) -> Tensor:
+        """A pass of single positions that change nothing, each with another adapter: states ``[rows, d]``."""
+        nowhere = torch.full((rows, 1), self.cache.capacity, device=self.device)
+        self.cache.bind(range(rows), nowhere, 1)
+        self.bank.use([row % self.bank.count for row in range(rows)] if self.bank.count else [None] * rows)
+        positions, mask = torch.zeros_like(nowhere), torch.ones(rows, 1, 1, dtype=torch.bool, device=self.device)
+        embeds = self.table.new_zeros(rows, 1, self.table.shape[1])
+        mask = attention_mask(self.model, mask, embeds.dtype)
+        return self._forward(embeds, positions, attention_mask=mask)[:, 0]
+
     def _forward(self, embeds: Tensor, positions: Tensor, **options: Any) -> Tensor:
         hidden: Tensor = self.model.base_model(
             inputs_embeds=embeds, position_ids=positions, past_key_values=self.cache, use_cache=True, **options

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from slr_core.engine import Engine, Iterated
+from slr_core.engine import engine as engine_module
 from slr_core.engine.cache import token_bytes
 from slr_core.engine.engine import GIB
 from slr_core.errors import CheckpointError, ConfigError, EngineError, RequestError
@@ -382,6 +383,46 @@ def test_an_engine_can_be_closed_twice_and_leaves_no_thread(made):
     assert own_threads() == []
     with pytest.raises(EngineError):
         serving.submit(tiny.request(made, "w1"))
+
+
+def test_an_engine_runs_on_at_most_the_threads_of_who_makes_it(made, monkeypatch):
+    asked = []
+
+    def choose(run, most):
+        run()
+        asked.append(most)
+        return 1
+
+    monkeypatch.setattr(engine_module, "fastest_threads", choose)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with Engine(made) as first, Engine(made) as second:  # the first one's choice does not bind the second
+            assert (first.threads, second.threads, asked) == (1, 1, [3, 3])
+        with Engine(made, threads=2) as third:
+            assert third.threads == 2
+        assert asked == [3, 3]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_engine_that_cannot_be_set_up_leaves_no_thread(made, monkeypatch):
+    def fail(self, *_):
+        raise MemoryError("no room for adapters")
+
+    monkeypatch.setattr(Engine, "_fill_bank", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        Engine(made)
+    assert own_threads() == []
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_an_idle_step_changes_nothing(kind):
+    with Stepped(tiny.reasoner(kind), slots=3) as stepped:
+        for rows in (1, 3):
+            stepped._core.run_idle(rows)
+        assert empty(stepped)
+        assert stepped.counters.steps == 0
 
 
 def test_leaving_the_block_by_an_error_closes_it_too(made):
