@@ -7,9 +7,9 @@ in passes of rows a second: neither side gains from how a run ends. A lockstep b
 loops and writes until its slowest row is done, and makes room for the next. The bound is the time of the bare base
 model's passes for the same work: no adapters, no engine, a cache that nothing copies. A bare model runs single
 positions and prompts in passes of their own; beside it stands the time with as few passes as the engine has.
-Both sides of a ratio run on as many threads as the engine finds fastest, and what is held against an engine runs on the
-engine's own thread while it is idle: workers of two threads would get in each other's way (`release_workers`). They take
-turns, and the best turn of each counts: a busy machine slows single turns.
+Both sides of a ratio run on as many threads as the engine finds fastest, and what is held against an engine runs on its
+own thread while it is idle: workers of two threads would get in each other's way (`release_workers`). They take turns,
+and the best turn of each counts: a busy machine slows single turns.
 """
 
 from __future__ import annotations
