@@ -135,7 +135,7 @@ class Moved:
             iterations.append(
                 Iteration(
                     sequence=row,
-                    state=h[i, : len(row.states[-1])],
+                    state=h[i, : row.states[-1].shape[0]],
                     measured=values,
                     finite=bool(finite),
                     back=back if t > 1 and reasoner.is_state(t - 2) else None,

@@ -12,6 +12,7 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from slr_core.config import DEFAULT_THRESHOLDS, Criterion, GuardConfig, LoopConfig
 from slr_core.errors import RequestError
@@ -119,8 +120,8 @@ def step(moved: Tensor, previous: Tensor, own: Tensor | None) -> tuple[Tensor, T
         previous: h_{t-1} ``[B, W, d]``.
         own: ``[B, W]`` bool, the positions that count; ``None``: all.
     """
-    change = _flat(moved.float() - previous.float(), own).norm(dim=-1)
-    return change, change / _flat(previous.float(), own).norm(dim=-1)
+    change = vector_norm(_flat(moved.float() - previous.float(), own), dim=-1)
+    return change, change / vector_norm(_flat(previous.float(), own), dim=-1)
 
 
 def measure(
@@ -144,7 +145,7 @@ def measure(
         head_before: the same at h_{t-1}.
         p_halt: ``[B]``, the halting head's, where there is one.
     """
-    norm = _flat(hidden.float(), own).norm(dim=-1)
+    norm = vector_norm(_flat(hidden.float(), own), dim=-1)
     entropy = None if head is None else _entropy(head)
     if previous is None:
         return Distances(norm, entropy=entropy)
