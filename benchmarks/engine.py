@@ -34,6 +34,7 @@ from slr_core import LatentReasoner
 from slr_core.engine import Engine
 from slr_core.engine.bank import AdapterBank
 from slr_core.engine.cache import SlotCache
+from slr_core.engine.devices import release_workers
 from slr_core.generation import generate
 
 T = TypeVar("T")
@@ -89,6 +90,8 @@ def measure(
         yield alone(name, engine, turns)
         if large:
             yield long_prompts(name, engine, watch, turns)
+            if engine.threads > 1:
+                yield workers(name, engine, watch, turns)
         spent = parts(engine, lambda: watch.run(engine, load(2 * ROWS if large else 16 * ROWS)))
         shares[name] = {part: seconds / sum(spent.values()) for part, seconds in spent.items()}
     if large:
@@ -170,6 +173,24 @@ def long_prompts(name: str, engine: Engine, watch: Watch, turns: int) -> Figure:
     detail = f"{1 / min(paces):.0f} passes of rows a second, {own:.0f} one at a time"
     figure = "throughput under L / one at a time, 128-token prompts"
     return Figure(figure, name, 1 / min(paces) / own, "reported", detail)
+
+
+def workers(name: str, engine: Engine, watch: Watch, turns: int) -> Figure:
+    """What it costs the engine that another thread has computed in parallel and keeps its workers."""
+    requests, ours, beside = load(2 * ROWS), list[float](), list[float]()
+    for _ in range(min(2, turns)):
+        torch.ones(1_000_000).add_(1)  # here, on this thread
+        beside.append(watch.run(engine, requests))
+        release_workers()
+        ours.append(watch.run(engine, requests))
+    detail = f"{1 / min(beside):.0f} passes of rows a second, {1 / min(ours):.0f}"
+    return Figure(
+        "under L, another thread keeps OpenMP workers / it let them go",
+        name,
+        min(beside) / min(ours),
+        "reported",
+        detail,
+    )
 
 
 def alone(name: str, engine: Engine, turns: int) -> Figure:

@@ -12,6 +12,10 @@ import torch
 from slr_core.model import LatentReasoner
 
 
+WORTH = 1.2
+"""How many times as fast more threads have to be."""
+
+
 def best_device() -> str:
     """``cuda`` where there is a GPU, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +37,8 @@ def suit(reasoner: LatentReasoner) -> None:
 def fastest_threads(run: Callable[[], object], most: int, rounds: int = 3) -> int:
     """Of 1, 2, 4, ... threads, at most ``most``, the number with which ``run`` is fastest.
 
-    It holds for the calling thread from then on.
+    More threads have to be worth it: what they gain is at least :data:`WORTH`, for they keep processors busy, working or
+    waiting, that others could use. The number holds for the calling thread from then on.
     """
     candidates = sorted({min(most, 2**i) for i in range(most.bit_length() + 1)})
     best: dict[int, float] = {}
@@ -43,7 +48,10 @@ def fastest_threads(run: Callable[[], object], most: int, rounds: int = 3) -> in
             began = time.perf_counter()
             run()
             best[threads] = min(best.get(threads, float("inf")), time.perf_counter() - began)
-    chosen = min(best, key=best.__getitem__, default=most)
+    chosen = candidates[0]
+    for threads in candidates[1:]:
+        if best[threads] * WORTH <= best[chosen]:
+            chosen = threads
     torch.set_num_threads(chosen)
     return chosen
 

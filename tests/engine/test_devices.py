@@ -52,6 +52,25 @@ def test_the_number_of_threads_that_measures_fastest_is_kept(threads, monkeypatc
     assert seen == [1, 2, 4, 6] * 2
 
 
+@pytest.mark.parametrize(
+    ("cost", "chosen"),
+    [
+        ({1: 1.0, 2: 0.9, 4: 0.85}, 1),  # too little for so many
+        ({1: 1.0, 2: 0.8, 4: 0.7}, 2),
+        ({1: 1.0, 2: 0.9, 4: 0.5}, 4),
+        ({1: 1.0, 2: 1.5, 4: 2.0}, 1),
+    ],
+)
+def test_more_threads_have_to_be_worth_it(threads, monkeypatch, cost, chosen):
+    now = [0.0]
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: now[0])
+
+    def run():
+        now[0] += cost[torch.get_num_threads()]
+
+    assert fastest_threads(run, 4) == chosen
+
+
 def test_one_thread_is_not_measured_against_more(threads):
     ran = []
     assert fastest_threads(lambda: ran.append(1), 1) == torch.get_num_threads() == 1
