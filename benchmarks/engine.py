@@ -220,9 +220,14 @@ def adapters(name: str, reasoner: LatentReasoner, turns: int) -> Iterator[Figure
         with mixed_by_peft(base, [names[row % len(names)] for row in range(ROWS)]):
             forward(base, cache, ROWS, 1, width)
 
+    weights = [weight for layer in bank.layers.values() for weight in (layer.down, layer.up)]
     with torch.inference_mode():
-        ours, none, theirs = best(
-            5 * turns, lambda: step([row % len(names) for row in range(ROWS)]), lambda: step([None] * ROWS), peft
+        ours, none, theirs, reading = best(
+            5 * turns,
+            lambda: step([row % len(names) for row in range(ROWS)]),
+            lambda: step([None] * ROWS),
+            peft,
+            lambda: [weight.sum() for weight in weights],
         )
     methods = ", ".join(sorted({layer.method for layer in bank.layers.values()}))
     detail = f"{1000 * ours:.0f} ms, {1000 * none:.0f} ms without, {methods}"
@@ -230,6 +235,8 @@ def adapters(name: str, reasoner: LatentReasoner, turns: int) -> Iterator[Figure
     yield Figure("PEFT's mixed batch / that step", name, theirs / ours, "at least 3", f"{1000 * theirs:.0f} ms")
     added = f"{1000 * (theirs - none):.0f} ms, {1000 * (ours - none):.0f} ms"
     yield Figure("what PEFT's adds / what ours adds", name, (theirs - none) / (ours - none), "reported", added)
+    size = f"{sum(weight.nbytes for weight in weights) / 2**20:.0f} MiB in {1000 * reading:.0f} ms"
+    yield Figure("reading the 8 adapters once / what ours adds", name, reading / (ours - none), "reported", size)
 
 
 def prefix(name: str, reasoner: LatentReasoner, turns: int) -> Figure:

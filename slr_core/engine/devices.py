@@ -11,7 +11,6 @@ import torch
 
 from slr_core.model import LatentReasoner
 
-
 WORTH = 1.2
 """How many times as fast more threads have to be."""
 
@@ -37,8 +36,8 @@ def suit(reasoner: LatentReasoner) -> None:
 def fastest_threads(run: Callable[[], object], most: int, rounds: int = 3) -> int:
     """Of 1, 2, 4, ... threads, at most ``most``, the number with which ``run`` is fastest.
 
-    More threads have to be worth it: what they gain is at least :data:`WORTH`, for they keep processors busy, working or
-    waiting, that others could use. The number holds for the calling thread from then on.
+    More threads have to be worth it, by :data:`WORTH`: they keep processors busy, working or waiting, that others could
+    use. The number holds for the calling thread from then on.
     """
     candidates = sorted({min(most, 2**i) for i in range(most.bit_length() + 1)})
     best: dict[int, float] = {}
