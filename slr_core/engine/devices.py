@@ -39,7 +39,7 @@ def fastest_threads(run: Callable[[], object], most: int, rounds: int = 3) -> in
     More threads have to be worth it, by :data:`WORTH`: they keep processors busy, working or waiting, that others could
     use. The number holds for the calling thread from then on.
     """
-    candidates = sorted({min(most, 2**i) for i in range(most.bit_length() + 1)})
+    candidates = sorted({min(most, 1 << i) for i in range(most.bit_length() + 1)})
     best: dict[int, float] = {}
     for _ in range(rounds + 1 if len(candidates) > 1 else 0):  # interleaved, and the first round warms up
         for threads in candidates:
