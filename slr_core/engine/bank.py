@@ -201,6 +201,8 @@ _METHODS: dict[Method, Callable[[BankedLinear, Rows, Tensor, Tensor], Tensor]] =
     "segments": _segments,
 }
 
+_MEASURED = 8  # layers of a shape: in a pass no layer finds its adapters where the same one has just left them
+
 
 class AdapterBank:
     """A copy of a base model's structure whose linear layers read the bank. All weights are shared with the base.
@@ -253,21 +255,23 @@ class AdapterBank:
         if self.count < 2 or rows < 2:
             return chosen
         mixed = Rows([row % self.count for row in range(rows)], self.count, self.device)
+        alike: dict[tuple[int, int], list[BankedLinear]] = {}
         for layer in self.layers.values():
-            if not layer.acts:
-                continue
-            shape = (layer.down.shape[1], layer.up.shape[2])
-            if shape not in chosen:
-                x = torch.ones(rows, queries, shape[0], dtype=layer.down.dtype, device=layer.down.device)
-                y = torch.zeros(rows, queries, shape[1], dtype=layer.down.dtype, device=layer.down.device)
-                best: dict[Method, float] = {}
-                for _ in range(rounds):  # interleaved: a noisy machine is noisy for all of them
-                    for method, compute in _METHODS.items():
-                        began = time.perf_counter()
+            if layer.acts:
+                alike.setdefault((layer.down.shape[1], layer.up.shape[2]), []).append(layer)
+        for shape, layers in alike.items():
+            x = torch.ones(rows, queries, shape[0], dtype=layers[0].down.dtype, device=self.device)
+            y = torch.zeros(rows, queries, shape[1], dtype=x.dtype, device=self.device)
+            best: dict[Method, float] = {}
+            for _ in range(rounds):  # interleaved: a noisy machine is noisy for all of them
+                for method, compute in _METHODS.items():
+                    began = time.perf_counter()
+                    for layer in layers[:_MEASURED]:
                         compute(layer, mixed, x, y)
-                        if y.is_cuda:
-                            torch.cuda.synchronize()
-                        best[method] = min(best.get(method, float("inf")), time.perf_counter() - began)
-                chosen[shape] = min(best, key=best.__getitem__)
-            layer.method = chosen[shape]
+                    if y.is_cuda:
+                        torch.cuda.synchronize()
+                    best[method] = min(best.get(method, float("inf")), time.perf_counter() - began)
+            chosen[shape] = min(best, key=best.__getitem__)
+            for layer in layers:
+                layer.method = chosen[shape]
         return chosen
