@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
 
     threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads of torch; without it, the fastest number, measured at the start"
+        None, ge=1, le=1024, description="CPU threads of torch; without it, as many as a step measured at the start is worth"
     )
     static_shapes: bool | None = Field(
         None,
