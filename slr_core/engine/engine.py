@@ -56,7 +56,7 @@ class Engine:
         cache_gib: memory for all slots, where ``capacity`` is not given.
         prefix_gib: memory for prompts that may come again; 0 keeps none.
         prefill_chunk: most prompt positions in one step: a long prompt holds nobody up for longer.
-        threads: torch threads of the engine; by default as many as a step of this model, measured at the start, is worth.
+        threads: torch threads of the engine; by default as many as a step, measured at the start, is worth.
         static_shapes: loop and decode passes run in few fixed shapes, which a GPU replays as CUDA graphs; by default
             where there is a GPU.
         on_step: hears of every step, on the engine's thread: it must not block.
