@@ -47,7 +47,10 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
 
     threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads of torch; without it, as many as a step measured at the start is worth"
+        None,
+        ge=1,
+        le=1024,
+        description="CPU threads of torch; without it, as many as are worth it, measured at the start",
     )
     static_shapes: bool | None = Field(
         None,
