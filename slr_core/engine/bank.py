@@ -17,7 +17,7 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -86,6 +86,39 @@ class Rows(Owners):
         self.found = self.places[self.order.argsort()]
 
 
+class _Held(NamedTuple):
+    """A layer's adapters, as :class:`BankedLinear` describes them."""
+
+    down: Tensor
+    up: Tensor
+    flat_down: Tensor
+    flat_up: Tensor
+    each: list[tuple[Tensor, Tensor]]
+
+
+_NOTHING = _Held(torch.empty(0), torch.empty(0), torch.empty(0), torch.empty(0), [])
+
+
+def _held(layers: Sequence[tuple[nn.Module, str]]) -> _Held | None:
+    """For each place in the bank a layer, with or without PEFT's LoRA, and a name on it; ``None``: no adapter acts."""
+    pairs = [
+        _weights(layer, name) if isinstance(layer, LoraLayer) and name in layer.lora_A else None
+        for layer, name in layers
+    ]
+    present = [pair for pair in pairs if pair is not None]
+    if not present:
+        return None
+    rank = max(len(a) for a, _ in present)
+    down = present[0][0].new_zeros(len(pairs), present[0][0].shape[1], rank)
+    up = present[0][1].new_zeros(len(pairs), rank, present[0][1].shape[0])
+    for place, pair in enumerate(pairs):
+        if pair is not None:
+            down[place, :, : len(pair[0])] = pair[0].T
+            up[place, : len(pair[0])] = pair[1].T
+    flat_down = down.permute(1, 0, 2).reshape(down.shape[1], -1)
+    return _Held(down, up, flat_down, up.view(-1, up.shape[-1]), list(zip(down, up, strict=True)))
+
+
 class BankedLinear(nn.Module):
     """A linear layer of the base with the bank's adapters for it.
 
@@ -101,31 +134,12 @@ class BankedLinear(nn.Module):
         self.base_layer, self.bank = base_layer, bank
         self.method: Method = "masked"
         self.acts = False
-        self.down = self.up = self.flat_down = self.flat_up = torch.empty(0)
-        self.each: list[tuple[Tensor, Tensor]] = []
+        self.down, self.up, self.flat_down, self.flat_up, self.each = _NOTHING
 
-    def fill(self, layers: Sequence[tuple[nn.Module, str]]) -> None:
-        """Take over adapters: for each place in the bank a layer, with or without PEFT's LoRA, and a name on it."""
-        pairs = [
-            _weights(layer, name) if isinstance(layer, LoraLayer) and name in layer.lora_A else None
-            for layer, name in layers
-        ]
-        present = [pair for pair in pairs if pair is not None]
-        self.acts = bool(present)
-        if not present:
-            self.down = self.up = self.flat_down = self.flat_up = torch.empty(0)
-            self.each = []
-            return
-        rank = max(len(a) for a, _ in present)
-        self.down = present[0][0].new_zeros(len(pairs), present[0][0].shape[1], rank)
-        self.up = present[0][1].new_zeros(len(pairs), rank, present[0][1].shape[0])
-        for place, pair in enumerate(pairs):
-            if pair is not None:
-                self.down[place, :, : len(pair[0])] = pair[0].T
-                self.up[place, : len(pair[0])] = pair[1].T
-        self.flat_down = self.down.permute(1, 0, 2).reshape(self.down.shape[1], -1)
-        self.flat_up = self.up.view(-1, self.up.shape[-1])
-        self.each = list(zip(self.down, self.up, strict=True))
+    def hold(self, held: _Held | None) -> None:
+        """Use these adapters from now on, or none."""
+        self.acts = held is not None
+        self.down, self.up, self.flat_down, self.flat_up, self.each = held or _NOTHING
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, q, d_in]`` or, from GPT-2's own linear layers, the same: ``[n, q, d_out]``."""
@@ -201,7 +215,7 @@ _METHODS: dict[Method, Callable[[BankedLinear, Rows, Tensor, Tensor], Tensor]] =
     "segments": _segments,
 }
 
-_MEASURED = 8  # layers of a shape: in a pass no layer finds its adapters where the same one has just left them
+_MEASURED = 4  # layers of a shape: in a pass no layer finds its adapters where the same one has just left them
 
 
 class AdapterBank:
@@ -222,12 +236,16 @@ class AdapterBank:
                 self._replace(path, module.get_base_layer())
 
     def fill(self, adapters: Sequence[tuple[PreTrainedModel, str]]) -> None:
-        """Hold these adapters from now on: a model that PEFT injected them into, and a name, for each place."""
+        """Hold these adapters from now on: a model that PEFT injected them into, and a name, for each place.
+
+        Where that fails, for want of memory, the bank holds what it held before.
+        """
         for path in {p for model, _ in adapters for p, m in model.named_modules() if isinstance(m, LoraLayer)}:
             if path not in self.layers:
                 self._replace(path, self.model.get_submodule(path))
+        held = {path: _held([(model.get_submodule(path), name) for model, name in adapters]) for path in self.layers}
         for path, layer in self.layers.items():
-            layer.fill([(model.get_submodule(path), name) for model, name in adapters])
+            layer.hold(held[path])
         self.count = len(adapters)
         self.fillings += 1
 

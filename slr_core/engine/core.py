@@ -90,15 +90,18 @@ class Core:
             report = self._report(len(work), before, time.perf_counter() - began)
             try:
                 self.on_step(report)
-            except Exception:  # whoever keeps statistics must not stop the engine
+            except BaseException:  # whoever keeps statistics must not stop the engine
                 logger.exception("a listener failed")
         for sequence in [s for s in self.scheduler.running if s.phase is Phase.DONE]:
             self._leave(sequence)
 
     @torch.inference_mode()
-    def run_idle(self, rows: int) -> None:
-        """What a step of so many single positions computes, each with another adapter, changing nothing."""
-        self.head(self.passes.run_idle(rows))
+    def run_idle(self, rows: int, columns: int) -> None:
+        """What a step of so many single positions computes, each with another adapter, while no slot is taken."""
+        rows, columns = min(rows, self.cache.slots), min(columns, self.cache.capacity)
+        self.head(self.passes.run_idle(rows, columns))
+        for slot in range(rows):
+            self.cache.wipe(slot, 0, columns)
 
     def _report(self, rows: int, before: Counters, duration_s: float) -> Step:
         now = self.counters
@@ -171,13 +174,15 @@ class Core:
     def _isolated(self, run: Callable[[list[Work]], None], rows: list[Work]) -> None:
         try:
             run(rows)
+            return
         except Exception as error:  # whatever it is, its requests must hear of it and the engine must go on
-            if len(rows) > 1:
-                logger.warning("a pass of %d requests failed (%r), running each alone", len(rows), error)
-                for row in rows:
-                    self._isolated(run, [row])
+            if len(rows) == 1:
+                self._fail(rows[0][0], error)
                 return
-            self._fail(rows[0][0], error)
+            logger.warning("a pass of %d requests failed (%s), running each alone", len(rows), repr(error))
+        # Not while the fault is handled: it holds all tensors of the pass, and may be that there was no room for more.
+        for row in rows:
+            self._isolated(run, [row])
 
     def _alone(self, sequence: Sequence, run: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -374,7 +379,7 @@ def _tell(sequence: Sequence, event: Event) -> None:
         return
     try:
         sequence.on_event(event)
-    except Exception:  # a listener's fault is not the request's, and must not stop the step
+    except BaseException:  # a listener's fault is not the request's, and must not stop the step
         logger.exception("a listener failed")
 
 

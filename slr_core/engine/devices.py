@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -55,6 +57,16 @@ def fastest_threads(run: Callable[[], object], most: int, rounds: int = 3) -> in
     return chosen
 
 
+def restore_default_threads(default: int) -> None:
+    """Let threads to come compute on so many threads again.
+
+    ``torch.set_num_threads`` sets the number of the calling thread, and that of all that have not computed yet.
+    """
+    elsewhere = threading.Thread(target=torch.set_num_threads, args=(default,))
+    elsewhere.start()
+    elsewhere.join()
+
+
 def release_workers() -> None:
     """End the OpenMP workers that the calling thread has; when it computes in parallel again, it gets others.
 
@@ -62,7 +74,7 @@ def release_workers() -> None:
     only while all of them together are no more than the processors: one idle thread that has once loaded a model makes
     another's workers sleep after each operation, and waking them takes longer than most operations of a step.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or _forked:
         return
     runtime = ctypes.CDLL(None)
     # Other runtimes have no such rule, and may take this for all threads at once.
@@ -71,3 +83,14 @@ def release_workers() -> None:
 
 
 _OMP_PAUSE_HARD = 2  # OpenMP 5.0, section 3.2.44
+_forked = False
+
+
+def _note_fork() -> None:
+    # The parent's workers are not here, and waiting for them to end would last for ever.
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Sequence as Many
 from concurrent.futures import Future
 from math import inf
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 
@@ -18,10 +20,11 @@ from slr_core.diagnostics import RowLog
 from slr_core.engine.bank import AdapterBank
 from slr_core.engine.cache import token_bytes
 from slr_core.engine.core import Core
-from slr_core.engine.devices import best_device, fastest_threads, release_workers, suit
+from slr_core.engine.devices import best_device, fastest_threads, release_workers, restore_default_threads, suit
 from slr_core.engine.events import Event, Finished
-from slr_core.engine.loops import LoopSet, placed
+from slr_core.engine.loops import LoopSet
 from slr_core.engine.prefix import prefix_keys
+from slr_core.engine.registry import LoopSets
 from slr_core.engine.sequence import Sequence
 from slr_core.engine.statistics import Counters, Step
 from slr_core.errors import ConfigError, EngineError, RequestError
@@ -36,8 +39,10 @@ DEFAULT_LOOP_SET = "default"
 """The loop set of the checkpoint that an engine starts with."""
 TYPICAL_PROMPT = 16
 """Tokens of a prompt, where the adapter bank is tuned for whole prompts."""
-TYPICAL_ROWS = 8
-"""Rows of a step, where the number of threads is chosen."""
+TYPICAL_STEP = 8, 64
+"""Rows of a step and columns that they read, where the number of threads is chosen."""
+ABANDON_S = 10.0
+"""How long an engine that was not closed may take for its last step when the process ends."""
 GIB = 2**30
 
 
@@ -55,7 +60,8 @@ class Engine:
             what ``cache_gib`` holds, whichever is less.
         cache_gib: memory for all slots, where ``capacity`` is not given.
         prefix_gib: memory for prompts that may come again; 0 keeps none.
-        prefill_chunk: most prompt positions in one step: a long prompt holds nobody up for longer.
+        prefill_chunk: most prompt positions in one step where a prompt can be run in parts (not in the workspace
+            ``prompt``): a long one holds nobody up for longer.
         threads: torch threads of the engine; by default as many as a step, measured at the start, is worth.
         static_shapes: loop and decode passes run in few fixed shapes, which a GPU replays as CUDA graphs; by default
             where there is a GPU.
@@ -108,12 +114,14 @@ class Engine:
             static=reasoner.device.type == "cuda" if static_shapes is None else static_shapes,
             on_step=on_step,
         )
-        self.loop_sets: dict[str, LoopSet] = {DEFAULT_LOOP_SET: LoopSet(DEFAULT_LOOP_SET, reasoner)}
+        self._loops = LoopSets(self._bank, LoopSet(DEFAULT_LOOP_SET, reasoner), in_use=self._in_use, tune=self._tune)
+        self.loop_sets = self._loops.named
         """By name, those that requests can ask for."""
         self.last_progress = time.monotonic()
         """When the engine last finished a step, or had nothing to do (``time.monotonic``)."""
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._abandoned = False
+        _engines.add(self)
         self._thread = threading.Thread(target=self._run, name="slr-engine", daemon=True)
         self._thread.start()
         # Measured where it will run, while nobody else computes.
@@ -160,7 +168,7 @@ class Engine:
         Raises:
             RequestError: it cannot be run.
         """
-        return prepare(self._loop_set(loop_set).reasoner, prompt, loop, limit=self.capacity, **options)
+        return prepare(self._loops.find(loop_set).reasoner, prompt, loop, limit=self.capacity, **options)
 
     def submit(
         self,
@@ -182,7 +190,7 @@ class Engine:
             EngineError: the engine is closed or has failed.
             RequestError: there is no such loop set, or the request is larger than a slot.
         """
-        loops = self._loop_set(loop_set)
+        loops = self._loops.find(loop_set)
         reserved = loops.positions(request)
         if reserved > self.capacity:
             raise RequestError(f"the request may need {reserved} positions, a slot has {self.capacity}", param="prompt")
@@ -199,8 +207,7 @@ class Engine:
         )
         sequence.future.add_done_callback(sequence.hear_of_end)
         with self._changed:
-            if self._closed:
-                raise EngineError("the engine is shut down")
+            self._check_open()
             if self.loop_sets.get(loops.name) is not loops:  # removed meanwhile: the bank may not hold it any longer
                 raise RequestError(f"loop_set {loops.name} has been removed", "loop_set")
             if not self._arrived and not self._core.busy:
@@ -245,11 +252,12 @@ class Engine:
         Raises:
             RequestError: a prompt or a setting cannot be run.
         """
-        settings = LoopSettings.resolve(self._loop_set(loop_set).config, **loop)
+        settings = LoopSettings.resolve(self._loops.find(loop_set).config, **loop)
         requests = [
             self.prepare(prompt, settings, loop_set=loop_set, max_new_tokens=max_new_tokens)
             for prompt in ([prompts] if isinstance(prompts, str) else prompts)
         ]
+        self._refuse_own_thread()
         return [f.result() for f in [self.submit(request, loop_set=loop_set) for request in requests]]
 
     # -- loop sets ---------------------------------------------------------------------------------
@@ -261,16 +269,12 @@ class Engine:
             CheckpointError: it cannot be loaded.
             ConfigError: the name is taken, its base model is not this engine's, or its weights are not finite.
         """
-        if name in self.loop_sets:
-            raise ConfigError(f"there is a loop set {name!r} already")
-        added = LoopSet.beside(self.reasoner, name, path_or_id)
-        release_workers()
-
-        def add() -> None:
-            self.loop_sets[name] = added
-            self._fill_bank()
-
-        self._between_steps(add)
+        self._loops.check_free(name)
+        try:
+            added = LoopSet.beside(self.reasoner, name, path_or_id)
+        finally:
+            release_workers()
+        self._between_steps(lambda: self._loops.add(added))
 
     def remove_loop_set(self, name: str) -> None:
         """Take no more requests for a loop set; its memory is freed once those under way are done.
@@ -278,24 +282,18 @@ class Engine:
         Raises:
             ConfigError: there is none of this name, or it is the engine's own.
         """
-        if name == DEFAULT_LOOP_SET or name not in self.loop_sets:
-            raise ConfigError(f"{name!r} is not a loop set that can be removed")
-        del self.loop_sets[name]
-        self._between_steps(self._fill_bank)
+        self._loops.remove(name)
+        self._between_steps(self._loops.retire)
 
     def _set_up(self, threads: int | None) -> None:
+        default = torch.get_num_threads()
         torch.set_num_threads(self.threads)
-        self._fill_bank()
+        self._loops.fill()
         if threads is None and self.model.device.type == "cpu":
-            self.threads = fastest_threads(lambda: self._core.run_idle(min(TYPICAL_ROWS, self.slots)), self.threads)
+            self.threads = fastest_threads(lambda: self._core.run_idle(*TYPICAL_STEP), self.threads)
+            release_workers()  # as many as the most that were tried
             self._tune()
-
-    def _fill_bank(self) -> None:
-        """Hold the adapters of all loop sets that can be asked for, or that somebody still runs."""
-        sets = [*self.loop_sets.values(), *(self._in_use() - set(self.loop_sets.values()))]
-        self._in_bank = set(sets)
-        self._bank.fill(placed(sets))
-        self._tune()
+        restore_default_threads(default)
 
     def _tune(self) -> None:
         chosen = self._bank.tune(self.slots, self.reasoner.workspace.width(TYPICAL_PROMPT))
@@ -306,19 +304,23 @@ class Engine:
         return {sequence.loops for sequence in (*self._arrived, *scheduler.waiting, *scheduler.running)}
 
     def _between_steps(self, command: Callable[[], None]) -> None:
+        self._refuse_own_thread()
         done: Future[None] = Future()
         with self._changed:
-            if self._closed:
-                raise EngineError("the engine is shut down")
+            self._check_open()
             self._commands.append((command, done))
             self._changed.notify()
         done.result()
 
-    def _loop_set(self, name: str | None) -> LoopSet:
-        try:
-            return self.loop_sets[DEFAULT_LOOP_SET if name is None else name]
-        except KeyError:
-            raise RequestError(f"loop_set must be one of {', '.join(self.loop_sets)}, got {name}", "loop_set") from None
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the engine is shut down")
+        if not self._thread.is_alive():
+            raise EngineError("the engine's thread is not in this process, which was forked: make an engine here")
+
+    def _refuse_own_thread(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise EngineError("a listener runs on the engine's thread and must not wait for the engine")
 
     # -- how it does -------------------------------------------------------------------------------
 
@@ -360,7 +362,14 @@ class Engine:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join(timeout)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+
+    def _abandon(self) -> None:
+        """Stop after the step under way, whoever waits: the process ends."""
+        if self._thread.is_alive():
+            self._abandoned = True
+            self.close(timeout=ABANDON_S)
 
     def __enter__(self) -> Self:
         return self
@@ -374,10 +383,8 @@ class Engine:
             while self._wait_for_work():
                 self._core.step()
                 self.last_progress = time.monotonic()
-                retired = self._in_bank - set(self.loop_sets.values())
-                if retired and not retired <= self._in_use():
-                    self._fill_bank()
-        except Exception as fault:  # a step keeps faults to their requests: this one is the engine's
+                self._loops.retire()
+        except BaseException as fault:  # a step keeps faults to their requests: this one is the engine's
             logger.exception("the engine has failed")
             error = EngineError(f"the engine has failed: {fault}")
         with self._changed:
@@ -390,7 +397,7 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         """Take what has arrived, waiting while there is nothing to do; False once the engine is closed and idle."""
-        while True:
+        while not self._abandoned:
             with self._changed:
                 self._changed.wait_for(lambda: self._arrived or self._commands or self._closed or self._core.busy)
                 self._take_arrivals()
@@ -400,7 +407,7 @@ class Engine:
                 try:
                     command()
                     done.set_result(None)
-                except Exception as error:  # the caller's, who waits for it
+                except BaseException as error:  # the caller's, who waits for it
                     done.set_exception(error)
             if closed:
                 self._core.refuse_waiting(EngineError("the engine is shut down"))
@@ -408,7 +415,18 @@ class Engine:
                 return True
             if closed:
                 return False
+        return False
 
     def _take_arrivals(self) -> None:
         self._core.scheduler.waiting.extend(self._arrived)
         self._arrived.clear()
+
+
+_engines: WeakSet[Engine] = WeakSet()
+
+
+@atexit.register
+def _abandon_all() -> None:
+    # A thread inside torch when the interpreter goes would abort the process, whatever its exit status was to be.
+    for engine in list(_engines):
+        engine._abandon()

@@ -26,7 +26,7 @@ class LoopSet:
         reasoner: whose modules, texts and defaults it has; its base model is not run.
 
     Attributes:
-        adapters: place in the bank of each adapter, by name; kept up by whoever fills the bank.
+        adapters: place in the bank of each adapter, by name; kept up by who fills the bank.
     """
 
     def __init__(self, name: str, reasoner: LatentReasoner) -> None:
@@ -50,8 +50,10 @@ class LoopSet:
             CheckpointError: it cannot be loaded.
             ConfigError: its base model is another, or its weights are not finite.
         """
-        reasoner = LatentReasoner.from_pretrained(path_or_id, dtype=owner.base.dtype, device=str(owner.device))
+        # Not on the owner's device: there is no room for a second base model on it.
+        reasoner = LatentReasoner.from_pretrained(path_or_id, dtype=owner.base.dtype, device="cpu")
         share_base(owner, reasoner)
+        reasoner.to(owner.device)
         check_finite(reasoner.base)
         return cls(name, reasoner)
 
@@ -103,14 +105,17 @@ class LoopSet:
         return timestep.combined(projected, e_t, last)
 
 
-def placed(sets: Iterable[LoopSet]) -> list[tuple[PreTrainedModel, str]]:
-    """Give every adapter of these loop sets its place in the bank: where to find each, and its name, in order."""
-    places: list[tuple[PreTrainedModel, str]] = []
+def placed(
+    sets: Iterable[LoopSet],
+) -> tuple[list[tuple[PreTrainedModel, str]], dict[LoopSet, dict[str, int]]]:
+    """Where to find each adapter of these loop sets, and its name, in the order of their places; then these places."""
+    adapters: list[tuple[PreTrainedModel, str]] = []
+    places: dict[LoopSet, dict[str, int]] = {}
     for loops in sets:
         names = sorted(loops.reasoner.adapters.names)
-        loops.adapters = {name: len(places) + i for i, name in enumerate(names)}
-        places += [(loops.reasoner.base, name) for name in names]
-    return places
+        places[loops] = {name: len(adapters) + i for i, name in enumerate(names)}
+        adapters += [(loops.reasoner.base, name) for name in names]
+    return adapters, places
 
 
 def share_base(owner: LatentReasoner, other: LatentReasoner) -> None:
@@ -127,8 +132,8 @@ def share_base(owner: LatentReasoner, other: LatentReasoner) -> None:
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
-    alike = (first.dtype, first.device, first.shape) == (second.dtype, second.device, second.shape)
-    return alike and torch.equal(first, second)
+    alike = (first.dtype, first.shape) == (second.dtype, second.shape)
+    return alike and torch.equal(first.to(second.device), second)
 
 
 def _base_weights(reasoner: LatentReasoner) -> dict[str, Tensor]:

@@ -97,15 +97,20 @@ class Passes:
         hidden = self._forward(embeds, positions, attention_mask=attention_mask(self.model, mask, embeds.dtype))
         return [states[:count] for states, count in zip(hidden, counts, strict=True)]
 
-    def run_idle(self, rows: int) -> Tensor:
-        """A pass of single positions that change nothing, each with another adapter: states ``[rows, d]``."""
-        nowhere = torch.full((rows, 1), self.cache.capacity, device=self.device)
-        self.cache.bind(range(rows), nowhere, 1)
-        self.bank.use([row % self.bank.count for row in range(rows)] if self.bank.count else [None] * rows)
-        positions, mask = torch.zeros_like(nowhere), torch.ones(rows, 1, 1, dtype=torch.bool, device=self.device)
+    def run_idle(self, rows: int, columns: int) -> Tensor:
+        """A pass of single positions, each with another adapter, over the first ``columns``: states ``[rows, d]``.
+
+        For who measures. It writes what it reads: every slot must be free.
+        """
+        adapters = [row % self.bank.count for row in range(rows)] if self.bank.count else [None] * rows
         embeds = self.table.new_zeros(rows, 1, self.table.shape[1])
-        mask = attention_mask(self.model, mask, embeds.dtype)
-        return self._forward(embeds, positions, attention_mask=mask)[:, 0]
+        if self.static is not None:
+            return self.static.run(range(rows), [columns - 1] * rows, adapters, embeds)[:, 0]
+        positions = torch.full((rows, 1), columns - 1, device=self.device)
+        self.cache.bind(range(rows), positions, columns)
+        self.bank.use(adapters)
+        mask = torch.ones(rows, 1, columns, dtype=torch.bool, device=self.device)
+        return self._forward(embeds, positions, attention_mask=attention_mask(self.model, mask, embeds.dtype))[:, 0]
 
     def _forward(self, embeds: Tensor, positions: Tensor, **options: Any) -> Tensor:
         hidden: Tensor = self.model.base_model(

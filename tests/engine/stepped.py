@@ -38,8 +38,7 @@ class Stepped(Engine):
     def add(self, name: str, reasoner: LatentReasoner) -> None:
         """:meth:`load_loop_set` without a checkpoint."""
         share_base(self.reasoner, reasoner)
-        self.loop_sets[name] = LoopSet(name, reasoner)
-        self._fill_bank()
+        self._loops.add(LoopSet(name, reasoner))
 
     def step(self, count: int = 1) -> None:
         """Take so many steps; there must be something to do."""

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
+from slr_core.engine import bank as bank_module
 from slr_core.engine.bank import AdapterBank, BankedLinear
 from slr_core.loop.lora import attach
 from tests import tiny
@@ -235,3 +236,17 @@ def test_choosing_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
     bank.tune(4, 1)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_way_is_chosen_on_several_layers_of_a_shape(pair, monkeypatch):
+    _, bank = pair
+    met = []
+    for method, compute in bank_module._METHODS.items():
+        monkeypatch.setitem(
+            bank_module._METHODS,
+            method,
+            lambda layer, *rest, compute=compute: (met.append(layer), compute(layer, *rest))[1],
+        )
+    bank.tune(4, 1)
+    layers = [layer for layer in bank.layers.values() if layer.acts]
+    assert set(met) == set(layers)  # two layers, fewer of each shape than are measured

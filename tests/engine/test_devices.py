@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -75,38 +72,3 @@ def test_one_thread_is_not_measured_against_more(threads):
     ran = []
     assert fastest_threads(lambda: ran.append(1), 1) == torch.get_num_threads() == 1
     assert not ran
-
-
-WORKERS = """
-import os, torch
-from slr_core.engine import Engine
-from slr_core.engine.devices import release_workers
-from tests import tiny
-
-count = lambda: len(os.listdir("/proc/self/task"))
-add = lambda: torch.ones(1_000_000).add_(1).sum().item()
-torch.set_num_threads(4)
-before = count()
-add()
-with_workers = count()
-release_workers()
-after = count()
-again = add()
-made = tiny.reasoner()
-add()
-with Engine(made, slots=2, threads=1):
-    beside_engine = count()
-print(before, with_workers, after, again, beside_engine)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="workers are counted in /proc")
-def test_workers_of_a_thread_that_has_computed_end_when_released_and_beside_an_engine():
-    # In a process of its own: this one may compute on one thread only.
-    run = subprocess.run([sys.executable, "-c", WORKERS], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    before, with_workers, after, again, beside_engine = map(float, run.stdout.split())
-    assert with_workers == before + 3
-    assert after == before
-    assert again == 2_000_000
-    assert beside_engine == before + 1  # the engine's own thread

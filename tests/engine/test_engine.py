@@ -8,6 +8,7 @@ import torch
 
 from slr_core.engine import Engine, Iterated
 from slr_core.engine import engine as engine_module
+from slr_core.engine.bank import AdapterBank
 from slr_core.engine.cache import token_bytes
 from slr_core.engine.engine import GIB
 from slr_core.errors import CheckpointError, ConfigError, EngineError, RequestError
@@ -406,21 +407,42 @@ def test_an_engine_runs_on_at_most_the_threads_of_who_makes_it(made, monkeypatch
         torch.set_num_threads(before)
 
 
+def test_threads_are_chosen_by_a_step_with_different_adapters_and_ways_on_these_threads(made, monkeypatch):
+    seen, ran = [], []
+    used, tuned = AdapterBank.use, AdapterBank.tune
+    monkeypatch.setattr(AdapterBank, "use", lambda bank, rows: (ran.append(list(rows)), used(bank, rows))[1])
+    monkeypatch.setattr(AdapterBank, "tune", lambda *args: (seen.append("tuned"), tuned(*args))[1])
+
+    def choose(run, most):
+        ran.clear()
+        run()
+        seen.append("chosen")
+        return 1
+
+    monkeypatch.setattr(engine_module, "fastest_threads", choose)
+    with Engine(made, slots=6) as engine:
+        assert seen[-2:] == ["chosen", "tuned"]
+        count = engine._bank.count
+        assert count > 1
+        assert ran == [[row % count for row in range(6)]]
+
+
 def test_an_engine_that_cannot_be_set_up_leaves_no_thread(made, monkeypatch):
     def fail(self, *_):
         raise MemoryError("no room for adapters")
 
-    monkeypatch.setattr(Engine, "_fill_bank", fail)
+    monkeypatch.setattr(AdapterBank, "fill", fail)
     with pytest.raises(MemoryError, match="no room"):
         Engine(made)
     assert own_threads() == []
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_an_idle_step_changes_nothing(kind):
-    with Stepped(tiny.reasoner(kind), slots=3) as stepped:
-        for rows in (1, 3):
-            stepped._core.run_idle(rows)
+def test_an_idle_step_changes_nothing(kind, static):
+    with Stepped(tiny.reasoner(kind), slots=3, static_shapes=static) as stepped:
+        for rows, columns in ((1, 1), (3, 9), (99, 9999)):
+            stepped._core.run_idle(rows, columns)
         assert empty(stepped)
         assert stepped.counters.steps == 0
 

@@ -1,6 +1,7 @@
 """What goes wrong, and whom it reaches: a fault is its request's alone, and everyone waits for an answer once."""
 
 import asyncio
+import weakref
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import replace
 
@@ -497,7 +498,7 @@ def test_a_request_that_comes_as_its_loop_set_goes_is_refused(chain, second, mon
         engine.add("second", second)
         found = engine.loop_sets["second"]
         engine.remove_loop_set("second")
-        monkeypatch.setattr(engine, "_loop_set", lambda name: found)
+        monkeypatch.setattr(engine._loops, "find", lambda name: found)
         with pytest.raises(RequestError, match="removed"):
             engine.submit(tiny.request(second, TARGET, **fixed(2)), loop_set="second")
 
@@ -650,3 +651,53 @@ def test_streams_of_a_free_engine(chain):
 
     with Engine(chain, slots=3) as engine:
         assert asyncio.run(main(engine)) == [alone(chain, request) for request in requests]
+
+
+# -- what is not an Exception ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [SystemExit(3), KeyboardInterrupt(), CancelledError(), asyncio.CancelledError()])
+def test_a_listener_that_would_end_its_thread_ends_nothing(chain, fault):
+    def fail(*_):
+        raise fault
+
+    request = tiny.request(chain, TARGET, **fixed(3))
+    with Engine(chain, slots=2, on_step=fail) as engine:
+        futures = [engine.submit(request, on_event=fail) for _ in range(3)]
+        assert [facts(future.result(TIMEOUT)) for future in futures] == [alone(chain, request)] * 3
+        with pytest.raises(type(fault)):
+            engine._between_steps(fail)
+        assert engine.alive
+
+
+def test_who_waits_hears_of_whatever_ends_the_engine(chain, monkeypatch):
+    def fail():
+        raise SystemExit(3)
+
+    with Engine(chain, slots=2) as engine:
+        monkeypatch.setattr(engine._core, "step", fail)
+        futures = [engine.submit(tiny.request(chain, TARGET, **fixed(3))) for _ in range(1)]
+        for future in futures:
+            with pytest.raises(EngineError, match="the engine has failed"):
+                future.result(TIMEOUT)
+        engine._thread.join(TIMEOUT)
+        assert not engine.alive
+        with pytest.raises(EngineError, match="shut down"):
+            engine.submit(tiny.request(chain, TARGET, **fixed(3)))
+
+
+def test_a_pass_that_found_no_memory_has_let_go_of_it_when_its_rows_run_alone(chain):
+    held, alive = [], []
+
+    def fail(rows, embeds):
+        alive.append([reference() is not None for reference in held])
+        if len(rows) > 1:
+            large = embeds.repeat(1, 1, 1)
+            held.append(weakref.ref(large))
+            raise torch.OutOfMemoryError("no room")
+
+    with Load(chain, tiny.request(chain, TARGET, **fixed(3))) as load:
+        load.each_pass(fail)
+        load.engine.step()
+        assert len(alive) > 2
+        assert not any(any(seen) for seen in alive[1:])

@@ -305,7 +305,7 @@ def check(mix, tally, asked):
             assert step < 1000
         assert empty(engine)
         if mix.removed is not None:
-            assert {loops.name for loops in engine._in_bank} == {"default"}
+            assert {loops.name for loops in engine._loops.held} == {"default"}
     for i, ask in enumerate(mix.asks):
         if i in refused:
             continue
