@@ -31,6 +31,7 @@ from slr_core.errors import ConfigError, EngineError, RequestError
 from slr_core.generation import Messages, Request, Result, Tokens, prepare
 from slr_core.loop.convergence import ExitRule, LoopSettings
 from slr_core.model import LatentReasoner
+from slr_core.sampling import SamplingSettings
 from slr_core.writing import Answer
 
 logger = logging.getLogger(__name__)
@@ -245,16 +246,36 @@ class Engine:
             future.cancel()
 
     def generate(
-        self, prompts: str | Many[str], *, loop_set: str | None = None, max_new_tokens: int | None = None, **loop: Any
+        self,
+        prompts: str | Many[str],
+        *,
+        loop_set: str | None = None,
+        max_new_tokens: int | None = None,
+        sampling: SamplingSettings | None = None,
+        stop: str | Many[str] = (),
+        **loop: Any,
     ) -> list[Result]:
-        """Answer prompts; ``loop`` takes the arguments of :meth:`LoopSettings.resolve`.
+        """Answer prompts; for several samples of one, give it several times: it is run once.
+
+        Args:
+            prompts: one or more texts.
+            loop_set: which loop answers them.
+            max_new_tokens: the checkpoint's default where ``None``.
+            sampling: greedy where ``None``; without a seed every answer has its own.
+            stop: strings that end an answer, besides the checkpoint's.
+            loop: as :meth:`LoopSettings.resolve` takes it.
 
         Raises:
             RequestError: a prompt or a setting cannot be run.
         """
         settings = LoopSettings.resolve(self._loops.find(loop_set).config, **loop)
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "sampling": sampling,
+            "stop": (stop,) if isinstance(stop, str) else stop,
+        }
         requests = [
-            self.prepare(prompt, settings, loop_set=loop_set, max_new_tokens=max_new_tokens)
+            self.prepare(prompt, settings, loop_set=loop_set, **options)
             for prompt in ([prompts] if isinstance(prompts, str) else prompts)
         ]
         self._refuse_own_thread()

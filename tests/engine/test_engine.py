@@ -78,6 +78,26 @@ def test_generate_answers_in_the_order_of_its_prompts(made):
     assert facts(single) == facts(alone[2])
 
 
+def test_generate_samples_and_stops_as_asked(made):
+    loop, prompt = {"max_iterations": 2, "criterion": "fixed"}, tiny.PROMPTS[2]
+    seeded = SamplingSettings(temperature=1.5, seed=3)
+    with Engine(made, slots=3) as serving:
+        greedy, once, again = (
+            serving.generate(prompt, max_new_tokens=8, sampling=sampling, **loop)[0]
+            for sampling in (None, seeded, seeded)
+        )
+        many = serving.generate([prompt] * 8, max_new_tokens=8, sampling=SamplingSettings(temperature=1.5), **loop)
+        word = greedy.text.split()[1]
+        stopped = [serving.generate(prompt, max_new_tokens=8, stop=stop, **loop)[0] for stop in (word, [word])]
+    assert (
+        facts(once)
+        == facts(again)
+        == facts(generate(made, [tiny.request(made, prompt, loop, max_new_tokens=8, sampling=seeded)])[0])
+    )
+    assert len({result.token_ids for result in (greedy, once, *many)}) > 2
+    assert [(result.text, result.finish_reason) for result in stopped] == [(greedy.text.split(word)[0], "stop")] * 2
+
+
 def test_generate_refuses_before_anything_runs(made):
     with Stepped(made) as serving:
         for prompts, loop in ((["w1", ""], {}), ("w1", {"max_iterations": 2, "min_iterations": 3})):
