@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 import threading
@@ -13,8 +14,12 @@ import torch
 
 from slr_core.model import LatentReasoner
 
+logger = logging.getLogger(__name__)
+
 WORTH = 1.2
 """How many times as fast more threads have to be."""
+MEASURED_S = 0.25
+"""Seconds that are measured at least: a machine that starts a server may be busy with more."""
 
 
 def best_device() -> str:
@@ -42,18 +47,23 @@ def fastest_threads(run: Callable[[], object], most: int, rounds: int = 3) -> in
     use. The number holds for the calling thread from then on.
     """
     candidates = sorted({min(most, 1 << i) for i in range(most.bit_length() + 1)})
-    best: dict[int, float] = {}
-    for _ in range(rounds + 1 if len(candidates) > 1 else 0):  # interleaved, and the first round warms up
-        for threads in candidates:
+    best = dict.fromkeys(candidates, float("inf"))
+    done, start = 0, time.perf_counter()
+    while len(candidates) > 1 and (done <= rounds or time.perf_counter() - start < MEASURED_S):
+        for threads in candidates:  # interleaved, and the first round warms up
             torch.set_num_threads(threads)
             began = time.perf_counter()
             run()
-            best[threads] = min(best.get(threads, float("inf")), time.perf_counter() - began)
+            best[threads] = min(best[threads], time.perf_counter() - began)
+        done += 1
     chosen = candidates[0]
     for threads in candidates[1:]:
         if best[threads] * WORTH <= best[chosen]:
             chosen = threads
     torch.set_num_threads(chosen)
+    if done:
+        times = ", ".join(f"{threads}: {1000 * seconds:.1f} ms" for threads, seconds in best.items())
+        logger.info("a step by number of threads is %s; it runs on %d", times, chosen)
     return chosen
 
 

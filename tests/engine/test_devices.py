@@ -68,6 +68,21 @@ def test_more_threads_have_to_be_worth_it(threads, monkeypatch, cost, chosen):
     assert fastest_threads(run, 4) == chosen
 
 
+def test_short_steps_are_measured_again_and_again_and_the_times_are_told(threads, monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: now[0])
+
+    def run():
+        # For the first tenth of a second something else keeps the processors busy.
+        slow = torch.get_num_threads() > 1 and now[0] < 0.1
+        now[0] += 0.004 if slow else 0.002 / torch.get_num_threads()
+
+    with caplog.at_level("INFO", logger="slr_core"):
+        assert fastest_threads(run, 2) == 2
+    assert now[0] >= devices.MEASURED_S
+    assert "1: 2.0 ms, 2: 1.0 ms; it runs on 2" in caplog.text
+
+
 def test_one_thread_is_not_measured_against_more(threads):
     ran = []
     assert fastest_threads(lambda: ran.append(1), 1) == torch.get_num_threads() == 1
