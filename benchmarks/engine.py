@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from transformers.utils import logging
@@ -37,8 +36,6 @@ from slr_core.engine.cache import SlotCache
 from slr_core.engine.devices import release_workers
 from slr_core.generation import generate
 from slr_core.sampling import SamplingSettings
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,9 +112,9 @@ def under_load(name: str, engine: Engine, watch: Watch, turns: int) -> Iterator[
     batches, few = requests[: 2 * ROWS if large else 8 * ROWS], requests[:8]
     with recorded(engine) as passes:
         watch.run(engine, requests)
-    cache = on_its_thread(
-        engine, lambda: SlotCache(engine.model, max(rows for rows, _, _ in passes.shapes), engine.capacity)
-    )
+    on_its_thread = engine._between_steps
+    most = max(rows for rows, _, _ in passes.shapes)
+    cache = on_its_thread(lambda: SlotCache(engine.model, most, engine.capacity))
 
     def lockstep() -> None:
         for start in range(0, len(batches), ROWS):
@@ -131,10 +128,10 @@ def under_load(name: str, engine: Engine, watch: Watch, turns: int) -> Iterator[
     ours, bound, joined, batched, single, recording, sampling = best(
         turns,
         lambda: paces.append(watch.run(engine, requests)),
-        lambda: on_its_thread(engine, lambda: bare(engine, passes.apart, passes.heads, cache)),
-        lambda: on_its_thread(engine, lambda: bare(engine, passes.shapes, passes.heads, cache)),
-        lambda: on_its_thread(engine, lockstep),
-        lambda: on_its_thread(engine, reference),
+        lambda: on_its_thread(lambda: bare(engine, passes.apart, passes.heads, cache)),
+        lambda: on_its_thread(lambda: bare(engine, passes.shapes, passes.heads, cache)),
+        lambda: on_its_thread(lockstep),
+        lambda: on_its_thread(reference),
         lambda: watch.run(engine, traced),
         lambda: watch.run(engine, sampled),
     )
@@ -175,7 +172,7 @@ def long_prompts(name: str, engine: Engine, watch: Watch, turns: int) -> Figure:
     _, single = best(
         min(2, turns),
         lambda: paces.append(watch.run(engine, requests)),
-        lambda: on_its_thread(engine, reference),
+        lambda: engine._between_steps(reference),
     )
     own = work(requests[:8]) / single
     detail = f"{1 / min(paces):.0f} passes of rows a second, {own:.0f} one at a time"
@@ -207,7 +204,7 @@ def alone(name: str, engine: Engine, turns: int) -> Figure:
     ours, theirs = best(
         3 * turns * (1 + many // 5),
         lambda: [engine.submit(request).result() for _ in range(many)],
-        lambda: on_its_thread(engine, lambda: [generate(engine.reasoner, [request]) for _ in range(many)]),
+        lambda: engine._between_steps(lambda: [generate(engine.reasoner, [request]) for _ in range(many)]),
     )
     detail = f"{1000 * ours / many:.0f} ms, {1000 * theirs / many:.0f} ms"
     return Figure("a lone request's latency / the reference's", name, ours / theirs, "at most 1.05", detail)
@@ -260,13 +257,6 @@ def prefix(name: str, reasoner: LatentReasoner, turns: int) -> Figure:
         warm, cold = best(turns, lambda: first(shared), lambda: first(tokens(rng, 512)))
     detail = f"{warm:.3f} s warm, {cold:.3f} s cold"
     return Figure("time to first token, 512-token prefix warm / cold", name, warm / cold, "at most 0.3", detail)
-
-
-def on_its_thread(engine: Engine, run: Callable[[], T]) -> T:
-    """What ``run`` returns on the thread of an idle engine."""
-    returned: list[T] = []
-    engine._between_steps(lambda: returned.append(run()))
-    return returned[0]
 
 
 def best(turns: int, *sides: Callable[[], object]) -> list[float]:

@@ -105,7 +105,7 @@ def prepare(
     *,
     max_new_tokens: int | None = None,
     sampling: SamplingSettings | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     trace: bool = False,
     top_tokens: int = 0,
     include_states: bool = False,
@@ -123,7 +123,7 @@ def prepare(
         loop: resolved settings.
         max_new_tokens: the checkpoint's default where ``None``; a default gives way to what fits.
         sampling: greedy where ``None``.
-        stop: strings that end the answer, besides the checkpoint's.
+        stop: a string, or several, that end the answer, besides the checkpoint's.
         trace: measure the head at every iteration, and put the states into words where a decoder can.
         top_tokens: likely tokens to record per iteration.
         include_states: return the states themselves.
@@ -141,6 +141,7 @@ def prepare(
     text = reasoner.config.text
     if max_new_tokens is not None and max_new_tokens < 1:
         raise RequestError(f"max_new_tokens must be at least 1, got {max_new_tokens}", param="max_new_tokens")
+    stop = (stop,) if isinstance(stop, str) else stop
     if "" in stop:
         raise RequestError("stop must not hold an empty string", param="stop")
     raw = isinstance(prompt, Tokens)

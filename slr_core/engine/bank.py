@@ -133,8 +133,7 @@ class BankedLinear(nn.Module):
         super().__init__()
         self.base_layer, self.bank = base_layer, bank
         self.method: Method = "masked"
-        self.acts = False
-        self.down, self.up, self.flat_down, self.flat_up, self.each = _NOTHING
+        self.hold(None)
 
     def hold(self, held: _Held | None) -> None:
         """Use these adapters from now on, or none."""

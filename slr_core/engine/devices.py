@@ -20,6 +20,8 @@ WORTH = 1.2
 """How many times as fast more threads have to be."""
 MEASURED_S = 0.25
 """Seconds that are measured at least: a machine that starts a server may be busy with more."""
+_OMP_PAUSE_HARD = 2  # OpenMP 5.0, section 3.2.44
+_PROCESS = os.getpid()
 
 
 def best_device() -> str:
@@ -84,23 +86,10 @@ def release_workers() -> None:
     only while all of them together are no more than the processors: one idle thread that has once loaded a model makes
     another's workers sleep after each operation, and waking them takes longer than most operations of a step.
     """
-    if sys.platform != "linux" or _forked:
+    # A forked process has the record of its parent's workers but not them, and would wait for ever for them to end.
+    if sys.platform != "linux" or os.getpid() != _PROCESS:
         return
     runtime = ctypes.CDLL(None)
     # Other runtimes have no such rule, and may take this for all threads at once.
     if hasattr(runtime, "omp_pause_resource_all") and not hasattr(runtime, "kmp_set_blocktime"):
         runtime.omp_pause_resource_all(_OMP_PAUSE_HARD)
-
-
-_OMP_PAUSE_HARD = 2  # OpenMP 5.0, section 3.2.44
-_forked = False
-
-
-def _note_fork() -> None:
-    # The parent's workers are not here, and waiting for them to end would last for ever.
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)

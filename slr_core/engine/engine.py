@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Many
 from concurrent.futures import Future
 from math import inf
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -35,6 +35,7 @@ from slr_core.sampling import SamplingSettings
 from slr_core.writing import Answer
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 DEFAULT_LOOP_SET = "default"
 """The loop set of the checkpoint that an engine starts with."""
@@ -102,7 +103,7 @@ class Engine:
                 f"a slot has room for {self.capacity} positions; give `capacity`, more `cache_gib` or fewer `slots`"
             )
         self._arrived: list[Sequence] = []
-        self._commands: list[tuple[Callable[[], None], Future[None]]] = []
+        self._commands: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._bank = AdapterBank(reasoner.base)
         self.model = self._bank.model
         """The base model as the engine runs it: the same weights in modules of its own."""
@@ -269,11 +270,7 @@ class Engine:
             RequestError: a prompt or a setting cannot be run.
         """
         settings = LoopSettings.resolve(self._loops.find(loop_set).config, **loop)
-        options = {
-            "max_new_tokens": max_new_tokens,
-            "sampling": sampling,
-            "stop": (stop,) if isinstance(stop, str) else stop,
-        }
+        options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
         requests = [
             self.prepare(prompt, settings, loop_set=loop_set, **options)
             for prompt in ([prompts] if isinstance(prompts, str) else prompts)
@@ -324,14 +321,15 @@ class Engine:
         scheduler = self._core.scheduler
         return {sequence.loops for sequence in (*self._arrived, *scheduler.waiting, *scheduler.running)}
 
-    def _between_steps(self, command: Callable[[], None]) -> None:
+    def _between_steps(self, command: Callable[[], T]) -> T:
+        """What ``command`` returns on the engine's thread."""
         self._refuse_own_thread()
-        done: Future[None] = Future()
+        done: Future[T] = Future()
         with self._changed:
             self._check_open()
             self._commands.append((command, done))
             self._changed.notify()
-        done.result()
+        return done.result()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -426,8 +424,7 @@ class Engine:
                 closed = self._closed
             for command, done in commands:
                 try:
-                    command()
-                    done.set_result(None)
+                    done.set_result(command())
                 except BaseException as error:  # the caller's, who waits for it
                     done.set_exception(error)
             if closed:

@@ -26,7 +26,7 @@ class LoopSet:
         reasoner: whose modules, texts and defaults it has; its base model is not run.
 
     Attributes:
-        adapters: place in the bank of each adapter, by name; kept up by who fills the bank.
+        adapters: place in the bank of each adapter, by name; kept up by whoever fills the bank.
     """
 
     def __init__(self, name: str, reasoner: LatentReasoner) -> None:

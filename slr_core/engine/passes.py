@@ -90,11 +90,7 @@ class Passes:
             embeds[real] = inputs
             # Padding looks at the first column, so that it sees something finite.
             columns, positions = torch.where(real, columns, self.cache.capacity), torch.where(real, positions, 0)
-        width = _width(work)
-        self.cache.bind(slots, columns, width)
-        self.bank.use(adapters)
-        mask = torch.arange(width, device=self.device) <= positions[..., None]
-        hidden = self._forward(embeds, positions, attention_mask=attention_mask(self.model, mask, embeds.dtype))
+        hidden = self._apart(slots, adapters, embeds, columns, positions, _width(work))
         return [states[:count] for states, count in zip(hidden, counts, strict=True)]
 
     def run_idle(self, rows: int, columns: int) -> Tensor:
@@ -102,15 +98,28 @@ class Passes:
 
         For who measures. It writes what it reads: every slot must be free.
         """
-        adapters = [row % self.bank.count for row in range(rows)] if self.bank.count else [None] * rows
+        count = self.bank.count
+        adapters = [row % count if count else None for row in range(rows)]
         embeds = self.table.new_zeros(rows, 1, self.table.shape[1])
         if self.static is not None:
             return self.static.run(range(rows), [columns - 1] * rows, adapters, embeds)[:, 0]
-        positions = torch.full((rows, 1), columns - 1, device=self.device)
-        self.cache.bind(range(rows), positions, columns)
+        last = torch.full((rows, 1), columns - 1, device=self.device)
+        return self._apart(range(rows), adapters, embeds, last, last, columns)[:, 0]
+
+    def _apart(
+        self,
+        slots: Rows[int],
+        adapters: list[int | None],
+        embeds: Tensor,
+        columns: Tensor,
+        positions: Tensor,
+        width: int,
+    ) -> Tensor:
+        """Every row a slot; inputs ``[n, q, d]`` at columns and positions ``[n, q]``: states ``[n, q, d]``."""
+        self.cache.bind(slots, columns, width)
         self.bank.use(adapters)
-        mask = torch.ones(rows, 1, columns, dtype=torch.bool, device=self.device)
-        return self._forward(embeds, positions, attention_mask=attention_mask(self.model, mask, embeds.dtype))[:, 0]
+        mask = torch.arange(width, device=self.device) <= positions[..., None]
+        return self._forward(embeds, positions, attention_mask=attention_mask(self.model, mask, embeds.dtype))
 
     def _forward(self, embeds: Tensor, positions: Tensor, **options: Any) -> Tensor:
         hidden: Tensor = self.model.base_model(
@@ -195,7 +204,7 @@ def closing(rows: Rows[Sequence]) -> Tensor:
 
 def stacked(states: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     """States ``[W, d]`` as ``[n, W, d]``, and where their widths differ ``[n, W]`` bool: which positions are real."""
-    widths = [state.shape[0] for state in states]  # len() of a tensor takes ten times as long
+    widths = [state.shape[0] for state in states]  # len() of a tensor is slow
     if len(set(widths)) == 1:
         return torch.stack(states), None
     together = pad_sequence(states, batch_first=True)

@@ -32,8 +32,8 @@ class Stepped(Engine):
             self._go.acquire()
         return super()._wait_for_work()
 
-    def _between_steps(self, command: Any) -> None:
-        command()  # it stands still: this is between steps
+    def _between_steps(self, command: Any) -> Any:
+        return command()  # it stands still: this is between steps
 
     def add(self, name: str, reasoner: LatentReasoner) -> None:
         """:meth:`load_loop_set` without a checkpoint."""

@@ -676,10 +676,9 @@ def test_who_waits_hears_of_whatever_ends_the_engine(chain, monkeypatch):
 
     with Engine(chain, slots=2) as engine:
         monkeypatch.setattr(engine._core, "step", fail)
-        futures = [engine.submit(tiny.request(chain, TARGET, **fixed(3))) for _ in range(1)]
-        for future in futures:
-            with pytest.raises(EngineError, match="the engine has failed"):
-                future.result(TIMEOUT)
+        future = engine.submit(tiny.request(chain, TARGET, **fixed(3)))
+        with pytest.raises(EngineError, match="the engine has failed"):
+            future.result(TIMEOUT)
         engine._thread.join(TIMEOUT)
         assert not engine.alive
         with pytest.raises(EngineError, match="shut down"):

@@ -32,11 +32,6 @@ def elsewhere(run):
     thread.join()
     return got[0]
 
-def on_its_thread(engine):
-    got = []
-    engine._between_steps(lambda: got.append(torch.get_num_threads()))
-    return got[0]
-
 made = tiny.reasoner()
 request = tiny.request(made, "w1 w2", {"max_iterations": 2, "criterion": "fixed"})
 '''
@@ -64,7 +59,8 @@ for threads in (None, 1, 2):
             # Its own thread, and what it computes with beside it.
             assert settles(before + engine.threads, before + 1), (threads, engine.threads, count() - before)
             engine.submit(request).result()
-        numbers = torch.get_num_threads(), elsewhere(torch.get_num_threads), on_its_thread(engine)
+        number = torch.get_num_threads
+        numbers = number(), elsewhere(number), engine._between_steps(number)
         assert numbers == (4, 4, threads or engine.threads), (threads, numbers)
     release_workers()
     assert settles(before), count() - before

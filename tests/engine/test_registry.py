@@ -89,7 +89,7 @@ def test_a_removal_that_finds_no_memory_changes_nobody_elses_answers(made, other
             assert facts(future.result(0)) == answer
 
 
-def test_adapters_of_a_removed_loop_set_go_with_the_last_who_runs_it(made, others, monkeypatch, caplog):
+def test_adapters_of_a_removed_loop_set_go_with_the_last_who_runs_it(made, others, monkeypatch):
     with Stepped(made, slots=4) as engine:
         engine.add("a", others["a"])
         request, answer = asked(others["a"])
