@@ -12,7 +12,7 @@ help:  ## list the targets
 
 .venv/.serve: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[serve]'
 	touch $@
 
 .venv/.dev: .venv/.serve

@@ -31,11 +31,11 @@ from benchmarks.passes import PARTS, bare, forward, mixed_by_peft, parts, record
 from benchmarks.workload import PROMPT, ROWS, SEED, Watch, bundled, fixed, llama, load, tokens, work
 from slr_core import LatentReasoner
 from slr_core.engine import Engine
-from slr_core.engine.bank import AdapterBank
-from slr_core.engine.cache import SlotCache
-from slr_core.engine.devices import release_workers
-from slr_core.generation import generate
-from slr_core.sampling import SamplingSettings
+from slr_core.engine.runner.device import release_workers
+from slr_core.engine.runner.kv_cache import SlotCache
+from slr_core.engine.runner.lora_batch import AdapterBank
+from slr_core.generation.reference import generate
+from slr_core.params import SamplingSettings
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from itertools import islice
 import torch
 from transformers.utils import logging
 
-from server.metrics import Metrics
 from slr_core.engine import Engine
 from slr_core.engine.core import Step
-from slr_core.generation import Request, Result
-from slr_core.loop.convergence import LoopSettings
-from slr_core.model import LatentReasoner
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings
 from slr_core.tasks.prosqa import GraphSpec, generate
+from slr_core.types import Request, Result
+from slr_server.observability.metrics import Metrics
 
 MOST = 0.02
 """The share of a step that recording may take."""

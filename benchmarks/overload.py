@@ -32,7 +32,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slr_core.config import SLRConfig
-from slr_core.model import LatentReasoner
+from slr_core.model.reasoner import LatentReasoner
 
 SLOTS, QUEUE, ITERATIONS, TOKENS = 8, 4, 32, 4
 OVERLOAD = 4.0
@@ -168,7 +168,7 @@ def serve(model: Path, floor: float) -> tuple[subprocess.Popen[str], str]:
         "elastic-floor": floor,
         "log-level": "warning",
     }
-    command = [sys.executable, "-m", "server.cli", *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
+    command = [sys.executable, "-m", "slr_server.cli", *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, process.stdout.readline().split()[-1]

@@ -15,10 +15,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from slr_core.base import hidden_size
 from slr_core.engine import Engine
-from slr_core.engine.attention import Part
-from slr_core.engine.cache import SlotCache
+from slr_core.engine.runner.attention import Part
+from slr_core.engine.runner.kv_cache import SlotCache
+from slr_core.model.base_support import hidden_size
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ from typing import Any
 import httpx
 
 from benchmarks.overload import resident_mib
-from slr_core.generation import generate, prepare
-from slr_core.loop.convergence import LoopSettings
-from slr_core.model import LatentReasoner
+from slr_core.generation.prepare import prepare
+from slr_core.generation.reference import generate
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings
 from slr_core.tasks import prosqa
 
 CLIENTS, SAMPLE, NEAR = 24, 500, 1e-3
@@ -137,7 +138,7 @@ def main() -> None:
         example.question
         for example in islice(prosqa.generate(prosqa.GraphSpec(nodes=10, min_hops=2, max_hops=4), 3), 200)
     ]
-    command = [sys.executable, "-m", "server.cli", "--port", "0", "--threads", "1", "--log-level", "warning"]
+    command = [sys.executable, "-m", "slr_server.cli", "--port", "0", "--threads", "1", "--log-level", "warning"]
     process = subprocess.Popen([*command, "--elastic-floor", "1"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slr_core.config import LoopConfig, validated
-from slr_core.model import LatentReasoner
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import LoopPlan

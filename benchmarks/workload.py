@@ -18,9 +18,8 @@ from slr_core import LatentReasoner
 from slr_core.config import SLRConfig
 from slr_core.engine import Engine
 from slr_core.engine.statistics import Step
-from slr_core.generation import Request
-from slr_core.loop.convergence import LoopSettings
-from slr_core.sampling import SamplingSettings
+from slr_core.params import LoopSettings, SamplingSettings
+from slr_core.types import Request
 
 SEED = 20261124
 ROWS, PROMPT, ITERATIONS, TOKENS = 32, 16, 16, 32

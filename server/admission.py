@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from server.errors import QueueFull
-from slr_core.generation import Request
+from slr_core.types import Request
+
+from .errors import QueueFull
 
 _LONGEST_WAIT_S = 60
 _RECENT_S = 60  # an idle hour says nothing about the rate under load

@@ -10,16 +10,17 @@ from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from server import errors
-from server.auth import Auth
-from server.log import Entry
-from server.middleware import REQUEST_ID, SERVER_TIMING, BodyLimit, HeaderLimit, RequestContext
-from server.routes import admin, generate, health, metrics, openai
-from server.service import Service
-from server.settings import Settings, split
 from slr_core._version import __version__
 from slr_core.engine import Engine
 from slr_core.errors import ConfigError
+
+from . import errors
+from .auth import Auth
+from .middleware import REQUEST_ID, SERVER_TIMING, BodyLimit, HeaderLimit, RequestContext
+from .observability.access_log import Entry
+from .routes import admin, generate, health, metrics, openai
+from .service import Service
+from .settings import Settings, split
 
 _DESCRIPTION = """
 An inference server for language models that think in their hidden states: a latent loop refines a state until it
@@ -89,7 +90,7 @@ def _tracer(settings: Settings) -> Callable[[Entry], None] | None:
     if settings.otel_endpoint is None:
         return None
     try:
-        from server.tracing import tracer
+        from .observability.tracing import tracer
     except ImportError as error:
         raise ConfigError("otel_endpoint needs OpenTelemetry: pip install 'slr[otel]'") from error
     return tracer(settings.otel_endpoint, settings.model_name)

@@ -9,8 +9,8 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import Forbidden, Unauthorized, describe
-from server.settings import split
+from .errors import Forbidden, Unauthorized, describe
+from .settings import split
 
 PROBES = frozenset({"/livez", "/readyz", "/startupz"})
 """What needs no key: whoever asks these has none, and learns nothing but yes or no."""

@@ -14,11 +14,12 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
 from uvicorn.config import Config
 
-from server.settings import Settings
 from slr_core.errors import EngineError, SLRError
 
+from .settings import Settings
+
 if TYPE_CHECKING:
-    from server.service import Service
+    from .service import Service
 
 
 _MAX_HEAD_BYTES = 64 << 10
@@ -79,8 +80,8 @@ def serve(settings: Settings) -> None:
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
-    from server.app import create_app
-    from server.log import handler
+    from .app import create_app
+    from .observability.access_log import handler
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     disable_progress_bars()

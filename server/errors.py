@@ -17,9 +17,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import compile_path
 
-from server.facts import current
-from server.schemas import ErrorDetail, ErrorResponse
 from slr_core.errors import DeadlineError, RequestError, SLRError
+
+from .observability.request_stats import current
+from .protocol.native import ErrorDetail, ErrorResponse
 
 CLIENT_CLOSED_REQUEST = 499
 """The status in logs and metrics of a request whose client left; nobody receives it."""
@@ -203,7 +204,7 @@ def _methods(request: Request) -> list[str]:
 def install(app: FastAPI) -> None:
     """Give every deliberate error of the application the error body.
 
-    What nobody foresaw is answered in :class:`server.middleware.RequestContext`, which alone sees all of it.
+    What nobody foresaw is answered in :class:`slr_server.middleware.RequestContext`, which alone sees all of it.
     """
     for kind in (SLRError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle)

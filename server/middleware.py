@@ -12,10 +12,10 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import facts
-from server.errors import CLIENT_CLOSED_REQUEST, BodyTooLarge, BodyTooSlow, TooManyHeaders, describe
-from server.log import Entry, note
-from server.metrics import ENDPOINTS, Metrics
+from .errors import CLIENT_CLOSED_REQUEST, BodyTooLarge, BodyTooSlow, TooManyHeaders, describe
+from .observability import request_stats as facts
+from .observability.access_log import Entry, note
+from .observability.metrics import ENDPOINTS, Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -13,21 +13,21 @@ from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
-from server.admission import Admission, shallower
-from server.errors import Conflict, NotFound, Unavailable
-from server.facts import current
-from server.flight import Flight, Told, late
-from server.loopsets import LoopSets
-from server.metrics import Metrics
-from server.schemas import LoopSetList
-from server.settings import Settings
-from slr_core.describe import describe
+from slr_core.checkpoint.info import describe
 from slr_core.engine import DEFAULT_LOOP_SET, Engine, Finished
 from slr_core.errors import EngineError, RequestError
-from slr_core.generation import Request, Result
-from slr_core.loop.convergence import LoopSettings
-from slr_core.model import LatentReasoner
-from slr_core.sampling import SamplingSettings
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings, SamplingSettings
+from slr_core.types import Request, Result
+
+from .adapter_sets import LoopSets
+from .admission import Admission, shallower
+from .errors import Conflict, NotFound, Unavailable
+from .observability.metrics import Metrics
+from .observability.request_stats import current
+from .protocol.native import LoopSetList
+from .request_group import Flight, Told, late
+from .settings import Settings
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -165,14 +165,14 @@ class Service:
         return LoopSetList(loaded=loaded, available=await asyncio.to_thread(self._loop_sets.available))
 
     async def load_loop_set(self, name: str) -> None:
-        """As :meth:`server.loopsets.LoopSets.load`."""
+        """As :meth:`slr_server.adapter_sets.LoopSets.load`."""
         engine = self.check()
         if name == self.settings.model_name:
             raise Conflict(f"{name!r} is the served model's own name")
         await self._loop_sets.load(engine, name)
 
     async def remove_loop_set(self, name: str) -> None:
-        """As :meth:`server.loopsets.LoopSets.remove`."""
+        """As :meth:`slr_server.adapter_sets.LoopSets.remove`."""
         await self._loop_sets.remove(self.check(), name)
 
     async def in_thread(self, work: Callable[[], T]) -> T:
@@ -259,7 +259,7 @@ class Service:
         began = time.monotonic()
         try:
             self._engine = await asyncio.to_thread(self._build)
-        except Exception as error:  # whatever it is, the process must hear of it: see server.cli
+        except Exception as error:  # whatever it is, the process must hear of it: see slr_server.cli
             self.failure = error
             return
         self.metrics.watch(self._engine)

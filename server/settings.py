@@ -117,7 +117,7 @@ class Settings(BaseSettings):
     def model_name(self) -> str:
         """The checkpoint's name in responses and metrics: its folder's, or the last part of its hub id."""
         # Not above: it brings torch, and a command line that is only asked for help should not wait for that.
-        from slr_core.checkpoint import BUNDLED
+        from slr_core.checkpoint.folder import BUNDLED
 
         return os.path.basename(os.path.abspath(self.model or BUNDLED))
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import CLIENT_CLOSED_REQUEST, ClientGone, describe
-from server.facts import current
+from .errors import CLIENT_CLOSED_REQUEST, ClientGone, describe
+from .observability.request_stats import current
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

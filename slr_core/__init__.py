@@ -15,8 +15,8 @@ from slr_core.errors import CheckpointError, ConfigError, DataError, EngineError
 if TYPE_CHECKING:
     from slr_core.config import SLRConfig
     from slr_core.engine import Engine
-    from slr_core.loop.convergence import LoopSettings
-    from slr_core.model import LatentReasoner
+    from slr_core.model.reasoner import LatentReasoner
+    from slr_core.params import LoopSettings
 
 __all__ = [
     "CheckpointError",
@@ -35,7 +35,7 @@ __all__ = [
 
 _LAZY = {
     "Engine": "slr_core.engine",
-    "LatentReasoner": "slr_core.model",
+    "LatentReasoner": "slr_core.model.reasoner",
     "LoopSettings": "slr_core.loop.convergence",
     "SLRConfig": "slr_core.config",
 }

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from transformers.utils import logging
 
 from slr_core import cli
-from slr_core.model import LatentReasoner
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build
 from tests import tiny
 from tests.training.recipe import recipe

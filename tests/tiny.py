@@ -30,10 +30,11 @@ from transformers import (
 )
 
 from slr_core.config import SLRConfig
-from slr_core.generation import Request, prepare
-from slr_core.loop.convergence import LoopSettings
+from slr_core.generation.prepare import prepare
 from slr_core.loop.lora import DECODE, fresh
-from slr_core.model import LatentReasoner
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings
+from slr_core.types import Request
 
 KINDS = ("llama", "qwen2", "qwen3", "gpt2")
 WORDS = ("<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(37)))

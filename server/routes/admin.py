@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from server.routes.common import JSONRoute, ServiceDependency, errors
-from server.schemas import LoadLoopSet, LoopSetList, LoopSetName
+from ..protocol.native import LoadLoopSet, LoopSetList, LoopSetName
+from .common import JSONRoute, ServiceDependency, errors
 
 router = APIRouter(route_class=JSONRoute, prefix="/admin", tags=["operation"])
 _REFUSED = (401, 403, 503)

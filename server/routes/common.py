@@ -9,9 +9,9 @@ from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
-from server.errors import InvalidJSON, UnsupportedMediaType
-from server.schemas import ErrorResponse
-from server.service import Service
+from ..errors import InvalidJSON, UnsupportedMediaType
+from ..protocol.native import ErrorResponse
+from ..service import Service
 
 _EXPLAINED = {
     400: "The body is not JSON, or a field is unknown, missing or wrong.",

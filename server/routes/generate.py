@@ -10,9 +10,10 @@ from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
-from server.plan import check_limits, count, plan
-from server.routes.common import ERRORS, STREAM, JSONRoute, ServiceDependency
-from server.schemas import (
+from slr_core.engine import Finished, Iterated, Written
+
+from ..preprocess import check_limits, count, plan
+from ..protocol.native import (
     GenerateRequest,
     GenerateResponse,
     GenerateResult,
@@ -23,9 +24,9 @@ from server.schemas import (
     TraceResponse,
     TraceResult,
 )
-from server.service import Ask, Service
-from server.sse import EventStream, frame, while_connected
-from slr_core.engine import Finished, Iterated, Written
+from ..service import Ask, Service
+from ..sse import EventStream, frame, while_connected
+from .common import ERRORS, STREAM, JSONRoute, ServiceDependency
 
 router = APIRouter(route_class=JSONRoute, responses={200: STREAM, **ERRORS}, tags=["reasoning"])
 

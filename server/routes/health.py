@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from server.errors import Unavailable
-from server.routes.common import ServiceDependency, errors
-from server.schemas import Health
+from ..errors import Unavailable
+from ..protocol.native import Health
+from .common import ServiceDependency, errors
 
 router = APIRouter(tags=["operation"], responses=errors(503))
 

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
-from server.routes.common import ServiceDependency, errors
+from .common import ServiceDependency, errors
 
 router = APIRouter(tags=["operation"], responses=errors(401))
 

@@ -12,10 +12,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from server.chat import Chat
-from server.completions import Completions
-from server.errors import NotFound
-from server.openai import (
+from slr_core.engine import Event, Finished, Iterated
+from slr_core.types import Result
+
+from ..errors import NotFound
+from ..protocol.chat import Chat
+from ..protocol.completions import Completions
+from ..protocol.openai import (
     ChatChunk,
     ChatCompletion,
     ChatRequest,
@@ -26,11 +29,9 @@ from server.openai import (
     StreamOptions,
     Usage,
 )
-from server.routes.common import ERRORS, STREAM, JSONRoute, ServiceDependency, errors
-from server.service import Ask, Service
-from server.sse import COMMENT, EventStream, frame, while_connected
-from slr_core.engine import Event, Finished, Iterated
-from slr_core.generation import Result
+from ..service import Ask, Service
+from ..sse import COMMENT, EventStream, frame, while_connected
+from .common import ERRORS, STREAM, JSONRoute, ServiceDependency, errors
 
 router = APIRouter(route_class=JSONRoute, prefix="/v1", tags=["openai"])
 _ANSWERS: dict[int | str, dict[str, Any]] = {200: STREAM, **errors(404), **ERRORS}

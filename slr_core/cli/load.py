@@ -11,7 +11,7 @@ from rich.table import Table
 from slr_core.cli.options import AsJson, console, print_json, progress_bars
 
 if TYPE_CHECKING:
-    from slr_core.load import Asked, Report
+    from slr_core.evaluation.load_generator import Asked, Report
 
 _BAR = 40
 
@@ -40,7 +40,7 @@ def load(
     """Put a running server under load, and see how long answers and loops took."""
     import asyncio
 
-    from slr_core.load import Plan, run
+    from slr_core.evaluation.load_generator import Plan, run
 
     plan = Plan(
         url,

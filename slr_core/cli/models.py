@@ -12,7 +12,7 @@ from rich.table import Table
 from slr_core.cli.options import AsJson, Model, console, load, print_json
 
 if TYPE_CHECKING:
-    from slr_core.model import LatentReasoner
+    from slr_core.model.reasoner import LatentReasoner
 
 EXAMPLE_PROMPT = 256
 """Tokens of the prompt for which cache memory is told."""
@@ -31,7 +31,7 @@ def init(
 
     Its adapters start without effect and its other parts near it; `slr info` shows it again.
     """
-    from slr_core.initialize import initialize
+    from slr_core.checkpoint.init import initialize
 
     _print(initialize(base, out, config, seed=seed), as_json)
 
@@ -42,7 +42,7 @@ def info(model: Model = None, as_json: AsJson = False) -> None:
 
 
 def _print(reasoner: LatentReasoner, as_json: bool) -> None:
-    from slr_core.describe import describe
+    from slr_core.checkpoint.info import describe
 
     facts, loop, text = describe(reasoner), reasoner.config.loop, reasoner.config.text
     if as_json:

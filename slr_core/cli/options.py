@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 if TYPE_CHECKING:
-    from slr_core.loop.convergence import LoopSettings
-    from slr_core.model import LatentReasoner
+    from slr_core.model.reasoner import LatentReasoner
+    from slr_core.params import LoopSettings
 
 # Redirected output is for files and pipes: no reason to wrap it at 80 columns.
 console = Console() if sys.stdout.isatty() else Console(width=160)
@@ -39,7 +39,7 @@ def load(model: str | None) -> LatentReasoner:
     """The model of ``--model``."""
     from transformers.utils import logging
 
-    from slr_core.model import LatentReasoner
+    from slr_core.model.reasoner import LatentReasoner
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return LatentReasoner.from_pretrained(model)
@@ -54,7 +54,7 @@ def loop_settings(
     patience: int | None,
 ) -> LoopSettings:
     """The loop's settings from the options, over the checkpoint's defaults."""
-    from slr_core.loop.convergence import LoopSettings
+    from slr_core.params import LoopSettings
 
     return LoopSettings.resolve(
         reasoner.config.loop,

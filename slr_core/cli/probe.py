@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from slr_core.evaluation.labels import Label
     from slr_core.evaluation.lens import Lens
     from slr_core.evaluation.probes import Probe, Score
-    from slr_core.model import LatentReasoner
+    from slr_core.model.reasoner import LatentReasoner
 
 
 def probe(

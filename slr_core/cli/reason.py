@@ -35,10 +35,9 @@ from slr_core.cli.options import (
 from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from slr_core.diagnostics import IterationRecord
-    from slr_core.generation import Request, Result
-    from slr_core.loop.convergence import LoopSettings
-    from slr_core.model import LatentReasoner
+    from slr_core.model.reasoner import LatentReasoner
+    from slr_core.params import LoopSettings
+    from slr_core.types import IterationRecord, Request, Result
 
 
 def generate(
@@ -58,7 +57,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt after a latent loop that stops by itself."""
-    from slr_core.sampling import SamplingSettings
+    from slr_core.params import SamplingSettings
 
     reasoner = load(model)
     loop = loop_settings(reasoner, max_iterations, min_iterations, criterion, threshold, patience)
@@ -132,8 +131,8 @@ def _record_json(record: IterationRecord) -> dict[str, Any]:
 
 
 def _run(reasoner: LatentReasoner, prompt: str, chat: bool, loop: LoopSettings, **options: Any) -> Result:
-    from slr_core.generation import generate as run
-    from slr_core.generation import prepare
+    from slr_core.generation.prepare import prepare
+    from slr_core.generation.reference import generate as run
 
     text = sys.stdin.read().strip() if prompt == "-" else prompt
     asked = [{"role": "user", "content": text}] if chat else text

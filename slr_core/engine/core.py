@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slr_core.diagnostics import stability
-from slr_core.engine.bank import AdapterBank
-from slr_core.engine.cache import SlotCache
 from slr_core.engine.events import Event, Finished, Iterated, Written
-from slr_core.engine.iteration import Iteration, Moved
-from slr_core.engine.passes import Passes, by_length, by_loop_set
-from slr_core.engine.prefix import PrefixCache
+from slr_core.engine.output import Iteration, Moved
+from slr_core.engine.prefix_cache import PrefixCache
+from slr_core.engine.runner.kv_cache import SlotCache
+from slr_core.engine.runner.lora_batch import AdapterBank
+from slr_core.engine.runner.model_runner import Passes, by_length, by_loop_set
 from slr_core.engine.scheduler import Scheduler, Work
 from slr_core.engine.sequence import Phase, Sequence
 from slr_core.engine.statistics import Counters, Step
 from slr_core.errors import DeadlineError, EngineError, SLRError
-from slr_core.generation import Result, Timings, passes
-from slr_core.scoring import TokenScore, score_states
-from slr_core.writing import LatentWriter, put_into_words
+from slr_core.generation.decoding import LatentWriter, put_into_words
+from slr_core.generation.logprobs import score_states
+from slr_core.generation.reference import passes
+from slr_core.loop.diagnostics import stability
+from slr_core.types import Result, Timings, TokenScore
 
 logger = logging.getLogger(__name__)
 

@@ -16,23 +16,24 @@ from weakref import WeakSet
 
 import torch
 
-from slr_core.diagnostics import RowLog
-from slr_core.engine.bank import AdapterBank
-from slr_core.engine.cache import token_bytes
+from slr_core.engine.adapter_set import LoopSet
+from slr_core.engine.adapter_sets import LoopSets
 from slr_core.engine.core import Core
-from slr_core.engine.devices import best_device, fastest_threads, release_workers, restore_default_threads, suit
 from slr_core.engine.events import Event, Finished
-from slr_core.engine.loops import LoopSet
-from slr_core.engine.prefix import prefix_keys
-from slr_core.engine.registry import LoopSets
+from slr_core.engine.prefix_cache import prefix_keys
+from slr_core.engine.runner.device import best_device, fastest_threads, release_workers, restore_default_threads, suit
+from slr_core.engine.runner.kv_cache import token_bytes
+from slr_core.engine.runner.lora_batch import AdapterBank
 from slr_core.engine.sequence import Sequence
 from slr_core.engine.statistics import Counters, Step
 from slr_core.errors import ConfigError, EngineError, RequestError
-from slr_core.generation import Messages, Request, Result, Tokens, prepare
-from slr_core.loop.convergence import ExitRule, LoopSettings
-from slr_core.model import LatentReasoner
-from slr_core.sampling import SamplingSettings
-from slr_core.writing import Answer
+from slr_core.generation.decoding import Answer
+from slr_core.generation.prepare import prepare
+from slr_core.loop.convergence import ExitRule
+from slr_core.loop.diagnostics import RowLog
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings, SamplingSettings
+from slr_core.types import Messages, Request, Result, Tokens
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

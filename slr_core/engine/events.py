@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slr_core.diagnostics import IterationRecord
-from slr_core.generation import Result
-from slr_core.scoring import TokenScore
+from slr_core.types import IterationRecord, Result, TokenScore
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ from math import inf
 
 from torch import Tensor
 
-from slr_core.diagnostics import RowLog
+from slr_core.engine.adapter_set import LoopSet
 from slr_core.engine.events import Event
-from slr_core.engine.loops import LoopSet
-from slr_core.generation import Request, Result
-from slr_core.scoring import TokenScore
-from slr_core.writing import Answer
+from slr_core.generation.decoding import Answer
+from slr_core.loop.diagnostics import RowLog
+from slr_core.types import Request, Result, TokenScore
 
 
 class Phase(enum.Enum):
@@ -44,7 +43,7 @@ class Sequence:
         settled: the future has been told how it ended.
         on_event: hears of every event, on the engine's thread.
         deadline: ``time.monotonic`` after which nobody waits.
-        keys: names of its prompt's prefixes, for their reuse; see :mod:`slr_core.engine.prefix`.
+        keys: names of its prompt's prefixes, for their reuse; see :mod:`slr_core.engine.prefix_cache`.
         reserved: columns that it may come to need.
         bypassed: requests that were admitted before it though they came later.
         slot: its place in the cache, -1 while it waits.

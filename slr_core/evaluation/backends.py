@@ -15,10 +15,11 @@ from slr_core.engine import Engine
 from slr_core.errors import ConfigError, EngineError, RequestError
 from slr_core.evaluation.cost import Cost
 from slr_core.evaluation.outcomes import Answered
-from slr_core.generation import Request, Think, generate, prepare
-from slr_core.loop.convergence import LoopSettings
-from slr_core.model import LatentReasoner
-from slr_core.sampling import SamplingSettings
+from slr_core.generation.prepare import prepare
+from slr_core.generation.reference import Think, generate
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings, SamplingSettings
+from slr_core.types import Request
 
 SLOTS = 64
 """Questions that the engine answers at once; its cache is as large as its memory allows, whatever this is."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from slr_core.base import hidden_size
-from slr_core.describe import describe
+from slr_core.checkpoint.info import describe
 from slr_core.loop.lora import DECODE
-from slr_core.model import LatentReasoner
+from slr_core.model.base_support import hidden_size
+from slr_core.model.reasoner import LatentReasoner
 
 
 class Cost:

@@ -1,7 +1,7 @@
 """Interfering with thoughts: noise while a loop runs, or other thoughts in place of its own.
 
 If an answer does not depend on what the states hold, replacing them changes nothing: these are the controls
-that tell thinking from extra passes. Every function gives a :data:`slr_core.generation.Think` for one batch;
+that tell thinking from extra passes. Every function gives a :data:`slr_core.generation.reference.Think` for one batch;
 its randomness is drawn row by row, so that a row's batch does not matter.
 """
 
@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from slr_core.context import Context, LoopOutput
 from slr_core.errors import ConfigError
-from slr_core.generation import Think
-from slr_core.loop.convergence import LoopSettings
-from slr_core.model import LatentReasoner
+from slr_core.generation.reference import Think
+from slr_core.model.context import Context, LoopOutput
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings
 
 Edit = Callable[[list[Tensor]], list[Tensor]]
 """From every row's kept states ``[t + 1, W, d]``, h_0 first, to those that take their place."""

@@ -17,10 +17,10 @@ from slr_core.errors import ConfigError
 from slr_core.evaluation.backends import Ask, Backend, Local
 from slr_core.evaluation.interventions import foreign, noised, noisy, replaced, shuffled
 from slr_core.evaluation.outcomes import Answered
-from slr_core.generation import Think
-from slr_core.model import LatentReasoner
+from slr_core.generation.decoding import pad
+from slr_core.generation.reference import Think
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Task
-from slr_core.writing import pad
 
 
 @dataclass(frozen=True)

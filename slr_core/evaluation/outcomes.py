@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from typing import Any, Self
 
-from slr_core.generation import Result
 from slr_core.tasks.base import Example
+from slr_core.types import Result
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slr_core.diagnostics import IterationRecord
 from slr_core.errors import ConfigError
 from slr_core.evaluation.labels import Label, Value
 from slr_core.evaluation.statistics import wilson
-from slr_core.generation import Result, generate, prepare
-from slr_core.loop.convergence import LoopSettings
-from slr_core.model import LatentReasoner
+from slr_core.generation.prepare import prepare
+from slr_core.generation.reference import generate
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings
 from slr_core.tasks.base import Example, Task
+from slr_core.types import IterationRecord, Result
 
 Probe = Literal["linear", "mlp"]
 PROBES: tuple[Probe, ...] = get_args(Probe)

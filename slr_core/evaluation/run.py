@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from slr_core._version import __version__
-from slr_core.checkpoint import local_path
+from slr_core.checkpoint.folder import local_path
 from slr_core.evaluation.backends import Backend
 from slr_core.evaluation.methods import Batch, Method, Settings
 from slr_core.evaluation.outcomes import Answered, Outcome, key_of

@@ -14,19 +14,20 @@ from typing import Any, Self, get_args
 import torch
 
 from slr_core.config import Criterion
-from slr_core.diagnostics import finite_or_none
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import METHODS, NOISY_START, Method, Settings
 from slr_core.evaluation.outcomes import Outcome
 from slr_core.evaluation.run import run_method, spec_of
 from slr_core.evaluation.statistics import Summary, rank_correlation, summarize
 from slr_core.evaluation.store import Store
-from slr_core.loop.convergence import ExitRule, LoopSettings, measure
+from slr_core.generation.decoding import pad
+from slr_core.loop.convergence import ExitRule, measure
+from slr_core.loop.diagnostics import finite_or_none
 from slr_core.loop.workspace import readout
-from slr_core.model import LatentReasoner
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings
 from slr_core.tasks.base import Task
 from slr_core.tasks.sources import Questions
-from slr_core.writing import pad
 
 NOISES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Noise in h_0 for the sensitivity, as shares of its RMS."""

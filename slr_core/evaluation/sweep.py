@@ -21,7 +21,7 @@ from slr_core.evaluation.methods import Settings, get
 from slr_core.evaluation.run import model_of, run_method, spec_of
 from slr_core.evaluation.statistics import Summary, summarize
 from slr_core.evaluation.store import Store
-from slr_core.model import LatentReasoner
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Dial
 from slr_core.tasks.sources import load
 from slr_core.training.config import TrainConfig

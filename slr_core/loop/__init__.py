@@ -1,1 +1,1 @@
-"""The parts of the latent loop, one small module each; they meet in :mod:`slr_core.model`."""
+"""The parts of the latent loop, one small module each; they meet in :mod:`slr_core.model.reasoner`."""

@@ -8,87 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from slr_core.config import DEFAULT_THRESHOLDS, Criterion, GuardConfig, LoopConfig
-from slr_core.errors import RequestError
-
-ExitReason = Literal["converged", "max_iterations", "diverged", "cancelled"]
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """What one request asks of its loop, every default filled in."""
-
-    max_iterations: int
-    min_iterations: int
-    criterion: Criterion
-    threshold: float
-    patience: int
-
-    @classmethod
-    def resolve(
-        cls,
-        loop: LoopConfig,
-        *,
-        max_iterations: int | None = None,
-        min_iterations: int | None = None,
-        criterion: Criterion | None = None,
-        threshold: float | None = None,
-        patience: int | None = None,
-    ) -> Self:
-        """Fill in the checkpoint's defaults.
-
-        A criterion given without a threshold takes that criterion's default threshold. A default
-        minimum gives way to an explicit maximum, and a default maximum to an explicit minimum.
-
-        Raises:
-            RequestError: a value is out of range, ``min_iterations`` is above an explicit ``max_iterations``,
-                or the loop would pass the last trained iteration under the policy ``error``.
-        """
-        for name, value, least in (
-            ("max_iterations", max_iterations, 0),
-            ("min_iterations", min_iterations, 0),
-            ("patience", patience, 1),
-            ("threshold", threshold, 0),
-        ):
-            if value is not None and not value >= least:  # so written, NaN is refused too
-                raise RequestError(f"{name} must be at least {least}, got {value}", param=name)
-        if criterion is not None and criterion not in DEFAULT_THRESHOLDS:
-            raise RequestError(
-                f"criterion must be one of {', '.join(DEFAULT_THRESHOLDS)}, got {criterion}", param="criterion"
-            )
-        if criterion == "learned" and not loop.halting_head:
-            raise RequestError("criterion learned needs a checkpoint with a halting head", param="criterion")
-        if max_iterations is not None and min_iterations is not None and min_iterations > max_iterations:
-            raise RequestError(
-                f"min_iterations must be at most max_iterations ({max_iterations}), got {min_iterations}",
-                param="min_iterations",
-            )
-        highest = max(loop.max_iterations, min_iterations or 0) if max_iterations is None else max_iterations
-        lowest = min(loop.min_iterations, highest) if min_iterations is None else min_iterations
-        if loop.lora.past_end == "error" and highest > loop.trained_iterations:
-            raise RequestError(
-                f"max_iterations must be at most {loop.trained_iterations}, the last trained iteration, got {highest}",
-                param="max_iterations",
-            )
-        default = loop.convergence
-        if threshold is None:
-            threshold = (
-                default.effective_threshold
-                if criterion in (None, default.criterion)
-                else DEFAULT_THRESHOLDS[criterion or default.criterion]
-            )
-        return cls(highest, lowest, criterion or default.criterion, threshold, patience or default.patience)
-
-    @property
-    def reads_head(self) -> bool:
-        """Whether the criterion needs the LM head at every iteration."""
-        return self.criterion in ("kl", "entropy_change", "argmax_stable")
+from slr_core.config import GuardConfig
+from slr_core.params import LoopSettings
+from slr_core.types import ExitReason
 
 
 @dataclass(frozen=True)

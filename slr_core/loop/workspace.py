@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from slr_core.context import Context
+from slr_core.model.context import Context
 
 if TYPE_CHECKING:
     from slr_core.config import LoopConfig
 
 
 class Runner(Protocol):
-    """What a workspace asks of the model around it; :class:`slr_core.model.LatentReasoner` is one."""
+    """What a workspace asks of the model around it; :class:`slr_core.model.reasoner.LatentReasoner` is one."""
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings ``[B, q, d]``."""

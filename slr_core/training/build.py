@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from slr_core.checkpoint import CONFIG, local_path
+from slr_core.checkpoint.folder import CONFIG, local_path
+from slr_core.checkpoint.init import load_base
 from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import CheckpointError, ConfigError
-from slr_core.initialize import load_base
-from slr_core.model import LatentReasoner
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.config import BaseConfig, TrainConfig
 from slr_core.training.data import MARK
 from slr_core.training.sources import Listed, Source, source_of

@@ -21,10 +21,10 @@ from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer import TRAINER_STATE_NAME
 
 from slr_core._version import __version__
-from slr_core.base import hidden_size
-from slr_core.checkpoint import load_weights
+from slr_core.checkpoint.read import load_weights
 from slr_core.errors import ConfigError, TrainingError
-from slr_core.model import LatentReasoner
+from slr_core.model.base_support import hidden_size
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build, teacher_of
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import Collator, Share, StageStream

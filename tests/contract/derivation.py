@@ -44,7 +44,7 @@ def clone(cache):
 
 @dataclass
 class Derived:
-    """What a request comes to; the names are those of ``slr_core.generation.Result`` and its records."""
+    """What a request comes to; the names are those of ``slr_core.generation.reference.Result`` and its records."""
 
     states: list = field(default_factory=list)
     records: list = field(default_factory=list)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from slr_core.checkpoint import load
+from slr_core.checkpoint.read import load
 from slr_core.errors import CheckpointError, ConfigError
-from slr_core.generation import generate
-from slr_core.loop.convergence import LoopSettings
-from slr_core.model import LatentReasoner
+from slr_core.generation.reference import generate
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings
 from tests import tiny
 from tests.contract.derivation import clone, plain_base, with_peft
 

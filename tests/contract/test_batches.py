@@ -5,9 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from slr_core.generation import generate
-from slr_core.loop.convergence import LoopSettings
-from slr_core.sampling import SamplingSettings
+from slr_core.generation.reference import generate
+from slr_core.params import LoopSettings, SamplingSettings
 from tests import tiny
 from tests.contract.conftest import EVERY
 from tests.contract.mix import MEASURES, MIXED, facts, mixed, near

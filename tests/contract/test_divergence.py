@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from slr_core.generation import generate
-from slr_core.model import LatentReasoner
+from slr_core.generation.reference import generate
+from slr_core.model.reasoner import LatentReasoner
 from tests import tiny
 from tests.contract.mix import MEASURES, facts
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from slr_core.generation import generate
+from slr_core.generation.reference import generate
 from tests import tiny
 from tests.contract.derivation import Parts, derive
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from server.settings import Settings
 from slr_core._version import __version__
+from slr_server.settings import Settings
 from tests.deploy.monitoring import ROOT
 
 COMPOSE = ROOT / "docker/compose.yaml"

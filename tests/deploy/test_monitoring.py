@@ -8,7 +8,7 @@ import yaml
 from prometheus_client import generate_latest
 
 from deploy.grafana import make
-from server.metrics import Metrics
+from slr_server.observability.metrics import Metrics
 from tests.deploy.monitoring import (
     DASHBOARDS,
     PROMETHEUS,

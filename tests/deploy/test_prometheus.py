@@ -13,8 +13,8 @@ import httpx
 import pytest
 import yaml
 
-from slr_core.load import Plan
-from slr_core.load import run as put_under_load
+from slr_core.evaluation.load_generator import Plan
+from slr_core.evaluation.load_generator import run as put_under_load
 from tests.deploy.monitoring import PROMETHEUS, alerts, metrics_of, panel_expressions, rules
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "--port", "0", "--threads", "1", "--slots", "8"],
+            [sys.executable, "-m", "slr_server.cli", "--port", "0", "--threads", "1", "--slots", "8"],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

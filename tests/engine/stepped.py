@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from slr_core.engine import Engine
-from slr_core.engine.loops import LoopSet, share_base
-from slr_core.model import LatentReasoner
+from slr_core.engine.adapter_set import LoopSet, share_base
+from slr_core.model.reasoner import LatentReasoner
 
 TIMEOUT = 120
 

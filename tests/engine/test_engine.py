@@ -8,12 +8,12 @@ import torch
 
 from slr_core.engine import Engine, Iterated
 from slr_core.engine import engine as engine_module
-from slr_core.engine.bank import AdapterBank
-from slr_core.engine.cache import token_bytes
 from slr_core.engine.engine import GIB
+from slr_core.engine.runner.kv_cache import token_bytes
+from slr_core.engine.runner.lora_batch import AdapterBank
 from slr_core.errors import CheckpointError, ConfigError, EngineError, RequestError
-from slr_core.generation import generate
-from slr_core.sampling import SamplingSettings
+from slr_core.generation.reference import generate
+from slr_core.params import SamplingSettings
 from tests import tiny
 from tests.engine.stepped import TIMEOUT, Stepped, empty, facts
 

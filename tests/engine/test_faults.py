@@ -11,8 +11,8 @@ import torch
 from slr_core.engine import Engine, Finished, Iterated, Written
 from slr_core.engine.sequence import Phase
 from slr_core.errors import ConfigError, DeadlineError, EngineError, RequestError
-from slr_core.generation import generate
-from slr_core.sampling import SamplingSettings
+from slr_core.generation.reference import generate
+from slr_core.params import SamplingSettings
 from tests import tiny
 from tests.engine.stepped import TIMEOUT, Stepped, empty, facts
 

@@ -5,7 +5,7 @@ import torch
 
 from slr_core.engine import Engine
 from slr_core.errors import ConfigError
-from slr_core.generation import generate
+from slr_core.generation.reference import generate
 from tests import tiny
 
 

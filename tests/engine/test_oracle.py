@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slr_core.engine.bank import BankedLinear
+from slr_core.engine.runner.lora_batch import BankedLinear
 from slr_core.errors import DeadlineError, RequestError
-from slr_core.generation import generate
+from slr_core.generation.reference import generate
 from slr_core.loop.convergence import ExitRule
-from slr_core.sampling import SamplingSettings
+from slr_core.params import SamplingSettings
 from tests import tiny
 from tests.engine.stepped import Stepped, empty, facts, near
 

@@ -11,7 +11,7 @@ SETTING = '''
 import os, sys, threading, time
 import torch
 from slr_core.engine import Engine
-from slr_core.engine.devices import release_workers
+from slr_core.engine.runner.device import release_workers
 from slr_core.errors import EngineError
 from tests import tiny
 

@@ -6,13 +6,13 @@ from itertools import chain, islice
 import httpx
 import pytest
 
-from slr_core.checkpoint import BUNDLED
+from slr_core.checkpoint.folder import BUNDLED
 from slr_core.errors import ConfigError, EngineError, RequestError
 from slr_core.evaluation.backends import Ask, Local, Remote
 from slr_core.evaluation.methods import METHODS, Settings
 from slr_core.evaluation.run import run_method
-from slr_core.generation import generate
-from slr_core.model import LatentReasoner
+from slr_core.generation.reference import generate
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.prosqa import GraphSpec, ProsQA
 from slr_core.tasks.prosqa import generate as make
 from tests import tiny

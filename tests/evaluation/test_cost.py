@@ -3,7 +3,7 @@
 import pytest
 
 from slr_core.evaluation.cost import Cost
-from slr_core.generation import generate
+from slr_core.generation.reference import generate
 from slr_core.loop.lora import DECODE
 from tests import tiny
 

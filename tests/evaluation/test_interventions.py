@@ -5,8 +5,8 @@ import torch
 
 from slr_core.errors import ConfigError, RequestError
 from slr_core.evaluation.interventions import foreign, noised, noisy, replaced, shuffled
-from slr_core.generation import generate
-from slr_core.loop.convergence import LoopSettings
+from slr_core.generation.reference import generate
+from slr_core.params import LoopSettings
 from tests import tiny
 
 SEEDS = list(range(len(tiny.PROMPTS)))

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from slr_core import tasks
-from slr_core.checkpoint import BUNDLED
+from slr_core.checkpoint.folder import BUNDLED
 from slr_core.evaluation.inside import Inside
 from slr_core.evaluation.lens import EXAMPLES, movement, read, trajectories
 from slr_core.evaluation.probes import READOUT, Collected, Score, collect
-from slr_core.generation import generate, prepare
-from slr_core.loop.convergence import LoopSettings
-from slr_core.model import LatentReasoner
+from slr_core.generation.prepare import prepare
+from slr_core.generation.reference import generate
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings
 from slr_core.tasks.base import Example
 from tests import tiny
 from tests.tiny import LATENT_DECODER, WORKSPACES, reasoner

@@ -9,7 +9,7 @@ from slr_core.evaluation.cost import Cost
 from slr_core.evaluation.interventions import noised, noisy, replaced, shuffled
 from slr_core.evaluation.methods import METHODS, NOISY_START, Batch, Settings, get
 from slr_core.evaluation.outcomes import Answered
-from slr_core.generation import generate
+from slr_core.generation.reference import generate
 from tests import tiny
 from tests.evaluation.asked import Words
 

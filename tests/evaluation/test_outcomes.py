@@ -3,7 +3,7 @@ import json
 import pytest
 
 from slr_core.evaluation.outcomes import Answered, Outcome, key_of
-from slr_core.generation import generate
+from slr_core.generation.reference import generate
 from slr_core.tasks.base import Example
 from tests import tiny
 from tests.evaluation.asked import outcome

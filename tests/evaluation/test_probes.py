@@ -22,7 +22,7 @@ from slr_core.evaluation.probes import (
     probe,
     ranking_precision,
 )
-from slr_core.model import LatentReasoner
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Example
 from slr_core.tasks.prosqa import frontiers
 from tests import tiny

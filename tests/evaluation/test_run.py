@@ -6,14 +6,14 @@ from statistics import fmean
 
 import pytest
 
-from slr_core.checkpoint import BUNDLED
+from slr_core.checkpoint.folder import BUNDLED
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import METHODS, NOISY_START, Settings, get
 from slr_core.evaluation.outcomes import key_of
 from slr_core.evaluation.run import model_of, run_method, spec_of
 from slr_core.evaluation.statistics import summarize
 from slr_core.evaluation.store import Store
-from slr_core.generation import generate
+from slr_core.generation.reference import generate
 from slr_core.training.trainer import MANIFEST
 from tests import tiny
 from tests.evaluation.asked import Words, examples, questions

@@ -15,8 +15,9 @@ from slr_core.evaluation.run import run_method
 from slr_core.evaluation.stability import NOISES, Stability, Study, _exit, _settled, distances
 from slr_core.evaluation.statistics import summarize
 from slr_core.evaluation.store import Store
-from slr_core.generation import generate
-from slr_core.loop.convergence import ExitRule, LoopSettings
+from slr_core.generation.reference import generate
+from slr_core.loop.convergence import ExitRule
+from slr_core.params import LoopSettings
 from tests import tiny
 from tests.evaluation.asked import Words, questions
 

@@ -22,9 +22,11 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from slr_core.generation import Request, Result, generate, prepare
-from slr_core.loop.convergence import LoopSettings
-from slr_core.model import LatentReasoner
+from slr_core.generation.prepare import prepare
+from slr_core.generation.reference import generate
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings
+from slr_core.types import Request, Result
 from tests import tiny
 
 FOLDER = Path(__file__).parent

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from slr_core.generation import generate
+from slr_core.generation.reference import generate
 from tests.contract.derivation import derive
 from tests.golden import make
 

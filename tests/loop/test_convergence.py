@@ -13,7 +13,8 @@ from slr_core.config import (
     LoopLoraConfig,
 )
 from slr_core.errors import RequestError
-from slr_core.loop.convergence import ExitRule, LoopSettings, measure, step
+from slr_core.loop.convergence import ExitRule, measure, step
+from slr_core.params import LoopSettings
 
 CRITERIA = tuple(DEFAULT_THRESHOLDS)
 positive = st.floats(0, 1e6, allow_nan=False)

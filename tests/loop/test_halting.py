@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from slr_core.loop.convergence import LoopSettings
 from slr_core.loop.halting import HaltingHead
+from slr_core.params import LoopSettings
 from tests import tiny
 
 WORKSPACES = ("append", "block", "prompt")

@@ -8,8 +8,8 @@ from peft import LoraConfig
 
 from slr_core.config import LoopConfig, LoopLoraConfig
 from slr_core.errors import ConfigError, RequestError
-from slr_core.loop.convergence import LoopSettings
 from slr_core.loop.lora import DECODE, LoopAdapters, attach, fresh, trained_index
+from slr_core.params import LoopSettings
 from tests import tiny
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from slr_core.config import TimestepConfig
-from slr_core.loop.convergence import LoopSettings
 from slr_core.loop.timestep import LEAST_CHANGE, Timestep
+from slr_core.params import LoopSettings
 from tests import tiny
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from slr_core.config import LoopConfig
-from slr_core.loop.convergence import LoopSettings
 from slr_core.loop.workspace import build, readout
+from slr_core.params import LoopSettings
 from tests import tiny
 
 WORKSPACES = ("append", "block", "prompt")

@@ -9,10 +9,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from server.app import create_app
-from server.settings import Settings
 from slr_core.engine import Engine
-from slr_core.model import LatentReasoner
+from slr_core.model.reasoner import LatentReasoner
+from slr_server.app import create_app
+from slr_server.settings import Settings
 from tests import tiny
 
 for name in [name for name in os.environ if name.startswith("SLR_")]:

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from server import cli
 from slr_core.engine.core import Core
-from slr_core.engine.passes import Passes
+from slr_core.engine.runner.model_runner import Passes
+from slr_server import cli
 
 FOLDER = Path(os.environ.pop("SLR_TEST_FREEZE"))
 

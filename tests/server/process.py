@@ -22,7 +22,9 @@ class Server:
         environment: variables besides our own.
     """
 
-    def __init__(self, folder: Path, log: Path, *flags: str, module: str = "server.cli", **environment: str) -> None:
+    def __init__(
+        self, folder: Path, log: Path, *flags: str, module: str = "slr_server.cli", **environment: str
+    ) -> None:
         # A file, because a pipe that nobody reads would fill up and stop the server.
         self.log = log
         with log.open("w") as stderr:

@@ -3,10 +3,10 @@
 import pytest
 from fastapi.testclient import TestClient
 
-from server.app import create_app
-from server.settings import Settings
 from slr_core.engine import Engine
-from slr_core.generation import generate
+from slr_core.generation.reference import generate
+from slr_server.app import create_app
+from slr_server.settings import Settings
 from tests import tiny
 
 ADMIN = "a" * 20

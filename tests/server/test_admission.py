@@ -1,7 +1,7 @@
 import pytest
 
-from server.admission import Admission
-from server.errors import QueueFull
+from slr_server.admission import Admission
+from slr_server.errors import QueueFull
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import torch
 
-from slr_core.generation import generate
+from slr_core.generation.reference import generate
 from tests import tiny
 from tests.server import events
 from tests.server.process import Server

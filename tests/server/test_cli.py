@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from server import cli
-from server.settings import Settings
+from slr_server import cli
+from slr_server.settings import Settings
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,9 @@ import openai
 import pytest
 import torch
 
-from slr_core.generation import Tokens, generate
-from slr_core.loop.convergence import LoopSettings
+from slr_core.generation.reference import generate
+from slr_core.params import LoopSettings
+from slr_core.types import Tokens
 from tests import tiny
 from tests.server.process import Server
 

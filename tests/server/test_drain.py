@@ -2,9 +2,9 @@
 
 import asyncio
 
-from server.app import create_app
-from server.settings import Settings
 from slr_core.engine import Engine
+from slr_server.app import create_app
+from slr_server.settings import Settings
 from tests import tiny
 from tests.server import events
 from tests.server.asgi import Caller

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.admission import Admission, shallower
+from slr_server.admission import Admission, shallower
 from tests import tiny
 from tests.server.conftest import sample
 

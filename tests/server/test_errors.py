@@ -1,8 +1,8 @@
 import pytest
 from starlette.exceptions import HTTPException
 
-from server import errors
 from slr_core.errors import CheckpointError, ConfigError, DataError, EngineError, RequestError, SLRError
+from slr_server import errors
 
 
 @pytest.mark.parametrize(

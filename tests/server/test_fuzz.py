@@ -7,9 +7,9 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server import schemas
-from server.app import create_app
-from server.settings import Settings
+from slr_server.app import create_app
+from slr_server.protocol import native as schemas
+from slr_server.settings import Settings
 
 # Lone surrogates do not survive encoding; they are in the table of bad input.
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import pytest
 
-from slr_core.generation import generate
-from slr_core.sampling import SamplingSettings
+from slr_core.generation.reference import generate
+from slr_core.params import SamplingSettings
 from tests import tiny
 
 # Each with what LoopSettings.resolve and prepare are given for the same.

@@ -3,9 +3,9 @@ import time
 import pytest
 from fastapi.testclient import TestClient
 
-from server.app import create_app
-from server.settings import Settings
 from slr_core.engine import Engine
+from slr_server.app import create_app
+from slr_server.settings import Settings
 from tests import tiny
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-import server
+import slr_server
 from tests.server.conftest import sample
 
 
@@ -49,7 +49,7 @@ def test_a_body_that_does_not_say_its_length(client):
 
 
 def test_what_nobody_foresaw(client, monkeypatch, caplog):
-    monkeypatch.setattr("server.routes.generate.check_limits", lambda *_: 1 / 0)
+    monkeypatch.setattr("slr_server.routes.generate.check_limits", lambda *_: 1 / 0)
     response = client.post("/generate", json={"prompt": "w1"}, headers={"x-request-id": "odd"})
     assert response.status_code == 500
     assert response.headers["x-request-id"] == "odd"
@@ -64,5 +64,5 @@ def test_what_nobody_foresaw(client, monkeypatch, caplog):
 
 def test_plain_asgi_throughout():
     # Starlette's own base class answers from another task: a handler behind it never sees its client leave.
-    sources = [path.read_text() for path in Path(server.__file__).parent.rglob("*.py")]
+    sources = [path.read_text() for path in Path(slr_server.__file__).parent.rglob("*.py")]
     assert not any("BaseHTTPMiddleware" in source or '.middleware("http")' in source for source in sources)

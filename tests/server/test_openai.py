@@ -4,11 +4,12 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from server import openai
-from server.app import create_app
-from server.settings import Settings
 from slr_core.engine import Engine
-from slr_core.generation import Tokens, generate
+from slr_core.generation.reference import generate
+from slr_core.types import Tokens
+from slr_server.app import create_app
+from slr_server.protocol import openai
+from slr_server.settings import Settings
 from tests import tiny
 from tests.server import events
 

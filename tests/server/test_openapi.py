@@ -1,6 +1,6 @@
 import pytest
 
-from server import schemas
+from slr_server.protocol import native as schemas
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from slr_core.generation import generate
+from slr_core.generation.reference import generate
 from tests import tiny
 from tests.server.bad_input import CASES
 from tests.server.process import Server

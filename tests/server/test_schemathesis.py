@@ -8,9 +8,9 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 
-from server.app import create_app
-from server.settings import Settings
 from slr_core.engine import Engine
+from slr_server.app import create_app
+from slr_server.settings import Settings
 from tests import tiny
 
 ADMIN = "a" * 20

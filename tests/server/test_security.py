@@ -8,10 +8,10 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
-from server.app import create_app
-from server.auth import Keys
-from server.middleware import BodyLimit
-from server.settings import Settings
+from slr_server.app import create_app
+from slr_server.auth import Keys
+from slr_server.middleware import BodyLimit
+from slr_server.settings import Settings
 from tests.server.conftest import sample
 
 KEY, OTHER, ADMIN = "k" * 20, "o" * 20, "a" * 20
@@ -80,7 +80,7 @@ def test_keys_are_kept_as_hashes_and_compared_whole(monkeypatch):
     assert KEY not in str(vars(keys))
     assert KEY not in repr(settings)
     compared = []
-    monkeypatch.setattr("server.auth.hmac.compare_digest", lambda a, b: compared.append(len(a)) or a == b)
+    monkeypatch.setattr("slr_server.auth.hmac.compare_digest", lambda a, b: compared.append(len(a)) or a == b)
     assert keys.opened_by(KEY.encode())
     assert not keys.opened_by(KEY[:-1].encode())
     assert compared == [64] * 4, "every hash, whatever matched"

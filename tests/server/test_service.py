@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from fastapi.testclient import TestClient
 
-from server.app import create_app
-from server.routes import generate
-from server.settings import Settings
+from slr_server.app import create_app
+from slr_server.routes import generate
+from slr_server.settings import Settings
 from tests import tiny
 from tests.server.conftest import sample
 

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from server import sse
-from server.app import create_app
-from server.errors import ErrorResponse
-from server.settings import Settings
 from slr_core.engine import Engine
-from slr_core.generation import generate
+from slr_core.generation.reference import generate
+from slr_server import sse
+from slr_server.app import create_app
+from slr_server.errors import ErrorResponse
+from slr_server.settings import Settings
 from tests import tiny
 from tests.server import events
 from tests.server.asgi import Caller

@@ -7,11 +7,11 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from server import schemas
-from server.app import create_app
-from server.settings import Settings
 from slr_core.engine import Engine
-from slr_core.generation import generate
+from slr_core.generation.reference import generate
+from slr_server.app import create_app
+from slr_server.protocol import native as schemas
+from slr_server.settings import Settings
 from tests import tiny
 
 WORKSPACES = ("append", "block", "prompt")

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from slr_core import tasks
-from slr_core.checkpoint import BASE, BUNDLED
+from slr_core.checkpoint.folder import BASE, BUNDLED
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import Settings, get
 from slr_core.evaluation.run import run_method
 from slr_core.evaluation.statistics import summarize
 from slr_core.evaluation.sweep import SweepConfig, variants
-from slr_core.model import LatentReasoner
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import Collator, StageStream

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from slr_core import tasks
-from slr_core.checkpoint import base_state
+from slr_core.checkpoint.write import base_state
 from slr_core.errors import CheckpointError, ConfigError, TrainingError
-from slr_core.generation import generate
-from slr_core.model import LatentReasoner
+from slr_core.generation.reference import generate
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Example
 from slr_core.tasks.sources import fingerprint
 from slr_core.training.build import build

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slr_core.context import Context
 from slr_core.loop.workspace import readout
-from slr_core.model import LatentReasoner
+from slr_core.model.context import Context
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import IGNORE, LoopPlan
 

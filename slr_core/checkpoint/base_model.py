@@ -1,0 +1,162 @@
+"""The base model and the tokenizer of a checkpoint: size checks first, then transformers' own loading."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from slr_core.checkpoint.folder import ADAPTER_CONFIG, BASE, CONFIG
+from slr_core.checkpoint.validate import DTYPES, FLOATS, checkpoint_error, line, read_header, read_json, short
+from slr_core.config import SLRConfig
+
+MAX_COUNT = 1024  # layers, experts, labels of a base model: made one by one, before any weight is looked at
+MAX_BUFFER_VALUES = 2**26  # values that a base model computes for itself, such as the angles of its positions
+MAX_PACKED = 16  # parameters that one stored number may hold in a quantized base model
+
+
+def base_source(folder: Path, config: SLRConfig) -> tuple[str, bool]:
+    """Where the base model is, and whether that is a folder inside the checkpoint."""
+    try:
+        local = (folder / config.base).resolve()
+        inside = folder.resolve() in local.parents and local.is_dir()
+        # A relative name that exists beside the process would be taken for the hub id.
+        named = Path(config.base)
+        elsewhere = named.is_absolute() or ".." in named.parts or named.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise checkpoint_error(folder / CONFIG, f"base is not a usable name ({line(error)})") from error
+    if config.base == BASE and not inside:
+        raise checkpoint_error(folder, f"the base model's folder {BASE}/ is missing, or a link out of the checkpoint")
+    if not inside and elsewhere:
+        raise checkpoint_error(
+            folder / CONFIG, f"base must be a folder inside the checkpoint or a hub id, got {config.base}"
+        )
+    return str(local) if inside else config.base, inside
+
+
+def load_base_model(folder: Path, config: SLRConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The base model of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, damaged, too large for its files, or does not run.
+    """
+    source, inside = base_source(folder, config)
+    if inside:
+        check_base_files(Path(source))
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises most kinds, each of them a fault of the folder
+        raise checkpoint_error(folder, f"the base model {source} cannot be loaded ({short(error)})") from error
+    model, info = loaded
+    # What others publish may hold more than a causal language model.
+    for fault in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if inside else [])):
+        if info[fault]:
+            raise checkpoint_error(source, f"the base model's weights have {fault}: {sorted(info[fault])[:3]}")
+    assert isinstance(model, PreTrainedModel)
+    for key, parameter in model.named_parameters():
+        if parameter.dtype not in DTYPES and not _quantized(model.config):
+            raise checkpoint_error(
+                source, f"the base model's {key} has dtype {parameter.dtype}, expected one of {FLOATS}"
+            )
+        if not parameter.isfinite().all():
+            raise checkpoint_error(source, f"the base model's {key} holds values that are not finite")
+    positions = getattr(model.config, "max_position_embeddings", 1)
+    if not isinstance(positions, int) or positions < 1:
+        raise checkpoint_error(source, f"max_position_embeddings must be a positive integer, got {positions}")
+    try:
+        # Not every config that makes a model makes one that runs.
+        with torch.inference_mode():
+            state = model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long)).last_hidden_state
+    except Exception as error:  # as above
+        raise checkpoint_error(source, f"the base model does not run ({short(error)})") from error
+    if not state.isfinite().all():
+        raise checkpoint_error(source, "the base model's states are not finite")
+    return model
+
+
+def check_base_files(path: Path) -> None:
+    """Refuse a base model that claims to be larger than its files before anything of that size is allocated."""
+    for key, value in _integers(read_json(path / "config.json")):
+        if re.search("(layers?|blocks|experts|labels)$", key) and value > MAX_COUNT:
+            raise checkpoint_error(path / "config.json", f"{key} must be at most {MAX_COUNT}")
+    if (path / ADAPTER_CONFIG).exists():
+        raise checkpoint_error(path, f"a base model must not have an adapter of its own ({ADAPTER_CONFIG})")
+    stored = {key: x for file in sorted(path.glob("*.safetensors")) for key, x in read_header(file).items()}
+    if not stored:
+        raise checkpoint_error(path, "no weights of the base model (only safetensors are read)")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False, attn_implementation="sdpa"
+            )
+    except Exception as error:  # as above
+        raise checkpoint_error(path, f"the base model cannot be built from its config ({short(error)})") from error
+    claimed, held = sum(x.numel() for x in shell.parameters()), sum(prod(x.shape) for x in stored.values())
+    # Names and shapes are left to transformers, which may convert them; a stored number may pack several.
+    if claimed > (held * MAX_PACKED if _quantized(config) else held):
+        raise checkpoint_error(path / "config.json", f"it describes {claimed} parameters, and the weights hold {held}")
+    if sum(x.numel() for x in shell.buffers()) > MAX_BUFFER_VALUES:
+        raise checkpoint_error(
+            path / "config.json", f"it describes more than {MAX_BUFFER_VALUES} values besides the parameters"
+        )
+    for key in () if _quantized(config) else stored.keys() & shell.state_dict().keys():
+        if stored[key].dtype not in FLOATS:
+            raise checkpoint_error(
+                path, f"the base model's {key} is stored as {stored[key].dtype}, expected one of {FLOATS}"
+            )
+
+
+def _quantized(config: PreTrainedConfig) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _integers(data: Any) -> Iterator[tuple[str, int]]:
+    """Every integer in parsed JSON that has a name of its own."""
+    left = [data]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            yield from ((key, value) for key, value in item.items() if isinstance(value, int))
+            left.extend(item.values())
+        elif isinstance(item, list):
+            left.extend(item)
+
+
+def load_tokenizer(folder: Path, embeddings: int) -> PreTrainedTokenizerBase:
+    """The tokenizer in ``folder``, whose ids must be below ``embeddings``.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or has more tokens than the base model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # Once on some text: what it adds by itself need not be in its vocabulary.
+        ids = [*tokenizer.get_vocab().values(), *tokenizer("a").input_ids]
+    except Exception as error:  # as above
+        raise checkpoint_error(folder, f"the tokenizer cannot be loaded ({short(error)})") from error
+    if max(ids, default=0) >= embeddings:
+        raise checkpoint_error(
+            folder, f"the tokenizer has tokens up to {max(ids)}, the base model {embeddings} embeddings"
+        )
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer

@@ -1,0 +1,38 @@
+"""Names inside a checkpoint folder, and where a checkpoint is: a folder, a bundled one or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from slr_core.checkpoint.validate import checkpoint_error, line
+
+CONFIG, MODULES, LOOPS, BASE = "slr_config.json", "slr_modules.safetensors", "loops", "base"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SHIPPED = Path(__file__).parent / "bundled"
+BUNDLED = SHIPPED / "prosqa"
+READ_FROM_HUB = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
+
+
+def local_path(path_or_id: str | Path | None) -> Path:
+    """Where a checkpoint is, if here: ``None`` is ``prosqa``; those that ship have names, unless a folder has them."""
+    path = BUNDLED if path_or_id is None else Path(path_or_id)
+    shipped = {folder.name: folder for folder in SHIPPED.iterdir()}.get(str(path))
+    return path if shipped is None or path.is_dir() else shipped
+
+
+def local_folder(path_or_id: str | Path | None) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded first.
+
+    Raises:
+        CheckpointError: it is neither a folder nor a hub id that can be fetched.
+    """
+    folder = local_path(path_or_id)
+    try:
+        return folder if folder.is_dir() else Path(snapshot_download(str(path_or_id), allow_patterns=READ_FROM_HUB))
+    except (HFValidationError, OSError, ValueError) as error:
+        raise checkpoint_error(
+            str(path_or_id), f"neither a folder nor a hub id that can be fetched ({line(error)})"
+        ) from error

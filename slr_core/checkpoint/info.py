@@ -1,0 +1,86 @@
+"""What a model is made of: its sizes, what the loop adds to them, and the cache memory of a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from slr_core.checkpoint.write import modules_state
+from slr_core.model.reasoner import LatentReasoner
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model is made of.
+
+    Attributes:
+        architecture: class of the base model.
+        base_parameters: its parameters.
+        adapter_parameters: those of all loop adapters.
+        module_parameters: those of the loop's own modules.
+        max_positions: positions that the base can address: prompt, loop and answer together.
+        vocabulary: tokens of the tokenizer.
+        cache_bytes_per_position: keys and values of one position, all layers.
+        loop_positions: positions that a loop of the default length adds to a request's cache.
+    """
+
+    architecture: str
+    base_parameters: int
+    adapter_parameters: int
+    module_parameters: int
+    max_positions: int
+    vocabulary: int
+    cache_bytes_per_position: int
+    loop_positions: int
+
+    @property
+    def added_parameters(self) -> int:
+        """What the loop adds to the base."""
+        return self.adapter_parameters + self.module_parameters
+
+    @property
+    def added_share(self) -> float:
+        """The same as a share of the base."""
+        return self.added_parameters / self.base_parameters
+
+    @property
+    def sizes(self) -> str:
+        """One line: parameters, and what the loop adds."""
+        return f"{self.base_parameters:,} parameters, the loop adds {self.added_parameters:,} ({self.added_share:.1%})"
+
+    def cache_bytes(self, prompt_tokens: int, max_new_tokens: int) -> int:
+        """What a request reserves: prompt, default loop and answer."""
+        return (prompt_tokens + self.loop_positions + max_new_tokens) * self.cache_bytes_per_position
+
+
+def describe(reasoner: LatentReasoner) -> Description:
+    """Sizes of a model's parts, the share that the loop adds to the base, and its cache memory."""
+    adapters = sum(p.numel() for key, p in reasoner.base.named_parameters() if ".lora_" in key)
+    return Description(
+        architecture=type(reasoner.base).__name__,
+        base_parameters=sum(p.numel() for key, p in reasoner.base.named_parameters() if ".lora_" not in key),
+        adapter_parameters=adapters,
+        module_parameters=sum(x.numel() for x in modules_state(reasoner).values()),
+        max_positions=reasoner.max_positions,
+        vocabulary=len(reasoner.tokenizer),
+        cache_bytes_per_position=_cache_bytes(reasoner),
+        loop_positions=reasoner.workspace.loop_positions(reasoner.config.loop.max_iterations),
+    )
+
+
+@torch.inference_mode()
+def _cache_bytes(reasoner: LatentReasoner) -> int:
+    # Measured rather than derived: architectures disagree on what their configs call heads and widths.
+    cache = DynamicCache()
+    token = torch.zeros(1, 1, dtype=torch.long, device=reasoner.device)
+    reasoner.base.base_model(input_ids=token, past_key_values=cache, use_cache=True)
+    return sum(
+        x.nbytes
+        for layer in cache.layers
+        if isinstance(layer, DynamicLayer)
+        for x in (layer.keys, layer.values)
+        if x is not None
+    )

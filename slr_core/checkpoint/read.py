@@ -1,0 +1,159 @@
+"""The checkpoint folder: saving, loading, and one clear error for each way in which a folder can be wrong.
+
+    slr_config.json          the loop, the base model (a folder inside this one, or a hub id), versions
+    base/                    optional: the base model in transformers' own format
+    loops/loop_01/ ...       PEFT adapters; loops/decode/ where there is one
+    slr_modules.safetensors  timestep embedding, gates, projections, latent vectors, halting head, latent decoder
+    tokenizer files
+
+Only safetensors and JSON are read: nothing in a checkpoint can run code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+)
+
+from slr_core.checkpoint.base_model import load_base_model, load_tokenizer
+from slr_core.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CONFIG, LOOPS, MODULES, local_folder
+from slr_core.checkpoint.validate import check_tensors, checkpoint_error, read_json, read_tensors, short
+from slr_core.checkpoint.write import base_state, modules_state
+from slr_core.config import FORMAT_VERSION, SLRConfig
+from slr_core.errors import ConfigError
+from slr_core.loop.lora import DECODE, fresh
+from slr_core.model.reasoner import LatentReasoner
+
+R = TypeVar("R", bound="LatentReasoner")
+
+
+def load(
+    cls: type[R], path_or_id: str | Path | None = None, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> R:
+    """Load a checkpoint, in eval mode.
+
+    Args:
+        cls: the reasoner class.
+        path_or_id: a folder, a hub id, or ``None`` for the bundled one: see :func:`local_path`.
+        dtype: of the base model and its adapters; ``None``: as saved.
+        device: where to put it.
+
+    Raises:
+        CheckpointError: anything is missing, damaged, of a newer format, or does not fit together.
+    """
+    folder = local_folder(path_or_id)
+    config = _config(folder)
+    adapters = _adapters(folder, config)
+    base = load_base_model(folder, config, dtype)
+    embeddings = base.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    tokenizer = load_tokenizer(folder, int(embeddings))
+    try:
+        # On the meta device: a config that asks for absurd sizes must not get them before the files were looked at.
+        with torch.device("meta"):
+            reasoner = cls(base, tokenizer, config, adapters)
+    except (ConfigError, RecursionError) as error:
+        raise checkpoint_error(folder, error) from error
+    _load_loop(reasoner, folder, assign=True)
+    return reasoner.to(device).eval()
+
+
+def load_weights(reasoner: LatentReasoner, folder: str | Path) -> None:
+    """Load the weights of a checkpoint with its own base into a reasoner of the same shape.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or its tensors do not fit.
+    """
+    folder = Path(folder)
+    path = folder / BASE / "model.safetensors"
+    found, expected = read_tensors(path), base_state(reasoner.base)
+    # Tied weights are stored once.
+    tied = set(getattr(reasoner.base, "all_tied_weights_keys", ()) or ())
+    check_tensors(path, found, {key: x for key, x in expected.items() if key in found or key not in tied})
+    with torch.no_grad():
+        for key, tensor in found.items():
+            expected[key].copy_(tensor)
+    _load_loop(reasoner, folder)
+    reasoner.train(reasoner.training)  # forgets what was derived from the old weights
+
+
+def _load_loop(reasoner: LatentReasoner, folder: Path, *, assign: bool = False) -> None:
+    for name in reasoner.adapter_configs:
+        _load_adapter(reasoner.base, folder / LOOPS / name, name, assign)
+    _load_modules(reasoner, folder / MODULES, assign)
+
+
+def _config(folder: Path) -> SLRConfig:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise checkpoint_error(folder, f"not a latent-reasoning checkpoint, it has no {CONFIG}")
+    data = read_json(path)
+    version = data.get("format_version", FORMAT_VERSION) if isinstance(data, dict) else FORMAT_VERSION
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise checkpoint_error(
+            path, f"written in a newer format than this release reads ({FORMAT_VERSION}): upgrade to load it"
+        )
+    try:
+        return SLRConfig.from_dict(data)
+    except ConfigError as error:
+        raise checkpoint_error(path, error) from error
+
+
+def _adapters(folder: Path, config: SLRConfig) -> dict[str, LoraConfig]:
+    ranks = {name: adapter.r for name, adapter in fresh(config.loop).items()}
+    names = list(ranks)
+    if DECODE not in ranks and (folder / LOOPS / DECODE).is_dir():
+        names.append(DECODE)
+    adapters = {name: _adapter_config(folder / LOOPS / name) for name in names}
+    for name, rank in ranks.items():
+        if adapters[name].r != rank:
+            raise checkpoint_error(
+                folder / LOOPS / name, f"the adapter's rank is {adapters[name].r}, {CONFIG} says {rank}"
+            )
+    return adapters
+
+
+def _adapter_config(folder: Path) -> LoraConfig:
+    path = folder / ADAPTER_CONFIG
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise checkpoint_error(folder, f"missing {ADAPTER_WEIGHTS} (only safetensors are read)")
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("peft_type") != "LORA":
+        raise checkpoint_error(path, "not the config of a PEFT adapter with peft_type LORA")
+    # A newer PEFT writes fields that this one does not know: harmless while they are off.
+    known = LoraConfig.__dataclass_fields__
+    if unknown := sorted(key for key, value in data.items() if key not in known and value):
+        raise checkpoint_error(path, f"{unknown[0]} is not known to this release's PEFT")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what PEFT only warns of would change what the adapter does
+            return LoraConfig(**{key: value for key, value in data.items() if key in known})
+    except Exception as error:  # peft raises most kinds, each of them a fault of the file
+        raise checkpoint_error(path, f"not a readable PEFT config ({short(error)})") from error
+
+
+def _load_adapter(base: PreTrainedModel, folder: Path, name: str, assign: bool) -> None:
+    prefix = "base_model.model."
+    found = {key.removeprefix(prefix): x for key, x in read_tensors(folder / ADAPTER_WEIGHTS).items()}
+    expected = get_peft_model_state_dict(base, adapter_name=name, save_embedding_layers=False)
+    check_tensors(folder / ADAPTER_WEIGHTS, found, expected)
+    set_peft_model_state_dict(base, _owned(found, base), adapter_name=name, low_cpu_mem_usage=assign)
+
+
+def _load_modules(reasoner: LatentReasoner, path: Path, assign: bool) -> None:
+    if not path.is_file():
+        raise checkpoint_error(path.parent, f"missing {path.name}")
+    found = read_tensors(path)
+    check_tensors(path, found, modules_state(reasoner))
+    reasoner.load_state_dict(_owned(found, reasoner.base), strict=False, assign=assign)
+
+
+def _owned(tensors: dict[str, Tensor], base: PreTrainedModel) -> dict[str, Tensor]:
+    # Copies: the originals are views of a file that may be written again.
+    return {key: x.to(base.dtype, copy=True) for key, x in tensors.items()}

@@ -1,0 +1,52 @@
+"""Writing a checkpoint folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slr_core._version import __version__
+from slr_core.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CONFIG, LOOPS, MODULES
+from slr_core.config import FORMAT_VERSION
+from slr_core.model.reasoner import LatentReasoner
+
+
+def save(reasoner: LatentReasoner, folder: str | Path) -> None:
+    """Write ``reasoner`` as a checkpoint folder; existing files of the same names are replaced."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = reasoner.config.replace(base=BASE, slr_version=__version__, format_version=FORMAT_VERSION)
+    (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
+    reasoner.base.save_pretrained(folder / BASE, state_dict=base_state(reasoner.base))
+    reasoner.tokenizer.save_pretrained(folder)
+    for stale in (folder / LOOPS).glob("*/"):
+        if stale.name not in reasoner.adapter_configs and (stale / ADAPTER_CONFIG).is_file():
+            shutil.rmtree(stale)
+    for name, adapter in reasoner.adapter_configs.items():
+        target = folder / LOOPS / name
+        adapter.base_model_name_or_path = None  # a path of the machine that trained it helps nobody
+        adapter.inference_mode = True
+        if isinstance(adapter.target_modules, set):  # PEFT would write them in another order in every process
+            adapter.target_modules = sorted(adapter.target_modules)
+        adapter.save_pretrained(str(target))
+        state = get_peft_model_state_dict(reasoner.base, adapter_name=name, save_embedding_layers=False)
+        save_file({f"base_model.model.{key}": x.contiguous() for key, x in state.items()}, target / ADAPTER_WEIGHTS)
+    save_file({key: x.contiguous() for key, x in modules_state(reasoner).items()}, folder / MODULES)
+    for weights in folder.rglob("*.safetensors"):
+        # They are written for their owner alone; a server that runs as another user must read them too.
+        weights.chmod((folder / CONFIG).stat().st_mode)
+
+
+def base_state(base: PreTrainedModel) -> dict[str, Tensor]:
+    """The base model's own weights, under the names they had before adapters were attached."""
+    return {key.replace(".base_layer.", "."): value for key, value in base.state_dict().items() if ".lora_" not in key}
+
+
+def modules_state(reasoner: LatentReasoner) -> dict[str, Tensor]:
+    """Weights of the loop's own modules."""
+    return {key: value for key, value in reasoner.state_dict().items() if not key.startswith("base.")}

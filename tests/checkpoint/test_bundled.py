@@ -1,0 +1,174 @@
+"""The checkpoint that ships: what its model card claims, measured."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from slr_core.checkpoint.folder import BUNDLED, SHIPPED
+from slr_core.evaluation.backends import Local
+from slr_core.evaluation.methods import METHODS, Settings
+from slr_core.evaluation.outcomes import Outcome
+from slr_core.evaluation.run import run_method
+from slr_core.evaluation.statistics import by_difficulty, summarize
+from slr_core.generation.prepare import prepare
+from slr_core.generation.reference import generate
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings
+from slr_core.tasks import prontoqa
+from slr_core.tasks.base import Example
+from slr_core.tasks.prontoqa import ProntoQA
+from slr_core.tasks.prosqa import GraphSpec, ProsQA
+from slr_core.tasks.prosqa import generate as make
+
+SEED = 4711  # not the seed of the card's figures, nor one that training used
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "prosqa.json"
+
+
+@pytest.fixture(scope="module")
+def reasoner() -> LatentReasoner:
+    return LatentReasoner.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[Example]:
+    return list(islice(make(GraphSpec(10, 2, 4, balanced=True), SEED), 500))
+
+
+@pytest.fixture(scope="module")
+def answers(reasoner: LatentReasoner, questions: list[Example]) -> list[Outcome]:
+    return run_method(METHODS["slr"], Local(reasoner), ProsQA(), questions, Settings({}))
+
+
+def test_answers_balanced_questions(answers: list[Outcome], questions: list[Example]) -> None:
+    assert summarize(answers).accuracy >= 0.95
+    assert all(ProsQA().baselines(question) == {"depth_rule": 0.5} for question in questions)
+
+
+def test_needs_its_loop(reasoner: LatentReasoner, questions: list[Example], answers: list[Outcome]) -> None:
+    without = run_method(METHODS["no_cot"], Local(reasoner), ProsQA(), questions, Settings({}))
+    assert summarize(without).accuracy < summarize(answers).accuracy - 0.2
+
+
+def test_stops_by_itself_and_later_on_longer_paths(answers: list[Outcome]) -> None:
+    overall = summarize(answers)
+    assert overall.converged > 0.95
+    assert overall.diverged == 0
+    iterations = [summary.iterations for summary in by_difficulty(answers).values()]
+    assert iterations == sorted(iterations)
+    assert iterations[-1] - iterations[0] > 1
+
+
+def test_going_on_past_its_depth_makes_no_answer_worse(reasoner: LatentReasoner, questions: list[Example]) -> None:
+    few, forced = questions[:100], {}
+    for t in (8, 16, 24, 32):
+        settings = Settings({"max_iterations": t, "min_iterations": t})
+        forced[t] = summarize(run_method(METHODS["slr_fixed"], Local(reasoner), ProsQA(), few, settings)).accuracy
+    assert min(forced.values()) >= max(forced.values()) - 0.01
+    assert max(forced.values()) >= 0.95
+
+
+def test_relative_change_falls(answers: list[Outcome]) -> None:
+    for summary in by_difficulty(answers).values():
+        first, *_, last = summary.relative_change
+        assert last < first / 2
+
+
+def test_no_iterations_is_the_base_model(reasoner: LatentReasoner, questions: list[Example]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(BUNDLED / "base").eval()
+    settings = LoopSettings.resolve(reasoner.config.loop, max_iterations=0)
+    for example in questions[:20]:
+        request = prepare(reasoner, example.question, settings, max_new_tokens=4)
+        (result,) = generate(reasoner, [request])
+        prompt = torch.tensor([request.prompt_ids])
+        with torch.inference_mode():
+            expected = base.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+        assert list(result.token_ids) == expected[0, prompt.shape[1] :].tolist()
+
+
+def test_a_mixed_batch_answers_as_each_question_alone(reasoner: LatentReasoner, questions: list[Example]) -> None:
+    loop = reasoner.config.loop
+    mixed = [
+        LoopSettings.resolve(loop),
+        LoopSettings.resolve(loop, max_iterations=0),
+        LoopSettings.resolve(loop, max_iterations=3),
+        LoopSettings.resolve(loop, min_iterations=7),
+        LoopSettings.resolve(loop, criterion="argmax_stable"),
+    ]
+    requests = [prepare(reasoner, e.question, mixed[i % len(mixed)]) for i, e in enumerate(questions[:60])]
+    for request, together in zip(requests, generate(reasoner, requests), strict=True):
+        (alone,) = generate(reasoner, [request])
+        near = any(
+            record.relative_change is not None
+            and abs(record.relative_change - request.loop.threshold) < 1e-3 * request.loop.threshold
+            for record in alone.records
+        )
+        assert near or (together.token_ids, together.iterations, together.exit_reason) == (
+            alone.token_ids,
+            alone.iterations,
+            alone.exit_reason,
+        )
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
+def test_first_iteration_is_pefts_own_adapter(reasoner: LatentReasoner, questions: list[Example]) -> None:
+    request = prepare(reasoner, questions[0].question, LoopSettings.resolve(reasoner.config.loop))
+    prompt = torch.tensor([request.prompt_ids])
+    with torch.inference_mode():
+        context = reasoner.encode(prompt, torch.ones_like(prompt))
+        u1 = reasoner.timestep(reasoner.project_in(context.hidden), 1)
+        g1, _ = reasoner.iterate(context, 1)
+
+        plain = AutoModelForCausalLM.from_pretrained(BUNDLED / "base").eval()
+        peft = PeftModel.from_pretrained(plain, BUNDLED / "loops" / "loop_01").eval()
+        with peft.disable_adapter():
+            cache = peft(input_ids=prompt, use_cache=True).past_key_values
+        logits = peft(inputs_embeds=u1, past_key_values=cache, use_cache=True).logits
+        expected = reasoner.head(g1)
+    torch.testing.assert_close(expected, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shipped", sorted(SHIPPED.iterdir()), ids=lambda folder: folder.name)
+def test_is_small_and_holds_nothing_that_can_run_code(shipped: Path) -> None:
+    files = [path for path in shipped.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 10 * 2**20
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+
+
+def test_card_quotes_the_committed_figures() -> None:
+    card = (BUNDLED / "README.md").read_text(encoding="utf-8")
+    record = json.loads(RESULTS.read_text(encoding="utf-8"))
+    figures, forced = record["figures"], record["forced"]
+    for name, methods in figures.items():
+        # The first such line is that of the methods, the second that of the forced loops.
+        row, past = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
+        for figure in methods.values():
+            assert f"{figure['overall']['accuracy']:.3f}" in row
+        for accuracy in forced[name].values():
+            assert f"{accuracy:.3f}" in past
+
+
+def test_prontoqa_proves_step_by_step_and_stays_where_it_is() -> None:
+    questions = list(islice(prontoqa.generate(5, False, SEED), 100))
+    backend = Local(LatentReasoner.from_pretrained("prontoqa"))
+    own = run_method(METHODS["slr"], backend, ProntoQA(), questions, Settings({}))
+    assert summarize(own).accuracy >= 0.97
+    assert summarize(own).converged > 0.95
+    forced = Settings({"max_iterations": 24, "min_iterations": 24})
+    assert summarize(run_method(METHODS["slr_fixed"], backend, ProntoQA(), questions, forced)).accuracy >= 0.96
+    without = run_method(METHODS["no_cot"], backend, ProntoQA(), questions, Settings({}))
+    assert summarize(without).accuracy < 0.7
+
+
+def test_prontoqa_says_its_thoughts_in_words() -> None:
+    reasoner = LatentReasoner.from_pretrained("prontoqa")
+    for example in islice(prontoqa.generate(5, False, SEED), 5):
+        request = prepare(reasoner, example.question, LoopSettings.resolve(reasoner.config.loop), trace=True)
+        (result,) = generate(reasoner, [request])
+        assert [record.thought for record in result.records][:6] == list(example.steps)

@@ -1,0 +1,336 @@
+"""``slr init`` from Python: a base model in, a checkpoint folder out."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+from slr_core.checkpoint.info import describe
+from slr_core.checkpoint.init import InitConfig, initialize
+from slr_core.checkpoint.read import load
+from slr_core.errors import CheckpointError, ConfigError
+from slr_core.generation.reference import generate
+from tests import tiny
+
+
+def write_base(folder, kind="llama"):
+    tiny.base(kind).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("init") / "plain")
+
+
+def settings(tmp_path, text):
+    path = tmp_path / "loop.yaml"
+    path.write_text(text)
+    return path
+
+
+def is_the_base(made, plain):
+    """Whether a checkpoint without iterations writes what the base model does."""
+    for prompt in tiny.PROMPTS[:3]:
+        request = tiny.request(made, prompt, {"max_iterations": 0}, max_new_tokens=5)
+        ids = torch.tensor([request.prompt_ids])
+        with torch.inference_mode():
+            expected = plain.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=tiny.PAD
+            )
+        if list(generate(made, [request])[0].token_ids) != expected[0, ids.shape[1] :].tolist():
+            return False
+    return True
+
+
+# Not Qwen2: transformers makes its tokenizer a byte-level one, whatever the folder says.
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_the_folder_loads_and_without_iterations_is_the_base(kind, tmp_path):
+    source = write_base(tmp_path / "plain", kind)
+    returned = initialize(source, tmp_path / "out", settings(tmp_path, "timestep: {kind: learned}\n"))
+    made = load(type(returned), tmp_path / "out")
+    assert not made.training
+    assert made.config == returned.config.replace(slr_version=made.config.slr_version)
+    assert is_the_base(made, tiny.base(kind))
+    (result,) = generate(made, [tiny.request(made, tiny.PROMPTS[1], {"max_iterations": 3, "criterion": "fixed"})])
+    assert result.iterations == 3
+    for name, weight in returned.state_dict().items():
+        assert torch.equal(weight, made.state_dict()[name]), name
+
+
+def test_the_source_is_left_as_it_was(source, tmp_path):
+    initialize(source, tmp_path / "out")
+    torch.testing.assert_close(
+        AutoModelForCausalLM.from_pretrained(source).state_dict(), tiny.base().state_dict(), rtol=0, atol=0
+    )
+
+
+def test_untrained_adapters_have_no_effect(source, tmp_path):
+    made = initialize(source, tmp_path / "out")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), made.adapters.use("loop_02"):
+        torch.testing.assert_close(made.base(input_ids=ids).logits, tiny.base()(input_ids=ids).logits)
+
+
+def test_the_seed_makes_the_new_weights(source, tmp_path):
+    block = settings(tmp_path, "workspace: block")
+    vectors = [
+        initialize(source, tmp_path / f"out{i}", block, seed=seed).workspace.vectors.detach()
+        for i, seed in enumerate((1, 1, 2))
+    ]
+    assert torch.equal(vectors[0], vectors[1])
+    assert not torch.equal(vectors[0], vectors[2])
+
+
+def test_the_card_tells_what_it_is(source, tmp_path):
+    made = initialize(source, tmp_path / "out", seed=7)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert describe(made).sizes in card
+    assert "seed 7" in card
+    assert "`plain`" in card
+    assert str(tmp_path) not in card
+
+
+# -- loop.yaml -------------------------------------------------------------------------------------------
+
+
+def test_one_line_is_enough(tmp_path):
+    config = InitConfig.from_yaml(settings(tmp_path, "workspace: block\n")).config()
+    assert config.loop.workspace == "block"
+    assert config.loop == InitConfig().config().loop.model_copy(update={"workspace": "block"})
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "---\n"])
+def test_an_empty_file_is_all_defaults(text, tmp_path):
+    assert InitConfig.from_yaml(settings(tmp_path, text)).config() == InitConfig().config()
+
+
+def test_loop_and_texts_are_read(source, tmp_path):
+    text = "lora: {rank: [1, 2], decode_rank: 3}\ntrained_iterations: 2\ntext: {stop: [w9], answer_prefix: w7}\n"
+    made = initialize(source, tmp_path / "out", settings(tmp_path, text))
+    assert (made.config.text.stop, made.config.text.answer_prefix) == (("w9",), "w7")
+    folders = {path.name for path in (tmp_path / "out" / "loops").iterdir()}
+    assert folders == {"loop_01", "loop_02", "decode"}
+    ranks = {
+        name: json.loads((tmp_path / "out" / "loops" / name / "adapter_config.json").read_text())["r"]
+        for name in folders
+    }
+    assert ranks == {"loop_01": 1, "loop_02": 2, "decode": 3}
+
+
+WRONG = {
+    "unknown": ("workspaces: block", "workspaces"),
+    "nested": ("lora: {ranks: 3}", "lora.ranks"),
+    "text": ("text: {prefix: x}", "text.prefix"),
+    "choice": ("workspace: sideways", "workspace"),
+    "misfit": ("convergence: {criterion: learned}", "halting_head"),
+    "list": ("- workspace", "config"),
+    "word": ("block", "config"),
+    "yaml": ("a: [", "not a readable YAML"),
+    "object": ("a: !!python/object:os.x 1", "not a readable YAML"),
+    "date": ("workspace: 2020-01-01", "not JSON-like"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_with_the_settings_is_named_and_nothing_is_written(case, source, tmp_path):
+    text, named = WRONG[case]
+    path = settings(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        initialize(source, tmp_path / "out", path)
+    assert named in str(caught.value)
+    assert "loop.yaml" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_is_named(source, tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        initialize(source, tmp_path / "out", tmp_path / "nowhere.yaml")
+
+
+# -- what is refused -------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_something_is_left_alone(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    initialize(source, tmp_path / "out")
+    with pytest.raises(ConfigError, match="expected a new or an empty folder"):
+        initialize(source, tmp_path / "out")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="expected a new or an empty folder"):
+        initialize(source, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_sliding_window_is_refused(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    windowed = MistralConfig(vocab_size=40, num_key_value_heads=1, sliding_window=8, **sizes)
+    MistralForCausalLM(windowed).save_pretrained(tmp_path / "plain")
+    tiny.tokenizer().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ConfigError, match="full attention"):
+        initialize(str(tmp_path / "plain"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_the_base_does_not_have_is_refused(source, tmp_path):
+    with pytest.raises(ConfigError, match="no_such_layer"):
+        initialize(source, tmp_path / "out", settings(tmp_path, "lora: {target_modules: [no_such_layer]}"))
+    assert not (tmp_path / "out").exists()
+
+
+def spoil(folder, case):
+    match case:
+        case "no-tokenizer":
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                (folder / name).unlink()
+        case "no-weights":
+            (folder / "model.safetensors").unlink()
+        case "pickled":
+            state = tiny.base().state_dict()
+            (folder / "model.safetensors").unlink()
+            torch.save(state, folder / "pytorch_model.bin")
+        case "truncated":
+            path = folder / "model.safetensors"
+            path.write_bytes(path.read_bytes()[:1000])
+        case "unknown-model":
+            tiny.edit_json(folder / "config.json", model_type="nonesuch", architectures=["Nonesuch"])
+        case "no-config":
+            (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize("case", ["no-tokenizer", "no-weights", "pickled", "truncated", "unknown-model", "no-config"])
+def test_a_base_that_cannot_be_loaded_is_a_checkpoint_error(case, tmp_path):
+    source = write_base(tmp_path / "plain")
+    spoil(tmp_path / "plain", case)
+    with pytest.raises(CheckpointError, match="cannot be loaded as a causal language model"):
+        initialize(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("base", ["/no/where", "no-such/model", "a b c", "", "/no/where.gguf"])
+def test_a_base_that_is_not_there_is_a_checkpoint_error(base, tmp_path):
+    with pytest.raises(CheckpointError):
+        initialize(base, tmp_path / "out")
+
+
+def test_a_tokenizer_larger_than_the_base_is_refused(tmp_path):
+    # What it would write could not be loaded.
+    source = write_base(tmp_path / "plain")
+    words = tiny.tokenizer().__class__.from_pretrained(source)
+    words.add_tokens(["w100"])
+    words.save_pretrained(source)
+    with pytest.raises(CheckpointError, match="the tokenizer has tokens up to 40, the model 40 embeddings"):
+        initialize(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", ["missing_keys", "mismatched_keys"])
+def test_a_base_with_gaps_is_refused(case, tmp_path):
+    # transformers would fill them with random weights and go on.
+    source = write_base(tmp_path / "plain")
+    state = {name: x.clone() for name, x in tiny.base().state_dict().items()}
+    head = state.pop("lm_head.weight")
+    if case == "mismatched_keys":
+        state["lm_head.weight"] = head[:-1].clone()
+    save_file(state, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight|cannot be loaded"):
+        initialize(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- GGUF ------------------------------------------------------------------------------------------------
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def gguf_name(name):
+    known = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    if name in known:
+        return known[name]
+    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+    return f"blk.{layer}.{GGUF_NAMES[part]}.weight"
+
+
+def permuted(weight, heads):
+    """GGUF stores the two halves of each rotary pair side by side."""
+    return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path):
+    plain = tiny.base()
+    config = plain.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(len(tiny.WORDS))
+    writer.add_tokenizer_model("llama")
+    # transformers adds these three where they are not there.
+    writer.add_token_list(["<unk>", "<s>", "</s>", *tiny.WORDS[3:]])
+    writer.add_token_scores([0.0] * len(tiny.WORDS))
+    writer.add_token_types([2, 3, 3, *[1] * (len(tiny.WORDS) - 3)])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, weight in plain.state_dict().items():
+        array = weight.numpy().astype(np.float32)
+        for part, count in heads.items():
+            if part in name:
+                array = permuted(array, count)
+        writer.add_tensor(gguf_name(name), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return plain
+
+
+def test_a_gguf_file(tmp_path):
+    plain = write_gguf(tmp_path / "plain.gguf")
+    initialize(str(tmp_path / "plain.gguf"), tmp_path / "out", settings(tmp_path, "workspace: prompt"))
+    made = load(type(tiny.reasoner()), tmp_path / "out")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(made.base(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert made.config.loop.workspace == "prompt"
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "base" / "config.json").read_text())
+
+
+def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
+    (tmp_path / "plain.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("slr_core.checkpoint.init.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"slr\[gguf\]"):
+        initialize(str(tmp_path / "plain.gguf"), tmp_path / "out")
+
+
+def test_a_file_that_is_no_gguf_is_a_checkpoint_error(tmp_path):
+    (tmp_path / "plain.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        initialize(str(tmp_path / "plain.gguf"), tmp_path / "out")

@@ -1,0 +1,430 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slr_core.checkpoint.folder import BUNDLED, SHIPPED, local_path
+from slr_core.checkpoint.info import describe
+from slr_core.checkpoint.read import load, load_weights
+from slr_core.checkpoint.write import save
+from slr_core.errors import CheckpointError
+from slr_core.generation.reference import generate
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopSettings
+from tests import tiny
+
+TEXT = {"prompt_prefix": "w1 ", "stop": ["w36"], "max_new_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def made():
+    return tiny.reasoner(decode=True, text=TEXT)
+
+
+@pytest.fixture(scope="module")
+def good(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good") / "checkpoint"
+    made.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    """A copy to break."""
+    return Path(shutil.copytree(good, tmp_path / "checkpoint"))
+
+
+def states(made):
+    settings = [LoopSettings.resolve(made.config.loop, max_iterations=5, criterion="fixed")] * 2
+    with torch.inference_mode():
+        return made.loop(made.encode(*tiny.batch(tiny.PROMPTS[2:4])), settings).states
+
+
+# -- names -----------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_checkpoint_has_a_name_and_a_folder_called_so_comes_first(good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_path("prosqa") == local_path(None) == BUNDLED
+    assert {local_path(folder.name) for folder in SHIPPED.iterdir()} == set(SHIPPED.iterdir())
+    assert local_path("") == Path()
+    assert local_path("checkpoints/prosqa") == Path("checkpoints/prosqa")
+    assert describe(LatentReasoner.from_pretrained("prosqa")) == describe(LatentReasoner.from_pretrained())
+    shutil.copytree(good, tmp_path / "prosqa")
+    assert describe(LatentReasoner.from_pretrained("prosqa")) == describe(LatentReasoner.from_pretrained(str(good)))
+    assert local_path(None) == BUNDLED
+
+
+# -- saving and loading ----------------------------------------------------------------------------------
+
+
+def test_adapter_configs_are_the_same_whoever_saves_them(tmp_path):
+    made = tiny.reasoner(loop={"lora": {"rank": 2, "alpha": 4, "target_modules": ["v_proj", "q_proj", "o_proj"]}})
+    assert all(isinstance(adapter.target_modules, set) for adapter in made.adapter_configs.values())
+    save(made, tmp_path)
+    for path in (tmp_path / "loops").glob("*/adapter_config.json"):
+        assert json.loads(path.read_text())["target_modules"] == ["o_proj", "q_proj", "v_proj"]
+    assert states(load(LatentReasoner, tmp_path))[0].equal(states(made)[0])
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize(
+    "loop",
+    [
+        {},
+        {"timestep": {"kind": "sinusoidal", "combine": "concat"}, "projection": {"kind": "mlp"}},
+        {"lora": {"kind": "shared"}, "residual": {"norm": True}, "projection": {"kind": "linear"}},
+        {"lora": {"kind": "none"}, "timestep": {"kind": "none"}, "residual": {"source": "none"}},
+    ],
+    ids=["default", "mlp-concat", "shared-norm", "bare"],
+)
+def test_saving_and_loading_changes_nothing(kind, loop, tmp_path):
+    made = tiny.reasoner(kind, loop, text=TEXT, decode=True)
+    made.save_pretrained(str(tmp_path))
+    loaded = LatentReasoner.from_pretrained(str(tmp_path))
+    assert not loaded.training
+    assert loaded.config == made.config.replace(slr_version=loaded.config.slr_version)
+    assert loaded.config.slr_version
+    mine, theirs = made.state_dict(), loaded.state_dict()
+    assert mine.keys() == theirs.keys()
+    for key, tensor in mine.items():
+        assert torch.equal(tensor, theirs[key]), key
+    for a, b in zip(states(made), states(loaded), strict=True):
+        assert torch.equal(a, b)
+    requests = [tiny.request(made, prompt) for prompt in tiny.PROMPTS]
+    again = [tiny.request(loaded, prompt) for prompt in tiny.PROMPTS]
+    assert requests == again
+    assert [r.token_ids for r in generate(made, requests)] == [r.token_ids for r in generate(loaded, again)]
+
+
+def test_the_folder_is_as_designed(good):
+    files = {str(path.relative_to(good)) for path in good.rglob("*") if path.is_file()}
+    adapters = {f"loops/{name}" for name in ("loop_01", "loop_02", "loop_03", "decode")}
+    assert files >= {"slr_config.json", "slr_modules.safetensors", "base/config.json", "base/model.safetensors"}
+    assert files >= {"tokenizer.json", "tokenizer_config.json"}
+    assert files >= {f"{a}/{file}" for a in adapters for file in ("adapter_config.json", "adapter_model.safetensors")}
+    assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in files)
+    assert json.loads((good / "slr_config.json").read_text())["base"] == "base"
+    assert str(good.parent) not in "".join(path.read_text() for path in good.rglob("*.json"))
+
+
+def test_saving_twice_gives_the_same_bytes(made, good, tmp_path):
+    made.save_pretrained(str(tmp_path))
+    for path in good.rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / path.relative_to(good)).read_bytes(), path
+    assert (good / "slr_config.json").read_text() == (tmp_path / "slr_config.json").read_text()
+
+
+def test_saving_does_not_change_the_model(made, tmp_path):
+    before = {key: tensor.clone() for key, tensor in made.state_dict().items()}
+    trainable = {name for name, p in made.named_parameters() if p.requires_grad}
+    made.save_pretrained(str(tmp_path))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in made.state_dict().items())
+    assert {name for name, p in made.named_parameters() if p.requires_grad} == trainable
+
+
+def test_saving_over_an_old_checkpoint_leaves_nothing_of_it(folder):
+    fresh = tiny.reasoner(loop={"lora": {"kind": "none"}})
+    fresh.save_pretrained(str(folder))
+    loaded = LatentReasoner.from_pretrained(str(folder))
+    assert loaded.adapters.names == set()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_weights_load_into_a_model_of_the_same_shape(kind, tmp_path):
+    source, target = tiny.reasoner(kind, seed=3), tiny.reasoner(kind)
+    source.save_pretrained(str(tmp_path))
+    load_weights(target, tmp_path)
+    theirs = target.state_dict()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in source.state_dict().items())
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    with pytest.raises(CheckpointError, match="loop_01"):
+        load_weights(tiny.reasoner(loop={"lora": {"rank": 4}}), folder)
+
+
+def test_half_precision(good):
+    loaded = load(LatentReasoner, good, dtype=torch.bfloat16)
+    assert {p.dtype for name, p in loaded.base.named_parameters() if "lora" not in name} == {torch.bfloat16}
+    results = generate(loaded, [tiny.request(loaded, prompt) for prompt in tiny.PROMPTS])
+    assert all(result.exit_reason != "diverged" for result in results)
+
+
+def test_a_path_may_be_a_path_or_a_string(good):
+    assert load(LatentReasoner, good).config == load(LatentReasoner, str(good)).config
+
+
+def test_sizes_are_described(made):
+    sizes = describe(made)
+    lora = sum(p.numel() for name, p in made.named_parameters() if "lora_" in name)
+    own = sum(p.numel() for name, p in made.named_parameters() if not name.startswith("base."))
+    plain = sum(p.numel() for p in tiny.base().parameters())
+    assert (sizes.base_parameters, sizes.adapter_parameters, sizes.module_parameters) == (plain, lora, own)
+    assert sizes.added_parameters == lora + own
+    assert sizes.added_share == pytest.approx((lora + own) / plain)
+    assert (sizes.architecture, sizes.vocabulary) == ("LlamaForCausalLM", len(tiny.WORDS))
+
+
+# -- one error for each way to be wrong ------------------------------------------------------------------
+
+
+def rewrite(path: Path, change) -> None:
+    tensors = load_file(path)
+    changed = change(dict(tensors))
+    save_file({key: x.contiguous() for key, x in (tensors if changed is None else changed).items()}, path)
+
+
+def first(tensors, value):
+    key = min(key for key, x in tensors.items() if x.is_floating_point())
+    return {**tensors, key: value(tensors[key])}
+
+
+def without_first(tensors):
+    return {key: x for key, x in tensors.items() if key != min(tensors)}
+
+
+def config(folder, **changes):
+    tiny.edit_json(folder / "slr_config.json", **changes)
+
+
+def adapter(folder, **changes):
+    tiny.edit_json(folder / "loops/loop_02/adapter_config.json", **changes)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def nan(x):
+    return torch.full_like(x, float("nan"))
+
+
+def one_inf(x):
+    x = x.clone()
+    x.view(-1)[-1] = float("inf")
+    return x
+
+
+def longer(x):
+    return torch.cat([x, x])
+
+
+BASE_WEIGHTS, MODULES = "base/model.safetensors", "slr_modules.safetensors"
+ADAPTER = "loops/loop_02/adapter_model.safetensors"
+ADAPTER_CONFIG = "loops/loop_02/adapter_config.json"
+
+# What is done to the folder, and what the message must name.
+BROKEN = {
+    "no-config": (lambda f: (f / "slr_config.json").unlink(), "slr_config.json"),
+    "config-not-json": (lambda f: (f / "slr_config.json").write_text("{"), "slr_config.json"),
+    "config-empty": (lambda f: (f / "slr_config.json").write_text(""), "slr_config.json"),
+    "config-binary": (lambda f: (f / "slr_config.json").write_bytes(b"\xff\xfe\x00"), "slr_config.json"),
+    "config-a-list": (lambda f: (f / "slr_config.json").write_text("[1]"), "slr_config.json"),
+    "config-null": (lambda f: (f / "slr_config.json").write_text("null"), "slr_config.json"),
+    "config-deep": (lambda f: (f / "slr_config.json").write_text("[" * 10**5), "slr_config.json"),
+    "config-a-folder": (
+        lambda f: ((f / "slr_config.json").unlink(), (f / "slr_config.json").mkdir()),
+        "slr_config.json",
+    ),
+    "config-unknown-field": (lambda f: config(f, speed=1), "speed"),
+    "config-absurd": (lambda f: config(f, loop={"max_iterations": 10**9}), "loop.max_iterations"),
+    "config-nan": (lambda f: config(f, loop={"lora": {"alpha": float("nan")}}), "slr_config.json"),
+    "config-wrong-type": (lambda f: config(f, base=3), "base"),
+    "newer-format": (lambda f: config(f, format_version=2), "upgrade"),
+    "much-newer-format": (lambda f: config(f, format_version=10**30), "upgrade"),
+    "format-a-string": (lambda f: config(f, format_version="2"), "format_version"),
+    "base-missing": (lambda f: shutil.rmtree(f / "base"), "base"),
+    "base-empty": (lambda f: [path.unlink() for path in (f / "base").iterdir()], "base"),
+    "base-without-config": (lambda f: (f / "base/config.json").unlink(), "base"),
+    "base-config-not-json": (lambda f: (f / "base/config.json").write_text("{"), "base"),
+    "base-of-unknown-type": (lambda f: tiny.edit_json(f / "base/config.json", model_type="nonesuch"), "base"),
+    "base-without-weights": (lambda f: (f / BASE_WEIGHTS).unlink(), "base"),
+    "base-truncated": (lambda f: truncate(f / BASE_WEIGHTS), "base"),
+    "base-lacks-a-tensor": (lambda f: rewrite(f / BASE_WEIGHTS, without_first), "base"),
+    "base-of-another-shape": (lambda f: rewrite(f / BASE_WEIGHTS, lambda x: first(x, longer)), "base"),
+    "base-not-finite": (lambda f: rewrite(f / BASE_WEIGHTS, lambda x: first(x, one_inf)), "base"),
+    "base-of-whole-numbers": (lambda f: rewrite(f / BASE_WEIGHTS, lambda x: first(x, torch.Tensor.int)), "I32"),
+    "base-holds-more": (lambda f: rewrite(f / BASE_WEIGHTS, lambda x: {**x, "more": torch.ones(1)}), "unexpected"),
+    "base-in-eight-bits": (lambda f: tiny.edit_json(f / "base/config.json", dtype="float8_e4m3fn"), "base"),
+    "base-with-an-adapter": (lambda f: shutil.copy(f / ADAPTER_CONFIG, f / "base"), "adapter of its own"),
+    "base-of-no-positions": (lambda f: tiny.edit_json(f / "base/config.json", max_position_embeddings=0), "position"),
+    "base-of-another-size": (lambda f: tiny.edit_json(f / "base/config.json", hidden_size=16), "base"),
+    "base-absolute": (lambda f: move_base(f, str(f.parent / "out")), "base must be"),
+    "base-escapes": (lambda f: move_base(f, "../out"), "base must be"),
+    "base-escapes-further-down": (lambda f: move_base(f, "loops/../../out"), "base must be"),
+    "base-elsewhere": (lambda f: config(f, base="some/where"), "some/where"),
+    "base-no-name": (lambda f: config(f, base=""), "base"),
+    "base-a-link-out": (lambda f: (move_base(f, "base"), os.symlink(f.parent / "out", f / "base")), "base"),
+    "adapter-missing": (lambda f: shutil.rmtree(f / "loops/loop_02"), "loop_02"),
+    "adapters-missing": (lambda f: shutil.rmtree(f / "loops"), "loop_01"),
+    "adapter-without-weights": (lambda f: (f / ADAPTER).unlink(), "loop_02"),
+    "adapter-without-config": (lambda f: (f / ADAPTER_CONFIG).unlink(), "loop_02"),
+    "adapter-config-not-json": (lambda f: (f / ADAPTER_CONFIG).write_text("{"), "loop_02"),
+    "adapter-config-a-list": (lambda f: (f / ADAPTER_CONFIG).write_text("[]"), "loop_02"),
+    "adapter-config-empty": (lambda f: (f / ADAPTER_CONFIG).write_text("{}"), "loop_02"),
+    "adapter-config-binary": (lambda f: (f / ADAPTER_CONFIG).write_bytes(b"\xff\xfe\x00"), "loop_02"),
+    "adapter-of-another-method": (lambda f: adapter(f, peft_type="IA3"), "loop_02"),
+    "adapter-of-no-method": (lambda f: adapter(f, peft_type="NONESUCH"), "loop_02"),
+    "adapter-rank-not-a-number": (lambda f: adapter(f, r="eight"), "loop_02"),
+    "adapter-rank-negative": (lambda f: adapter(f, r=-1), "loop_02"),
+    "adapter-rank-null": (lambda f: adapter(f, r=None), "loop_02"),
+    "adapter-alpha-not-a-number": (lambda f: adapter(f, lora_alpha="x"), "loop_02"),
+    "adapter-targets-missing-layers": (lambda f: adapter(f, target_modules=["nonesuch"]), "loop_02"),
+    "adapter-targets-not-a-list": (lambda f: adapter(f, target_modules=7), "loop_02"),
+    "adapter-targets-null": (lambda f: adapter(f, target_modules=None), "loop_02"),
+    "adapter-of-a-newer-peft": (lambda f: adapter(f, shiny=True), "shiny"),
+    "adapter-dora": (lambda f: adapter(f, use_dora=True), "use_dora"),
+    "adapter-modules-to-save": (lambda f: adapter(f, modules_to_save=["lm_head"]), "modules_to_save"),
+    "adapter-on-the-head": (lambda f: adapter(f, target_modules=["lm_head"]), "loop_02"),
+    "adapter-on-the-embeddings": (lambda f: adapter(f, target_modules=["embed_tokens"]), "loop_02"),
+    "adapter-of-another-rank": (lambda f: adapter(f, r=7), "loop_02"),
+    "adapter-truncated": (lambda f: truncate(f / ADAPTER), "loop_02"),
+    "adapter-not-safetensors": (lambda f: (f / ADAPTER).write_bytes(b"weights"), "loop_02"),
+    "adapter-empty": (lambda f: (f / ADAPTER).write_bytes(b""), "loop_02"),
+    "adapter-lacks-a-tensor": (lambda f: rewrite(f / ADAPTER, without_first), "missing"),
+    "adapter-unknown-tensor": (lambda f: rewrite(f / ADAPTER, lambda x: {**x, "more": torch.ones(1)}), "unknown"),
+    "adapter-of-another-shape": (lambda f: rewrite(f / ADAPTER, lambda x: first(x, longer)), "shape"),
+    "adapter-not-finite": (lambda f: rewrite(f / ADAPTER, lambda x: first(x, nan)), "not finite"),
+    "decode-adapter-truncated": (lambda f: truncate(f / "loops/decode/adapter_model.safetensors"), "decode"),
+    "decode-adapter-empty": (lambda f: [path.unlink() for path in (f / "loops/decode").iterdir()], "decode"),
+    "modules-missing": (lambda f: (f / MODULES).unlink(), MODULES),
+    "modules-truncated": (lambda f: truncate(f / MODULES), MODULES),
+    "modules-lack-a-tensor": (lambda f: rewrite(f / MODULES, without_first), "missing"),
+    "modules-unknown-tensor": (lambda f: rewrite(f / MODULES, lambda x: {**x, "more": torch.ones(1)}), "unknown"),
+    "modules-of-another-shape": (lambda f: rewrite(f / MODULES, lambda x: first(x, longer)), "shape"),
+    "modules-not-finite": (lambda f: rewrite(f / MODULES, lambda x: first(x, one_inf)), "not finite"),
+    "tokenizer-missing": (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "tokenizer"),
+    "tokenizer-not-json": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer"),
+    "tokenizer-adds-unknown-ids": (lambda f: stray_ids(f), "tokenizer"),
+    "tokenizer-of-another-model": (lambda f: larger_tokenizer(f), "tokenizer"),
+}
+
+
+def move_base(folder, name):
+    (folder / "base").rename(folder.parent / "out")
+    config(folder, base=name)
+
+
+def larger_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"] |= {f"more{i}": len(tiny.WORDS) + i for i in range(50)}
+    path.write_text(json.dumps(data))
+
+
+def stray_ids(folder):
+    """A tokenizer that begins every text with a token that its vocabulary does not have."""
+    path = folder / "tokenizer.json"
+    begin = {"id": "<b>", "ids": [10**6], "tokens": ["<b>"]}
+    single = [{"SpecialToken": {"id": "<b>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {"<b>": begin}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": template}))
+
+
+def test_fields_of_a_newer_peft_are_harmless_while_they_are_off(folder, good):
+    adapter(folder, shiny=False, shinier=None)
+    expected, actual = (LatentReasoner.from_pretrained(str(f)).state_dict() for f in (good, folder))
+    assert all(torch.equal(tensor, actual[key]) for key, tensor in expected.items())
+
+
+def test_a_checkpoint_may_be_saved_over_the_folder_that_it_was_loaded_from(folder, made):
+    loaded = LatentReasoner.from_pretrained(str(folder))
+    loaded.save_pretrained(str(folder))
+    again = LatentReasoner.from_pretrained(str(folder)).state_dict()
+    for key, tensor in made.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[key])
+        assert torch.equal(tensor, again[key])
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_is_one_clear_error(case, folder):
+    breaking, named = BROKEN[case]
+    breaking(folder)
+    with pytest.raises(CheckpointError) as caught:
+        LatentReasoner.from_pretrained(str(folder))
+    message = str(caught.value)
+    assert named in message
+    assert str(folder) in message
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("depth", range(100, 1100, 100))
+def test_a_deeply_nested_config_is_a_checkpoint_error(depth, folder):
+    (folder / "slr_config.json").write_text('{"loop":' * depth + "1" + "}" * depth)
+    with pytest.raises(CheckpointError, match=r"slr_config\.json"):
+        LatentReasoner.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("path", ["nowhere", "no/where", "/no/where/at/all", "a b", "../up", "x" * 300, "C:\\models"])
+def test_a_folder_that_is_not_there_is_named(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        LatentReasoner.from_pretrained(path)
+    assert path in str(caught.value)
+
+
+def test_a_file_is_not_a_folder(folder):
+    path = folder / "slr_config.json"
+    with pytest.raises(CheckpointError) as caught:
+        LatentReasoner.from_pretrained(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_a_base_beside_the_process_is_not_taken_for_one_in_the_checkpoint(folder, monkeypatch):
+    # transformers reads a relative name from the working directory first.
+    (folder / "base").rename(folder.parent / "elsewhere")
+    config(folder, base="elsewhere")
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(CheckpointError, match="elsewhere"):
+        LatentReasoner.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize(
+    "change", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"layer_replication": [[0, 2], [0, 2]]}]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_cannot_rewrite_the_base_model(change, folder, good):
+    adapter(folder, **change)
+    try:
+        loaded = LatentReasoner.from_pretrained(str(folder))
+    except CheckpointError:
+        return  # refusing is as good
+    expected = LatentReasoner.from_pretrained(str(good)).state_dict()
+    actual = loaded.state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(tensor, actual[key]) for key, tensor in expected.items())
+
+
+# -- nothing runs code; pickles that would: test_checkpoint_fuzz.py -------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("safe", "pickled"),
+    [(ADAPTER, "loops/loop_02/adapter_model.bin"), (BASE_WEIGHTS, "base/pytorch_model.bin")],
+)
+def test_a_pickle_is_not_read_even_if_it_is_harmless(safe, pickled, folder):
+    torch.save(load_file(folder / safe), folder / pickled)
+    (folder / safe).unlink()
+    with pytest.raises(CheckpointError):
+        LatentReasoner.from_pretrained(str(folder))
+
+
+def test_code_in_the_base_folder_is_not_run(folder):
+    mark = folder.parent / "mark"
+    code = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Model: pass\nclass Config: pass\n"
+    (folder / "base/modeling.py").write_text(code)
+    auto_map = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
+    tiny.edit_json(folder / "base/config.json", model_type="nonesuch", auto_map=auto_map)
+    with pytest.raises(CheckpointError, match="base"):
+        LatentReasoner.from_pretrained(str(folder))
+    assert not mark.exists()
+
+
+def test_saving_into_a_new_folder_makes_it(tmp_path, made):
+    save(made, tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b" / "slr_config.json").is_file()

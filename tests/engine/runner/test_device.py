@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from slr_core.engine.runner import device as devices
+from slr_core.engine.runner.device import fastest_threads, suit
+from tests import tiny
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cpu_that_only_emulates_half_precision_gets_fp32(dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    made = tiny.reasoner().to(dtype)
+    suit(made)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("feature", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_a_cpu_that_computes_bf16_keeps_it_and_no_other(feature, monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == feature)
+    for dtype, expected in (
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        made = tiny.reasoner().to(dtype)
+        suit(made)
+        assert made.base.dtype == expected
+
+
+def test_the_number_of_threads_that_measures_fastest_is_kept(threads, monkeypatch):
+    now, seen = [0.0], []
+    cost = {1: 4.0, 2: 3.0, 4: 1.0, 6: 2.0}
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: now[0])
+
+    def run():
+        seen.append(torch.get_num_threads())
+        now[0] += cost[torch.get_num_threads()]
+
+    assert fastest_threads(run, 6, rounds=1) == torch.get_num_threads() == 4
+    assert seen == [1, 2, 4, 6] * 2
+
+
+@pytest.mark.parametrize(
+    ("cost", "chosen"),
+    [
+        ({1: 1.0, 2: 0.9, 4: 0.85}, 1),  # too little for so many
+        ({1: 1.0, 2: 0.8, 4: 0.7}, 2),
+        ({1: 1.0, 2: 0.9, 4: 0.5}, 4),
+        ({1: 1.0, 2: 1.5, 4: 2.0}, 1),
+    ],
+)
+def test_more_threads_have_to_be_worth_it(threads, monkeypatch, cost, chosen):
+    now = [0.0]
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: now[0])
+
+    def run():
+        now[0] += cost[torch.get_num_threads()]
+
+    assert fastest_threads(run, 4) == chosen
+
+
+def test_short_steps_are_measured_again_and_again_and_the_times_are_told(threads, monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: now[0])
+
+    def run():
+        # For the first tenth of a second something else keeps the processors busy.
+        slow = torch.get_num_threads() > 1 and now[0] < 0.1
+        now[0] += 0.004 if slow else 0.002 / torch.get_num_threads()
+
+    with caplog.at_level("INFO", logger="slr_core"):
+        assert fastest_threads(run, 2) == 2
+    assert now[0] >= devices.MEASURED_S
+    assert "1: 2.0 ms, 2: 1.0 ms; it runs on 2" in caplog.text
+
+
+def test_one_thread_is_not_measured_against_more(threads):
+    ran = []
+    assert fastest_threads(lambda: ran.append(1), 1) == torch.get_num_threads() == 1
+    assert not ran

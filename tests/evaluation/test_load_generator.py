@@ -1,0 +1,163 @@
+"""Load against a server that answers by a script, in this process's own event loop."""
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from itertools import islice
+
+import pytest
+
+from slr_core.errors import ConfigError, EngineError
+from slr_core.evaluation import load_generator as load
+from slr_core.evaluation.load_generator import Asked, Plan, Report, quantile, questions
+from slr_core.tasks.prosqa import ProsQA
+
+
+@asynccontextmanager
+async def server(answer):
+    """Answers every POST with what ``answer(number, body, headers)`` gives: a status and a body."""
+    seen = []
+
+    async def handle(reader, writer):
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:] if ": " in line)
+            headers = {name.lower(): value for name, value in fields.items()}
+            body = json.loads(await reader.readexactly(int(headers["content-length"])))
+            seen.append(body)
+            status, reply = answer(len(seen), body, headers)
+            content = json.dumps(reply).encode()
+            writer.write(f"HTTP/1.1 {status} X\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content)
+
+    async def quietly(reader, writer):
+        try:
+            await handle(reader, writer)
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+
+    made = await asyncio.start_server(quietly, "127.0.0.1", 0)
+    async with made:
+        yield f"http://127.0.0.1:{made.sockets[0].getsockname()[1]}", seen
+
+
+def good(iterations=4):
+    return 200, {"results": [{"text": "nothing", "iterations": iterations, "exit_reason": "converged"}]}
+
+
+def under(answer, **plan):
+    async def ask():
+        async with server(answer) as (url, seen):
+            return await load.run(Plan(url, **plan)), seen
+
+    return asyncio.run(ask())
+
+
+def test_a_closed_load_asks_questions_of_every_difficulty():
+    report, seen = under(lambda *_: good(), duration_s=0.3, concurrency=3)
+    assert len(report.asked) == len(seen) == len(report.answered) > 3
+    assert {asked.hops for asked in report.asked} == {2, 3, 4}
+    assert all(body.keys() == {"prompt"} and " Is " in body["prompt"] for body in seen)
+    assert len({body["prompt"] for body in seen}) == len(seen)
+
+
+def test_an_open_load_sends_what_its_seed_says_whatever_the_server_does():
+    counts = [len(under(lambda *_: good(), duration_s=0.4, rate=60.0, seed=7)[1]) for _ in range(2)]
+    assert counts[0] == counts[1]
+    assert 10 < counts[0] < 45, "a mean of 24"
+
+
+def test_what_is_refused_or_broken_is_counted_as_that():
+    script = [good(), (429, {}), (503, {}), (200, {"results": []}), (200, [])]
+    report, _ = under(lambda number, *_: script[number % len(script)], duration_s=0.3, concurrency=1)
+    outcomes = report.to_json()["outcomes"]
+    assert outcomes.keys() == {"200", "429", "503", "no answer"}
+    assert outcomes["200"] == len(report.answered)
+    assert abs(outcomes["no answer"] - 2 * outcomes["429"]) <= 2
+
+
+def test_the_key_is_sent():
+    report, _ = under(
+        lambda number, body, headers: good() if headers.get("authorization") == "Bearer k" else (401, {}),
+        duration_s=0.1,
+        api_key="k",
+    )
+    assert report.to_json()["outcomes"].keys() == {"200"}
+
+
+def test_a_server_that_is_not_there():
+    with pytest.raises(EngineError, match="cannot be reached"):
+        asyncio.run(load.run(Plan("http://127.0.0.1:9", duration_s=0.1)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"url": "localhost:8000"},
+        {"url": "http://x:y"},
+        {"duration_s": 0},
+        {"concurrency": 0},
+        {"rate": 0.0},
+        {"hops": ()},
+        {"timeout_s": -1},
+    ],
+    ids=str,
+)
+def test_a_plan_that_makes_no_sense_is_refused(wrong):
+    with pytest.raises(ConfigError):
+        Plan(**{"url": "http://x", **wrong})
+
+
+def test_questions_have_the_hops_that_they_say():
+    task = ProsQA()
+    drawn = list(islice(questions((1, 5), 3), 12))
+    assert {hops for hops, _ in drawn} == {1, 5}
+    assert all(task.difficulty(example) == hops for hops, example in drawn)
+    assert drawn == list(islice(questions((1, 5), 3), 12))
+
+
+def test_a_report_adds_up():
+    asked = [
+        *(Asked(2, "200", n / 100, iterations=4, exit_reason="converged", correct=n % 2 == 0) for n in range(1, 100)),
+        Asked(3, "200", 5.0, iterations=6, exit_reason="diverged", correct=True),
+        Asked(3, "429", 0.001),
+    ]
+    assert Report(10.0, asked).to_json() == {
+        "elapsed_s": 10.0,
+        "requests": 101,
+        "outcomes": {"200": 100, "429": 1},
+        "answers_per_s": 10.0,
+        "latency_s": {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 5.0},
+        "iterations": {"4": 99, "6": 1},
+        "exit_reasons": {"converged": 99, "diverged": 1},
+        "by_hops": {
+            "2": {"answers": 99, "iterations": 4.0, "accuracy": 49 / 99, "p50_s": 0.5},
+            "3": {"answers": 1, "iterations": 6.0, "accuracy": 1.0, "p50_s": 5.0},
+        },
+    }
+
+
+def test_quantiles():
+    assert quantile([], 0.5) is None
+    assert [quantile([1.0, 2.0, 3.0, 4.0], q) for q in (0.25, 0.5, 0.75, 0.99, 1.0)] == [1.0, 2.0, 3.0, 4.0, 4.0]
+
+
+def test_the_command(run, monkeypatch):
+    report = Report(2.0, [Asked(2, "200", 0.25, iterations=4, exit_reason="converged", correct=True)])
+    plans = []
+
+    async def pretend(plan, progress):
+        plans.append(plan)
+        progress(1.0, report.asked[0])
+        return report
+
+    monkeypatch.setattr(load, "run", pretend)
+    code, out, _ = run("load", "http://x", "--duration", "2", "--rate", "5", "--hops", "2", "--hops", "6")
+    assert code == 0
+    assert plans[0] == Plan("http://x", duration_s=2.0, rate=5.0, hops=[2, 6])
+    assert "1 requests in 2.0 s (1 200), 0.5 answers a second" in out
+    assert "p99 250.0 ms" in out
+    assert "converged 1" in out
+    code, out, _ = run("load", "http://x", "--json")
+    assert json.loads(out) == report.to_json()
+    assert plans[1] == Plan("http://x")

@@ -1,0 +1,96 @@
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+
+from slr_core.errors import ConfigError
+from slr_core.model.base_support import attention_mask, end_tokens, hidden_size, refuse_unfaithful
+from tests import tiny
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def mistral(**options):
+    return MistralForCausalLM(MistralConfig(**SIZES, **options))
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_bases_with_full_attention_and_a_plain_head_are_taken(kind):
+    refuse_unfaithful(tiny.base(kind))
+    refuse_unfaithful(mistral(sliding_window=None))
+
+
+def test_windows_are_refused_by_name():
+    with pytest.raises(ConfigError, match="MistralForCausalLM: layers without full attention"):
+        refuse_unfaithful(mistral(sliding_window=8))
+    windowed = tiny.base("qwen3")
+    windowed.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ConfigError, match="Qwen3ForCausalLM: layers without full attention"):
+        refuse_unfaithful(windowed)
+
+
+def test_a_window_that_no_layer_uses_is_no_window():
+    made = tiny.base("qwen3")
+    made.config.sliding_window = 8
+    made.config.layer_types = ["full_attention"] * 2
+    refuse_unfaithful(made)
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_a_head_that_is_not_linear_is_refused(cap):
+    made = Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, head_dim=8, layer_types=["full_attention"] * 2, final_logit_softcapping=cap)
+    )
+    if cap is None:
+        refuse_unfaithful(made)
+    else:
+        with pytest.raises(ConfigError, match="final_logit_softcapping"):
+            refuse_unfaithful(made)
+
+
+@pytest.mark.parametrize("field", ["logit_scale", "logits_scaling"])
+def test_a_scaled_head_is_refused(field):
+    made = tiny.base()
+    setattr(made.config, field, 1.0)
+    refuse_unfaithful(made)
+    setattr(made.config, field, 0.5)
+    with pytest.raises(ConfigError, match=field):
+        refuse_unfaithful(made)
+
+
+def test_an_attention_that_takes_no_mask_of_ours_is_replaced():
+    made = tiny.base()
+    made.config._attn_implementation = "flex_attention"
+    refuse_unfaithful(made)
+    assert made.config._attn_implementation == "sdpa"
+    made.set_attn_implementation("eager")
+    refuse_unfaithful(made)
+    assert made.config._attn_implementation == "eager"
+
+
+def test_masks_are_boolean_for_sdpa_and_added_for_eager():
+    made, mask = tiny.base(), torch.tensor([[[True, False]], [[True, True]]])
+    assert torch.equal(attention_mask(made, mask, torch.float32), mask[:, None])
+    made.set_attn_implementation("eager")
+    added = attention_mask(made, mask, torch.float16)
+    assert (added.shape, added.dtype) == ((2, 1, 1, 2), torch.float16)
+    assert added.flatten().tolist() == [0, torch.finfo(torch.float16).min, 0, 0]
+
+
+def test_the_hidden_size_is_the_embeddings_width():
+    assert [hidden_size(tiny.base(kind)) for kind in tiny.KINDS] == [32] * len(tiny.KINDS)
+
+
+@pytest.mark.parametrize(("configured", "expected"), [(None, {1}), (7, {1, 7}), ([7, 9], {1, 7, 9})])
+def test_what_the_base_generates_with_ends_a_text(configured, expected):
+    made = tiny.base()
+    made.generation_config.eos_token_id = configured
+    assert end_tokens(made, tiny.tokenizer()) == expected
+    made.generation_config = None
+    assert end_tokens(made, tiny.tokenizer()) == {tiny.EOS}

@@ -1,0 +1,104 @@
+import pytest
+
+from slr_core.errors import RequestError
+from slr_server.preprocess import check_limits, count, plan
+from slr_server.protocol.native import GenerateRequest, TraceRequest
+from slr_server.settings import Settings
+from tests import tiny
+
+
+def planned(reference, body, **settings):
+    return plan(GenerateRequest(**body), Settings(**settings), reference)
+
+
+def test_defaults_are_the_checkpoints(reference):
+    (request,) = planned(reference, {"prompt": "w1 w2"})
+    assert request == tiny.request(reference, "w1 w2", max_new_tokens=None)
+
+
+def test_defaults_give_way_to_the_operators_limits(reference):
+    (request,) = planned(reference, {"prompt": "w1"}, max_iterations=2, max_new_tokens=3)
+    assert (request.loop.max_iterations, request.max_new_tokens) == (2, 3)
+    (request,) = planned(reference, {"prompt": "w1"}, max_iterations=0)
+    assert (request.loop.max_iterations, request.loop.min_iterations) == (0, 0)
+    (request,) = plan(TraceRequest(prompt="w1"), Settings(max_top_tokens=2), reference)
+    assert request.top_tokens == 2
+
+
+def test_prompts_are_held_to_the_operators_limit(reference):
+    assert planned(reference, {"prompt": "w1 w2"}, max_prompt_tokens=2)
+    with pytest.raises(RequestError, match="has 3 tokens, this server takes at most 2") as error:
+        planned(reference, {"prompt": "w1 w2 w3"}, max_prompt_tokens=2)
+    assert error.value.param == "prompt"
+
+
+def test_samples(reference):
+    seeds = [r.sampling.seed for r in planned(reference, {"prompt": ["w1", "w2"], "seed": 5, "n": 2})]
+    assert seeds == [5, 6, 5, 6]
+    assert [r.sampling.seed for r in planned(reference, {"prompt": "w1", "n": 2})] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("body", "settings", "param"),
+    [
+        ({"prompt": ["a", "b"]}, {"max_prompts": 1}, "prompt"),
+        ({"n": 3}, {"max_n": 2}, "n"),
+        ({"max_iterations": 3}, {"max_iterations": 2}, "max_iterations"),
+        ({"min_iterations": 3}, {"max_iterations": 2}, "min_iterations"),
+        ({"max_new_tokens": 3}, {"max_new_tokens": 2}, "max_new_tokens"),
+        ({"n": 3}, {"max_queue": 2}, "n"),
+        ({"prompt": ["a", "b", "c"]}, {"max_queue": 2}, "prompt"),
+    ],
+)
+def test_limits(body, settings, param):
+    request = GenerateRequest(**{"prompt": "w1", **body})
+    assert count(request) > 0
+    check_limits(request, Settings())
+    with pytest.raises(RequestError) as error:
+        check_limits(request, Settings(**settings))
+    assert error.value.param == param
+
+
+def test_states_are_asked_for_by_traces(reference):
+    def asked(**body):
+        (request,) = plan(TraceRequest(prompt="w1", **body), Settings(), reference)
+        return request.include_states
+
+    assert asked(include_states=True)
+    assert not asked(include_states=False)
+    assert not asked(include_states=None)
+    assert not asked()
+    (request,) = planned(reference, {"prompt": "w1"})
+    assert not request.include_states
+
+
+@pytest.mark.parametrize(("workspace", "values"), [("append", 2 * 3), ("block", 2 * 3 * 4), ("prompt", (1 + 3) * 3)])
+def test_the_size_of_the_states_is_capped(workspace, values):
+    # Two prompts of 1 and 3 tokens and 3 iterations; a block has 4 positions, a state 32 numbers.
+    made = tiny.reasoner(loop={"workspace": workspace, "block_size": 4})
+    body = TraceRequest(prompt=["w1", "w1 w2 w3"], max_iterations=3, include_states=True)
+    assert len(plan(body, Settings(max_state_values=32 * values), made)) == 2
+    with pytest.raises(RequestError, match=f"include_states: .* {32 * values} numbers, .* at most 50;") as error:
+        plan(body, Settings(max_state_values=50), made)
+    assert error.value.param == "include_states"
+    with pytest.raises(RequestError):
+        plan(body, Settings(max_state_values=32 * values - 1), made)
+    with pytest.raises(RequestError):
+        plan(body.model_copy(update={"n": 2}), Settings(max_state_values=32 * values), made)
+    assert len(plan(body.model_copy(update={"include_states": False}), Settings(max_state_values=0), made)) == 2
+
+
+def test_a_criterion_that_the_checkpoint_cannot_serve_is_named_as_the_body_names_it(reference):
+    with pytest.raises(RequestError) as error:
+        planned(reference, {"prompt": "w1", "convergence": {"criterion": "learned"}})
+    assert error.value.param == "convergence.criterion"
+    halting = tiny.reasoner(loop={"halting_head": True})
+    (request,) = planned(halting, {"prompt": "w1", "convergence": {"criterion": "learned"}})
+    assert (request.loop.criterion, request.loop.threshold) == ("learned", 0.5)
+
+
+def test_the_loops_own_policy_is_kept():
+    strict = tiny.reasoner(loop={"max_iterations": 3, "lora": {"past_end": "error"}})
+    with pytest.raises(RequestError) as error:
+        planned(strict, {"prompt": "w1", "max_iterations": 4})
+    assert error.value.param == "max_iterations"
