@@ -32,10 +32,10 @@ from benchmarks.workload import PROMPT, ROWS, SEED, Watch, bundled, fixed, llama
 from slr_core import LatentReasoner
 from slr_core.engine import Engine
 from slr_core.engine.runner.device import release_workers
-from slr_core.engine.runner.kv_cache import SlotCache
-from slr_core.engine.runner.lora_batch import AdapterBank
+from slr_core.engine.runner.kv_cache import KVCache
+from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.generation.reference import generate
-from slr_core.params import SamplingSettings
+from slr_core.params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,14 @@ def under_load(name: str, engine: Engine, watch: Watch, turns: int) -> Iterator[
     requests = load(4 * ROWS if large else 16 * ROWS)
     traced = [replace(request, trace=True, top_tokens=5, include_states=True) for request in requests]
     # A random model's logits spread by a half; so they spread by 5, as a language model's do.
-    nucleus = SamplingSettings(temperature=0.1 if large else 1.0, top_p=0.9, seed=SEED)
+    nucleus = SamplingParams(temperature=0.1 if large else 1.0, top_p=0.9, seed=SEED)
     sampled = [replace(request, sampling=nucleus) for request in requests]
     batches, few = requests[: 2 * ROWS if large else 8 * ROWS], requests[:8]
     with recorded(engine) as passes:
         watch.run(engine, requests)
     on_its_thread = engine._between_steps
     most = max(rows for rows, _, _ in passes.shapes)
-    cache = on_its_thread(lambda: SlotCache(engine.model, most, engine.capacity))
+    cache = on_its_thread(lambda: KVCache(engine.model, most, engine.capacity))
 
     def lockstep() -> None:
         for start in range(0, len(batches), ROWS):
@@ -213,7 +213,7 @@ def alone(name: str, engine: Engine, turns: int) -> Figure:
 def adapters(name: str, reasoner: LatentReasoner, turns: int) -> Iterator[Figure]:
     """A decode or loop pass of 32 rows with 8 different adapters, against none and against PEFT's own mixed batch."""
     base, width = reasoner.base, 40
-    bank, cache, names = AdapterBank(base), SlotCache(base, ROWS, width), reasoner.config.loop.adapters
+    bank, cache, names = LoraBatch(base), KVCache(base, ROWS, width), reasoner.config.loop.adapters
     bank.fill([(base, adapter) for adapter in names])
     bank.tune(ROWS, 1)
 

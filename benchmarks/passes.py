@@ -1,4 +1,4 @@
-"""Passes of the base model without the engine, PEFT's way of mixing adapters, and where a pass's time goes."""
+"""ModelRunner of the base model without the engine, PEFT's way of mixing adapters, and where a pass's time goes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch.utils.hooks import RemovableHandle
 
 from slr_core.engine import Engine
 from slr_core.engine.runner.attention import Part
-from slr_core.engine.runner.kv_cache import SlotCache
+from slr_core.engine.runner.kv_cache import KVCache
 from slr_core.model.base_support import hidden_size
 
 
 @dataclass(frozen=True)
-class Passes:
+class ModelRunner:
     """What an engine ran.
 
     Attributes:
@@ -38,9 +38,9 @@ class Passes:
 
 
 @contextmanager
-def recorded(engine: Engine) -> Iterator[Passes]:
+def recorded(engine: Engine) -> Iterator[ModelRunner]:
     """Note every pass inside the block."""
-    passes = Passes([], [], [])
+    passes = ModelRunner([], [], [])
 
     def note(_module: Any, _args: Any, options: dict[str, Any]) -> None:
         rows, queries, _ = options["inputs_embeds"].shape
@@ -73,8 +73,8 @@ def recorded(engine: Engine) -> Iterator[Passes]:
 
 
 @torch.inference_mode()
-def bare(engine: Engine, shapes: list[tuple[int, int, int]], heads: list[int], cache: SlotCache) -> None:
-    """Passes of these shapes by the base model alone, over a cache of as many rows as the largest has."""
+def bare(engine: Engine, shapes: list[tuple[int, int, int]], heads: list[int], cache: KVCache) -> None:
+    """ModelRunner of these shapes by the base model alone, over a cache of as many rows as the largest has."""
     engine._bank.rows = None  # the engine is idle: its model runs without adapters
     for rows, queries, columns in shapes:
         forward(engine.model, cache, rows, queries, columns)
@@ -83,7 +83,7 @@ def bare(engine: Engine, shapes: list[tuple[int, int, int]], heads: list[int], c
         head(torch.zeros(rows, hidden_size(engine.model)))
 
 
-def forward(model: Any, cache: SlotCache, rows: int, queries: int, columns: int) -> None:
+def forward(model: Any, cache: KVCache, rows: int, queries: int, columns: int) -> None:
     """One pass whose rows read so many columns of a cache that nothing copies."""
     at = torch.arange(columns - queries, columns).expand(rows, queries)
     cache.bind(range(rows), at, columns)

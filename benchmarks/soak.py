@@ -31,7 +31,7 @@ from benchmarks.overload import resident_mib
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from slr_core.tasks import prosqa
 
 CLIENTS, SAMPLE, NEAR = 24, 500, 1e-3
@@ -107,7 +107,7 @@ def compared(kept: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, int
     sample = random.Random(1).sample(kept, min(SAMPLE, len(kept)))
     near = wrong = 0
     for body, told in sample:
-        loop = LoopSettings.resolve(reasoner.config.loop, max_iterations=8, **body["convergence"])
+        loop = LoopParams(max_iterations=8, **body["convergence"]).resolve(reasoner.config.loop)
         (alone,) = generate(reasoner, [prepare(reasoner, body["prompt"], loop, max_new_tokens=8)])
         measured = [getattr(record, MEASURES.get(loop.criterion, "norm")) for record in alone.records]
         if any(x is not None and abs(x - loop.threshold) <= NEAR * loop.threshold for x in measured):

@@ -18,7 +18,7 @@ from slr_core import LatentReasoner
 from slr_core.config import SLRConfig
 from slr_core.engine import Engine
 from slr_core.engine.statistics import Step
-from slr_core.params import LoopSettings, SamplingSettings
+from slr_core.params import ResolvedLoopParams, SamplingParams
 from slr_core.types import Request
 
 SEED = 20261124
@@ -74,9 +74,9 @@ def fixed(iterations: int, new_tokens: int) -> Request:
     return Request(
         prompt_ids=tokens(random.Random(iterations), PROMPT),
         answer_prefix_ids=(),
-        loop=LoopSettings(iterations, iterations, "fixed", 0.0, 1),
+        loop=ResolvedLoopParams(iterations, iterations, "fixed", 0.0, 1),
         max_new_tokens=new_tokens,
-        sampling=SamplingSettings(),
+        sampling=SamplingParams(),
         stop=(),
         trace=False,
         top_tokens=0,
@@ -90,7 +90,7 @@ def tokens(rng: random.Random, count: int) -> tuple[int, ...]:
 
 
 def work(requests: list[Request]) -> int:
-    """Passes of rows that requests take: the prompt, the iterations, and every token but the first."""
+    """ModelRunner of rows that requests take: the prompt, the iterations, and every token but the first."""
     return sum(r.loop.max_iterations + r.max_new_tokens for r in requests)
 
 

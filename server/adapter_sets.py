@@ -11,7 +11,7 @@ from slr_core.errors import CheckpointError, ConfigError
 from .errors import Conflict, NotFound
 
 
-class LoopSets:
+class AdapterSetFolder:
     """Loads and removes loop sets, one at a time.
 
     Args:

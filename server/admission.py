@@ -71,7 +71,7 @@ class Admission:
         return max(1, min(_LONGEST_WAIT_S, math.ceil(missing / rate)))
 
 
-def shallower(request: Request, depth: float) -> Request:
+def reduce_budget(request: Request, depth: float) -> Request:
     """The request with ``depth`` of its iteration budget, rounded up, and no less than its minimum; the same
     object where that changes nothing."""
     loop = request.loop

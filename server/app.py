@@ -17,7 +17,7 @@ from slr_core.errors import ConfigError
 from . import errors
 from .auth import Auth
 from .middleware import REQUEST_ID, SERVER_TIMING, BodyLimit, HeaderLimit, RequestContext
-from .observability.access_log import Entry
+from .observability.access_log import AccessLogEntry
 from .routes import admin, generate, health, metrics, openai
 from .service import Service
 from .settings import Settings, split
@@ -86,7 +86,7 @@ def _middleware(settings: Settings, service: Service) -> list[Middleware]:
     return layers
 
 
-def _tracer(settings: Settings) -> Callable[[Entry], None] | None:
+def _tracer(settings: Settings) -> Callable[[AccessLogEntry], None] | None:
     if settings.otel_endpoint is None:
         return None
     try:

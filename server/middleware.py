@@ -13,8 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import CLIENT_CLOSED_REQUEST, BodyTooLarge, BodyTooSlow, TooManyHeaders, describe
-from .observability import request_stats as facts
-from .observability.access_log import Entry, note
+from .observability import request_stats as stats
+from .observability.access_log import AccessLogEntry, log_access
 from .observability.metrics import ENDPOINTS, Metrics
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 class RequestContext:
     """Gives each request an id, one log line, its count and its span, and answers for whatever nobody caught."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, trace: Callable[[Entry], None] | None = None) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, trace: Callable[[AccessLogEntry], None] | None = None) -> None:
         self.app, self.metrics, self.trace = app, metrics, trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,7 +43,7 @@ class RequestContext:
         headers = Headers(scope=scope)
         given = headers.get(REQUEST_ID, "")
         request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
-        known = facts.begin()
+        known = stats.begin()
         # Stands if the client leaves, or the server gives up, before a response has begun.
         status = CLIENT_CLOSED_REQUEST
         started = False
@@ -75,7 +75,7 @@ class RequestContext:
             status = known.status or status
             if counted:
                 self.metrics.answered(scope["path"], status)
-            entry = Entry(
+            entry = AccessLogEntry(
                 request_id=request_id,
                 client=scope["client"][0] if scope.get("client") else "-",
                 method=scope["method"],
@@ -84,9 +84,9 @@ class RequestContext:
                 began_ns=began,
                 duration_s=time.perf_counter() - clock,
                 traceparent=headers.get("traceparent"),
-                facts=known,
+                stats=known,
             )
-            note(entry)
+            log_access(entry)
             if counted and self.trace is not None:
                 self.trace(entry)
 

@@ -9,7 +9,7 @@ from slr_core.config import LoopConfig
 from slr_core.errors import RequestError
 from slr_core.generation.prepare import prepare
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings, SamplingSettings
+from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
 from slr_core.types import Request
 
 from .protocol.native import DEFAULT_TOP_TOKENS, Convergence, GenerateRequest, TraceRequest
@@ -44,14 +44,14 @@ def check_limits(body: GenerateRequest, settings: Settings) -> None:
         RequestError: a field is above its limit.
     """
     check_count(len(body.prompt), body.n, settings)
-    hold("max_iterations", body.max_iterations, settings.max_iterations)
-    hold("min_iterations", body.min_iterations, settings.max_iterations)
-    hold("max_new_tokens", body.max_new_tokens, settings.max_new_tokens)
+    check_max("max_iterations", body.max_iterations, settings.max_iterations)
+    check_max("min_iterations", body.min_iterations, settings.max_iterations)
+    check_max("max_new_tokens", body.max_new_tokens, settings.max_new_tokens)
     if isinstance(body, TraceRequest):
-        hold("top_tokens", body.top_tokens, settings.max_top_tokens)
+        check_max("top_tokens", body.top_tokens, settings.max_top_tokens)
 
 
-def hold(name: str, value: int | None, limit: int) -> None:
+def check_max(name: str, value: int | None, limit: int) -> None:
     """Hold a field to its limit.
 
     Raises:
@@ -69,7 +69,7 @@ def check_count(prompts: int, n: int | None, settings: Settings) -> None:
     """
     if prompts > settings.max_prompts:
         raise RequestError(f"prompt must hold at most {settings.max_prompts} prompts, got {prompts}", "prompt")
-    hold("n", n, settings.max_n)
+    check_max("n", n, settings.max_n)
     answers = prompts * (n or 1)
     if answers > settings.max_queue:
         raise RequestError(
@@ -95,7 +95,7 @@ def plan(
         RequestError: a prompt or a setting cannot be run.
     """
     loop = resolve(reasoner.config.loop, body, settings.max_iterations)
-    sampling = SamplingSettings(
+    sampling = SamplingParams(
         temperature=body.temperature or 0.0,
         top_k=body.top_k or 0,
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -124,7 +124,7 @@ def plan(
             )
             check_prompt(request.prompt_ids, settings)
         except RequestError as error:
-            raise numbered(error, index, len(body.prompt)) from error
+            raise with_prompt_index(error, index, len(body.prompt)) from error
         # The checkpoint's default gives way to the operator's limit.
         request = replace(request, max_new_tokens=min(request.max_new_tokens, settings.max_new_tokens))
         requests += samples(request, body.n)
@@ -133,7 +133,7 @@ def plan(
     return requests
 
 
-def numbered(error: RequestError, index: int, prompts: int) -> RequestError:
+def with_prompt_index(error: RequestError, index: int, prompts: int) -> RequestError:
     """The error of one of several prompts, which says of which."""
     if error.param != "prompt" or prompts == 1:
         return error
@@ -162,7 +162,7 @@ def _check_states(reasoner: LatentReasoner, requests: list[Request], limit: int)
         )
 
 
-def resolve(config: LoopConfig, bounds: Bounds | None, limit: int, at: str = "") -> LoopSettings:
+def resolve(config: LoopConfig, bounds: Bounds | None, limit: int, at: str = "") -> ResolvedLoopParams:
     """The loop's settings, every default filled in, none above the operator's limit.
 
     Args:
@@ -176,14 +176,13 @@ def resolve(config: LoopConfig, bounds: Bounds | None, limit: int, at: str = "")
     """
     convergence = (bounds.convergence if bounds else None) or Convergence()
     try:
-        loop = LoopSettings.resolve(
-            config,
+        loop = LoopParams(
             max_iterations=bounds.max_iterations if bounds else None,
             min_iterations=bounds.min_iterations if bounds else None,
             criterion=convergence.criterion,
             threshold=convergence.threshold,
             patience=convergence.patience,
-        )
+        ).resolve(config)
     except RequestError as error:
         inside = "convergence." if error.param in vars(convergence) else ""
         raise RequestError(str(error), param=f"{at}{inside}{error.param}") from error

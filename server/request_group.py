@@ -10,7 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from slr_core.engine import Engine, Event, Finished
+from slr_core.engine import Engine, Event, FinishedEvent
 from slr_core.errors import DeadlineError
 from slr_core.types import Request, Result
 
@@ -18,12 +18,12 @@ from .errors import TimedOut
 from .observability.request_stats import current
 
 
-def late(limit_s: float) -> TimedOut:
+def timeout_error(limit_s: float) -> TimedOut:
     """The error of a request that was not answered within its limit."""
     return TimedOut(f"no answer within {limit_s:g} seconds")
 
 
-class Told(NamedTuple):
+class OutputEvent(NamedTuple):
     """Something that happened to an answer."""
 
     answer: int
@@ -33,7 +33,7 @@ class Told(NamedTuple):
     """Whether the answer runs on a smaller iteration budget than it asked for."""
 
 
-class Flight:
+class RequestGroup:
     """Requests in the engine, and what it tells of them: an async iterator that ends with their last result.
 
     A context manager: whatever is left when it closes is cancelled, and its slots are free at the engine's
@@ -85,12 +85,12 @@ class Flight:
     # -- on the engine's thread ---------------------------------------------------------------------
 
     def _hear(self, index: int, event: Event) -> None:
-        if not isinstance(event, Finished):  # which comes with the future, as errors do
+        if not isinstance(event, FinishedEvent):  # which comes with the future, as errors do
             self._tell(index, event)
 
     def _settled(self, index: int, future: Future[Result]) -> None:
         if not future.cancelled():
-            self._tell(index, future.exception() or Finished(future.result()))
+            self._tell(index, future.exception() or FinishedEvent(future.result()))
 
     def _tell(self, index: int, what: Event | BaseException) -> None:
         # The loop may be closed by now: then there is nobody to tell.
@@ -108,10 +108,10 @@ class Flight:
         """Let whoever waits for it have this error."""
         self._arrived.put_nowait((0, error))
 
-    def __aiter__(self) -> AsyncIterator[Told]:
+    def __aiter__(self) -> AsyncIterator[OutputEvent]:
         return self
 
-    async def __anext__(self) -> Told:
+    async def __anext__(self) -> OutputEvent:
         if not self._unfinished:
             raise StopAsyncIteration
         try:
@@ -119,15 +119,15 @@ class Flight:
             async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
                 index, what = await self._arrived.get()
         except TimeoutError as error:
-            raise late(self._limit_s) from error
+            raise timeout_error(self._limit_s) from error
         if isinstance(what, DeadlineError):
-            raise late(self._limit_s) from what
+            raise timeout_error(self._limit_s) from what
         if isinstance(what, BaseException):
             raise what
-        if isinstance(what, Finished):
+        if isinstance(what, FinishedEvent):
             self._unfinished -= 1
             current().results.append(what.result)
-        return Told(index, what, self._reduced[index])
+        return OutputEvent(index, what, self._reduced[index])
 
     def close(self) -> None:
         """Cancel what is left."""

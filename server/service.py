@@ -14,19 +14,19 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from slr_core.checkpoint.info import describe
-from slr_core.engine import DEFAULT_LOOP_SET, Engine, Finished
+from slr_core.engine import DEFAULT_LOOP_SET, Engine, FinishedEvent
 from slr_core.errors import EngineError, RequestError
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings, SamplingSettings
+from slr_core.params import LoopParams, SamplingParams
 from slr_core.types import Request, Result
 
-from .adapter_sets import LoopSets
-from .admission import Admission, shallower
+from .adapter_sets import AdapterSetFolder
+from .admission import Admission, reduce_budget
 from .errors import Conflict, NotFound, Unavailable
 from .observability.metrics import Metrics
 from .observability.request_stats import current
 from .protocol.native import LoopSetList
-from .request_group import Flight, Told, late
+from .request_group import OutputEvent, RequestGroup, timeout_error
 from .settings import Settings
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationJob:
     """What a body asks of the engine.
 
     Attributes:
@@ -70,8 +70,8 @@ class Service:
         """Ends when the model is there, or :attr:`failure` is."""
         self.draining: asyncio.Task[None] | None = None
         """Ends when nothing is left to answer; see :meth:`drain`."""
-        self._flights: set[Flight] = set()
-        self._loop_sets = LoopSets(settings.loop_sets)
+        self._groups: set[RequestGroup] = set()
+        self._loop_sets = AdapterSetFolder(settings.loop_sets)
         self.created = int(time.time())
         """When the server started, in seconds since 1970."""
         # One thread: the cores belong to the engine.
@@ -165,14 +165,14 @@ class Service:
         return LoopSetList(loaded=loaded, available=await asyncio.to_thread(self._loop_sets.available))
 
     async def load_loop_set(self, name: str) -> None:
-        """As :meth:`slr_server.adapter_sets.LoopSets.load`."""
+        """As :meth:`slr_server.adapter_sets.AdapterSetFolder.load`."""
         engine = self.check()
         if name == self.settings.model_name:
             raise Conflict(f"{name!r} is the served model's own name")
         await self._loop_sets.load(engine, name)
 
     async def remove_loop_set(self, name: str) -> None:
-        """As :meth:`slr_server.adapter_sets.LoopSets.remove`."""
+        """As :meth:`slr_server.adapter_sets.AdapterSetFolder.remove`."""
         await self._loop_sets.remove(self.check(), name)
 
     async def in_thread(self, work: Callable[[], T]) -> T:
@@ -182,7 +182,7 @@ class Service:
     # -- a request ----------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def fly(self, ask: Ask) -> AsyncIterator[Flight]:
+    async def run(self, ask: GenerationJob) -> AsyncIterator[RequestGroup]:
         """Have the engine work on what is asked, for as long as the context lasts.
 
         Raises:
@@ -192,8 +192,8 @@ class Service:
             TimedOut: it took too long.
             EngineError: the engine failed on it.
         """
-        engine, facts = self.check(), current()
-        facts.answers, facts.stream, facts.loop_set = ask.count, ask.stream, ask.loop_set
+        engine, stats = self.check(), current()
+        stats.answers, stats.stream, stats.loop_set = ask.count, ask.stream, ask.loop_set
         limit = self.settings.request_timeout_s
         deadline = time.monotonic() + limit
         try:
@@ -206,9 +206,9 @@ class Service:
                     async with asyncio.timeout(limit):
                         requests = await self.in_thread(partial(ask.plan, loop_set.reasoner, engine.capacity))
                 except TimeoutError as error:
-                    raise late(limit) from error
-                planned = [(shallower(request, depth), request) for request in requests]
-                flight = Flight(
+                    raise timeout_error(limit) from error
+                planned = [(reduce_budget(request, depth), request) for request in requests]
+                group = RequestGroup(
                     engine,
                     [(runs, runs is not asked) for runs, asked in planned],
                     loop_set=ask.loop_set,
@@ -216,36 +216,36 @@ class Service:
                     deadline=deadline,
                     limit_s=limit,
                 )
-            for (request, _), future in zip(planned, flight.futures, strict=True):
+            for (request, _), future in zip(planned, group.futures, strict=True):
                 self.metrics.follow(request, future)
                 future.add_done_callback(self._finished)
-            facts.reduced = sum(runs is not asked for runs, asked in planned)
-            self.metrics.budget_reduced(facts.reduced)
-            self._flights.add(flight)
+            stats.reduced = sum(runs is not asked for runs, asked in planned)
+            self.metrics.budget_reduced(stats.reduced)
+            self._groups.add(group)
             try:
-                with flight:
-                    yield flight
+                with group:
+                    yield group
             finally:
-                self._flights.discard(flight)
+                self._groups.discard(group)
         except EngineError as error:
             if not engine.alive:
                 raise Unavailable("the engine is stopped") from error
             raise
 
-    async def answer(self, ask: Ask) -> list[tuple[Result, bool]]:
+    async def answer(self, ask: GenerationJob) -> list[tuple[Result, bool]]:
         """Every answer in order, each with whether its iteration budget was reduced; raises as :meth:`fly`."""
         results: dict[int, tuple[Result, bool]] = {}
-        async with self.fly(ask) as flight:
-            async for told in flight:
-                assert isinstance(told.event, Finished)
-                results[told.answer] = (told.event.result, told.reduced)
+        async with self.run(ask) as group:
+            async for outputs in group:
+                assert isinstance(outputs.event, FinishedEvent)
+                results[outputs.answer] = (outputs.event.result, outputs.reduced)
         return [results[index] for index in range(ask.count)]
 
-    async def stream(self, ask: Ask) -> AsyncGenerator[Told]:
+    async def stream(self, ask: GenerationJob) -> AsyncGenerator[OutputEvent]:
         """What happens to the answers, as it happens; raises as :meth:`fly`."""
-        async with self.fly(ask) as flight:
-            async for told in flight:
-                yield told
+        async with self.run(ask) as group:
+            async for outputs in group:
+                yield outputs
 
     def _finished(self, future: Future[Result]) -> None:
         # Noted in the engine's thread, and not where an answer is awaited: the work was done even if its
@@ -294,15 +294,15 @@ class Service:
 
     async def _drain(self) -> None:
         error = Unavailable("the server is shutting down")
-        logger.info("draining: %d requests are under way", len(self._flights))
-        for flight in list(self._flights):
-            if not flight.begun:
-                flight.abort(error)
+        logger.info("draining: %d requests are under way", len(self._groups))
+        for group in list(self._groups):
+            if not group.begun:
+                group.abort(error)
         ends = time.monotonic() + self.settings.grace_s
-        while self._flights and time.monotonic() < ends:
+        while self._groups and time.monotonic() < ends:
             await asyncio.sleep(0.02)
-        for flight in list(self._flights):
-            flight.abort(error)
+        for group in list(self._groups):
+            group.abort(error)
 
     def _queued(self) -> int:
         return 0 if self._engine is None else self._engine.queued
@@ -313,9 +313,9 @@ def _first_request(reasoner: LatentReasoner) -> Request:
     return Request(
         prompt_ids=(0,),
         answer_prefix_ids=(),
-        loop=LoopSettings.resolve(reasoner.config.loop),
+        loop=LoopParams().resolve(reasoner.config.loop),
         max_new_tokens=1,
-        sampling=SamplingSettings(),
+        sampling=SamplingParams(),
         stop=(),
         trace=False,
         top_tokens=0,

@@ -116,8 +116,8 @@ class EventStream(Response):
             problem = describe(error)
             if problem.status == 500:
                 logger.error("a stream failed", exc_info=error)
-            facts = current()
-            facts.status, facts.error = problem.status, problem.code
+            stats = current()
+            stats.status, stats.error = problem.status, problem.code
             await write(frame(problem.body(), self.error_event))
             return
         await write(b"", more=False)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from slr_core.config import SLRConfig
     from slr_core.engine import Engine
     from slr_core.model.reasoner import LatentReasoner
-    from slr_core.params import LoopSettings
+    from slr_core.params import LoopParams
 
 __all__ = [
     "CheckpointError",
@@ -25,7 +25,7 @@ __all__ = [
     "Engine",
     "EngineError",
     "LatentReasoner",
-    "LoopSettings",
+    "LoopParams",
     "RequestError",
     "SLRConfig",
     "SLRError",
@@ -36,7 +36,7 @@ __all__ = [
 _LAZY = {
     "Engine": "slr_core.engine",
     "LatentReasoner": "slr_core.model.reasoner",
-    "LoopSettings": "slr_core.loop.convergence",
+    "LoopParams": "slr_core.params",
     "SLRConfig": "slr_core.config",
 }
 

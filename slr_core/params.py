@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Self
 
 import torch
 
@@ -13,7 +12,7 @@ from slr_core.errors import RequestError
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
+class SamplingParams:
     """How tokens are chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep the whole vocabulary.
 
     Raises:
@@ -48,69 +47,78 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
-class LoopSettings:
-    """What one request asks of its loop, every default filled in."""
+class LoopParams:
+    """How long a loop runs. A field that stays ``None`` is the checkpoint's.
 
-    max_iterations: int
-    min_iterations: int
-    criterion: Criterion
-    threshold: float
-    patience: int
+    Args:
+        max_iterations: most iterations, at least 0; 0 is the base model without a loop.
+        min_iterations: iterations before the loop may stop by itself, at least 0.
+        criterion: the exit criterion, one of :data:`slr_core.config.DEFAULT_THRESHOLDS`.
+        threshold: the criterion must fall below it, at least 0.
+        patience: for so many iterations in a row, at least 1.
 
-    @classmethod
-    def resolve(
-        cls,
-        loop: LoopConfig,
-        *,
-        max_iterations: int | None = None,
-        min_iterations: int | None = None,
-        criterion: Criterion | None = None,
-        threshold: float | None = None,
-        patience: int | None = None,
-    ) -> Self:
+    Raises:
+        RequestError: a value is out of range, or ``min_iterations`` is above ``max_iterations``.
+    """
+
+    max_iterations: int | None = None
+    min_iterations: int | None = None
+    criterion: Criterion | None = None
+    threshold: float | None = None
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_iterations", 0), ("min_iterations", 0), ("patience", 1), ("threshold", 0)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:  # so written, NaN is refused too
+                raise RequestError(f"{name} must be at least {least}, got {value}", param=name)
+        if self.criterion is not None and self.criterion not in DEFAULT_THRESHOLDS:
+            raise RequestError(
+                f"criterion must be one of {', '.join(DEFAULT_THRESHOLDS)}, got {self.criterion}", param="criterion"
+            )
+        if None not in (self.max_iterations, self.min_iterations) and self.min_iterations > self.max_iterations:  # type: ignore[operator]
+            raise RequestError(
+                f"min_iterations must be at most max_iterations ({self.max_iterations}), got {self.min_iterations}",
+                param="min_iterations",
+            )
+
+    def resolve(self, loop: LoopConfig) -> ResolvedLoopParams:
         """Fill in the checkpoint's defaults.
 
         A criterion given without a threshold takes that criterion's default threshold. A default
         minimum gives way to an explicit maximum, and a default maximum to an explicit minimum.
 
         Raises:
-            RequestError: a value is out of range, ``min_iterations`` is above an explicit ``max_iterations``,
-                or the loop would pass the last trained iteration under the policy ``error``.
+            RequestError: the criterion needs a halting head that the checkpoint does not have, or the loop would
+                pass the last trained iteration under the policy ``error``.
         """
-        for name, value, least in (
-            ("max_iterations", max_iterations, 0),
-            ("min_iterations", min_iterations, 0),
-            ("patience", patience, 1),
-            ("threshold", threshold, 0),
-        ):
-            if value is not None and not value >= least:  # so written, NaN is refused too
-                raise RequestError(f"{name} must be at least {least}, got {value}", param=name)
-        if criterion is not None and criterion not in DEFAULT_THRESHOLDS:
-            raise RequestError(
-                f"criterion must be one of {', '.join(DEFAULT_THRESHOLDS)}, got {criterion}", param="criterion"
-            )
-        if criterion == "learned" and not loop.halting_head:
+        if self.criterion == "learned" and not loop.halting_head:
             raise RequestError("criterion learned needs a checkpoint with a halting head", param="criterion")
-        if max_iterations is not None and min_iterations is not None and min_iterations > max_iterations:
-            raise RequestError(
-                f"min_iterations must be at most max_iterations ({max_iterations}), got {min_iterations}",
-                param="min_iterations",
-            )
-        highest = max(loop.max_iterations, min_iterations or 0) if max_iterations is None else max_iterations
-        lowest = min(loop.min_iterations, highest) if min_iterations is None else min_iterations
+        most, least = self.max_iterations, self.min_iterations
+        highest = max(loop.max_iterations, least or 0) if most is None else most
+        lowest = min(loop.min_iterations, highest) if least is None else least
         if loop.lora.past_end == "error" and highest > loop.trained_iterations:
             raise RequestError(
                 f"max_iterations must be at most {loop.trained_iterations}, the last trained iteration, got {highest}",
                 param="max_iterations",
             )
         default = loop.convergence
+        criterion = self.criterion or default.criterion
+        threshold = self.threshold
         if threshold is None:
-            threshold = (
-                default.effective_threshold
-                if criterion in (None, default.criterion)
-                else DEFAULT_THRESHOLDS[criterion or default.criterion]
-            )
-        return cls(highest, lowest, criterion or default.criterion, threshold, patience or default.patience)
+            threshold = default.effective_threshold if criterion == default.criterion else DEFAULT_THRESHOLDS[criterion]
+        return ResolvedLoopParams(highest, lowest, criterion, threshold, self.patience or default.patience)
+
+
+@dataclass(frozen=True)
+class ResolvedLoopParams:
+    """:class:`LoopParams` with every field set."""
+
+    max_iterations: int
+    min_iterations: int
+    criterion: Criterion
+    threshold: float
+    patience: int
 
     @property
     def reads_head(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from slr_core.params import LoopSettings, SamplingSettings
+from slr_core.params import ResolvedLoopParams, SamplingParams
 
 ExitReason = Literal["converged", "max_iterations", "diverged", "cancelled"]
 FinishReason = Literal["stop", "length"]
@@ -23,9 +23,9 @@ class Request:
 
     prompt_ids: tuple[int, ...]
     answer_prefix_ids: tuple[int, ...]
-    loop: LoopSettings
+    loop: ResolvedLoopParams
     max_new_tokens: int
-    sampling: SamplingSettings
+    sampling: SamplingParams
     stop: tuple[str, ...]
     trace: bool
     top_tokens: int

@@ -33,7 +33,7 @@ from slr_core.config import SLRConfig
 from slr_core.generation.prepare import prepare
 from slr_core.loop.lora import DECODE, fresh
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from slr_core.types import Request
 
 KINDS = ("llama", "qwen2", "qwen3", "gpt2")
@@ -183,9 +183,9 @@ PROMPTS = (
 
 
 def request(made: LatentReasoner, prompt: str, loop: dict[str, Any] | None = None, **options: Any) -> Request:
-    """A prepared request; ``loop`` goes to ``LoopSettings.resolve``."""
+    """A prepared request; ``loop`` goes to ``LoopParams.resolve``."""
     options.setdefault("max_new_tokens", 6)
-    return prepare(made, prompt, LoopSettings.resolve(made.config.loop, **(loop or {})), **options)
+    return prepare(made, prompt, LoopParams(**loop or {}).resolve(made.config.loop), **options)
 
 
 def ids(prompt: str) -> list[int]:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from ..auth import PROBES
 from ..settings import Settings
-from .request_stats import Facts
+from .request_stats import RequestStats
 
 access = logging.getLogger("slr.access")
 _QUIET = PROBES | {"/metrics"}
@@ -19,7 +19,7 @@ _QUIET = PROBES | {"/metrics"}
 
 
 @dataclass(frozen=True)
-class Entry:
+class AccessLogEntry:
     """A request that has ended.
 
     Attributes:
@@ -35,11 +35,11 @@ class Entry:
     began_ns: int
     duration_s: float
     traceparent: str | None
-    facts: Facts
+    stats: RequestStats
 
     def fields(self) -> dict[str, Any]:
         """What is logged of it."""
-        facts, results = self.facts, self.facts.results
+        stats, results = self.stats, self.stats.results
         fields: dict[str, Any] = {
             "request_id": self.request_id,
             "client": self.client,
@@ -49,25 +49,25 @@ class Entry:
             "status": self.status,
             "duration_s": round(self.duration_s, 6),
         }
-        if facts.error is not None:
-            fields["error"] = facts.error
-        if facts.answers:
-            fields["answers"] = facts.answers
-            fields["stream"] = facts.stream
-            if facts.loop_set is not None:
-                fields["loop_set"] = facts.loop_set
+        if stats.error is not None:
+            fields["error"] = stats.error
+        if stats.answers:
+            fields["answers"] = stats.answers
+            fields["stream"] = stats.stream
+            if stats.loop_set is not None:
+                fields["loop_set"] = stats.loop_set
         if results:
             fields["prompt_tokens"] = sum(result.prompt_tokens for result in results)
             fields["completion_tokens"] = sum(result.completion_tokens for result in results)
             fields["iterations"] = [result.iterations for result in results]
             fields["exit_reasons"] = [result.exit_reason for result in results]
-            fields["budget_reduced"] = facts.reduced
-            assert facts.timings is not None
-            fields.update({name: round(seconds, 6) for name, seconds in vars(facts.timings).items()})
+            fields["budget_reduced"] = stats.reduced
+            assert stats.timings is not None
+            fields.update({name: round(seconds, 6) for name, seconds in vars(stats.timings).items()})
         return fields
 
 
-def note(entry: Entry) -> None:
+def log_access(entry: AccessLogEntry) -> None:
     """Write its line."""
     level = logging.DEBUG if entry.path in _QUIET else logging.INFO
     if access.isEnabledFor(level):

@@ -9,7 +9,7 @@ from slr_core.types import Result, Timings
 
 
 @dataclass
-class Facts:
+class RequestStats:
     """Of one HTTP request; the handlers write, the middleware reads.
 
     Attributes:
@@ -35,16 +35,16 @@ class Facts:
         return max((result.timings for result in self.results), key=lambda timings: timings.total_s, default=None)
 
 
-_current: ContextVar[Facts] = ContextVar("facts")
+_current: ContextVar[RequestStats] = ContextVar("facts")
 
 
-def begin() -> Facts:
+def begin() -> RequestStats:
     """Start those of a request; they hold for its task and for the tasks that it starts."""
-    facts = Facts()
-    _current.set(facts)
-    return facts
+    stats = RequestStats()
+    _current.set(stats)
+    return stats
 
 
-def current() -> Facts:
+def current() -> RequestStats:
     """Those of the request that is being handled; outside of one, some that nobody reads."""
-    return _current.get(Facts())
+    return _current.get(RequestStats())

@@ -17,10 +17,10 @@ from opentelemetry.util.types import AttributeValue
 
 from slr_core._version import __version__
 
-from .access_log import Entry
+from .access_log import AccessLogEntry
 
 
-def tracer(endpoint: str, model: str) -> Callable[[Entry], None]:
+def tracer(endpoint: str, model: str) -> Callable[[AccessLogEntry], None]:
     """What sends the spans of a request that has ended to a collector, in the background.
 
     Args:
@@ -32,18 +32,18 @@ def tracer(endpoint: str, model: str) -> Callable[[Entry], None]:
     return spans(provider, model)
 
 
-def spans(provider: TracerProvider, model: str) -> Callable[[Entry], None]:
+def spans(provider: TracerProvider, model: str) -> Callable[[AccessLogEntry], None]:
     """The same for a provider that exists already."""
     made = provider.get_tracer("slr", __version__)
     context = TraceContextTextMapPropagator()
 
-    def record(entry: Entry) -> None:
+    def record(entry: AccessLogEntry) -> None:
         parent = context.extract({"traceparent": entry.traceparent} if entry.traceparent else {})
         span = made.start_span(f"{entry.method} {entry.path}", parent, SpanKind.SERVER, start_time=entry.began_ns)
         span.set_attributes(_attributes(entry, model))
         if entry.status >= 500:
-            span.set_status(StatusCode.ERROR, entry.facts.error)
-        timings = entry.facts.timings
+            span.set_status(StatusCode.ERROR, entry.stats.error)
+        timings = entry.stats.timings
         if timings is not None:
             # The end of the answer is the end of the request, but for what it takes to send it.
             at = entry.began_ns + round(1e9 * max(0.0, entry.duration_s - timings.total_s))
@@ -57,23 +57,23 @@ def spans(provider: TracerProvider, model: str) -> Callable[[Entry], None]:
     return record
 
 
-def _attributes(entry: Entry, model: str) -> dict[str, AttributeValue]:
-    facts = entry.facts
+def _attributes(entry: AccessLogEntry, model: str) -> dict[str, AttributeValue]:
+    stats = entry.stats
     attributes: dict[str, AttributeValue] = {
         "http.request.method": entry.method,
         "url.path": entry.path,
         "http.response.status_code": entry.status,
         "slr.request_id": entry.request_id,
-        "gen_ai.request.model": facts.loop_set or model,
-        "slr.answers": facts.answers,
+        "gen_ai.request.model": stats.loop_set or model,
+        "slr.answers": stats.answers,
     }
-    if facts.results:
+    if stats.results:
         attributes |= {
-            "gen_ai.usage.input_tokens": sum(result.prompt_tokens for result in facts.results),
-            "gen_ai.usage.output_tokens": sum(result.completion_tokens for result in facts.results),
-            "gen_ai.response.finish_reasons": [result.finish_reason for result in facts.results],
-            "slr.iterations": [result.iterations for result in facts.results],
-            "slr.exit_reasons": [result.exit_reason for result in facts.results],
-            "slr.budget_reduced": facts.reduced,
+            "gen_ai.usage.input_tokens": sum(result.prompt_tokens for result in stats.results),
+            "gen_ai.usage.output_tokens": sum(result.completion_tokens for result in stats.results),
+            "gen_ai.response.finish_reasons": [result.finish_reason for result in stats.results],
+            "slr.iterations": [result.iterations for result in stats.results],
+            "slr.exit_reasons": [result.exit_reason for result in stats.results],
+            "slr.budget_reduced": stats.reduced,
         }
     return attributes

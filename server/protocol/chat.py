@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from slr_core.engine import Event, Finished, Written
+from slr_core.engine import Event, FinishedEvent, TokenEvent
 from slr_core.errors import RequestError
 from slr_core.generation.prepare import prepare
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.types import Request, Result, TokenScore
 
-from ..preprocess import check_count, check_prompt, hold, resolve, samples
-from ..service import Ask
+from ..preprocess import check_count, check_max, check_prompt, resolve, samples
+from ..service import GenerationJob
 from ..settings import Settings
-from .completions import Vocabulary, check_shared, named, sampling
+from .completions import Vocabulary, check_shared, rename_param, sampling
 from .openai import (
-    Answer,
+    AssistantMessage,
     ChatChoice,
     ChatLogprob,
     ChatLogprobs,
@@ -44,17 +44,17 @@ class Chat:
         self._begun: set[int] = set()
         check_count(1, body.n, settings)
         check_shared(body, settings)
-        hold("max_tokens", body.max_tokens, settings.max_new_tokens)
-        hold("max_completion_tokens", body.max_completion_tokens, settings.max_new_tokens)
-        hold("top_logprobs", body.top_logprobs, settings.max_top_tokens)
+        check_max("max_tokens", body.max_tokens, settings.max_new_tokens)
+        check_max("max_completion_tokens", body.max_completion_tokens, settings.max_new_tokens)
+        check_max("top_logprobs", body.top_logprobs, settings.max_top_tokens)
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs", param="top_logprobs")
         if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
             raise RequestError("max_tokens is the old name of max_completion_tokens: give one", param="max_tokens")
 
-    def ask(self, loop_set: str | None) -> Ask:
+    def ask(self, loop_set: str | None) -> GenerationJob:
         """What it asks of the engine."""
-        return Ask(self.body.n or 1, self._plan, loop_set, bool(self.body.stream))
+        return GenerationJob(self.body.n or 1, self._plan, loop_set, bool(self.body.stream))
 
     def _plan(self, reasoner: LatentReasoner, limit: int) -> list[Request]:
         body, settings = self.body, self.settings
@@ -74,7 +74,7 @@ class Chat:
             )
             check_prompt(request.prompt_ids, settings, "messages")
         except RequestError as error:
-            raise named(error, body) from error
+            raise rename_param(error, body) from error
         return samples(request, body.n)
 
     # -- answers ------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class Chat:
         return [
             ChatChoice(
                 index=index,
-                message=Answer(content=result.text),
+                message=AssistantMessage(content=result.text),
                 logprobs=self._logprobs(result.scores) if self.body.logprobs else None,
                 finish_reason=result.finish_reason,
                 slr=LoopResult.of(result, reduced),
@@ -97,10 +97,10 @@ class Chat:
         if index not in self._begun:
             self._begun.add(index)
             yield ChunkChoice(index=index, delta=Delta(role="assistant", content=""))
-        if isinstance(event, Written) and (event.text or event.score):
+        if isinstance(event, TokenEvent) and (event.text or event.score):
             scores = self._logprobs([event.score]) if event.score else None
             yield ChunkChoice(index=index, delta=Delta(content=event.text), logprobs=scores)
-        elif isinstance(event, Finished):
+        elif isinstance(event, FinishedEvent):
             reason = event.result.finish_reason
             yield ChunkChoice(
                 index=index, delta=Delta(), finish_reason=reason, slr=LoopResult.of(event.result, reduced)

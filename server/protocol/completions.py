@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from slr_core.engine import Event, Finished, Written
+from slr_core.engine import Event, FinishedEvent, TokenEvent
 from slr_core.errors import RequestError
 from slr_core.generation.prepare import prepare
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import SamplingSettings
+from slr_core.params import SamplingParams
 from slr_core.types import Request, Result, Tokens, TokenScore
 
-from ..preprocess import check_count, check_prompt, hold, numbered, resolve, samples
-from ..service import Ask
+from ..preprocess import check_count, check_max, check_prompt, resolve, samples, with_prompt_index
+from ..service import GenerationJob
 from ..settings import Settings
 from .openai import Choice, CompletionRequest, Logprobs, LoopResult, Usage
 
@@ -60,8 +60,8 @@ class Completions:
         self._vocabulary: Vocabulary | None = None
         check_count(len(body.prompt), body.n, settings)
         check_shared(body, settings)
-        hold("max_tokens", body.max_tokens, settings.max_new_tokens)
-        hold("logprobs", body.logprobs, settings.max_top_tokens)
+        check_max("max_tokens", body.max_tokens, settings.max_new_tokens)
+        check_max("logprobs", body.logprobs, settings.max_top_tokens)
         if body.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens must be at least 1 without echo", param="max_tokens")
         if self.loop_at is not None and not self.echo:
@@ -71,9 +71,9 @@ class Completions:
         if body.best_of not in (None, self.n):
             raise RequestError(f"best_of must be n ({self.n}): this server does not rank answers", param="best_of")
 
-    def ask(self, loop_set: str | None) -> Ask:
+    def ask(self, loop_set: str | None) -> GenerationJob:
         """What it asks of the engine."""
-        return Ask(len(self.body.prompt) * self.n, self._plan, loop_set, bool(self.body.stream))
+        return GenerationJob(len(self.body.prompt) * self.n, self._plan, loop_set, bool(self.body.stream))
 
     def _plan(self, reasoner: LatentReasoner, limit: int) -> list[Request]:
         body, settings = self.body, self.settings
@@ -103,7 +103,7 @@ class Completions:
                     limit=limit,
                 )
             except RequestError as error:
-                raise numbered(named(error, body), index, len(body.prompt)) from error
+                raise with_prompt_index(rename_param(error, body), index, len(body.prompt)) from error
             if body.max_tokens is None:
                 request = replace(request, max_new_tokens=min(request.max_new_tokens, DEFAULT_TOKENS))
             text = given if isinstance(given, str) else self._vocabulary.text(ids)
@@ -166,12 +166,12 @@ class Completions:
             written = sum(result.completion_tokens for result in results) - forced
         return Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
 
-    def parts(self) -> Parts:
+    def parts(self) -> StreamedChoices:
         """The same piece by piece, for a stream."""
-        return Parts(self)
+        return StreamedChoices(self)
 
 
-class Parts:
+class StreamedChoices:
     """The choices of a stream, as they grow."""
 
     def __init__(self, whole: Completions) -> None:
@@ -190,12 +190,12 @@ class Parts:
             self._hidden[index] = prompt.forced_chars
             if whole.echo:
                 yield self._part(index, prompt.text, None)
-        if isinstance(event, Written) and not silent:
+        if isinstance(event, TokenEvent) and not silent:
             shown = event.text[self._hidden[index] :]
             self._hidden[index] = max(0, self._hidden[index] - len(event.text))
             if shown or event.score:
                 yield self._part(index, shown, event.score)
-        elif isinstance(event, Finished):
+        elif isinstance(event, FinishedEvent):
             reason = "length" if silent else event.result.finish_reason
             yield Choice(index=index, text="", finish_reason=reason, slr=LoopResult.of(event.result, reduced))
 
@@ -212,15 +212,15 @@ def check_shared(body: Any, settings: Settings) -> None:
         RequestError: a field is above its limit, or contradicts another.
     """
     if body.slr is not None:
-        hold("slr.max_iterations", body.slr.max_iterations, settings.max_iterations)
-        hold("slr.min_iterations", body.slr.min_iterations, settings.max_iterations)
+        check_max("slr.max_iterations", body.slr.max_iterations, settings.max_iterations)
+        check_max("slr.min_iterations", body.slr.min_iterations, settings.max_iterations)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream", param="stream_options")
 
 
-def sampling(body: Any) -> SamplingSettings:
+def sampling(body: Any) -> SamplingParams:
     """How tokens are chosen, with OpenAI's defaults."""
-    return SamplingSettings(
+    return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=body.top_k or 0,
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -228,7 +228,7 @@ def sampling(body: Any) -> SamplingSettings:
     )
 
 
-def named(error: RequestError, body: Any) -> RequestError:
+def rename_param(error: RequestError, body: Any) -> RequestError:
     """The error with the field's name in OpenAI's bodies."""
     if error.param != "max_new_tokens":
         return error

@@ -220,13 +220,13 @@ class Iteration(Frozen):
         return cls(**{**vars(record), "top_tokens": tops, "state": state, **more})
 
 
-class IterationEvent(Iteration):
+class IterationData(Iteration):
     """In a stream: an iteration is done."""
 
     index: int = Field(description="of the answer")
 
 
-class TokenEvent(Frozen):
+class TokenData(Frozen):
     """In a stream: a token is written."""
 
     index: int = Field(description="of the answer")

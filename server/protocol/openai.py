@@ -86,7 +86,7 @@ Nothing = Annotated[dict[str, Any], AfterValidator(_empty), WithJsonSchema({"typ
 NoList = Annotated[list[Any], AfterValidator(_empty), WithJsonSchema({"type": "array", "maxItems": 0})]
 
 
-class LoopSettings(StrictModel):
+class LoopOptions(StrictModel):
     """The loop's settings: the request's ``slr`` object."""
 
     max_iterations: int | None = Field(None, ge=0, description="most iterations of the loop; 0: the base model")
@@ -94,7 +94,7 @@ class LoopSettings(StrictModel):
     convergence: Convergence | None = None
 
 
-class ScoredLoopSettings(LoopSettings):
+class ScoredLoopOptions(LoopOptions):
     """The same for completions, which can score a text on both sides of the loop."""
 
     loop_at: int | None = Field(
@@ -141,7 +141,7 @@ class CompletionRequest(_Asked):
     logprobs: int | None = Field(None, ge=0, description="tell of each token's log-probability, and of so many others")
     best_of: int | None = Field(None, ge=1, description="must be n where it is given")
     suffix: Annotated[str, AfterValidator(_empty), WithJsonSchema({"type": "string", "maxLength": 0})] | None = None
-    slr: ScoredLoopSettings | None = None
+    slr: ScoredLoopOptions | None = None
 
 
 class TextPart(StrictModel):
@@ -202,7 +202,7 @@ class ChatRequest(_Asked):
     top_logprobs: int | None = Field(None, ge=0, description="and of so many others; needs logprobs")
     response_format: ResponseFormat | None = None
     tools: NoList | None = None
-    slr: LoopSettings | None = None
+    slr: LoopOptions | None = None
 
 
 # -- responses ---------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ class ChatLogprobs(Frozen):
     refusal: None = None
 
 
-class Answer(Frozen):
+class AssistantMessage(Frozen):
     """The assistant's turn."""
 
     role: Literal["assistant"] = "assistant"
@@ -302,7 +302,7 @@ class ChatChoice(Frozen):
     """One answer."""
 
     index: int
-    message: Answer
+    message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     slr: LoopResult

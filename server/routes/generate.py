@@ -10,7 +10,7 @@ from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
-from slr_core.engine import Finished, Iterated, Written
+from slr_core.engine import FinishedEvent, IterationEvent, TokenEvent
 
 from ..preprocess import check_limits, count, plan
 from ..protocol.native import (
@@ -18,13 +18,13 @@ from ..protocol.native import (
     GenerateResponse,
     GenerateResult,
     Head,
-    IterationEvent,
-    TokenEvent,
+    IterationData,
+    TokenData,
     TraceRequest,
     TraceResponse,
     TraceResult,
 )
-from ..service import Ask, Service
+from ..service import GenerationJob, Service
 from ..sse import EventStream, frame, while_connected
 from .common import ERRORS, STREAM, JSONRoute, ServiceDependency
 
@@ -58,16 +58,18 @@ async def trace(body: TraceRequest, request: Request, service: ServiceDependency
     return TraceResponse(results=[TraceResult.of(index, *answer) for index, answer in enumerate(results)], **vars(head))
 
 
-def _ask(body: GenerateRequest, service: Service) -> Ask:
+def _ask(body: GenerateRequest, service: Service) -> GenerationJob:
     check_limits(body, service.settings)
-    return Ask(count(body), partial(plan, body, service.settings), body.loop_set, bool(body.stream))
+    return GenerationJob(count(body), partial(plan, body, service.settings), body.loop_set, bool(body.stream))
 
 
 def _head(service: Service) -> Head:
     return Head(id=f"slr-{uuid.uuid4().hex}", model=service.settings.model_name, created=int(time.time()))
 
 
-async def _stream(request: Request, service: Service, ask: Ask, head: Head, shown: type[GenerateResult]) -> EventStream:
+async def _stream(
+    request: Request, service: Service, ask: GenerationJob, head: Head, shown: type[GenerateResult]
+) -> EventStream:
     return await EventStream.begin(
         request.receive,
         _frames(service, ask, head, shown),
@@ -76,14 +78,16 @@ async def _stream(request: Request, service: Service, ask: Ask, head: Head, show
     )
 
 
-async def _frames(service: Service, ask: Ask, head: Head, shown: type[GenerateResult]) -> AsyncGenerator[bytes]:
-    async with aclosing(service.stream(ask)) as told:
-        async for index, event, reduced in told:
+async def _frames(
+    service: Service, ask: GenerationJob, head: Head, shown: type[GenerateResult]
+) -> AsyncGenerator[bytes]:
+    async with aclosing(service.stream(ask)) as outputs:
+        async for index, event, reduced in outputs:
             match event:
-                case Iterated(record):
-                    yield frame(IterationEvent.of(record, index=index), "iteration")
-                case Written(token_id, text):
-                    yield frame(TokenEvent(index=index, token_id=token_id, text=text), "token")
-                case Finished(result):
+                case IterationEvent(record):
+                    yield frame(IterationData.of(record, index=index), "iteration")
+                case TokenEvent(token_id, text):
+                    yield frame(TokenData(index=index, token_id=token_id, text=text), "token")
+                case FinishedEvent(result):
                     yield frame(shown.of(index, result, reduced), "result")
     yield frame(head, "done")

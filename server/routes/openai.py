@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from slr_core.engine import Event, Finished, Iterated
+from slr_core.engine import Event, FinishedEvent, IterationEvent
 from slr_core.types import Result
 
 from ..errors import NotFound
@@ -29,7 +29,7 @@ from ..protocol.openai import (
     StreamOptions,
     Usage,
 )
-from ..service import Ask, Service
+from ..service import GenerationJob, Service
 from ..sse import COMMENT, EventStream, frame, while_connected
 from .common import ERRORS, STREAM, JSONRoute, ServiceDependency, errors
 
@@ -104,20 +104,20 @@ async def _stream(request: Request, service: Service, frames: AsyncGenerator[byt
 
 async def _frames(
     service: Service,
-    ask: Ask,
+    ask: GenerationJob,
     parts: Callable[[int, Event, bool], Iterable[BaseModel]],
     made: Callable[..., BaseModel],
     usage: Callable[[list[Result]], Usage],
     options: StreamOptions | None,
 ) -> AsyncGenerator[bytes]:
     results: list[Result] = []
-    async with aclosing(service.stream(ask)) as told:
-        async for index, event, reduced in told:
-            if isinstance(event, Iterated):
+    async with aclosing(service.stream(ask)) as outputs:
+        async for index, event, reduced in outputs:
+            if isinstance(event, IterationEvent):
                 yield COMMENT  # the headers go out, and whoever waits sees that something happens
             for part in parts(index, event, reduced):
                 yield frame(made(choices=[part]))
-            if isinstance(event, Finished):
+            if isinstance(event, FinishedEvent):
                 results.append(event.result)
     if options is not None and options.include_usage:
         yield frame(made(choices=[], usage=usage(results)))

@@ -12,7 +12,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 if TYPE_CHECKING:
     from slr_core.model.reasoner import LatentReasoner
-    from slr_core.params import LoopSettings
+    from slr_core.params import ResolvedLoopParams
 
 # Redirected output is for files and pipes: no reason to wrap it at 80 columns.
 console = Console() if sys.stdout.isatty() else Console(width=160)
@@ -52,18 +52,17 @@ def loop_settings(
     criterion: str | None,
     threshold: float | None,
     patience: int | None,
-) -> LoopSettings:
+) -> ResolvedLoopParams:
     """The loop's settings from the options, over the checkpoint's defaults."""
-    from slr_core.params import LoopSettings
+    from slr_core.params import LoopParams
 
-    return LoopSettings.resolve(
-        reasoner.config.loop,
+    return LoopParams(
         max_iterations=max_iterations,
         min_iterations=min_iterations,
-        criterion=criterion,  # type: ignore[arg-type]  # checked there
+        criterion=criterion,  # type: ignore[arg-type]  # LoopParams checks it
         threshold=threshold,
         patience=patience,
-    )
+    ).resolve(reasoner.config.loop)
 
 
 def progress_bars() -> Progress:

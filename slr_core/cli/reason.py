@@ -36,7 +36,7 @@ from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from slr_core.model.reasoner import LatentReasoner
-    from slr_core.params import LoopSettings
+    from slr_core.params import ResolvedLoopParams
     from slr_core.types import IterationRecord, Request, Result
 
 
@@ -57,11 +57,11 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt after a latent loop that stops by itself."""
-    from slr_core.params import SamplingSettings
+    from slr_core.params import SamplingParams
 
     reasoner = load(model)
     loop = loop_settings(reasoner, max_iterations, min_iterations, criterion, threshold, patience)
-    sampling = SamplingSettings(temperature, top_k, top_p, seed)
+    sampling = SamplingParams(temperature, top_k, top_p, seed)
     result = _run(reasoner, prompt, chat, loop, max_new_tokens=max_new_tokens, sampling=sampling)
     if as_json:
         print_json(_result_json(result))
@@ -130,7 +130,7 @@ def _record_json(record: IterationRecord) -> dict[str, Any]:
     return shown
 
 
-def _run(reasoner: LatentReasoner, prompt: str, chat: bool, loop: LoopSettings, **options: Any) -> Result:
+def _run(reasoner: LatentReasoner, prompt: str, chat: bool, loop: ResolvedLoopParams, **options: Any) -> Result:
     from slr_core.generation.prepare import prepare
     from slr_core.generation.reference import generate as run
 

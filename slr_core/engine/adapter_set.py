@@ -16,7 +16,7 @@ from slr_core.model.reasoner import LatentReasoner
 from slr_core.types import Request
 
 
-class LoopSet:
+class LoopAdapterSet:
     """The loop's own modules and the places of its adapters in the bank.
 
     The formulas are those of :class:`slr_core.model.reasoner.LatentReasoner`, with a timestep for each row.
@@ -106,11 +106,11 @@ class LoopSet:
 
 
 def placed(
-    sets: Iterable[LoopSet],
-) -> tuple[list[tuple[PreTrainedModel, str]], dict[LoopSet, dict[str, int]]]:
+    sets: Iterable[LoopAdapterSet],
+) -> tuple[list[tuple[PreTrainedModel, str]], dict[LoopAdapterSet, dict[str, int]]]:
     """Where to find each adapter of these loop sets, and its name, in the order of their places; then these places."""
     adapters: list[tuple[PreTrainedModel, str]] = []
-    places: dict[LoopSet, dict[str, int]] = {}
+    places: dict[LoopAdapterSet, dict[str, int]] = {}
     for loops in sets:
         names = sorted(loops.reasoner.adapters.names)
         places[loops] = {name: len(adapters) + i for i, name in enumerate(names)}

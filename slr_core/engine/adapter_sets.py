@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from slr_core.engine.adapter_set import LoopSet, placed
-from slr_core.engine.runner.lora_batch import AdapterBank, check_finite
+from slr_core.engine.adapter_set import LoopAdapterSet, placed
+from slr_core.engine.runner.lora_batch import LoraBatch, check_finite
 from slr_core.errors import ConfigError, RequestError
 
 logger = logging.getLogger(__name__)
 
 
-class LoopSets:
+class LoopAdapterSets:
     """Loop sets by name. What changes the bank runs between two steps, all of it or nothing.
 
     Args:
@@ -30,21 +30,26 @@ class LoopSets:
     """
 
     def __init__(
-        self, bank: AdapterBank, own: LoopSet, *, in_use: Callable[[], set[LoopSet]], tune: Callable[[], None]
+        self,
+        bank: LoraBatch,
+        own: LoopAdapterSet,
+        *,
+        in_use: Callable[[], set[LoopAdapterSet]],
+        tune: Callable[[], None],
     ) -> None:
         check_finite(own.reasoner.base)
-        self.bank, self.own, self.in_use, self.tune = bank, own, in_use, tune
+        self.bank, self.valid_mask, self.in_use, self.tune = bank, own, in_use, tune
         self.named = {own.name: own}
-        self.held: set[LoopSet] = set()
+        self.held: set[LoopAdapterSet] = set()
 
-    def find(self, name: str | None) -> LoopSet:
+    def find(self, name: str | None) -> LoopAdapterSet:
         """The loop set of this name, or the engine's own.
 
         Raises:
             RequestError: there is none.
         """
         try:
-            return self.named[self.own.name if name is None else name]
+            return self.named[self.valid_mask.name if name is None else name]
         except KeyError:
             raise RequestError(f"loop_set must be one of {', '.join(self.named)}, got {name}", "loop_set") from None
 
@@ -53,7 +58,7 @@ class LoopSets:
         if name in self.named:
             raise ConfigError(f"there is a loop set {name!r} already")
 
-    def add(self, loops: LoopSet) -> None:
+    def add(self, loops: LoopAdapterSet) -> None:
         """Take requests for another one.
 
         Raises:
@@ -69,11 +74,11 @@ class LoopSets:
         Raises:
             ConfigError: there is none of this name, or it is the engine's own.
         """
-        if name == self.own.name or name not in self.named:
+        if name == self.valid_mask.name or name not in self.named:
             raise ConfigError(f"{name!r} is not a loop set that can be removed")
         del self.named[name]
 
-    def fill(self, *added: LoopSet) -> None:
+    def fill(self, *added: LoopAdapterSet) -> None:
         """Give the bank its adapters, those of ``added`` with them."""
         sets = list(dict.fromkeys([*self.named.values(), *self.in_use(), *added]))
         adapters, places = placed(sets)

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slr_core.engine.events import Event, Finished, Iterated, Written
-from slr_core.engine.output import Iteration, Moved
+from slr_core.engine.events import Event, FinishedEvent, IterationEvent, TokenEvent
+from slr_core.engine.output import IterationBatch, IterationOutput
 from slr_core.engine.prefix_cache import PrefixCache
-from slr_core.engine.runner.kv_cache import SlotCache
-from slr_core.engine.runner.lora_batch import AdapterBank
-from slr_core.engine.runner.model_runner import Passes, by_length, by_loop_set
+from slr_core.engine.runner.kv_cache import KVCache
+from slr_core.engine.runner.lora_batch import LoraBatch
+from slr_core.engine.runner.model_runner import ModelRunner, by_length, by_loop_set
 from slr_core.engine.scheduler import Scheduler, Work
 from slr_core.engine.sequence import Phase, Sequence
 from slr_core.engine.statistics import Counters, Step
 from slr_core.errors import DeadlineError, EngineError, SLRError
-from slr_core.generation.decoding import LatentWriter, put_into_words
+from slr_core.generation.decoding import LatentWriter, decode_thoughts
 from slr_core.generation.logprobs import score_states
 from slr_core.generation.reference import passes
 from slr_core.loop.diagnostics import stability
@@ -48,7 +48,7 @@ class Core:
 
     def __init__(
         self,
-        bank: AdapterBank,
+        bank: LoraBatch,
         *,
         slots: int,
         capacity: int,
@@ -58,7 +58,7 @@ class Core:
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         self.on_step = on_step
-        self.cache = SlotCache(bank.model, slots, capacity)
+        self.cache = KVCache(bank.model, slots, capacity)
         self.prefixes = PrefixCache(prefix_bytes)
         self.scheduler = Scheduler(
             slots,
@@ -67,7 +67,7 @@ class Core:
             known=lambda sequence: self.prefixes.known(sequence.keys),
             enter=self._enter,
         )
-        self.passes = Passes(bank, self.cache, static=static)
+        self.passes = ModelRunner(bank, self.cache, static=static)
         self.head = bank.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.counters = Counters()
 
@@ -75,16 +75,16 @@ class Core:
     def step(self) -> None:
         """Who is gone leaves, who fits enters, everyone runs one pass, and who then knows its next token writes it."""
         began, before = time.perf_counter(), replace(self.counters)
-        self._drop_who_is_gone()
+        self._drop_cancelled()
         work = self.scheduler.schedule()
-        for rows in by_length(work, join=self.passes.joins):
-            self._isolated(self._pass, rows)
+        for rows in by_length(work, join=self.passes.supports_packing):
+            self._run_batch_with_fallback(self._pass, rows)
         written = [(sequence, 0) for sequence in self.scheduler.running if sequence.state is not None]
         if written:
-            self._isolated(self._write, written)
+            self._run_batch_with_fallback(self._write, written)
         latent = [sequence for sequence in self.scheduler.running if sequence.phase is Phase.LATENT]
         for group in by_loop_set(latent):
-            self._isolated(self._write_latent, [(sequence, 0) for sequence in group])
+            self._run_batch_with_fallback(self._write_latent, [(sequence, 0) for sequence in group])
         self.counters.steps += bool(work)
         self.counters.row_steps += len(work)
         if self.on_step is not None and work:
@@ -135,7 +135,7 @@ class Core:
 
     # -- coming and going ---------------------------------------------------------------------------
 
-    def _drop_who_is_gone(self) -> None:
+    def _drop_cancelled(self) -> None:
         now = time.monotonic()
         for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
             if not sequence.cancelled and now <= sequence.deadline:
@@ -147,7 +147,7 @@ class Core:
 
     def _enter(self, sequence: Sequence) -> None:
         sequence.admitted = time.perf_counter()
-        self._alone(sequence, self._start)
+        self._run_row(sequence, self._start)
 
     def _start(self, sequence: Sequence) -> None:
         workspace, ids = sequence.loops.workspace, sequence.request.prompt_ids
@@ -172,7 +172,7 @@ class Core:
             self.cache.move(last, slot, moved.reserved)
             self.cache.wipe(last, 0, moved.reserved)
 
-    def _isolated(self, run: Callable[[list[Work]], None], rows: list[Work]) -> None:
+    def _run_batch_with_fallback(self, run: Callable[[list[Work]], None], rows: list[Work]) -> None:
         try:
             run(rows)
             return
@@ -183,9 +183,9 @@ class Core:
             logger.warning("a pass of %d requests failed (%s), running each alone", len(rows), repr(error))
         # Not while the fault is handled: it holds all tensors of the pass, and may be that there was no room for more.
         for row in rows:
-            self._isolated(run, [row])
+            self._run_batch_with_fallback(run, [row])
 
-    def _alone(self, sequence: Sequence, run: Callable[..., None], *arguments: Any) -> None:
+    def _run_row(self, sequence: Sequence, run: Callable[..., None], *arguments: Any) -> None:
         try:
             run(sequence, *arguments)
         except Exception as error:  # as above
@@ -203,7 +203,7 @@ class Core:
         began = time.perf_counter()
         outputs = dict(zip((sequence for sequence, _ in rows), self.passes.run(rows), strict=True))
         looping = by_loop_set(sequence for sequence, _ in rows if sequence.phase is Phase.LOOP)
-        moved = [Moved.by(group, [outputs[sequence] for sequence in group]) for group in looping]
+        moved = [IterationBatch.by(group, [outputs[sequence] for sequence in group]) for group in looping]
         # The head's weights are large: what loops is read together with what writes, where anything in a loop is read.
         reading = [group for group in moved if group.reads_head]
         writing = [sequence for sequence, _ in rows if sequence.phase is Phase.DECODE] if reading else []
@@ -211,7 +211,7 @@ class Core:
         read = list(self.head(torch.cat(states)).split([len(x) for x in states])) if reading else []
         logits = dict(zip(writing, (x[0] for x in read[len(reading) :]), strict=True))
         iterations = [
-            iteration for group in moved for iteration in group.examine(read.pop(0) if group.reads_head else None)
+            iteration for group in moved for iteration in group.measure(read.pop(0) if group.reads_head else None)
         ]
         prefilled = [row for row, count in rows if row.phase is Phase.PREFILL and count == row.queries()]
         whole = torch.stack([outputs[row][-1] for row in prefilled]).isfinite().all(-1).tolist() if prefilled else []
@@ -219,12 +219,12 @@ class Core:
         # Nothing has changed so far: what failed can be run again. From here on a fault is one row's alone.
         ended = time.perf_counter()
         for iteration in iterations:
-            self._alone(iteration.sequence, self._iterated, iteration, began, ended)
+            self._run_row(iteration.sequence, self._iterated, iteration, began, ended)
         looped = {iteration.sequence for iteration in iterations}
         for sequence, count in rows:
             if sequence not in looped:
                 sequence.logits = logits.get(sequence)
-                self._alone(sequence, self._ran, count, outputs[sequence], sequence in finite)
+                self._run_row(sequence, self._ran, count, outputs[sequence], sequence in finite)
 
     def _ran(self, sequence: Sequence, count: int, states: Tensor, finite: bool) -> None:
         if sequence.phase is Phase.PREFILL and sequence.request.score_prompt:
@@ -266,21 +266,21 @@ class Core:
         if sequence.row.reason is not None:
             self._exit(sequence)
 
-    def _iterated(self, sequence: Sequence, iteration: Iteration, began: float, ended: float) -> None:
+    def _iterated(self, sequence: Sequence, iteration: IterationOutput, began: float, ended: float) -> None:
         sequence.states.append(iteration.state)
         sequence.head = iteration.head
         iteration.record(duration_s=ended - began, elapsed_s=ended - sequence.prefilled)
         self.counters.iterations += 1
         if not sequence.loops.in_place:
             sequence.filled += 1
-        _tell(sequence, Iterated(sequence.row.records[-1]))
+        _tell(sequence, IterationEvent(sequence.row.records[-1]))
         if sequence.row.reason is not None:
             self._exit(sequence)
 
     def _exit(self, sequence: Sequence) -> None:
         """The loop is over: what it left behind that does not count is forgotten."""
         sequence.looped = time.perf_counter()
-        kept, workspace = sequence.row.kept, sequence.loops.workspace
+        kept, workspace = sequence.row.kept_iterations, sequence.loops.workspace
         if not sequence.loops.in_place:
             sequence.filled = len(sequence.request.prompt_ids) + kept
         if sequence.row.reason == "diverged":
@@ -311,7 +311,7 @@ class Core:
 
     def _write_latent(self, rows: list[Work]) -> None:
         sequences = [sequence for sequence, _ in rows]
-        memories = [s.loops.workspace.memory(torch.stack(s.states), s.row.kept) for s in sequences]
+        memories = [s.loops.workspace.memory(torch.stack(s.states), s.row.kept_iterations) for s in sequences]
         writer = LatentWriter(sequences[0].loops.reasoner, memories, [s.request.answer_prefix_ids for s in sequences])
         everyone = torch.ones(len(sequences), dtype=torch.bool, device=memories[0].device)
         self._take(sequences, writer.next([s.answer.tokens for s in sequences], everyone))
@@ -324,7 +324,7 @@ class Core:
             if broken:  # its most likely token would be no more than the first
                 self._fail(sequence, EngineError("the model's logits are not numbers"))
             else:
-                self._alone(sequence, self._push, likeliest, row)
+                self._run_row(sequence, self._push, likeliest, row)
 
     def _push(self, sequence: Sequence, likeliest: int, logits: Tensor) -> None:
         answer = sequence.answer
@@ -332,7 +332,7 @@ class Core:
         sequence.state, sequence.logits, sequence.pending = None, None, [token]
         self.counters.tokens += 1
         if sequence.on_event is not None:
-            _tell(sequence, Written(token, answer.fresh(), answer.scores[-1] if answer.scores else None))
+            _tell(sequence, TokenEvent(token, answer.fresh(), answer.scores[-1] if answer.scores else None))
         if answer.finished is not None:
             self._finish(sequence)
 
@@ -343,7 +343,7 @@ class Core:
         assert reason is not None
         states = torch.stack(sequence.states) if request.trace or request.include_states else None
         if states is not None and request.trace:
-            (thoughts,) = put_into_words(reasoner, [states], [True])
+            (thoughts,) = decode_thoughts(reasoner, [states], [True])
             if any(said is not None for said in thoughts):
                 records = [replace(r, thought=said) for r, said in zip(records, thoughts, strict=True)]
         result = Result(
@@ -354,7 +354,7 @@ class Core:
             exit_reason=reason,
             final_change=records[-1].relative_change if records else None,
             prompt_tokens=len(request.prompt_ids),
-            forward_passes=passes(reasoner, request, sequence.t, row.kept, len(answer.tokens)),
+            forward_passes=passes(reasoner, request, sequence.t, row.kept_iterations, len(answer.tokens)),
             timings=Timings(
                 queue_s=sequence.admitted - sequence.arrived,
                 prefill_s=sequence.prefilled - sequence.admitted,
@@ -370,8 +370,8 @@ class Core:
             prompt_scores=tuple(sequence.prompt_scores),
         )
         sequence.phase = Phase.DONE
-        self.counters.wasted_iterations += sequence.t - row.kept
-        _tell(sequence, Finished(result))
+        self.counters.wasted_iterations += sequence.t - row.kept_iterations
+        _tell(sequence, FinishedEvent(result))
         _settle(sequence, result)
 
 

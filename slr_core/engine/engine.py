@@ -16,23 +16,29 @@ from weakref import WeakSet
 
 import torch
 
-from slr_core.engine.adapter_set import LoopSet
-from slr_core.engine.adapter_sets import LoopSets
+from slr_core.engine.adapter_set import LoopAdapterSet
+from slr_core.engine.adapter_sets import LoopAdapterSets
 from slr_core.engine.core import Core
-from slr_core.engine.events import Event, Finished
+from slr_core.engine.events import Event, FinishedEvent
 from slr_core.engine.prefix_cache import prefix_keys
-from slr_core.engine.runner.device import best_device, fastest_threads, release_workers, restore_default_threads, suit
+from slr_core.engine.runner.device import (
+    best_device,
+    cast_for_device,
+    fastest_threads,
+    release_workers,
+    restore_default_threads,
+)
 from slr_core.engine.runner.kv_cache import token_bytes
-from slr_core.engine.runner.lora_batch import AdapterBank
+from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.engine.sequence import Sequence
 from slr_core.engine.statistics import Counters, Step
 from slr_core.errors import ConfigError, EngineError, RequestError
-from slr_core.generation.decoding import Answer
+from slr_core.generation.decoding import DecodeState
 from slr_core.generation.prepare import prepare
 from slr_core.loop.convergence import ExitRule
 from slr_core.loop.diagnostics import RowLog
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings, SamplingSettings
+from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
 from slr_core.types import Messages, Request, Result, Tokens
 
 logger = logging.getLogger(__name__)
@@ -105,7 +111,7 @@ class Engine:
             )
         self._arrived: list[Sequence] = []
         self._commands: list[tuple[Callable[[], Any], Future[Any]]] = []
-        self._bank = AdapterBank(reasoner.base)
+        self._bank = LoraBatch(reasoner.base)
         self.model = self._bank.model
         """The base model as the engine runs it: the same weights in modules of its own."""
         self._core = Core(
@@ -117,7 +123,9 @@ class Engine:
             static=reasoner.device.type == "cuda" if static_shapes is None else static_shapes,
             on_step=on_step,
         )
-        self._loops = LoopSets(self._bank, LoopSet(DEFAULT_LOOP_SET, reasoner), in_use=self._in_use, tune=self._tune)
+        self._loops = LoopAdapterSets(
+            self._bank, LoopAdapterSet(DEFAULT_LOOP_SET, reasoner), in_use=self._in_use, tune=self._tune
+        )
         self.loop_sets = self._loops.named
         """By name, those that requests can ask for."""
         self.last_progress = time.monotonic()
@@ -158,13 +166,13 @@ class Engine:
         """
         reasoner = LatentReasoner.from_pretrained(path_or_id, dtype=dtype, device=device or best_device())
         if dtype is None:
-            suit(reasoner)
+            cast_for_device(reasoner)
         return cls(reasoner, **options)
 
     # -- requests ----------------------------------------------------------------------------------
 
     def prepare(
-        self, prompt: str | Messages | Tokens, loop: LoopSettings, *, loop_set: str | None = None, **options: Any
+        self, prompt: str | Messages | Tokens, loop: ResolvedLoopParams, *, loop_set: str | None = None, **options: Any
     ) -> Request:
         """A request that fits this engine's slots; see :func:`slr_core.generation.prepare`.
 
@@ -205,7 +213,7 @@ class Engine:
             deadline=deadline,
             keys=prefix_keys(request.prompt_ids) if self._reuses(request, loops) else (),
             reserved=reserved,
-            answer=Answer(loops.reasoner, request),
+            answer=DecodeState(loops.reasoner, request),
             row=RowLog(ExitRule(request.loop, loops.config.guard)),
         )
         sequence.future.add_done_callback(sequence.hear_of_end)
@@ -219,7 +227,7 @@ class Engine:
             self._changed.notify()
         return sequence.future
 
-    def _reuses(self, request: Request, loops: LoopSet) -> bool:
+    def _reuses(self, request: Request, loops: LoopAdapterSet) -> bool:
         # What is scored has to be run.
         return loops.workspace.prefills and self._core.prefixes.max_bytes > 0 and not request.score_prompt
 
@@ -241,7 +249,7 @@ class Engine:
         try:
             while (event := await events.get()) is not None:
                 yield event
-                if isinstance(event, Finished):
+                if isinstance(event, FinishedEvent):
                     return
             future.result()
         finally:
@@ -253,11 +261,11 @@ class Engine:
         *,
         loop_set: str | None = None,
         max_new_tokens: int | None = None,
-        sampling: SamplingSettings | None = None,
+        sampling: SamplingParams | None = None,
         stop: str | Many[str] = (),
         **loop: Any,
     ) -> list[Result]:
-        """Answer prompts; for several samples of one, give it several times: it is run once.
+        """DecodeState prompts; for several samples of one, give it several times: it is run once.
 
         Args:
             prompts: one or more texts.
@@ -265,12 +273,12 @@ class Engine:
             max_new_tokens: the checkpoint's default where ``None``.
             sampling: greedy where ``None``; without a seed every answer has its own.
             stop: strings that end an answer, besides the checkpoint's.
-            loop: as :meth:`LoopSettings.resolve` takes it.
+            loop: as :meth:`LoopParams.resolve` takes it.
 
         Raises:
             RequestError: a prompt or a setting cannot be run.
         """
-        settings = LoopSettings.resolve(self._loops.find(loop_set).config, **loop)
+        settings = LoopParams(**loop).resolve(self._loops.find(loop_set).config)
         options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
         requests = [
             self.prepare(prompt, settings, loop_set=loop_set, **options)
@@ -290,7 +298,7 @@ class Engine:
         """
         self._loops.check_free(name)
         try:
-            added = LoopSet.beside(self.reasoner, name, path_or_id)
+            added = LoopAdapterSet.beside(self.reasoner, name, path_or_id)
         finally:
             release_workers()
         self._between_steps(lambda: self._loops.add(added))
@@ -318,7 +326,7 @@ class Engine:
         chosen = self._bank.tune(self.slots, self.reasoner.workspace.width(TYPICAL_PROMPT))
         logger.debug("adapter bank: %d adapters, %s", self._bank.count, chosen)
 
-    def _in_use(self) -> set[LoopSet]:
+    def _in_use(self) -> set[LoopAdapterSet]:
         scheduler = self._core.scheduler
         return {sequence.loops for sequence in (*self._arrived, *scheduler.waiting, *scheduler.running)}
 

@@ -8,14 +8,14 @@ from slr_core.types import IterationRecord, Result, TokenScore
 
 
 @dataclass(frozen=True)
-class Iterated:
+class IterationEvent:
     """An iteration is done. ``record`` has no thought: the whole loop is put into words at its end."""
 
     record: IterationRecord
 
 
 @dataclass(frozen=True)
-class Written:
+class TokenEvent:
     """A token is written. ``text`` is what may be shown of the answer beyond the last event: it never takes
     anything back, so it is empty while a character or a stop string may still be under way."""
 
@@ -26,10 +26,10 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedEvent:
     """The last event of a request that came to its end."""
 
     result: Result
 
 
-Event = Iterated | Written | Finished
+Event = IterationEvent | TokenEvent | FinishedEvent

@@ -18,7 +18,7 @@ _OF_THE_STATE = ("norm", "entropy")
 
 
 @dataclass(frozen=True)
-class Iteration:
+class IterationOutput:
     """What an iteration came to, for one row: on the host but for the states themselves.
 
     Attributes:
@@ -35,7 +35,7 @@ class Iteration:
     state: Tensor
     measured: dict[str, float]
     finite: bool
-    back: float | None
+    return_ratio: float | None
     head: Tensor | None
     top_tokens: tuple[tuple[str, float], ...]
 
@@ -46,7 +46,7 @@ class Iteration:
             t,
             self.measured,
             finite=self.finite,
-            back=self.back,
+            return_ratio=self.return_ratio,
             adapter=row.loops.adapter_name(t),
             duration_s=duration_s,
             elapsed_s=elapsed_s,
@@ -55,7 +55,7 @@ class Iteration:
 
 
 @dataclass(frozen=True)
-class Moved:
+class IterationBatch:
     """Rows of one loop set after an iteration, before it is known what that says of their loops.
 
     Attributes:
@@ -70,33 +70,33 @@ class Moved:
     h: Tensor
     g: Tensor
     previous: Tensor
-    own: Tensor | None
+    valid_mask: Tensor | None
 
     @classmethod
     def by(cls, rows: list[Sequence], outputs: list[Tensor]) -> Self:
         """The third formula, from each row's g_t ``[W, d]``."""
         residual = rows[0].loops.reasoner.residual
-        g, own = stacked(outputs)
+        g, valid_mask = stacked(outputs)
         previous, _ = stacked([row.states[-1] for row in rows])
         # Only a residual to h_0 reads it.
         initial = stacked([row.states[0] for row in rows])[0] if residual.config.source == "initial" else previous
-        return cls(rows, residual(g, previous, initial), g, previous, own)
+        return cls(rows, residual(g, previous, initial), g, previous, valid_mask)
 
     @property
     def reads_head(self) -> bool:
-        """Whether :meth:`examine` wants the head's view."""
+        """Whether :meth:`measure` wants the head's view."""
         return self.rows[0].reads_head
 
     def to_read(self) -> Tensor:
         """States ``[n + m, d]`` for the head: the new ones, then h_0 of rows that begin, where it is a state."""
-        return torch.cat([readout(self.h, self.own), *(row.states[0][-1:] for row in self._begun())])
+        return torch.cat([readout(self.h, self.valid_mask), *(row.states[0][-1:] for row in self._begun())])
 
     def _begun(self) -> list[Sequence]:
         return [row for row in self.rows if row.head is None and row.loops.reasoner.is_state(0)]
 
-    def examine(self, logits: Tensor | None) -> list[Iteration]:
+    def measure(self, logits: Tensor | None) -> list[IterationOutput]:
         """The measures, with one transfer to the host for all rows; ``logits`` ``[n + m, V]`` at :meth:`to_read`."""
-        rows, h, own, previous = self.rows, self.h, self.own, self.previous
+        rows, h, valid_mask, previous = self.rows, self.h, self.valid_mask, self.previous
         reasoner = rows[0].loops.reasoner
         moved = reasoner.moved(self.g, h)
         head = before = None
@@ -107,20 +107,20 @@ class Moved:
             before = torch.stack([row.head if row.head is not None else first.get(row, head[0]) for row in rows])
         distances = measure(
             h,
-            own,
+            valid_mask,
             previous=previous,
             moved=moved,
             head=head,
             head_before=before,
-            p_halt=None if reasoner.halting is None else reasoner.halting(h, own),
+            p_halt=None if reasoner.halting is None else reasoner.halting(h, valid_mask),
         )
         measured = {name: x for name, x in vars(distances).items() if x is not None}
         earlier, _ = stacked([row.states[-2] if row.t else row.states[-1] for row in rows])
         change = distances.change
         if change is None or moved is not h:
-            change = step(h, previous, own)[0]
-        measured["back"] = step(h, earlier, own)[0] / change
-        real = h if own is None else h.masked_fill(~own[..., None], 0)
+            change = step(h, previous, valid_mask)[0]
+        measured["back"] = step(h, earlier, valid_mask)[0] / change
+        real = h if valid_mask is None else h.masked_fill(~valid_mask[..., None], 0)
         measured["finite"] = real.isfinite().flatten(1).all(-1).float()
         table = torch.stack(list(measured.values())).T.tolist()
 
@@ -128,17 +128,17 @@ class Moved:
         iterations = []
         for i, row in enumerate(rows):
             values = dict(zip(measured, table[i], strict=True))
-            back, finite = values.pop("back"), values.pop("finite")
+            return_ratio, finite = values.pop("back"), values.pop("finite")
             t = row.t + 1
             if not reasoner.is_state(t - 1):
                 values = {name: value for name, value in values.items() if name in _OF_THE_STATE}
             iterations.append(
-                Iteration(
+                IterationOutput(
                     sequence=row,
                     state=h[i, : row.states[-1].shape[0]],
                     measured=values,
                     finite=bool(finite),
-                    back=back if t > 1 and reasoner.is_state(t - 2) else None,
+                    return_ratio=return_ratio if t > 1 and reasoner.is_state(t - 2) else None,
                     head=None if head is None else head[i],
                     top_tokens=tops[i][: row.request.top_tokens] if tops else (),
                 )

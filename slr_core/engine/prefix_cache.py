@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from slr_core.engine.runner.kv_cache import SlotCache
+from slr_core.engine.runner.kv_cache import KVCache
 
 BLOCK = 16
 """Tokens of a block."""
@@ -58,7 +58,7 @@ class PrefixCache:
         return next((i for i, key in enumerate(keys) if key not in self._entries), len(keys))
 
     def restore(
-        self, keys: tuple[bytes, ...], prompt_tokens: int, cache: SlotCache, slot: int
+        self, keys: tuple[bytes, ...], prompt_tokens: int, cache: KVCache, slot: int
     ) -> tuple[int, Tensor | None]:
         """Fill a slot with the longest known beginning: the columns filled, and h_0 ``[d]`` if that is all of it.
 
@@ -75,7 +75,7 @@ class PrefixCache:
         self._used(keys[:count])
         return filled, state
 
-    def keep(self, keys: tuple[bytes, ...], prompt_tokens: int, cache: SlotCache, slot: int, state: Tensor) -> None:
+    def keep(self, keys: tuple[bytes, ...], prompt_tokens: int, cache: KVCache, slot: int, state: Tensor) -> None:
         """Keep a prompt that was just prefilled, as far as memory allows."""
         for index, key in enumerate(keys):
             if key in self._entries:

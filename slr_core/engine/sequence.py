@@ -11,9 +11,9 @@ from math import inf
 
 from torch import Tensor
 
-from slr_core.engine.adapter_set import LoopSet
+from slr_core.engine.adapter_set import LoopAdapterSet
 from slr_core.engine.events import Event
-from slr_core.generation.decoding import Answer
+from slr_core.generation.decoding import DecodeState
 from slr_core.loop.diagnostics import RowLog
 from slr_core.types import Request, Result, TokenScore
 
@@ -53,13 +53,13 @@ class Sequence:
     """
 
     request: Request
-    loops: LoopSet
+    loops: LoopAdapterSet
     future: Future[Result]
     on_event: Callable[[Event], None] | None
     deadline: float
     keys: tuple[bytes, ...]
     reserved: int
-    answer: Answer
+    answer: DecodeState
     row: RowLog
     cancelled: bool = False
     settled: bool = False

@@ -18,7 +18,7 @@ from slr_core.evaluation.outcomes import Answered
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import Think, generate
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings, SamplingSettings
+from slr_core.params import LoopParams, SamplingParams
 from slr_core.types import Request
 
 SLOTS = 64
@@ -30,7 +30,7 @@ class Ask:
     """What a method wants of every prompt.
 
     Attributes:
-        loop: arguments of :meth:`LoopSettings.resolve` over the checkpoint's defaults.
+        loop: arguments of :meth:`LoopParams.resolve` over the checkpoint's defaults.
         max_new_tokens: the checkpoint's default where ``None``; a model in this process takes what fits of it.
         temperature: 0 is greedy.
         samples: answers per prompt.
@@ -84,7 +84,7 @@ class Local:
         return engine
 
     def answer(
-        self, prompts: Sequence[str], ask: Ask, seeds: Sequence[int], think: Think | None = None
+        self, prompts: Sequence[str], ask: Ask, seeds: Sequence[int], run_loop: Think | None = None
     ) -> list[list[Answered]]:
         """As :class:`Backend`; ``think`` interferes with the loops, which come prompt by prompt, sample by sample:
         that is the reference's work, and it must have the model alone."""
@@ -93,10 +93,10 @@ class Local:
             for prompt, seed in zip(prompts, seeds, strict=True)
             for sample in range(ask.samples)
         ]
-        if think is None:
+        if run_loop is None:
             results = [future.result() for future in [self.engine.submit(request) for request in requests]]
         else:
-            results = generate(self.reasoner, requests, think=think)
+            results = generate(self.reasoner, requests, run_loop=run_loop)
         cost, added = self.cost.request, self.cost.added_parameters
         answered = [Answered.of(r, cost(r.prompt_tokens, r.iterations, r.completion_tokens), added) for r in results]
         return _grouped(answered, ask.samples)
@@ -107,8 +107,8 @@ class Local:
         Raises:
             RequestError: nothing does.
         """
-        loop = LoopSettings.resolve(self.reasoner.config.loop, **ask.loop)
-        request = prepare(self.reasoner, prompt, loop, sampling=SamplingSettings(ask.temperature, seed=seed))
+        loop = LoopParams(**ask.loop).resolve(self.reasoner.config.loop)
+        request = prepare(self.reasoner, prompt, loop, sampling=SamplingParams(ask.temperature, seed=seed))
         if ask.max_new_tokens is None:
             return request
         taken = self.reasoner.workspace.loop_positions(loop.max_iterations) + len(request.answer_prefix_ids)

@@ -17,7 +17,7 @@ from slr_core.errors import ConfigError
 from slr_core.generation.reference import Think
 from slr_core.model.context import Context, LoopOutput
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings
+from slr_core.params import ResolvedLoopParams
 
 Edit = Callable[[list[Tensor]], list[Tensor]]
 """From every row's kept states ``[t + 1, W, d]``, h_0 first, to those that take their place."""
@@ -26,13 +26,13 @@ Edit = Callable[[list[Tensor]], list[Tensor]]
 def noisy(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, start_only: bool = False) -> Think:
     """Gaussian noise on h_0 and, unless ``start_only``, on every h_t; ``scale`` is its share of a state's RMS."""
 
-    def think(context: Context, settings: Sequence[LoopSettings]) -> LoopOutput:
+    def run_loop(context: Context, settings: Sequence[ResolvedLoopParams]) -> LoopOutput:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def disturb(hidden: Tensor) -> Tensor:
             noise = torch.zeros_like(hidden)
             for row, generator in enumerate(generators):
-                own = context.own[row]
+                own = context.valid_mask[row]
                 drawn = torch.randn(int(own.sum()), hidden.shape[-1], generator=generator)
                 noise[row, own] = drawn.to(noise)
             return hidden + scale * hidden.float().pow(2).mean(-1, keepdim=True).sqrt().to(hidden.dtype) * noise
@@ -46,18 +46,18 @@ def noisy(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, start
         finally:
             hook.remove()
 
-    return think
+    return run_loop
 
 
 def replaced(reasoner: LatentReasoner, edit: Edit) -> Think:
     """Let every loop run, then run it again on states that ``edit`` put in place of its own."""
 
-    def think(context: Context, settings: Sequence[LoopSettings]) -> LoopOutput:
+    def run_loop(context: Context, settings: Sequence[ResolvedLoopParams]) -> LoopOutput:
         # The prompt as it was before the loop grew the context.
         again = context.fork()
         output = reasoner.loop(context, settings)
-        kept = torch.tensor(output.kept, device=reasoner.device)
-        own = [states[: count + 1] for states, count in zip(output.states, output.kept, strict=True)]
+        kept = torch.tensor(output.kept_iterations, device=reasoner.device)
+        own = [states[: count + 1] for states, count in zip(output.states, output.kept_iterations, strict=True)]
         edited = edit(own)
         states = _padded(edited, again)
         for t in range(1, states.shape[1]):
@@ -68,13 +68,13 @@ def replaced(reasoner: LatentReasoner, edit: Edit) -> Think:
         put = [torch.cat([new, old[len(new) :]]) for new, old in zip(edited, output.states, strict=True)]
         return replace(output, context=again, states=put)
 
-    return think
+    return run_loop
 
 
 def _padded(rows: list[Tensor], context: Context) -> Tensor:
     states = context.hidden[:, None].repeat(1, max(len(row) for row in rows), 1, 1)
     for i, row in enumerate(rows):
-        states[i, : len(row), context.own[i]] = row.to(states)
+        states[i, : len(row), context.valid_mask[i]] = row.to(states)
     return states
 
 

@@ -132,22 +132,24 @@ def _slr_vote(batch: Batch) -> list[Answered]:
     s, local = batch.settings, batch.local("slr_vote")
     rollouts = []
     for sample in range(s.samples):
-        think = noisy(local.reasoner, s.noise, [seed + sample for seed in batch.seeds])
-        answers = local.answer(batch.prompts, Ask(s.loop), batch.seeds, think)
+        run_loop = noisy(local.reasoner, s.noise, [seed + sample for seed in batch.seeds])
+        answers = local.answer(batch.prompts, Ask(s.loop), batch.seeds, run_loop)
         rollouts.append([own[0] for own in answers])
     return [_vote(batch.task, own) for own in zip(*rollouts, strict=True)]
 
 
 def _noisy_start(batch: Batch) -> list[Answered]:
     local = batch.local("noise in h_0")
-    think = noisy(local.reasoner, batch.settings.noise, batch.seeds, start_only=True)
-    return [own[0] for own in local.answer(batch.prompts, Ask(batch.settings.loop), batch.seeds, think)]
+    run_loop = noisy(local.reasoner, batch.settings.noise, batch.seeds, start_only=True)
+    return [own[0] for own in local.answer(batch.prompts, Ask(batch.settings.loop), batch.seeds, run_loop)]
 
 
-def _replaced(think: Callable[[LatentReasoner, Sequence[int]], Think]) -> Callable[[Batch], list[Answered]]:
+def _replaced(run_loop: Callable[[LatentReasoner, Sequence[int]], Think]) -> Callable[[Batch], list[Answered]]:
     def run(batch: Batch) -> list[Answered]:
         local = batch.local("replacing thoughts")
-        answers = local.answer(batch.prompts, Ask(batch.settings.loop), batch.seeds, think(local.reasoner, batch.seeds))
+        answers = local.answer(
+            batch.prompts, Ask(batch.settings.loop), batch.seeds, run_loop(local.reasoner, batch.seeds)
+        )
         return [own[0] for own in answers]
 
     return run

@@ -25,7 +25,7 @@ from slr_core.evaluation.statistics import wilson
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from slr_core.tasks.base import Example, Task
 from slr_core.types import IterationRecord, Result
 
@@ -95,8 +95,8 @@ def collect(
     iterations = reasoner.config.loop.max_iterations if iterations is None else iterations
     if iterations < 1:
         raise ConfigError(f"looking into a loop needs at least 1 iteration, got {iterations}")
-    loop = LoopSettings.resolve(
-        reasoner.config.loop, criterion="fixed", min_iterations=iterations, max_iterations=iterations
+    loop = LoopParams(criterion="fixed", min_iterations=iterations, max_iterations=iterations).resolve(
+        reasoner.config.loop
     )
     places = (READOUT,) if reasoner.config.loop.workspace == "append" else (READOUT, MEAN)
     states: dict[str, list[Tensor]] = {place: [] for place in places}

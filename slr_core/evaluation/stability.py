@@ -25,7 +25,7 @@ from slr_core.loop.convergence import ExitRule, measure
 from slr_core.loop.diagnostics import finite_or_none
 from slr_core.loop.workspace import readout
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings
+from slr_core.params import ResolvedLoopParams
 from slr_core.tasks.base import Task
 from slr_core.tasks.sources import Questions
 
@@ -184,7 +184,7 @@ class Study:
         exits = []
         for criterion in get_args(Criterion):
             for threshold in _grid([d.get(criterion) for path in paths for d in path]):
-                settings = LoopSettings(most, 1, criterion, threshold, 1)
+                settings = ResolvedLoopParams(most, 1, criterion, threshold, 1)
                 at = [_exit(path, ExitRule(settings, guard)) for path in paths]
                 right = [depths[kept][i].correct for i, (_, kept) in enumerate(at)]
                 excess = fmean(ran - first for (ran, _), first in zip(at, settled, strict=True))
@@ -198,20 +198,20 @@ def distances(reasoner: LatentReasoner, prompts: Sequence[str], iterations: int)
     text = reasoner.config.text
     ids = [reasoner.tokenizer(text.prompt_prefix + prompt + text.prompt_suffix).input_ids for prompt in prompts]
     context = reasoner.encode(*pad(ids, reasoner.device))
-    head = reasoner.read(readout(context.hidden, context.own)) if reasoner.is_state(0) else None
+    head = reasoner.read(readout(context.hidden, context.valid_mask)) if reasoner.is_state(0) else None
     paths: list[list[Distance]] = [[] for _ in prompts]
     for t in range(1, iterations + 1):
         previous, before = context.hidden, head
         g, h = reasoner.iterate(context, t)
-        head = reasoner.read(readout(h, context.own))
+        head = reasoner.read(readout(h, context.valid_mask))
         measured = measure(
             h,
-            context.own,
+            context.valid_mask,
             previous=previous if reasoner.is_state(t - 1) else None,
             moved=reasoner.moved(g, h),
             head=head,
             head_before=before,
-            p_halt=None if reasoner.halting is None else reasoner.halting(h, context.own),
+            p_halt=None if reasoner.halting is None else reasoner.halting(h, context.valid_mask),
         )
         values = {name: None if x is None else x.tolist() for name, x in vars(measured).items()}
         for i, path in enumerate(paths):

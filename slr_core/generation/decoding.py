@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from slr_core.types import Request
 
 
-class Answer:
+class DecodeState:
     """A row while its answer is written."""
 
     def __init__(self, reasoner: LatentReasoner, request: Request) -> None:
@@ -126,7 +126,7 @@ class LMHead:
 
     def __init__(self, reasoner: LatentReasoner, output: LoopOutput, requests: Sequence[Request]) -> None:
         self.reasoner, self.context = reasoner, output.context
-        self.looped = torch.tensor(output.kept, device=reasoner.device) > 0
+        self.looped = torch.tensor(output.kept_iterations, device=reasoner.device) > 0
         self.prefixes = [request.answer_prefix_ids for request in requests]
 
     def first(self, active: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class LatentWriter:
         """Reads what each row's loop left; rows without a loop get a stand-in and are not to be asked."""
         memories = [
             reasoner.workspace.memory(states, kept) if kept else states[0]
-            for states, kept in zip(output.states, output.kept, strict=True)
+            for states, kept in zip(output.states, output.kept_iterations, strict=True)
         ]
         return cls(reasoner, memories, [request.answer_prefix_ids for request in requests])
 
@@ -182,7 +182,7 @@ class LatentWriter:
         return logits[torch.arange(len(logits), device=logits.device), present.sum(-1)]
 
 
-def write(answers: Sequence[Answer], writer: Writer, mine: Sequence[bool]) -> None:
+def write(answers: Sequence[DecodeState], writer: Writer, mine: Sequence[bool]) -> None:
     """Write the answers of the rows that are ``mine`` to their ends."""
     logits: Tensor | None = None
     while True:
@@ -196,7 +196,7 @@ def write(answers: Sequence[Answer], writer: Writer, mine: Sequence[bool]) -> No
                 answer.take(logits[row])
 
 
-def put_into_words(
+def decode_thoughts(
     reasoner: LatentReasoner, states: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[list[str | None]]:
     """What the latent decoder says of each iteration's states.

@@ -8,17 +8,17 @@ from jinja2 import TemplateError
 
 from slr_core.errors import RequestError
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings, SamplingSettings
+from slr_core.params import ResolvedLoopParams, SamplingParams
 from slr_core.types import Messages, Request, Tokens
 
 
 def prepare(
     reasoner: LatentReasoner,
     prompt: str | Messages | Tokens,
-    loop: LoopSettings,
+    loop: ResolvedLoopParams,
     *,
     max_new_tokens: int | None = None,
-    sampling: SamplingSettings | None = None,
+    sampling: SamplingParams | None = None,
     stop: str | Sequence[str] = (),
     trace: bool = False,
     top_tokens: int = 0,
@@ -85,7 +85,7 @@ def prepare(
         answer_prefix_ids=tuple(prefix),
         loop=loop,
         max_new_tokens=most,
-        sampling=sampling or SamplingSettings(),
+        sampling=sampling or SamplingParams(),
         stop=tuple(stop) if raw else (*text.stop, *stop),
         trace=trace,
         top_tokens=top_tokens,

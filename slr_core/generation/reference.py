@@ -9,14 +9,14 @@ from functools import partial
 
 import torch
 
-from slr_core.generation.decoding import Answer, LatentWriter, LMHead, pad, put_into_words, write
+from slr_core.generation.decoding import DecodeState, LatentWriter, LMHead, decode_thoughts, pad, write
 from slr_core.generation.logprobs import score
 from slr_core.model.context import Context, LoopOutput
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings
+from slr_core.params import ResolvedLoopParams
 from slr_core.types import Request, Result, Timings, TokenScore
 
-Think = Callable[[Context, Sequence[LoopSettings]], LoopOutput]
+Think = Callable[[Context, Sequence[ResolvedLoopParams]], LoopOutput]
 """From an encoded batch to its finished loops."""
 
 
@@ -26,7 +26,7 @@ def generate(
     requests: Sequence[Request],
     *,
     queued_s: Sequence[float] | None = None,
-    think: Think | None = None,
+    run_loop: Think | None = None,
 ) -> list[Result]:
     """Run a batch to its end: each row gets the iterations and the tokens that it would get alone.
 
@@ -41,14 +41,14 @@ def generate(
     context = reasoner.encode(ids, present)
     prefill_s = time.perf_counter() - started
     top_tokens, traced = max(request.top_tokens for request in requests), any(request.trace for request in requests)
-    think = think or partial(reasoner.loop, top_tokens=top_tokens, read_head=traced)
-    looped = think(context, [request.loop for request in requests])
-    answers = [Answer(reasoner, request) for request in requests]
-    by_decoder = [reasoner.answers_from_states and kept > 0 for kept in looped.kept]
+    run_loop = run_loop or partial(reasoner.loop, top_tokens=top_tokens, read_head=traced)
+    looped = run_loop(context, [request.loop for request in requests])
+    answers = [DecodeState(reasoner, request) for request in requests]
+    by_decoder = [reasoner.answers_from_states and kept > 0 for kept in looped.kept_iterations]
     write(answers, LMHead(reasoner, looped, requests), [not by for by in by_decoder])
     write(answers, LatentWriter.of_answers(reasoner, looped, requests), by_decoder)
     scored = [_prompt_scores(reasoner, request) for request in requests]
-    thoughts = put_into_words(reasoner, looped.states, [request.trace for request in requests])
+    thoughts = decode_thoughts(reasoner, looped.states, [request.trace for request in requests])
     results = [
         _result(
             reasoner, looped, i, request, answers[i], thoughts[i], prefill_s, started, queued_s[i] if queued_s else 0.0
@@ -75,7 +75,7 @@ def _result(
     looped: LoopOutput,
     row: int,
     request: Request,
-    answer: Answer,
+    answer: DecodeState,
     thoughts: list[str | None],
     prefill_s: float,
     started: float,
@@ -92,7 +92,9 @@ def _result(
         exit_reason=looped.exit_reasons[row],
         final_change=records[-1].relative_change if records else None,
         prompt_tokens=len(request.prompt_ids),
-        forward_passes=passes(reasoner, request, looped.iterations[row], looped.kept[row], len(answer.tokens)),
+        forward_passes=passes(
+            reasoner, request, looped.iterations[row], looped.kept_iterations[row], len(answer.tokens)
+        ),
         timings=Timings(queue_s, prefill_s, loop_s, own_s - prefill_s - loop_s, queue_s + own_s),
         first_token_s=queue_s + answer.began_at - started,
         # A batch reads as many tokens as its most curious row.

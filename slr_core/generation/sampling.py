@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from slr_core.errors import EngineError
-from slr_core.params import SamplingSettings
+from slr_core.params import SamplingParams
 
 _SIZES = (256, 8192)
 """How many of the likeliest tokens ``top_p`` tries before it sorts the vocabulary: of 49,152, that takes 20 times as
 long as the first and 4 times as long as the second."""
 
 
-def choose(logits: Tensor, settings: SamplingSettings, generator: torch.Generator | None) -> int:
+def choose(logits: Tensor, settings: SamplingParams, generator: torch.Generator | None) -> int:
     """The next token's id from logits ``[V]``.
 
     ``top_k`` keeps exactly that many tokens and ``top_p`` the smallest set of the likeliest that reaches it: of equal

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from slr_core.config import GuardConfig
-from slr_core.params import LoopSettings
+from slr_core.params import ResolvedLoopParams
 from slr_core.types import ExitReason
 
 
@@ -38,7 +38,7 @@ class Distances:
     learned: Tensor | None = None
 
 
-def step(moved: Tensor, previous: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+def step(moved: Tensor, previous: Tensor, valid_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Length of a step and its share of |h_{t-1}|, each ``[B]`` fp32, by the Frobenius norm over own positions.
 
     Args:
@@ -47,13 +47,13 @@ def step(moved: Tensor, previous: Tensor, own: Tensor | None) -> tuple[Tensor, T
         previous: h_{t-1} ``[B, W, d]``.
         own: ``[B, W]`` bool, the positions that count; ``None``: all.
     """
-    change = vector_norm(_flat(moved.float() - previous.float(), own), dim=-1)
-    return change, change / vector_norm(_flat(previous.float(), own), dim=-1)
+    change = vector_norm(_flat(moved.float() - previous.float(), valid_mask), dim=-1)
+    return change, change / vector_norm(_flat(previous.float(), valid_mask), dim=-1)
 
 
 def measure(
     hidden: Tensor,
-    own: Tensor | None,
+    valid_mask: Tensor | None,
     *,
     previous: Tensor | None = None,
     moved: Tensor | None = None,
@@ -72,13 +72,13 @@ def measure(
         head_before: the same at h_{t-1}.
         p_halt: ``[B]``, the halting head's, where there is one.
     """
-    norm = vector_norm(_flat(hidden.float(), own), dim=-1)
+    norm = vector_norm(_flat(hidden.float(), valid_mask), dim=-1)
     entropy = None if head is None else _entropy(head)
     if previous is None:
         return Distances(norm, entropy=entropy)
     moved = hidden if moved is None else moved
-    change, relative_change = step(moved, previous, own)
-    flat, flat_before = _flat(moved.float(), own), _flat(previous.float(), own)
+    change, relative_change = step(moved, previous, valid_mask)
+    flat, flat_before = _flat(moved.float(), valid_mask), _flat(previous.float(), valid_mask)
     distances = Distances(
         norm,
         change=change,
@@ -97,8 +97,8 @@ def measure(
     )
 
 
-def _flat(x: Tensor, own: Tensor | None) -> Tensor:
-    return (x if own is None else x.masked_fill(~own[..., None], 0)).flatten(-2)
+def _flat(x: Tensor, valid_mask: Tensor | None) -> Tensor:
+    return (x if valid_mask is None else x.masked_fill(~valid_mask[..., None], 0)).flatten(-2)
 
 
 def _entropy(log_probabilities: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class ExitRule:
         guard: when expanding counts as diverging.
     """
 
-    def __init__(self, settings: LoopSettings, guard: GuardConfig) -> None:
+    def __init__(self, settings: ResolvedLoopParams, guard: GuardConfig) -> None:
         self.settings, self.guard = settings, guard
         self.settled = 0
         self.expanding = 0

@@ -45,7 +45,7 @@ class RowLog:
 
     rule: ExitRule
     reason: ExitReason | None = None
-    kept: int = 0
+    kept_iterations: int = 0
     records: list[IterationRecord] = field(default_factory=list)
     returns: list[float | None] = field(default_factory=list)
     elapsed_s: float = 0.0
@@ -60,7 +60,7 @@ class RowLog:
         measured: Mapping[str, float],
         *,
         finite: bool,
-        back: float | None,
+        return_ratio: float | None,
         adapter: str | None,
         duration_s: float,
         elapsed_s: float,
@@ -86,9 +86,9 @@ class RowLog:
             norm=measured["norm"],
             finite=finite,
         )
-        self.kept = self.rule.last_good(t, finite) if self.reason == "diverged" else t
+        self.kept_iterations = self.rule.last_good(t, finite) if self.reason == "diverged" else t
         self.elapsed_s = elapsed_s
-        self.returns.append(finite_or_none(back))
+        self.returns.append(finite_or_none(return_ratio))
         self.records.append(
             IterationRecord(
                 t=t,
@@ -111,7 +111,7 @@ def observe(
     distances: Distances,
     *,
     finite: Tensor,
-    back: Tensor | None,
+    return_ratio: Tensor | None,
     tops: Sequence[tuple[tuple[str, float], ...]] | None,
     adapter: str | None,
     duration_s: float,
@@ -120,14 +120,14 @@ def observe(
     """Tell every row that still loops what iteration ``t`` did to it; the arguments are those of a row, batched."""
     # One transfer per measure and iteration, none per row.
     values = {name: x.tolist() for name, x in vars(distances).items() if x is not None}
-    all_finite, returns = finite.tolist(), back.tolist() if back is not None else [None] * len(rows)
+    all_finite, returns = finite.tolist(), return_ratio.tolist() if return_ratio is not None else [None] * len(rows)
     for i, row in enumerate(rows):
         if row.reason is None:
             row.observe(
                 t,
                 {name: x[i] for name, x in values.items()},
                 finite=all_finite[i],
-                back=returns[i],
+                return_ratio=returns[i],
                 adapter=adapter,
                 duration_s=duration_s,
                 elapsed_s=elapsed_s,

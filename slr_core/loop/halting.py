@@ -19,16 +19,16 @@ class HaltingHead(nn.Module):
         nn.init.zeros_(self.probe.weight)
         nn.init.constant_(self.probe.bias, log(0.1 / 0.9))
 
-    def forward(self, hidden: Tensor, own: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, valid_mask: Tensor | None) -> Tensor:
         """Probability of stopping, ``[...]`` fp32.
 
         Args:
             hidden: states ``[..., W, d]`` of a workspace.
             own: ``[..., W]`` bool, its real positions, at least one; ``None``: all.
         """
-        if own is None:
+        if valid_mask is None:
             mean = hidden.mean(-2)
         else:
-            mean = hidden.masked_fill(~own[..., None], 0).sum(-2) / own.sum(-1, keepdim=True)
+            mean = hidden.masked_fill(~valid_mask[..., None], 0).sum(-2) / valid_mask.sum(-1, keepdim=True)
         probability: Tensor = self.probe(mean.to(self.probe.weight.dtype)).float().sigmoid().squeeze(-1)
         return probability

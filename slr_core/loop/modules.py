@@ -14,7 +14,7 @@ from slr_core.loop.workspace import Workspace
 from slr_core.loop.workspace import build as build_workspace
 
 
-class Parts(NamedTuple):
+class LoopModules(NamedTuple):
     """The loop's own modules, by the names that their weights have in a checkpoint."""
 
     workspace: Workspace

@@ -42,7 +42,7 @@ class Runner(Protocol):
         """``project``: inputs ``[..., d]`` from states ``[..., d]``."""
         ...
 
-    def advance(self, context: Context, embeds: Tensor, present: Tensor) -> Tensor:
+    def forward_chunk(self, context: Context, embeds: Tensor, present: Tensor) -> Tensor:
         """One pass with whatever adapter is active: states ``[B, q, d]``."""
         ...
 
@@ -121,7 +121,7 @@ class Append(Workspace):
 
     def run(self, model: Runner, context: Context, u: Tensor, active: Tensor) -> Tensor:
         """One new position; an inactive row's stays invisible."""
-        return model.advance(context, u, active[:, None])
+        return model.forward_chunk(context, u, active[:, None])
 
     def close(self, model: Runner, context: Context, states: Tensor, kept: Tensor) -> None:
         """Drop the thoughts after ``kept``; the first token is read at the last one that stays."""
@@ -163,7 +163,7 @@ class Block(Workspace):
         """Prefill; h_0 is the learned vectors."""
         context = _prefill(model, input_ids, present)
         context.initial = context.hidden = self.vectors.expand(len(input_ids), -1, -1)
-        context.own = present.new_ones(len(input_ids), self.size)
+        context.valid_mask = present.new_ones(len(input_ids), self.size)
         return context
 
     def first(self, prompt: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class Block(Workspace):
 
     def run(self, model: Runner, context: Context, u: Tensor, active: Tensor) -> Tensor:
         """The K positions over the prompt's cache, which they leave as it is."""
-        return model.advance(context.fork(), u, context.own & active[:, None])
+        return model.forward_chunk(context.fork(), u, context.valid_mask & active[:, None])
 
     def close(self, model: Runner, context: Context, states: Tensor, kept: Tensor) -> None:
         """The closing pass; rows that kept no iteration have no block at all."""
@@ -181,7 +181,7 @@ class Block(Workspace):
         if not looped.any():
             return
         inputs = model.project_in(context.hidden)
-        written = model.write(context, inputs, context.own & looped[:, None], looped)
+        written = model.write(context, inputs, context.valid_mask & looped[:, None], looped)
         context.state = torch.where(looped[:, None], written[:, -1], context.state)
 
     def closing_passes(self, kept: int) -> int:
@@ -212,15 +212,15 @@ class Prompt(Workspace):
 
     def run(self, model: Runner, context: Context, u: Tensor, active: Tensor) -> Tensor:
         """All prompt positions, nothing kept."""
-        return model.advance(context.fork(), u, context.own & active[:, None])
+        return model.forward_chunk(context.fork(), u, context.valid_mask & active[:, None])
 
     def close(self, model: Runner, context: Context, states: Tensor, kept: Tensor) -> None:
         """The closing pass; rows that kept no iteration run the base model on their prompt."""
         looped = kept > 0
         context.hidden = _at(states, kept)
         inputs = torch.where(looped[:, None, None], model.project_in(context.hidden), states[:, 0])
-        written = model.write(context, inputs, context.own, looped)
-        context.state = readout(written, context.own)
+        written = model.write(context, inputs, context.valid_mask, looped)
+        context.state = readout(written, context.valid_mask)
 
     def passes(self, t: int) -> int:
         """The iterations alone: the prompt is not run before them."""
@@ -250,19 +250,19 @@ def build(loop: LoopConfig, hidden_size: int) -> Workspace:
             return Prompt()
 
 
-def readout(hidden: Tensor, own: Tensor | None) -> Tensor:
+def readout(hidden: Tensor, valid_mask: Tensor | None) -> Tensor:
     """The state at the last own position: ``[B, ..., d]`` from ``[B, ..., W, d]`` and ``[B, W]``; ``None``: all own."""
-    if own is None:
+    if valid_mask is None:
         return hidden[..., -1, :]
-    last = (own * torch.arange(1, own.shape[1] + 1, device=own.device)).argmax(-1)
-    return hidden[torch.arange(len(own), device=own.device), ..., last, :]
+    last = (valid_mask * torch.arange(1, valid_mask.shape[1] + 1, device=valid_mask.device)).argmax(-1)
+    return hidden[torch.arange(len(valid_mask), device=valid_mask.device), ..., last, :]
 
 
 def _prefill(model: Runner, input_ids: Tensor, present: Tensor) -> Context:
     embeds = model.embed(input_ids)
     context = _empty(embeds, present)
-    context.state = readout(model.advance(context, embeds, present), present)
-    context.own = present.new_ones(len(input_ids), 1)
+    context.state = readout(model.forward_chunk(context, embeds, present), present)
+    context.valid_mask = present.new_ones(len(input_ids), 1)
     return context
 
 
@@ -275,7 +275,7 @@ def _empty(embeds: Tensor, present: Tensor) -> Context:
         state=embeds[:, 0],
         initial=embeds,
         hidden=embeds,
-        own=present,
+        valid_mask=present,
         change=torch.full((rows,), torch.nan, device=device),
     )
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slr_core.errors import ConfigError
 
 
-def refuse_unfaithful(base: PreTrainedModel) -> None:
+def check_supported(base: PreTrainedModel) -> None:
     """Refuse what the loop's masks and its plain reading of the head would silently change.
 
     Raises:

@@ -38,7 +38,7 @@ class Context:
     state: Tensor
     initial: Tensor
     hidden: Tensor
-    own: Tensor
+    valid_mask: Tensor
     change: Tensor
     passes: list[tuple[Tensor, ...]] | None = None
 
@@ -85,7 +85,7 @@ class LoopOutput:
     context: Context
     states: list[Tensor]
     iterations: list[int]
-    kept: list[int]
+    kept_iterations: list[int]
     exit_reasons: list[ExitReason]
     records: list[list[IterationRecord]]
     stability: list[Stability]

@@ -25,11 +25,11 @@ from slr_core.errors import ConfigError, RequestError
 from slr_core.loop.convergence import ExitRule, measure, step
 from slr_core.loop.diagnostics import RowLog, observe, stability
 from slr_core.loop.lora import DECODE, LoopAdapters, attach, fresh, trained_index
-from slr_core.loop.modules import Parts
+from slr_core.loop.modules import LoopModules
 from slr_core.loop.workspace import readout
-from slr_core.model.base_support import attention_mask, end_tokens, hidden_size, refuse_unfaithful
+from slr_core.model.base_support import attention_mask, check_supported, end_tokens, hidden_size
 from slr_core.model.context import Context, LoopOutput
-from slr_core.params import LoopSettings
+from slr_core.params import ResolvedLoopParams
 from slr_core.types import ExitReason
 
 
@@ -57,12 +57,12 @@ class LatentReasoner(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.tokenizer, self.base = config, tokenizer, base
-        refuse_unfaithful(base)
+        check_supported(base)
         self._words: dict[int, str] = {}
         self.adapter_configs = dict(fresh(config.loop) if adapters is None else adapters)
         attach(base, self.adapter_configs)
         self.adapters = LoopAdapters(base)
-        parts = Parts.build(config.loop, hidden_size(base))
+        parts = LoopModules.build(config.loop, hidden_size(base))
         self.workspace, self.project, self.timestep, self.residual, self.halting, self.decoder = parts
         for part in parts:
             if part is not None:
@@ -174,9 +174,9 @@ class LatentReasoner(nn.Module):
             before, context.initial, t, lambda u: self.workspace.run(self, context, u, active), context.change[:, None]
         )
         # Padding stays as it was: what became of it could poison the row's own positions in the next pass.
-        context.hidden = torch.where((active[:, None] & context.own)[..., None], h, before)
+        context.hidden = torch.where((active[:, None] & context.valid_mask)[..., None], h, before)
         if self.timestep.noise_level and self.is_state(t - 1):
-            _, change = step(self.moved(g, h).detach(), before.detach(), context.own)
+            _, change = step(self.moved(g, h).detach(), before.detach(), context.valid_mask)
             context.change = torch.where(active, change, context.change)
         return g, context.hidden
 
@@ -231,7 +231,7 @@ class LatentReasoner(nn.Module):
             return [self.iterate(context, t)[1] for t in range(first, last + 1)]
         u = self.project_in(context.hidden).expand(-1, count, -1)
         with self.adapters.use(self.adapter_name(last)):
-            g = self.advance(context, u, torch.ones(u.shape[:2], dtype=torch.bool, device=u.device))
+            g = self.forward_chunk(context, u, torch.ones(u.shape[:2], dtype=torch.bool, device=u.device))
         states = list(self.residual(g, context.hidden, context.initial).split(1, dim=1))
         context.hidden = states[-1]
         return states
@@ -246,14 +246,14 @@ class LatentReasoner(nn.Module):
         apart = loop.projection.kind == "pause" and loop.residual.source == "none"
         return apart and not self.timestep.acts and loop.lora.kind != "per_iteration"
 
-    def close(self, context: Context, states: Tensor, kept: Tensor) -> None:
+    def close(self, context: Context, states: Tensor, kept_iterations: Tensor) -> None:
         """Make ``context`` ready to write, as if each row's loop had ended after ``kept`` ``[B]`` iterations.
 
         ``states`` ``[B, T + 1, W, d]`` are those of the loop that just ran.
         """
-        self.workspace.close(self, context, states, kept)
+        self.workspace.close(self, context, states, kept_iterations)
 
-    def advance(
+    def forward_chunk(
         self,
         context: Context,
         embeds: Tensor,
@@ -274,10 +274,12 @@ class LatentReasoner(nn.Module):
         queries = embeds.shape[1]
         counted = present.long().cumsum(-1)
         if mask is None:
-            own = torch.ones(queries, queries, dtype=torch.bool, device=embeds.device).tril() & present[:, None, :]
+            valid_mask = (
+                torch.ones(queries, queries, dtype=torch.bool, device=embeds.device).tril() & present[:, None, :]
+            )
             # An absent input attends to itself, so that no row of the mask is empty.
-            own = own | torch.eye(queries, dtype=torch.bool, device=embeds.device)
-            mask = torch.cat([context.visible[:, None, :].expand(-1, queries, -1), own], dim=-1)
+            valid_mask = valid_mask | torch.eye(queries, dtype=torch.bool, device=embeds.device)
+            mask = torch.cat([context.visible[:, None, :].expand(-1, queries, -1), valid_mask], dim=-1)
         if positions is None:
             positions = (context.next_position[:, None] + counted - 1).clamp_min(0)
         output = self.base.base_model(
@@ -305,13 +307,13 @@ class LatentReasoner(nn.Module):
             looped: ``[B]`` bool; rows that kept an iteration use the adapter ``decode``, if there is one.
         """
         if DECODE not in self.adapters.names:
-            return self.advance(context, embeds, present)
+            return self.forward_chunk(context, embeds, present)
         # One adapter acts at a time: a pass for the looped rows, and one for the others.
         hidden = torch.zeros_like(embeds)
         for rows, adapter in ((looped, DECODE), (~looped, None)):
             if rows.any():
                 with self.adapters.use(adapter):
-                    states = self.advance(context, embeds, present & rows[:, None])
+                    states = self.forward_chunk(context, embeds, present & rows[:, None])
                 hidden = torch.where(rows[:, None, None], states, hidden)
         return hidden
 
@@ -340,7 +342,7 @@ class LatentReasoner(nn.Module):
     # -- the loop with its exits --------------------------------------------------------------------
 
     def loop(
-        self, context: Context, settings: Sequence[LoopSettings], *, top_tokens: int = 0, read_head: bool = False
+        self, context: Context, settings: Sequence[ResolvedLoopParams], *, top_tokens: int = 0, read_head: bool = False
     ) -> LoopOutput:
         """Iterate until every row has met its own exit; rows stop at different iterations.
 
@@ -358,7 +360,7 @@ class LatentReasoner(nn.Module):
         read_head = read_head or top_tokens > 0 or any(s.reads_head for s in settings)
         rows = [RowLog(ExitRule(s, self.config.loop.guard)) for s in settings]
         states = [context.hidden]
-        head = self.read(readout(states[0], context.own)) if read_head and self.is_state(0) else None
+        head = self.read(readout(states[0], context.valid_mask)) if read_head and self.is_state(0) else None
         started, t = time.perf_counter(), 0
         while any(row.reason is None for row in rows):
             t += 1
@@ -366,27 +368,27 @@ class LatentReasoner(nn.Module):
             active = torch.tensor([row.reason is None for row in rows], device=self.device)
             g, h = self.iterate(context, t, active)
             states.append(h)
-            before, head = head, self.read(readout(h, context.own)) if read_head else None
+            before, head = head, self.read(readout(h, context.valid_mask)) if read_head else None
             distances = measure(
                 h,
-                context.own,
+                context.valid_mask,
                 previous=states[-2] if self.is_state(t - 1) else None,
                 moved=self.moved(g, h),
                 head=head,
                 head_before=before,
-                p_halt=None if self.halting is None else self.halting(h, context.own),
+                p_halt=None if self.halting is None else self.halting(h, context.valid_mask),
             )
-            back = None
+            return_ratio = None
             if t > 1 and self.is_state(t - 2):
-                back = step(h, states[-3], context.own)[0] / step(h, states[-2], context.own)[0]
+                return_ratio = step(h, states[-3], context.valid_mask)[0] / step(h, states[-2], context.valid_mask)[0]
             tops = self.top_tokens(head, top_tokens) if head is not None else None
             now = time.perf_counter()
             observe(
                 rows,
                 t,
                 distances,
-                finite=h.masked_fill(~context.own[..., None], 0).isfinite().flatten(1).all(-1),
-                back=back,
+                finite=h.masked_fill(~context.valid_mask[..., None], 0).isfinite().flatten(1).all(-1),
+                return_ratio=return_ratio,
                 tops=tops,
                 adapter=self.adapter_name(t),
                 duration_s=now - began,
@@ -411,9 +413,9 @@ class LatentReasoner(nn.Module):
         return self._words[token]
 
     def _finish(self, context: Context, rows: list[RowLog], states: Tensor) -> LoopOutput:
-        kept = torch.tensor([row.kept for row in rows], device=states.device)
-        if not (self.answers_from_states and all(kept)):
-            self.close(context, states, kept)
+        kept_iterations = torch.tensor([row.kept_iterations for row in rows], device=states.device)
+        if not (self.answers_from_states and all(kept_iterations)):
+            self.close(context, states, kept_iterations)
         for layer, keys, values in context.layers():
             # A masked NaN still poisons attention: 0 * NaN is NaN.
             if not (keys.isfinite().all() and values.isfinite().all()):
@@ -423,9 +425,9 @@ class LatentReasoner(nn.Module):
         reasons: list[ExitReason] = [row.reason or "max_iterations" for row in rows]
         return LoopOutput(
             context=context,
-            states=[states[i, : n + 1, context.own[i]] for i, n in enumerate(iterations)],
+            states=[states[i, : n + 1, context.valid_mask[i]] for i, n in enumerate(iterations)],
             iterations=iterations,
-            kept=[row.kept for row in rows],
+            kept_iterations=[row.kept_iterations for row in rows],
             exit_reasons=reasons,
             records=[row.records for row in rows],
             stability=[

@@ -20,7 +20,7 @@ from slr_core.evaluation.statistics import by_difficulty, summarize
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from slr_core.tasks import prontoqa
 from slr_core.tasks.base import Example
 from slr_core.tasks.prontoqa import ProntoQA
@@ -82,7 +82,7 @@ def test_relative_change_falls(answers: list[Outcome]) -> None:
 
 def test_no_iterations_is_the_base_model(reasoner: LatentReasoner, questions: list[Example]) -> None:
     base = AutoModelForCausalLM.from_pretrained(BUNDLED / "base").eval()
-    settings = LoopSettings.resolve(reasoner.config.loop, max_iterations=0)
+    settings = LoopParams(max_iterations=0).resolve(reasoner.config.loop)
     for example in questions[:20]:
         request = prepare(reasoner, example.question, settings, max_new_tokens=4)
         (result,) = generate(reasoner, [request])
@@ -95,11 +95,11 @@ def test_no_iterations_is_the_base_model(reasoner: LatentReasoner, questions: li
 def test_a_mixed_batch_answers_as_each_question_alone(reasoner: LatentReasoner, questions: list[Example]) -> None:
     loop = reasoner.config.loop
     mixed = [
-        LoopSettings.resolve(loop),
-        LoopSettings.resolve(loop, max_iterations=0),
-        LoopSettings.resolve(loop, max_iterations=3),
-        LoopSettings.resolve(loop, min_iterations=7),
-        LoopSettings.resolve(loop, criterion="argmax_stable"),
+        LoopParams().resolve(loop),
+        LoopParams(max_iterations=0).resolve(loop),
+        LoopParams(max_iterations=3).resolve(loop),
+        LoopParams(min_iterations=7).resolve(loop),
+        LoopParams(criterion="argmax_stable").resolve(loop),
     ]
     requests = [prepare(reasoner, e.question, mixed[i % len(mixed)]) for i, e in enumerate(questions[:60])]
     for request, together in zip(requests, generate(reasoner, requests), strict=True):
@@ -118,7 +118,7 @@ def test_a_mixed_batch_answers_as_each_question_alone(reasoner: LatentReasoner, 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
 def test_first_iteration_is_pefts_own_adapter(reasoner: LatentReasoner, questions: list[Example]) -> None:
-    request = prepare(reasoner, questions[0].question, LoopSettings.resolve(reasoner.config.loop))
+    request = prepare(reasoner, questions[0].question, LoopParams().resolve(reasoner.config.loop))
     prompt = torch.tensor([request.prompt_ids])
     with torch.inference_mode():
         context = reasoner.encode(prompt, torch.ones_like(prompt))
@@ -169,6 +169,6 @@ def test_prontoqa_proves_step_by_step_and_stays_where_it_is() -> None:
 def test_prontoqa_says_its_thoughts_in_words() -> None:
     reasoner = LatentReasoner.from_pretrained("prontoqa")
     for example in islice(prontoqa.generate(5, False, SEED), 5):
-        request = prepare(reasoner, example.question, LoopSettings.resolve(reasoner.config.loop), trace=True)
+        request = prepare(reasoner, example.question, LoopParams().resolve(reasoner.config.loop), trace=True)
         (result,) = generate(reasoner, [request])
         assert [record.thought for record in result.records][:6] == list(example.steps)

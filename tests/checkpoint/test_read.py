@@ -14,7 +14,7 @@ from slr_core.checkpoint.write import save
 from slr_core.errors import CheckpointError
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from tests import tiny
 
 TEXT = {"prompt_prefix": "w1 ", "stop": ["w36"], "max_new_tokens": 5}
@@ -39,7 +39,7 @@ def folder(good, tmp_path):
 
 
 def states(made):
-    settings = [LoopSettings.resolve(made.config.loop, max_iterations=5, criterion="fixed")] * 2
+    settings = [LoopParams(max_iterations=5, criterion="fixed").resolve(made.config.loop)] * 2
     with torch.inference_mode():
         return made.loop(made.encode(*tiny.batch(tiny.PROMPTS[2:4])), settings).states
 

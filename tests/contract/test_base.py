@@ -8,7 +8,7 @@ from slr_core.checkpoint.read import load
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from tests import tiny
 from tests.contract.derivation import clone, plain_base, with_peft
 
@@ -104,7 +104,7 @@ def test_one_layer_with_a_window_among_full_ones_is_refused():
 def test_the_same_architecture_without_its_window_runs(workspace):
     config = MistralConfig(**SIZES, num_hidden_layers=1, num_key_value_heads=2, sliding_window=None)
     made = tiny.reasoner(loop=tiny.WORKSPACES[workspace], plain=MistralForCausalLM(config).eval())
-    settings = LoopSettings.resolve(made.config.loop, max_iterations=3, criterion="fixed")
+    settings = LoopParams(max_iterations=3, criterion="fixed").resolve(made.config.loop)
     with torch.inference_mode():
         output = made.loop(made.encode(*tiny.batch(tiny.PROMPTS)), [settings] * 8)
     assert output.iterations == [3] * 8

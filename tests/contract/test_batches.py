@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slr_core.generation.reference import generate
-from slr_core.params import LoopSettings, SamplingSettings
+from slr_core.params import LoopParams, SamplingParams
 from tests import tiny
 from tests.contract.conftest import EVERY
 from tests.contract.mix import MEASURES, MIXED, facts, mixed, near
@@ -68,7 +68,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone(made, alone):
 
 
 def test_states_in_a_batch_are_those_of_rows_alone(made):
-    settings = [LoopSettings.resolve(made.config.loop, **loop) for loop in MIXED]
+    settings = [LoopParams(**loop).resolve(made.config.loop) for loop in MIXED]
     with torch.inference_mode():
         together = made.loop(made.encode(*tiny.batch(tiny.PROMPTS)), settings)
         for i, prompt in enumerate(tiny.PROMPTS):
@@ -80,7 +80,7 @@ def test_states_in_a_batch_are_those_of_rows_alone(made):
 
 
 def test_sampled_tokens_do_not_depend_on_the_batch(made):
-    sampling = [SamplingSettings(temperature=1.0, top_k=20, top_p=0.95, seed=seed) for seed in range(8)]
+    sampling = [SamplingParams(temperature=1.0, top_k=20, top_p=0.95, seed=seed) for seed in range(8)]
     requests = [
         tiny.request(made, prompt, loop, sampling=own)
         for prompt, loop, own in zip(tiny.PROMPTS, MIXED, sampling, strict=True)
@@ -96,7 +96,7 @@ def test_the_order_of_a_batch_changes_nothing(made, alone):
 
 
 def test_left_padding_equals_right_padding(made):
-    settings = [LoopSettings.resolve(made.config.loop, **loop) for loop in MIXED]
+    settings = [LoopParams(**loop).resolve(made.config.loop) for loop in MIXED]
     looped = torch.tensor([s.max_iterations > 0 for s in settings])
     tokens, present = tiny.batch([tiny.words(1, 2), *[tiny.words(4, 5, 6)] * 7])
     outputs, answers = [], []

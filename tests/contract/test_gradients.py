@@ -19,7 +19,7 @@ WHOLE = {
 def backward(made):
     """One backward pass through states, answer, halting head and latent decoder."""
     context = made.encode(*tiny.batch(tiny.PROMPTS[:4]))
-    own = context.own
+    own = context.valid_mask
     states = made.unroll(context, 3)
     assert not context.change.requires_grad  # the noise level is read, not trained through
     made.close(context, states, torch.full((4,), 3))

@@ -17,7 +17,7 @@ from slr_core.loop.convergence import ExitRule
 from slr_core.loop.lora import DECODE
 from slr_core.loop.timestep import Timestep
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from slr_core.types import Result
 from tests import tiny
 
@@ -120,7 +120,7 @@ def facts(result: Result) -> tuple[Any, ...]:
 
 def looped(made: LatentReasoner, rows: list[str], asks: list[dict[str, Any]], side: str = "right"):
     with torch.inference_mode():
-        resolved = [LoopSettings.resolve(made.config.loop, **ask) for ask in asks]
+        resolved = [LoopParams(**ask).resolve(made.config.loop) for ask in asks]
         return made.loop(made.encode(*tiny.batch(rows, side)), resolved)
 
 
@@ -214,14 +214,14 @@ def test_a_minimum_that_is_the_maximum_equals_the_criterion_fixed(kind, loop, ro
     forced = {"max_iterations": count, "min_iterations": count, **own}
     fixed = {"max_iterations": count, "criterion": "fixed"}
     ours, theirs = (looped(made, rows, [ask] * len(rows)) for ask in (forced, fixed))
-    assert (ours.iterations, ours.kept) == (theirs.iterations, theirs.kept)
+    assert (ours.iterations, ours.kept_iterations) == (theirs.iterations, theirs.kept_iterations)
     assert all(torch.equal(a, b) for a, b in zip(ours.states, theirs.states, strict=True))
     for i, (reason, plain) in enumerate(zip(ours.exit_reasons, theirs.exit_reasons, strict=True)):
         assert plain in ("max_iterations", "diverged")
         assert ours.iterations[i] == count or plain == "diverged"
         # A criterion that is met at the last iteration has been met: nothing else may differ.
         assert reason == plain or (reason, plain) == ("converged", "max_iterations")
-        resolved = LoopSettings.resolve(made.config.loop, **forced)
+        resolved = LoopParams(**forced).resolve(made.config.loop)
         if plain == "max_iterations" and resolved.criterion in ("relative_change", "cosine", "kl"):
             last = [getattr(record, resolved.criterion) for record in ours.records[i][-resolved.patience :]]
             met = len(last) == resolved.patience and all(x is not None and x < resolved.threshold for x in last)
@@ -293,10 +293,10 @@ def test_past_the_end_adapter_and_embedding_follow_the_policy(kind, loop, beyond
 @given(loop=loops(policies=("error",)), beyond=st.integers(1, 4))
 def test_past_the_end_an_error_comes_before_anything_runs(loop, beyond):
     config = tiny.config(loop).loop
-    LoopSettings.resolve(config, max_iterations=config.trained_iterations)
+    LoopParams(max_iterations=config.trained_iterations).resolve(config)
     for name in ("max_iterations", "min_iterations"):
         with pytest.raises(RequestError) as caught:
-            LoopSettings.resolve(config, **{name: config.trained_iterations + beyond})
+            LoopParams(**{name: config.trained_iterations + beyond}).resolve(config)
         assert caught.value.param == "max_iterations"
 
 
@@ -387,7 +387,7 @@ def test_gradients_reach_every_trainable_part_and_no_frozen_one(kind, loop, froz
     batch = tiny.batch(tiny.PROMPTS[1:4])
     context = made.encode(*batch)
     states = made.unroll(context, loop["trained_iterations"])
-    own, tokens = context.own, tiny.batch([tiny.words(1, 2)] * len(states))
+    own, tokens = context.valid_mask, tiny.batch([tiny.words(1, 2)] * len(states))
     loss = made.head(states).logsumexp(-1).sum()
     if made.halting is not None:
         loss = loss + made.halting(states, own[:, None].expand(-1, states.shape[1], -1)).sum()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from slr_core.engine import Engine
-from slr_core.engine.adapter_set import LoopSet, share_base
+from slr_core.engine.adapter_set import LoopAdapterSet, share_base
 from slr_core.model.reasoner import LatentReasoner
 
 TIMEOUT = 120
@@ -38,7 +38,7 @@ class Stepped(Engine):
     def add(self, name: str, reasoner: LatentReasoner) -> None:
         """:meth:`load_loop_set` without a checkpoint."""
         share_base(self.reasoner, reasoner)
-        self._loops.add(LoopSet(name, reasoner))
+        self._loops.add(LoopAdapterSet(name, reasoner))
 
     def step(self, count: int = 1) -> None:
         """Take so many steps; there must be something to do."""

@@ -7,7 +7,7 @@ import torch
 
 from slr_core.engine import Engine
 from slr_core.engine import engine as engine_module
-from slr_core.engine.adapter_set import LoopSet
+from slr_core.engine.adapter_set import LoopAdapterSet
 from slr_core.engine.runner import lora_batch as bank
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.generation.reference import generate
@@ -110,7 +110,7 @@ def test_a_name_is_given_once_whoever_is_first(made, others):
         engine.add("a", others["a"])
         first = engine.loop_sets["a"]
         with pytest.raises(ConfigError, match="there is a loop set 'a' already"):
-            engine._loops.add(LoopSet("a", others["b"]))
+            engine._loops.add(LoopAdapterSet("a", others["b"]))
         assert engine.loop_sets["a"] is first
 
 

@@ -6,14 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from slr_core.engine import Engine, Iterated
+from slr_core.engine import Engine, IterationEvent
 from slr_core.engine import engine as engine_module
 from slr_core.engine.engine import GIB
 from slr_core.engine.runner.kv_cache import token_bytes
-from slr_core.engine.runner.lora_batch import AdapterBank
+from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.errors import CheckpointError, ConfigError, EngineError, RequestError
 from slr_core.generation.reference import generate
-from slr_core.params import SamplingSettings
+from slr_core.params import SamplingParams
 from tests import tiny
 from tests.engine.stepped import TIMEOUT, Stepped, empty, facts
 
@@ -34,7 +34,7 @@ def made():
 @pytest.fixture(scope="module")
 def requests(made):
     return [
-        tiny.request(made, prompt, LOOPS[i % len(LOOPS)], sampling=SamplingSettings(temperature=i % 2, seed=i))
+        tiny.request(made, prompt, LOOPS[i % len(LOOPS)], sampling=SamplingParams(temperature=i % 2, seed=i))
         for i, prompt in enumerate(tiny.PROMPTS * 2)
     ]
 
@@ -80,13 +80,13 @@ def test_generate_answers_in_the_order_of_its_prompts(made):
 
 def test_generate_samples_and_stops_as_asked(made):
     loop, prompt = {"max_iterations": 2, "criterion": "fixed"}, tiny.PROMPTS[2]
-    seeded = SamplingSettings(temperature=1.5, seed=3)
+    seeded = SamplingParams(temperature=1.5, seed=3)
     with Engine(made, slots=3) as serving:
         greedy, once, again = (
             serving.generate(prompt, max_new_tokens=8, sampling=sampling, **loop)[0]
             for sampling in (None, seeded, seeded)
         )
-        many = serving.generate([prompt] * 8, max_new_tokens=8, sampling=SamplingSettings(temperature=1.5), **loop)
+        many = serving.generate([prompt] * 8, max_new_tokens=8, sampling=SamplingParams(temperature=1.5), **loop)
         word = greedy.text.split()[1]
         stopped = [serving.generate(prompt, max_new_tokens=8, stop=stop, **loop)[0] for stop in (word, [word])]
     assert (
@@ -210,7 +210,7 @@ def test_a_lone_request_takes_as_many_steps_as_passes(workspace, iterations):
 
 def test_single_positions_share_a_pass_whatever_they_do(made):
     with Stepped(made, slots=4, prefix_gib=0) as serving:
-        serving._core.passes.joins = False
+        serving._core.passes.supports_packing = False
         seen = []
         serving.model.base_model.register_forward_pre_hook(
             lambda _, args, options: seen.append(tuple(options["inputs_embeds"].shape[:2])), with_kwargs=True
@@ -251,7 +251,12 @@ def test_a_loop_that_is_over_decodes_in_the_same_step(made):
             serving.step()
             shown.append([type(event).__name__ for event in events])
             events.clear()
-    assert shown[1:] == [["Iterated"], ["Iterated", "Written"], ["Written"], ["Written", "Finished"]]
+    assert shown[1:] == [
+        ["IterationEvent"],
+        ["IterationEvent", "TokenEvent"],
+        ["TokenEvent"],
+        ["TokenEvent", "FinishedEvent"],
+    ]
 
 
 def test_first_come_first_served(made, requests):
@@ -362,9 +367,9 @@ def test_a_request_is_followed_while_it_runs(made):
     with Stepped(made) as serving:
         future = serving.submit(request, on_event=events.append)
         serving.step(3)
-        assert [event.record.t for event in events if isinstance(event, Iterated)] == [1, 2]
+        assert [event.record.t for event in events if isinstance(event, IterationEvent)] == [1, 2]
         serving.drain()
-    records = [event.record for event in events if isinstance(event, Iterated)]
+    records = [event.record for event in events if isinstance(event, IterationEvent)]
     assert tuple(records) == future.result(0).records
 
 
@@ -429,9 +434,9 @@ def test_an_engine_runs_on_at_most_the_threads_of_who_makes_it(made, monkeypatch
 
 def test_threads_are_chosen_by_a_step_with_different_adapters_and_ways_on_these_threads(made, monkeypatch):
     seen, ran = [], []
-    used, tuned = AdapterBank.use, AdapterBank.tune
-    monkeypatch.setattr(AdapterBank, "use", lambda bank, rows: (ran.append(list(rows)), used(bank, rows))[1])
-    monkeypatch.setattr(AdapterBank, "tune", lambda *args: (seen.append("tuned"), tuned(*args))[1])
+    used, tuned = LoraBatch.use, LoraBatch.tune
+    monkeypatch.setattr(LoraBatch, "use", lambda bank, rows: (ran.append(list(rows)), used(bank, rows))[1])
+    monkeypatch.setattr(LoraBatch, "tune", lambda *args: (seen.append("tuned"), tuned(*args))[1])
 
     def choose(run, most):
         ran.clear()
@@ -451,7 +456,7 @@ def test_an_engine_that_cannot_be_set_up_leaves_no_thread(made, monkeypatch):
     def fail(self, *_):
         raise MemoryError("no room for adapters")
 
-    monkeypatch.setattr(AdapterBank, "fill", fail)
+    monkeypatch.setattr(LoraBatch, "fill", fail)
     with pytest.raises(MemoryError, match="no room"):
         Engine(made)
     assert own_threads() == []

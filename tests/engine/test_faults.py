@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slr_core.engine import Engine, Finished, Iterated, Written
+from slr_core.engine import Engine, FinishedEvent, IterationEvent, TokenEvent
 from slr_core.engine.sequence import Phase
 from slr_core.errors import ConfigError, DeadlineError, EngineError, RequestError
 from slr_core.generation.reference import generate
-from slr_core.params import SamplingSettings
+from slr_core.params import SamplingParams
 from tests import tiny
 from tests.engine.stepped import TIMEOUT, Stepped, empty, facts
 
@@ -407,7 +407,7 @@ def test_cancelling_before_the_engine_has_looked(chain):
 def test_cancelling_from_a_listener(chain):
     # The engine's own thread gives it up, in the middle of a step.
     def hear(event):
-        if isinstance(event, Iterated) and event.record.t == 2:
+        if isinstance(event, IterationEvent) and event.record.t == 2:
             load.future.cancel()
 
     with Stepped(chain) as engine:
@@ -536,7 +536,7 @@ def test_names_of_loop_sets_are_checked(chain, second_folder):
 @pytest.mark.parametrize("stop", [(), ("w1",), ("w2 w", "3 w")])
 def test_events_come_in_order_and_their_texts_are_the_answer(made, stop):
     requests = [
-        tiny.request(made, prompt, **fixed(n), stop=stop, sampling=SamplingSettings(temperature=2.0, seed=n))
+        tiny.request(made, prompt, **fixed(n), stop=stop, sampling=SamplingParams(temperature=2.0, seed=n))
         for n, prompt in enumerate(tiny.PROMPTS[:5])
     ]
     events = [[] for _ in requests]
@@ -546,9 +546,11 @@ def test_events_come_in_order_and_their_texts_are_the_answer(made, stop):
     for future, heard in zip(futures, events, strict=True):
         result = future.result(0)
         tokens = len(result.token_ids)
-        assert [type(event) for event in heard] == [Iterated] * result.iterations + [Written] * tokens + [Finished]
-        assert tuple(event.token_id for event in heard if isinstance(event, Written)) == result.token_ids
-        assert "".join(event.text for event in heard if isinstance(event, Written)) == result.text
+        assert [type(event) for event in heard] == [IterationEvent] * result.iterations + [TokenEvent] * tokens + [
+            FinishedEvent
+        ]
+        assert tuple(event.token_id for event in heard if isinstance(event, TokenEvent)) == result.token_ids
+        assert "".join(event.text for event in heard if isinstance(event, TokenEvent)) == result.text
         assert heard[-1].result is result
 
 
@@ -560,13 +562,13 @@ def test_characters_of_several_bytes_are_told_whole():
         for seed in range(8):
             heard = []
             request = tiny.request(
-                made, "abc", **fixed(1, 30), stop=("é", "ab"), sampling=SamplingSettings(temperature=9.0, seed=seed)
+                made, "abc", **fixed(1, 30), stop=("é", "ab"), sampling=SamplingParams(temperature=9.0, seed=seed)
             )
             future = engine.submit(request, on_event=heard.append)
             texts.append((future, heard))
         engine.drain()
     for future, heard in texts:
-        assert "".join(event.text for event in heard if isinstance(event, Written)) == future.result(0).text
+        assert "".join(event.text for event in heard if isinstance(event, TokenEvent)) == future.result(0).text
     assert any("\ufffd" in future.result(0).text for future, _ in texts)
 
 
@@ -595,7 +597,7 @@ def test_a_stream_has_every_event(chain):
     with Stepped(chain) as engine:
         events = asyncio.run(following(engine, request, 100))
         assert empty(engine)
-    assert [type(event).__name__ for event in events] == ["Iterated"] * 3 + ["Written"] * 6 + ["Finished"]
+    assert [type(event).__name__ for event in events] == ["IterationEvent"] * 3 + ["TokenEvent"] * 6 + ["FinishedEvent"]
     assert facts(events[-1].result) == alone(chain, request)
 
 

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slr_core.engine.runner.lora_batch import BankedLinear
+from slr_core.engine.runner.lora_batch import LoraBatchLinear
 from slr_core.errors import DeadlineError, RequestError
 from slr_core.generation.reference import generate
 from slr_core.loop.convergence import ExitRule
-from slr_core.params import SamplingSettings
+from slr_core.params import SamplingParams
 from tests import tiny
 from tests.engine.stepped import Stepped, empty, facts, near
 
@@ -53,7 +53,7 @@ class Mix:
     removed: int | None
     engine: dict[str, Any]
     method: str | None
-    joins: bool
+    supports_packing: bool
     asks: list[Ask]
 
 
@@ -116,7 +116,7 @@ def asks(draw, two):
         "threshold": draw(THRESHOLDS[criterion]),
         "patience": draw(st.sampled_from([1, 1, 2])),
     }
-    sampling = SamplingSettings(
+    sampling = SamplingParams(
         temperature=draw(st.sampled_from([0.0, 0.0, 0.7, 2.0])),
         top_k=draw(st.sampled_from([0, 5])),
         top_p=draw(st.sampled_from([1.0, 0.8])),
@@ -167,7 +167,7 @@ def mixes(draw):
             "static_shapes": draw(st.booleans()),
         },
         method=draw(st.sampled_from(["masked", "grouped", "segments", None])),
-        joins=draw(st.booleans()),
+        supports_packing=draw(st.booleans()),
         asks=draw(st.lists(asks(two), min_size=3, max_size=9)),
     )
 
@@ -278,9 +278,9 @@ def check(mix, tally, asked):
     with Stepped(first, **mix.engine) as engine:
         if second is not None:
             engine.add("second", second)
-        engine._core.passes.joins &= mix.joins
+        engine._core.passes.supports_packing &= mix.supports_packing
         for layer in engine._bank.layers.values():
-            if mix.method is not None and isinstance(layer, BankedLinear):
+            if mix.method is not None and isinstance(layer, LoraBatchLinear):
                 layer.method = mix.method
         step = 0
         while step <= 20 or engine._core.busy or engine._arrived:

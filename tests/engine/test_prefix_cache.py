@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slr_core.engine.prefix_cache import BLOCK, PrefixCache, prefix_keys
-from slr_core.engine.runner.kv_cache import SlotCache
+from slr_core.engine.runner.kv_cache import KVCache
 from slr_core.generation.reference import generate
-from slr_core.params import SamplingSettings
+from slr_core.params import SamplingParams
 from tests import tiny
 from tests.engine.stepped import Stepped, empty, facts
 
@@ -43,7 +43,7 @@ class Shelf:
     """A prefix cache beside a slot cache whose slots hold random columns."""
 
     def __init__(self, max_bytes):
-        self.cache = SlotCache(tiny.base(), 4, CAPACITY)
+        self.cache = KVCache(tiny.base(), 4, CAPACITY)
         self.column = self.cache.store[:, :, 0, :, 0].nbytes
         self.prefixes = PrefixCache(max_bytes if max_bytes is None else int(max_bytes * self.column))
         self.prefixes.max_bytes = 10**9 if max_bytes is None else self.prefixes.max_bytes
@@ -217,7 +217,7 @@ def test_samples_of_one_prompt_prefill_it_once(made, chunk):
     requests = [
         request
         for seed in range(6)
-        for request in asks(made, (1, 2), sampling=SamplingSettings(temperature=1.0, seed=seed))
+        for request in asks(made, (1, 2), sampling=SamplingParams(temperature=1.0, seed=seed))
     ]
     expected = alone(made, requests)
     with Stepped(made, slots=4, prefill_chunk=chunk) as engine:

@@ -6,7 +6,7 @@ import torch
 from slr_core.errors import ConfigError, RequestError
 from slr_core.evaluation.interventions import foreign, noised, noisy, replaced, shuffled
 from slr_core.generation.reference import generate
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from tests import tiny
 
 SEEDS = list(range(len(tiny.PROMPTS)))
@@ -43,10 +43,10 @@ def requests(made, depths=DEPTHS):
     return [tiny.request(made, prompt, loop) for prompt, loop in zip(tiny.PROMPTS, depths, strict=False)]
 
 
-def answers(made, think=None, depths=DEPTHS):
+def answers(made, run_loop=None, depths=DEPTHS):
     return [
         (result.text, result.iterations, result.exit_reason, result.forward_passes)
-        for result in generate(made, requests(made, depths), think=think)
+        for result in generate(made, requests(made, depths), run_loop=run_loop)
     ]
 
 
@@ -55,9 +55,9 @@ def same(rows):
 
 
 @torch.inference_mode()
-def looped(made, think, depths=DEPTHS):
+def looped(made, run_loop, depths=DEPTHS):
     context = made.encode(*tiny.batch(tiny.PROMPTS[: len(depths)]))
-    return think(context, [LoopSettings.resolve(made.config.loop, **loop) for loop in depths])
+    return run_loop(context, [LoopParams(**loop).resolve(made.config.loop) for loop in depths])
 
 
 # -- replaced --------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_putting_back_a_loops_own_thoughts_changes_nothing_that_is_read(made):
     torch.testing.assert_close(again.context.state, own.context.state, atol=1e-5, rtol=1e-5)
     assert again.context.next_position.tolist() == own.context.next_position.tolist()
     ids, present = torch.full((len(DEPTHS), 1), 7), torch.ones(len(DEPTHS), 1, dtype=torch.bool)
-    kept = torch.tensor(own.kept) > 0
+    kept = torch.tensor(own.kept_iterations) > 0
     logits = [made.answer(output.context, ids, present, kept) for output in (own, again)]
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
 
@@ -87,7 +87,7 @@ def test_putting_back_a_loops_own_thoughts_changes_nothing_that_is_read(made):
 @pytest.mark.parametrize("workspace", tiny.WORKSPACES)
 def test_a_guarded_loop_drops_states(workspace):
     own = looped(model(workspace, "guard"), model(workspace, "guard").loop)
-    assert any(kept < ran for kept, ran in zip(own.kept, own.iterations, strict=True))
+    assert any(kept < ran for kept, ran in zip(own.kept_iterations, own.iterations, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["plain", "latent decoder"])
@@ -199,7 +199,7 @@ def test_noise_does_not_depend_on_the_batch(plain, start_only):
         context = plain.encode(*tiny.batch([tiny.PROMPTS[row]]))
         with torch.inference_mode():
             alone = noisy(plain, 0.3, [SEEDS[row]], start_only=start_only)(
-                context, [LoopSettings.resolve(plain.config.loop, **DEPTHS[row])]
+                context, [LoopParams(**DEPTHS[row]).resolve(plain.config.loop)]
             )
         torch.testing.assert_close(alone.states[0], together[row], atol=1e-4, rtol=1e-4)
 

@@ -15,7 +15,7 @@ from slr_core.evaluation.probes import READOUT, Collected, Score, collect
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from slr_core.tasks.base import Example
 from tests import tiny
 from tests.tiny import LATENT_DECODER, WORKSPACES, reasoner
@@ -72,7 +72,7 @@ def test_entropies_are_those_of_the_trace():
 def test_what_the_answer_begins_with_is_what_the_model_writes_after_the_whole_loop():
     made = reasoner()
     collected = collect(made, Steps(), ASKED, iterations=2)
-    loop = LoopSettings.resolve(made.config.loop, criterion="fixed", max_iterations=2, min_iterations=2)
+    loop = LoopParams(criterion="fixed", max_iterations=2, min_iterations=2).resolve(made.config.loop)
     for i, result in enumerate(generate(made, [prepare(made, e.question, loop) for e in ASKED])):
         assert collected.tokens[i] == result.token_ids[0]
         assert collected.texts[i] == result.text

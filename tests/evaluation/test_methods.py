@@ -31,9 +31,9 @@ def texts(name, given):
     return [answered.text for answered in METHODS[name].run(given)]
 
 
-def generated(made, loop=None, think=None, **options):
+def generated(made, loop=None, run_loop=None, **options):
     requests = [tiny.request(made, p, loop, **{"max_new_tokens": 4, **options}) for p in tiny.PROMPTS]
-    return [result.text for result in generate(made, requests, think=think)]
+    return [result.text for result in generate(made, requests, run_loop=run_loop)]
 
 
 # -- the loop and its controls ---------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def test_thoughts_are_replaced(local):
     made, given = local.reasoner, batch(local)
     own = generated(made)
     for name, edit in (("shuffled_thoughts", shuffled(SEEDS)), ("noised_thoughts", noised(SEEDS))):
-        assert texts(name, given) == generated(made, think=replaced(made, edit)) != own
+        assert texts(name, given) == generated(made, run_loop=replaced(made, edit)) != own
     taken = replaced(made, lambda rows: [torch.cat([row[:1], rows[i - 1][1:]]) for i, row in enumerate(rows)])
     fixed = {"criterion": "fixed"}
     assert texts("foreign_thoughts", batch(local, loop=fixed)) == generated(made, fixed, taken) != own
@@ -83,7 +83,7 @@ def test_thoughts_of_another_question_need_another_question(local):
 def test_a_disturbed_start_is_that_of_its_scale(local):
     made = local.reasoner
     answers = [answered.text for answered in NOISY_START.run(batch(local, noise=0.7))]
-    assert answers == generated(made, think=noisy(made, 0.7, SEEDS, start_only=True))
+    assert answers == generated(made, run_loop=noisy(made, 0.7, SEEDS, start_only=True))
 
 
 # -- votes -----------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class Scripted(Local):
         super().__init__(reasoner)
         self.said, self.calls = said, 0
 
-    def answer(self, prompts, ask, seeds, think=None):
+    def answer(self, prompts, ask, seeds, run_loop=None):
         said = self.said if ask.samples > 1 else [self.said[self.calls % len(self.said)]]
         self.calls += 1
         return [[Answered(text, iterations=self.calls, tokens=1, forward_passes=2) for text in said] for _ in prompts]
@@ -126,9 +126,9 @@ def test_the_majority_wins_and_of_equals_the_first(local, name, said, winner):
 
 def test_self_consistency_draws_every_sample_from_a_seed_of_its_own(local):
     class Seen(Local):
-        def answer(self, prompts, ask, seeds, think=None):
+        def answer(self, prompts, ask, seeds, run_loop=None):
             self.asked = ask, list(seeds)
-            return super().answer(prompts, ask, seeds, think)
+            return super().answer(prompts, ask, seeds, run_loop)
 
     seen = Seen(local.reasoner)
     answers = METHODS["self_consistency"].run(batch(seen, temperature=1.5))
@@ -144,7 +144,7 @@ def test_self_consistency_draws_every_sample_from_a_seed_of_its_own(local):
 def test_every_rollout_of_slr_vote_has_noise_of_its_own(local):
     made = local.reasoner
     one = [texts("slr_vote", batch(local, samples=1, noise=0.8))] + [
-        generated(made, think=noisy(made, 0.8, [seed + sample for seed in SEEDS])) for sample in (0, 1, 2)
+        generated(made, run_loop=noisy(made, 0.8, [seed + sample for seed in SEEDS])) for sample in (0, 1, 2)
     ]
     assert one[0] == one[1]
     assert len({tuple(said) for said in one}) == 3

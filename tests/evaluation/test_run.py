@@ -30,9 +30,9 @@ class Counting(Local):
         super().__init__(reasoner)
         self.asked = []
 
-    def answer(self, prompts, ask, seeds, think=None):
+    def answer(self, prompts, ask, seeds, run_loop=None):
         self.asked += prompts
-        return super().answer(prompts, ask, seeds, think)
+        return super().answer(prompts, ask, seeds, run_loop)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from slr_core.evaluation.statistics import summarize
 from slr_core.evaluation.store import Store
 from slr_core.generation.reference import generate
 from slr_core.loop.convergence import ExitRule
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams, ResolvedLoopParams
 from tests import tiny
 from tests.evaluation.asked import Words, questions
 
@@ -183,7 +183,7 @@ def test_simulated_exits_are_the_loops_own(workspace, changes):
         thresholds = [(a + b) / 2 for a, b in pairwise(known)][:: max(1, len(known) // 3)] or [0.5]
         for threshold in thresholds:
             for patience, least in ((1, 1), (2, 3)):
-                settings = LoopSettings(most, least, criterion, threshold, patience)
+                settings = ResolvedLoopParams(most, least, criterion, threshold, patience)
                 loop = dict(vars(settings))
                 if criterion == "learned" and made.halting is None:
                     continue
@@ -232,12 +232,12 @@ def test_a_diverging_loop_keeps_what_was_before_and_pays_for_what_it_ran():
         max_iterations=6, trained_iterations=3, guard={"expanding_iterations": 2, "norm_factor": 2.0}, **growing
     )
     prompts = list(tiny.PROMPTS)
-    settings = LoopSettings.resolve(made.config.loop, criterion="fixed")
+    settings = LoopParams(criterion="fixed").resolve(made.config.loop)
     context = made.encode(*tiny.batch(prompts))
     with torch.inference_mode():
         output = made.loop(context, [settings] * len(prompts))
     exits = [_exit(path, ExitRule(settings, made.config.loop.guard)) for path in distances(made, prompts, 6)]
-    assert exits == list(zip(output.iterations, output.kept, strict=True))
+    assert exits == list(zip(output.iterations, output.kept_iterations, strict=True))
     assert any(kept < ran < 6 for ran, kept in exits)
 
 
@@ -247,7 +247,7 @@ def measured(norm, change):
 
 def test_a_loop_that_is_no_longer_finite_keeps_the_iteration_before():
     path = [measured(1.0, 0.5), measured(1.0, 0.4), measured(None, None), measured(None, None)]
-    assert _exit(path, ExitRule(LoopSettings(4, 1, "fixed", 0.0, 1), GuardConfig())) == (3, 2)
+    assert _exit(path, ExitRule(ResolvedLoopParams(4, 1, "fixed", 0.0, 1), GuardConfig())) == (3, 2)
 
 
 @pytest.mark.parametrize(

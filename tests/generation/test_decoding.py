@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slr_core.generation.decoding import Answer, put_into_words
+from slr_core.generation.decoding import DecodeState, decode_thoughts
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate, passes
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from tests import tiny
 
 WORKSPACES = ("append", "block", "prompt")
@@ -60,7 +60,7 @@ def bytewise():
 
 def write_ids(made, ids, stop=(), limit=50):
     """The answer of so many tokens, and what was shown of it after each."""
-    row, shown = Answer(made, tiny.request(made, "abc", stop=stop, max_new_tokens=limit)), []
+    row, shown = DecodeState(made, tiny.request(made, "abc", stop=stop, max_new_tokens=limit)), []
     for token in ids:
         row.push(token)
         shown.append(row.fresh())
@@ -188,7 +188,7 @@ def test_a_prefix_is_what_a_forced_beginning_would_be(workspace):
     prefixed = answer(made, max_new_tokens=3)
     with torch.inference_mode():
         context = plain.encode(*tiny.batch([tiny.PROMPTS[1]]))
-        output = plain.loop(context, [LoopSettings.resolve(plain.config.loop, **fixed(2))])
+        output = plain.loop(context, [LoopParams(**fixed(2)).resolve(plain.config.loop)])
         tokens, looped, one = tiny.ids("w7 w8"), torch.tensor([True]), torch.tensor([[True]])
         for token in tokens:
             logits = plain.answer(output.context, torch.tensor([[token]]), one, looped)
@@ -352,9 +352,9 @@ def test_states_of_loops_of_any_depth_are_put_into_words_for_those_who_are_wante
     ]
     states = [result.states for result in results]
     with torch.inference_mode():
-        said = put_into_words(made, states, [True, False, True, True])
-        assert put_into_words(made, [], []) == []
-        assert put_into_words(reasoner(workspace), states[:1], [True]) == [[None] * 3]
+        said = decode_thoughts(made, states, [True, False, True, True])
+        assert decode_thoughts(made, [], []) == []
+        assert decode_thoughts(reasoner(workspace), states[:1], [True]) == [[None] * 3]
     thoughts = [[record.thought for record in result.records] for result in results]
     assert said == [thoughts[0], [None, None], [], thoughts[3]]
 
@@ -401,7 +401,7 @@ def test_stop_tokens_of_the_config_end_an_answer():
 def test_the_whole_budget_can_be_used(workspace, kind):
     made = reasoner(workspace, kind=kind, text={"answer_prefix": "w7 w8"})
     taken = {"append": 4, "block": 3, "prompt": 0}[workspace] + 2
-    settings = LoopSettings.resolve(made.config.loop, **fixed(4))
+    settings = LoopParams(**fixed(4)).resolve(made.config.loop)
     request = prepare(made, tiny.words(*range(20)), settings)
     assert request.max_new_tokens == tiny.POSITIONS - 20 - taken
     (result,) = generate(made, [request])

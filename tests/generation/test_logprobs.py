@@ -4,7 +4,7 @@ the answer; the engine's like the reference's, however a prompt is cut into chun
 import pytest
 import torch
 
-from slr_core.engine import Engine, Finished, Written
+from slr_core.engine import Engine, FinishedEvent, TokenEvent
 from slr_core.errors import RequestError
 from slr_core.generation.logprobs import score, score_states
 from slr_core.generation.reference import generate
@@ -53,9 +53,9 @@ def test_prompt_and_answer(made, chunk):
     assert result.forward_passes == expected.forward_passes
     assert same(result.prompt_scores, expected.prompt_scores)
     assert same(result.scores, expected.scores)
-    written = [event.score for event in told if isinstance(event, Written)]
+    written = [event.score for event in told if isinstance(event, TokenEvent)]
     assert tuple(written) == result.scores
-    assert isinstance(told[-1], Finished)
+    assert isinstance(told[-1], FinishedEvent)
 
 
 def test_forced_tokens_are_written_and_scored_where_they_stand(made):

@@ -7,7 +7,7 @@ from slr_core.config import TextConfig
 from slr_core.errors import RequestError
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
-from slr_core.params import LoopSettings, SamplingSettings
+from slr_core.params import LoopParams, SamplingParams
 from tests import tiny
 
 FIXED = {"max_iterations": 2, "criterion": "fixed"}
@@ -19,7 +19,7 @@ def made():
 
 
 def loop(made, **options):
-    return LoopSettings.resolve(made.config.loop, **options)
+    return LoopParams(**options).resolve(made.config.loop)
 
 
 # -- prepare ---------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_the_limit_ends_an_answer_by_length(made):
 def test_the_end_token_ends_an_answer_and_is_not_text(made):
     seeds = range(40)
     sampled = [
-        first_answer(made, max_new_tokens=12, sampling=SamplingSettings(temperature=3.0, seed=seed)) for seed in seeds
+        first_answer(made, max_new_tokens=12, sampling=SamplingParams(temperature=3.0, seed=seed)) for seed in seeds
     ]
     ended = [result for result in sampled if tiny.EOS in result.token_ids]
     assert ended

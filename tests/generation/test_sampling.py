@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from slr_core.errors import EngineError
 from slr_core.generation import sampling
 from slr_core.generation.sampling import choose
-from slr_core.params import SamplingSettings
+from slr_core.params import SamplingParams
 
 seeds = st.integers(0, 2**31)
 scores = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30).map(torch.tensor)
@@ -25,14 +25,14 @@ ALMOST_ONE = 1 - 2**-53  # the highest random number
 
 
 def draw(logits, count=1, **options):
-    settings = SamplingSettings(**options)
+    settings = SamplingParams(**options)
     generator = settings.generator()
     return [choose(logits, settings, generator) for _ in range(count)]
 
 
 def draw_at(number, logits, sizes=sampling._SIZES, **options):
     """The token that a random number leads to."""
-    settings = SamplingSettings(**options)
+    settings = SamplingParams(**options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *_, **__: torch.tensor(number, dtype=torch.float64))
         patch.setattr(sampling, "_SIZES", sizes)
@@ -67,7 +67,7 @@ def expected(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 @given(scores, st.integers(0, 5), st.floats(0.1, 1), seeds)
 def test_temperature_zero_is_greedy(logits, top_k, top_p, seed):
-    assert SamplingSettings().generator() is None
+    assert SamplingParams().generator() is None
     assert draw(logits, temperature=0.0, top_k=top_k, top_p=top_p, seed=seed) == [int(logits.argmax())]
 
 
@@ -95,7 +95,7 @@ def test_the_global_generator_is_left_alone():
 @given(options, st.booleans(), seeds)
 def test_a_draw_takes_one_random_number(options, flat, seed):
     logits = torch.zeros(300) if flat else torch.arange(300.0)
-    settings = SamplingSettings(seed=seed, **options)
+    settings = SamplingParams(seed=seed, **options)
     generator, other = settings.generator(), settings.generator()
     for _ in range(3):
         choose(logits, settings, generator)

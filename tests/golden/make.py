@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from slr_core.types import Request, Result
 from tests import tiny
 
@@ -108,7 +108,7 @@ def requests(made: LatentReasoner) -> list[Request]:
         prepare(
             made,
             request["prompt"],
-            LoopSettings.resolve(made.config.loop, **request["loop"]),
+            LoopParams(**request["loop"]).resolve(made.config.loop),
             max_new_tokens=4,
             trace=True,
             include_states=True,

@@ -14,7 +14,7 @@ from slr_core.config import (
 )
 from slr_core.errors import RequestError
 from slr_core.loop.convergence import ExitRule, measure, step
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams, ResolvedLoopParams
 
 CRITERIA = tuple(DEFAULT_THRESHOLDS)
 positive = st.floats(0, 1e6, allow_nan=False)
@@ -22,13 +22,13 @@ maybe_distance = st.none() | st.floats(0, 10, allow_nan=False)
 
 
 def settings_of(max_iterations=5, min_iterations=0, criterion="relative_change", threshold=0.1, patience=1):
-    return LoopSettings(max_iterations, min_iterations, criterion, threshold, patience)
+    return ResolvedLoopParams(max_iterations, min_iterations, criterion, threshold, patience)
 
 
 @st.composite
 def any_settings(draw):
     most = draw(st.integers(1, 20))
-    return LoopSettings(
+    return ResolvedLoopParams(
         most,
         draw(st.integers(0, most)),
         draw(st.sampled_from(CRITERIA)),
@@ -173,10 +173,10 @@ def test_requests_override_defaults(t_max, t_min, criterion, threshold, most, le
     options = {"max_iterations": most, "min_iterations": least, "criterion": asked, "threshold": asked_threshold}
     if most is not None and least is not None and least > most:
         with pytest.raises(RequestError, match="min_iterations must be at most") as caught:
-            LoopSettings.resolve(loop, **options)
+            LoopParams(**options).resolve(loop)
         assert caught.value.param == "min_iterations"
         return
-    made = LoopSettings.resolve(loop, **options, patience=patience)
+    made = LoopParams(**options, patience=patience).resolve(loop)
     assert made.min_iterations <= made.max_iterations
     assert made.max_iterations == (max(t_max, least or 0) if most is None else most)
     assert made.min_iterations == (min(t_min, made.max_iterations) if least is None else least)
@@ -191,8 +191,8 @@ def test_requests_override_defaults(t_max, t_min, criterion, threshold, most, le
 
 
 def test_a_threshold_of_zero_is_kept():
-    assert LoopSettings.resolve(LoopConfig(), threshold=0.0).threshold == 0.0
-    assert LoopSettings.resolve(LoopConfig(), max_iterations=0).max_iterations == 0
+    assert LoopParams(threshold=0.0).resolve(LoopConfig()).threshold == 0.0
+    assert LoopParams(max_iterations=0).resolve(LoopConfig()).max_iterations == 0
 
 
 @pytest.mark.parametrize(
@@ -201,36 +201,36 @@ def test_a_threshold_of_zero_is_kept():
 )
 def test_settings_that_cannot_be_meant_are_refused(field, value):
     with pytest.raises(RequestError) as caught:
-        LoopSettings.resolve(LoopConfig(), **{field: value})
+        LoopParams(**{field: value}).resolve(LoopConfig())
     assert caught.value.param == field
 
 
 def test_an_unknown_criterion_is_a_request_error():
     with pytest.raises(RequestError):
-        LoopSettings.resolve(LoopConfig(), criterion="vibes")
+        LoopParams(criterion="vibes").resolve(LoopConfig())
 
 
 def test_the_policy_error_bounds_the_maximum():
     loop = LoopConfig(trained_iterations=4, max_iterations=4, lora=LoopLoraConfig(past_end="error"))
-    assert LoopSettings.resolve(loop, max_iterations=4).max_iterations == 4
+    assert LoopParams(max_iterations=4).resolve(loop).max_iterations == 4
     for options in ({"max_iterations": 5}, {"min_iterations": 5}):
         with pytest.raises(RequestError, match="at most 4, the last trained iteration, got 5"):
-            LoopSettings.resolve(loop, **options)
+            LoopParams(**options).resolve(loop)
 
 
 def test_the_head_is_read_only_where_it_is_needed():
     loop = LoopConfig(halting_head=True)
-    reading = {c for c in CRITERIA if LoopSettings.resolve(loop, criterion=c).reads_head}
+    reading = {c for c in CRITERIA if LoopParams(criterion=c).resolve(loop).reads_head}
     assert reading == {"kl", "entropy_change", "argmax_stable"}
 
 
 def test_the_learned_criterion_needs_a_head():
     with pytest.raises(RequestError, match="halting head") as caught:
-        LoopSettings.resolve(LoopConfig(), criterion="learned")
+        LoopParams(criterion="learned").resolve(LoopConfig())
     assert caught.value.param == "criterion"
     loop = LoopConfig(halting_head=True, convergence=ConvergenceConfig(criterion="learned", threshold=0.2))
-    assert LoopSettings.resolve(loop).threshold == 0.2
-    assert LoopSettings.resolve(loop, criterion="fixed").threshold == DEFAULT_THRESHOLDS["fixed"]
+    assert LoopParams().resolve(loop).threshold == 0.2
+    assert LoopParams(criterion="fixed").resolve(loop).threshold == DEFAULT_THRESHOLDS["fixed"]
 
 
 # -- distances -------------------------------------------------------------------------------------------
@@ -245,9 +245,9 @@ def one_each(*states):
 
 
 def test_distances_by_hand():
-    previous, own = one_each([3.0, 4.0], [1.0, 0.0])
+    previous, valid_mask = one_each([3.0, 4.0], [1.0, 0.0])
     h, _ = one_each([3.0, 5.0], [0.0, 2.0])
-    d = measure(h, own, previous=previous)
+    d = measure(h, valid_mask, previous=previous)
     torch.testing.assert_close(d.change, torch.tensor([1.0, math.sqrt(5)]))
     torch.testing.assert_close(d.norm, torch.tensor([math.sqrt(34), 2.0]))
     torch.testing.assert_close(d.relative_change, torch.tensor([0.2, math.sqrt(5)]))
@@ -257,13 +257,13 @@ def test_distances_by_hand():
 
 def test_over_several_positions_the_norm_is_frobenius():
     previous, h = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]]), torch.tensor([[[3.0, 1.0], [2.0, 6.0]]])
-    own = torch.ones(1, 2, dtype=torch.bool)
-    d = measure(h, own, previous=previous)
+    valid_mask = torch.ones(1, 2, dtype=torch.bool)
+    d = measure(h, valid_mask, previous=previous)
     assert d.norm.item() == pytest.approx(math.sqrt(9 + 1 + 4 + 36))
     assert d.change.item() == pytest.approx(3.0)
     assert d.relative_change.item() == pytest.approx(3 / 5)
     assert d.cosine.item() == pytest.approx(1 - (9 + 24) / (5 * math.sqrt(50)))
-    torch.testing.assert_close(step(h, previous, own), (d.change, d.relative_change))
+    torch.testing.assert_close(step(h, previous, valid_mask), (d.change, d.relative_change))
 
 
 @pytest.mark.parametrize("filler", [0.0, 1e4, math.nan, math.inf])
@@ -271,21 +271,21 @@ def test_over_several_positions_the_norm_is_frobenius():
 def test_padding_is_no_part_of_a_distance(filler, left):
     generator = torch.Generator().manual_seed(0)
     h, previous, moved = (torch.randn(1, 3, 5, generator=generator) for _ in range(3))
-    own = torch.zeros(1, 5, dtype=torch.bool)
-    own[:, left : left + 3] = True
+    valid_mask = torch.zeros(1, 5, dtype=torch.bool)
+    valid_mask[:, left : left + 3] = True
 
     def padded(x):
-        return torch.full((1, 5, 5), filler).masked_scatter(own[..., None], x)
+        return torch.full((1, 5, 5), filler).masked_scatter(valid_mask[..., None], x)
 
     bare = measure(h, torch.ones(1, 3, dtype=torch.bool), previous=previous, moved=moved)
-    d = measure(padded(h), own, previous=padded(previous), moved=padded(moved))
+    d = measure(padded(h), valid_mask, previous=padded(previous), moved=padded(moved))
     for name in ("norm", "change", "relative_change", "cosine"):
         torch.testing.assert_close(getattr(d, name), getattr(bare, name), msg=name)
 
 
 def test_the_step_is_taken_from_what_moved():
-    (previous, own), (h, _), (g, _) = one_each([1.0, 0.0]), one_each([1.0, 0.1]), one_each([1.0, 1.0])
-    d = measure(h, own, previous=previous, moved=g)
+    (previous, valid_mask), (h, _), (g, _) = one_each([1.0, 0.0]), one_each([1.0, 0.1]), one_each([1.0, 1.0])
+    d = measure(h, valid_mask, previous=previous, moved=g)
     assert d.relative_change.item() == pytest.approx(1.0)
     assert d.norm.item() == pytest.approx(math.hypot(1, 0.1))
     assert d.cosine.item() == pytest.approx(1 - 1 / math.sqrt(2))
@@ -293,8 +293,8 @@ def test_the_step_is_taken_from_what_moved():
 
 def test_the_heads_distances_by_hand():
     now, before = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.3, 0.5, 0.2]])
-    h, own = one_each([1.0, 1.0])
-    d = measure(h, own, previous=h, head=now.log(), head_before=before.log())
+    h, valid_mask = one_each([1.0, 1.0])
+    d = measure(h, valid_mask, previous=h, head=now.log(), head_before=before.log())
 
     def entropy(p):
         return -sum(x * math.log(x) for x in p[0].tolist())
@@ -307,16 +307,21 @@ def test_the_heads_distances_by_hand():
 
 
 def test_learned_is_the_probability_of_going_on():
-    h, own = one_each([1.0, 1.0], [0.0, 2.0])
-    d = measure(h, own, previous=h, p_halt=torch.tensor([0.9, 0.25]))
+    h, valid_mask = one_each([1.0, 1.0], [0.0, 2.0])
+    d = measure(h, valid_mask, previous=h, p_halt=torch.tensor([0.9, 0.25]))
     torch.testing.assert_close(d.learned, torch.tensor([0.1, 0.75]))
 
 
 def test_without_an_earlier_state_only_the_new_one_is_measured():
-    h, own = one_each([3.0, 4.0])
+    h, valid_mask = one_each([3.0, 4.0])
     logits = torch.tensor([[0.5, 0.5]]).log()
     d = measure(
-        h, own, moved=h + 1, head=logits.log_softmax(-1), head_before=logits.log_softmax(-1), p_halt=torch.tensor([0.9])
+        h,
+        valid_mask,
+        moved=h + 1,
+        head=logits.log_softmax(-1),
+        head_before=logits.log_softmax(-1),
+        p_halt=torch.tensor([0.9]),
     )
     assert {name for name, value in vars(d).items() if value is not None} == {"norm", "entropy"}
     assert d.norm.item() == pytest.approx(5.0)
@@ -324,8 +329,8 @@ def test_without_an_earlier_state_only_the_new_one_is_measured():
 
 
 def test_without_earlier_logits_there_is_an_entropy_but_no_comparison():
-    h, own = one_each([3.0, 4.0])
-    d = measure(h, own, previous=2 * h, head=torch.zeros(1, 4).log_softmax(-1))
+    h, valid_mask = one_each([3.0, 4.0])
+    d = measure(h, valid_mask, previous=2 * h, head=torch.zeros(1, 4).log_softmax(-1))
     assert d.entropy.item() == pytest.approx(math.log(4))
     assert d.relative_change.item() == pytest.approx(0.5)
     assert d.kl is d.entropy_change is d.argmax_stable is None
@@ -357,8 +362,8 @@ def test_divergences_are_not_negative(seed):
     generator = torch.Generator().manual_seed(seed)
     now, before = (6 * torch.randn(4, 9, generator=generator) for _ in range(2))
     h = torch.randn(4, 3, 5, generator=generator)
-    own = torch.ones(4, 3, dtype=torch.bool)
-    d = measure(h, own, previous=h.flip(0), head=now.log_softmax(-1), head_before=before.log_softmax(-1))
+    valid_mask = torch.ones(4, 3, dtype=torch.bool)
+    d = measure(h, valid_mask, previous=h.flip(0), head=now.log_softmax(-1), head_before=before.log_softmax(-1))
     assert (d.kl >= -1e-6).all()
     assert (d.entropy >= -1e-6).all()
     assert (d.entropy <= math.log(9) + 1e-5).all()

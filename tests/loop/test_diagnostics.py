@@ -6,7 +6,7 @@ import torch
 from slr_core.config import GuardConfig
 from slr_core.loop.convergence import Distances, ExitRule
 from slr_core.loop.diagnostics import RowLog, finite_or_none, is_oscillating, observe, stability
-from slr_core.params import LoopSettings
+from slr_core.params import ResolvedLoopParams
 from slr_core.types import IterationRecord
 
 
@@ -79,10 +79,10 @@ def test_what_is_not_finite_is_undefined():
 
 
 def log(most=4, criterion="relative_change", threshold=0.1):
-    return RowLog(ExitRule(LoopSettings(most, 0, criterion, threshold, 1), GuardConfig()))
+    return RowLog(ExitRule(ResolvedLoopParams(most, 0, criterion, threshold, 1), GuardConfig()))
 
 
-def tell(rows, t, finite=True, back=None, tops=None, **measured):
+def tell(rows, t, finite=True, return_ratio=None, tops=None, **measured):
     count = len(rows)
     distances = Distances(**{name: torch.full((count,), value) for name, value in measured.items()})
     observe(
@@ -90,7 +90,7 @@ def tell(rows, t, finite=True, back=None, tops=None, **measured):
         t,
         distances,
         finite=torch.tensor([finite] * count),
-        back=None if back is None else torch.full((count,), back),
+        return_ratio=None if return_ratio is None else torch.full((count,), return_ratio),
         tops=tops,
         adapter=f"loop_{t:02d}",
         duration_s=0.5,
@@ -130,10 +130,18 @@ def test_each_criterion_reads_its_own_measure(criterion):
 def test_a_row_that_has_ended_is_told_nothing_more():
     short, long = log(most=1), log(most=3)
     for t in (1, 2):
-        tell([short, long], t, norm=1.0, change=1.0, relative_change=1.0, back=0.5, tops=[(("a", 1.0),), (("b", 1.0),)])
+        tell(
+            [short, long],
+            t,
+            norm=1.0,
+            change=1.0,
+            relative_change=1.0,
+            return_ratio=0.5,
+            tops=[(("a", 1.0),), (("b", 1.0),)],
+        )
     assert (short.reason, long.reason) == ("max_iterations", None)
     assert (len(short.records), len(long.records)) == (1, 2)
-    assert (short.kept, long.kept, short.elapsed_s, long.elapsed_s) == (1, 2, 0.5, 1.0)
+    assert (short.kept_iterations, long.kept_iterations, short.elapsed_s, long.elapsed_s) == (1, 2, 0.5, 1.0)
     assert long.records[0].top_tokens == (("b", 1.0),)
     assert long.returns == [0.5, 0.5]
     assert log(most=0).reason == "max_iterations"
@@ -142,6 +150,6 @@ def test_a_row_that_has_ended_is_told_nothing_more():
 def test_what_is_not_finite_is_recorded_as_undefined_and_not_kept():
     row = log()
     tell([row], 1, norm=1.0, change=1.0, relative_change=1.0)
-    tell([row], 2, finite=False, norm=math.inf, change=math.nan, relative_change=math.nan, back=math.nan)
-    assert (row.reason, row.kept) == ("diverged", 1)
+    tell([row], 2, finite=False, norm=math.inf, change=math.nan, relative_change=math.nan, return_ratio=math.nan)
+    assert (row.reason, row.kept_iterations) == ("diverged", 1)
     assert row.records[1].norm is row.records[1].relative_change is row.returns[1] is None

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from slr_core.loop.halting import HaltingHead
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from tests import tiny
 
 WORKSPACES = ("append", "block", "prompt")
@@ -33,22 +33,22 @@ def test_the_probability_by_hand():
 
 @pytest.mark.parametrize("filler", [0.0, 1e4, float("nan")])
 def test_padding_is_no_part_of_the_mean(filler):
-    hidden, own = torch.full((2, 5, 4), filler), torch.zeros(2, 5, dtype=torch.bool)
-    own[0, :3], own[1, 3:] = True, True
+    hidden, valid_mask = torch.full((2, 5, 4), filler), torch.zeros(2, 5, dtype=torch.bool)
+    valid_mask[0, :3], valid_mask[1, 3:] = True, True
     states = [torch.randn(3, 4), torch.randn(2, 4)]
-    hidden[own] = torch.cat(states)
+    hidden[valid_mask] = torch.cat(states)
     bare = [head()(x[None], torch.ones(1, len(x), dtype=torch.bool)) for x in states]
-    torch.testing.assert_close(head()(hidden, own), torch.cat(bare))
+    torch.testing.assert_close(head()(hidden, valid_mask), torch.cat(bare))
 
 
 def test_any_leading_dimensions_and_precisions():
-    hidden, own = torch.randn(2, 3, 5, 4), torch.ones(2, 3, 5, dtype=torch.bool)
-    p_halt = head().bfloat16()(hidden.bfloat16(), own)
+    hidden, valid_mask = torch.randn(2, 3, 5, 4), torch.ones(2, 3, 5, dtype=torch.bool)
+    p_halt = head().bfloat16()(hidden.bfloat16(), valid_mask)
     assert (p_halt.shape, p_halt.dtype) == ((2, 3), torch.float32)
 
 
 def run(made, prompts=tiny.PROMPTS[1:4], **loop):
-    settings = [LoopSettings.resolve(made.config.loop, **loop)] * len(prompts)
+    settings = [LoopParams(**loop).resolve(made.config.loop)] * len(prompts)
     with torch.no_grad():
         return made.loop(made.encode(*tiny.batch(list(prompts))), settings)
 

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from slr_core.config import LoopConfig, LoopLoraConfig
 from slr_core.errors import ConfigError, RequestError
 from slr_core.loop.lora import DECODE, LoopAdapters, attach, fresh, trained_index
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from tests import tiny
 
 
@@ -41,7 +41,7 @@ def test_past_the_end_can_be_an_error():
     made = tiny.reasoner(loop={"lora": {"past_end": "error"}, "max_iterations": 3})
     assert run(made, 3).iterations == [3]
     with pytest.raises(RequestError, match="at most 3"):
-        LoopSettings.resolve(made.config.loop, max_iterations=4)
+        LoopParams(max_iterations=4).resolve(made.config.loop)
 
 
 @pytest.mark.parametrize("timestep", ["none", "learned", "sinusoidal"])
@@ -61,7 +61,7 @@ def test_kinds_name_their_adapters():
 
 
 def run(made, iterations):
-    settings = LoopSettings.resolve(made.config.loop, max_iterations=iterations, criterion="fixed")
+    settings = LoopParams(max_iterations=iterations, criterion="fixed").resolve(made.config.loop)
     with torch.inference_mode():
         return made.loop(made.encode(*tiny.batch([tiny.PROMPTS[1]])), [settings])
 

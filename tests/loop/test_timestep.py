@@ -5,7 +5,7 @@ import torch
 
 from slr_core.config import TimestepConfig
 from slr_core.loop.timestep import LEAST_CHANGE, Timestep
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from tests import tiny
 
 
@@ -171,7 +171,7 @@ def test_each_iteration_reads_the_change_of_the_one_before(workspace, first, sou
     seen = []
     made.timestep.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[2].flatten().tolist()))
     depths = (4, 2)
-    settings = [LoopSettings.resolve(made.config.loop, max_iterations=n, criterion="fixed") for n in depths]
+    settings = [LoopParams(max_iterations=n, criterion="fixed").resolve(made.config.loop) for n in depths]
     with torch.no_grad():
         output = made.loop(made.encode(*tiny.batch(tiny.PROMPTS[:2])), settings)
     assert len(seen) == 4

@@ -7,7 +7,7 @@ import torch
 
 from slr_core.config import LoopConfig
 from slr_core.loop.workspace import build, readout
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from tests import tiny
 
 WORKSPACES = ("append", "block", "prompt")
@@ -62,7 +62,7 @@ class Watch:
 
 
 def loop(made, prompts, *iterations, side="right"):
-    settings = [LoopSettings.resolve(made.config.loop, max_iterations=n, criterion="fixed") for n in iterations]
+    settings = [LoopParams(max_iterations=n, criterion="fixed").resolve(made.config.loop) for n in iterations]
     with torch.no_grad():
         return made.loop(made.encode(*tiny.batch(list(prompts), side)), settings)
 
@@ -88,7 +88,7 @@ def test_h_0(made):
             context = made[workspace].encode(ids, mask)
             torch.testing.assert_close(context.hidden, expected[workspace], rtol=1e-4, atol=1e-5, msg=workspace)
             assert context.initial is context.hidden
-            assert context.own.all()
+            assert context.valid_mask.all()
             assert context.change.isnan().all()
             output = loop(made[workspace], [PROMPT], 2)
             torch.testing.assert_close(output.states[0][0], expected[workspace][0], rtol=1e-4, atol=1e-5)
@@ -102,11 +102,11 @@ def test_h_0_of_one_row_is_that_of_a_batch(made, workspace):
     with torch.no_grad():
         context = model.encode(ids, mask)
         for row, prompt in enumerate((PROMPT, tiny.PROMPTS[3])):
-            own = torch.tensor([tiny.ids(prompt)])
-            before = tiny.base().base_model(input_ids=own).last_hidden_state[0, -1]
-            first = model.workspace.first(before if model.workspace.prefills else model.embed(own)[0])
-            assert first.shape[0] == model.workspace.width(own.shape[1])
-            torch.testing.assert_close(first, context.initial[row][context.own[row]], rtol=1e-4, atol=1e-5)
+            valid_mask = torch.tensor([tiny.ids(prompt)])
+            before = tiny.base().base_model(input_ids=valid_mask).last_hidden_state[0, -1]
+            first = model.workspace.first(before if model.workspace.prefills else model.embed(valid_mask)[0])
+            assert first.shape[0] == model.workspace.width(valid_mask.shape[1])
+            torch.testing.assert_close(first, context.initial[row][context.valid_mask[row]], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
@@ -146,9 +146,9 @@ def test_the_passes_of_a_lone_request(made, workspace, iterations):
     first = FIRST_TOKEN.get((workspace, iterations), P)
     assert context.next_position.tolist() == [first]
     assert int(context.visible.sum()) == first
-    own, kept = model.workspace, int(iterations > 0)
-    assert own.passes(iterations) + own.closing_passes(iterations) == len(watch.passes)
-    assert own.closing_passes(iterations) == {"append": 0, "block": kept, "prompt": 1}[workspace]
+    valid_mask, kept = model.workspace, int(iterations > 0)
+    assert valid_mask.passes(iterations) + valid_mask.closing_passes(iterations) == len(watch.passes)
+    assert valid_mask.closing_passes(iterations) == {"append": 0, "block": kept, "prompt": 1}[workspace]
     with Watch(model) as watch:
         write(model, context, [iterations > 0])
     assert watch.shown == [([first], first, None)]
@@ -281,7 +281,9 @@ def test_closing_is_as_if_the_loop_had_ended_there(workspace):
     logits = write(model, context, [True, True, False])
     for row, kept in enumerate((2, 5, 0)):
         single = loop(model, [tiny.PROMPTS[row]], kept)
-        torch.testing.assert_close(context.hidden[row][context.own[row]], single.states[0][-1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            context.hidden[row][context.valid_mask[row]], single.states[0][-1], rtol=1e-4, atol=1e-5
+        )
         for x, y in zip(logits, write(model, single.context, [kept > 0]), strict=True):
             torch.testing.assert_close(x[row], y[0], rtol=1e-4, atol=1e-4)
 
@@ -328,7 +330,7 @@ def test_a_chain_leaves_its_thoughts_and_the_others_their_last_states(workspace)
 
 def test_the_last_own_position_is_read():
     hidden = torch.arange(4.0)[:, None].expand(3, 4, 2)
-    own = torch.tensor([[True, True, False, False], [False, False, True, True], [False, True, False, False]])
-    assert torch.equal(readout(hidden, own), torch.tensor([[1.0, 1.0], [3.0, 3.0], [1.0, 1.0]]))
+    valid_mask = torch.tensor([[True, True, False, False], [False, False, True, True], [False, True, False, False]])
+    assert torch.equal(readout(hidden, valid_mask), torch.tensor([[1.0, 1.0], [3.0, 3.0], [1.0, 1.0]]))
     unrolled = hidden[:, None] + 10 * torch.arange(2.0)[:, None, None]
-    assert readout(unrolled, own)[:, :, 0].tolist() == [[1, 11], [3, 13], [1, 11]]
+    assert readout(unrolled, valid_mask)[:, :, 0].tolist() == [[1, 11], [3, 13], [1, 11]]

@@ -3,7 +3,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from slr_core.errors import ConfigError
-from slr_core.model.base_support import attention_mask, end_tokens, hidden_size, refuse_unfaithful
+from slr_core.model.base_support import attention_mask, check_supported, end_tokens, hidden_size
 from tests import tiny
 
 SIZES = {
@@ -22,24 +22,24 @@ def mistral(**options):
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_bases_with_full_attention_and_a_plain_head_are_taken(kind):
-    refuse_unfaithful(tiny.base(kind))
-    refuse_unfaithful(mistral(sliding_window=None))
+    check_supported(tiny.base(kind))
+    check_supported(mistral(sliding_window=None))
 
 
 def test_windows_are_refused_by_name():
     with pytest.raises(ConfigError, match="MistralForCausalLM: layers without full attention"):
-        refuse_unfaithful(mistral(sliding_window=8))
+        check_supported(mistral(sliding_window=8))
     windowed = tiny.base("qwen3")
     windowed.config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(ConfigError, match="Qwen3ForCausalLM: layers without full attention"):
-        refuse_unfaithful(windowed)
+        check_supported(windowed)
 
 
 def test_a_window_that_no_layer_uses_is_no_window():
     made = tiny.base("qwen3")
     made.config.sliding_window = 8
     made.config.layer_types = ["full_attention"] * 2
-    refuse_unfaithful(made)
+    check_supported(made)
 
 
 @pytest.mark.parametrize("cap", [None, 30.0])
@@ -48,29 +48,29 @@ def test_a_head_that_is_not_linear_is_refused(cap):
         Gemma2Config(**SIZES, head_dim=8, layer_types=["full_attention"] * 2, final_logit_softcapping=cap)
     )
     if cap is None:
-        refuse_unfaithful(made)
+        check_supported(made)
     else:
         with pytest.raises(ConfigError, match="final_logit_softcapping"):
-            refuse_unfaithful(made)
+            check_supported(made)
 
 
 @pytest.mark.parametrize("field", ["logit_scale", "logits_scaling"])
 def test_a_scaled_head_is_refused(field):
     made = tiny.base()
     setattr(made.config, field, 1.0)
-    refuse_unfaithful(made)
+    check_supported(made)
     setattr(made.config, field, 0.5)
     with pytest.raises(ConfigError, match=field):
-        refuse_unfaithful(made)
+        check_supported(made)
 
 
 def test_an_attention_that_takes_no_mask_of_ours_is_replaced():
     made = tiny.base()
     made.config._attn_implementation = "flex_attention"
-    refuse_unfaithful(made)
+    check_supported(made)
     assert made.config._attn_implementation == "sdpa"
     made.set_attn_implementation("eager")
-    refuse_unfaithful(made)
+    check_supported(made)
     assert made.config._attn_implementation == "eager"
 
 

@@ -6,7 +6,7 @@ import torch
 from slr_core.checkpoint.read import load_weights
 from slr_core.errors import RequestError
 from slr_core.generation.reference import generate
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from tests import tiny
 
 WORKSPACES = ("append", "block", "prompt")
@@ -18,7 +18,7 @@ def made():
 
 
 def settings(made, **loop):
-    return LoopSettings.resolve(made.config.loop, **loop)
+    return LoopParams(**loop).resolve(made.config.loop)
 
 
 def run(made, prompts, *loops, **options):
@@ -37,7 +37,7 @@ def of(workspace, **loop):
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_records_are_measured_on_the_states(workspace, side):
     made = of(workspace)
-    fixed = LoopSettings.resolve(made.config.loop, max_iterations=4, criterion="fixed")
+    fixed = LoopParams(max_iterations=4, criterion="fixed").resolve(made.config.loop)
     with torch.no_grad():
         # Beside a longer row, so that there is padding.
         context = made.encode(*tiny.batch([tiny.PROMPTS[1], tiny.PROMPTS[3]], side))
@@ -159,7 +159,7 @@ def test_the_recorded_criterion_explains_the_exit(workspace, criterion):
 def test_a_finished_row_is_left_as_it_was(made):
     loops = [{"max_iterations": n, "criterion": "fixed"} for n in (1, 6, 3)]
     output = run(made, tiny.PROMPTS[:3], *loops)
-    assert output.iterations == output.kept == [1, 6, 3]
+    assert output.iterations == output.kept_iterations == [1, 6, 3]
     context = output.context
     for row, (prompt, iterations) in enumerate(zip(tiny.PROMPTS[:3], (1, 6, 3), strict=True)):
         length = len(tiny.ids(prompt))
@@ -209,7 +209,7 @@ def test_unrolling_is_the_loop_without_exits(workspace):
         states = made.unroll(context, 4)
     output = run(made, tiny.PROMPTS[:3], *[{"max_iterations": 4, "criterion": "fixed"}] * 3)
     for row, expected in enumerate(output.states):
-        torch.testing.assert_close(states[row][:, context.own[row]], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(states[row][:, context.valid_mask[row]], expected, rtol=1e-5, atol=1e-5)
 
 
 PAUSE = {

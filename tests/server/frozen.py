@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from slr_core.engine.core import Core
-from slr_core.engine.runner.model_runner import Passes
+from slr_core.engine.runner.model_runner import ModelRunner
 from slr_server import cli
 
 FOLDER = Path(os.environ.pop("SLR_TEST_FREEZE"))
 
 
 def frozen(run: Any) -> Any:
-    def wrapped(passes: Passes, work: Any) -> Any:
+    def wrapped(passes: ModelRunner, work: Any) -> Any:
         for phase in {row.phase.value for row, _ in work}:
             while (FOLDER / f"freeze-{phase}").exists():
                 (FOLDER / f"reached-{phase}").touch()
@@ -41,6 +41,6 @@ def mortal(step: Any) -> Any:
 
 
 if __name__ == "__main__":
-    Passes.run = frozen(Passes.run)
+    ModelRunner.run = frozen(ModelRunner.run)
     Core.step = mortal(Core.step)
     cli.main()

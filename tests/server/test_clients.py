@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slr_core.generation.reference import generate
-from slr_core.params import LoopSettings
+from slr_core.params import LoopParams
 from slr_core.types import Tokens
 from tests import tiny
 from tests.server.process import Server
@@ -182,7 +182,7 @@ def test_lm_eval_reads_answers_after_the_loop(evaluate, made):
         "metric_list: [{metric: exact_match}]"
     )
     samples = evaluate("generate_until", details)
-    loop = LoopSettings.resolve(made.config.loop)
+    loop = LoopParams().resolve(made.config.loop)
     assert loop.max_iterations > 0
     for sample in samples:
         assert sample["resps"][0][0] == expected(made, raw(sample["doc"]["question"])).text

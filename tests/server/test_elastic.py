@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slr_server.admission import Admission, shallower
+from slr_server.admission import Admission, reduce_budget
 from tests import tiny
 from tests.server.conftest import sample
 
@@ -32,7 +32,7 @@ def test_depth_is_monotonic_and_bounded(limit, waiting, floor):
 def test_a_shallower_request_keeps_its_minimum(most, data, share):
     least = data.draw(st.integers(0, most))
     request = tiny.request(REASONER, "w1", {"max_iterations": most, "min_iterations": least})
-    given_ = shallower(request, share)
+    given_ = reduce_budget(request, share)
     assert least <= given_.loop.max_iterations <= most
     assert given_.loop.max_iterations >= share * most
     assert (given_ is request) == (given_.loop.max_iterations == most)

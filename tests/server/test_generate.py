@@ -6,10 +6,10 @@ from dataclasses import asdict
 import pytest
 
 from slr_core.generation.reference import generate
-from slr_core.params import SamplingSettings
+from slr_core.params import SamplingParams
 from tests import tiny
 
-# Each with what LoopSettings.resolve and prepare are given for the same.
+# Each with what ResolvedLoopParams.resolve and prepare are given for the same.
 SETTINGS = [
     ({}, {}, {}),
     ({"max_iterations": 0}, {"max_iterations": 0}, {}),
@@ -20,7 +20,7 @@ SETTINGS = [
     (
         {"temperature": 0.7, "top_p": 0.9, "top_k": 10, "seed": 3},
         {},
-        {"sampling": SamplingSettings(temperature=0.7, top_p=0.9, top_k=10, seed=3)},
+        {"sampling": SamplingParams(temperature=0.7, top_p=0.9, top_k=10, seed=3)},
     ),
 ]
 

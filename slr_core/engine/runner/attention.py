@@ -2,7 +2,7 @@
 
 Each position is a row of the model's batch, so its linear layers see no padding and read their weights once for all;
 only here does it matter which positions belong together. Registered with ``transformers`` under :data:`NAME`; without
-a :class:`Joint` it is ``transformers``' own ``sdpa``.
+a :class:`PackedBatch` it is ``transformers``' own ``sdpa``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAME = "slr_slots"
 
 
 @dataclass(frozen=True)
-class Part:
+class PackedSegment:
     """Positions that attend in one call: one each of several slots, or several of one.
 
     Attributes:
@@ -41,14 +41,14 @@ class Part:
 
 
 @dataclass
-class Joint:
+class PackedBatch:
     """The parts of a pass, handed through the model to its attention.
 
     Attributes:
         met: attention has seen it.
     """
 
-    parts: list[Part]
+    parts: list[PackedSegment]
     met: bool = False
 
 
@@ -58,7 +58,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    joint: Joint | None = None,
+    joint: PackedBatch | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What ``transformers`` asks of attention.
@@ -101,12 +101,12 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @torch.inference_mode()
-def joins(base: PreTrainedModel) -> bool:
-    """Make a model use :func:`attend` and say whether it hands a :class:`Joint` through to it."""
+def supports_packing(base: PreTrainedModel) -> bool:
+    """Make a model use :func:`attend` and say whether it hands a :class:`PackedBatch` through to it."""
     if base.config._attn_implementation != "sdpa":
         return False
     base.set_attn_implementation(NAME)
-    joint = Joint([])
+    joint = PackedBatch([])
     x = torch.zeros(1, 1, hidden_size(base), dtype=base.dtype, device=base.device)
     base.base_model(inputs_embeds=x, use_cache=False, joint=joint)
     return joint.met

@@ -29,7 +29,7 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def suit(reasoner: LatentReasoner) -> None:
+def cast_for_device(reasoner: LatentReasoner) -> None:
     """Give a model numbers that its device computes fast: half precision becomes fp32 where a CPU only emulates it.
 
     Without AVX512-BF16 or AMX, a product in bf16 takes a CPU 5 to 10 times as long as in fp32.

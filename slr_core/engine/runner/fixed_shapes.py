@@ -1,4 +1,4 @@
-"""Passes of single positions in fixed shapes, which a GPU can replay as graphs instead of launching every kernel.
+"""ModelRunner of single positions in fixed shapes, which a GPU can replay as graphs instead of launching every kernel.
 
 A row is a slot: the first 1, 2, 4, ... slots run together, whoever has nothing to do among them runs idly. Columns are
 read up to a power of two. So few shapes occur that each is captured once, with buffers that keep their addresses.
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slr_core.engine.runner.kv_cache import SlotCache
-from slr_core.engine.runner.lora_batch import AdapterBank, Owners
+from slr_core.engine.runner.kv_cache import KVCache
+from slr_core.engine.runner.lora_batch import AdapterIndex, LoraBatch
 from slr_core.model.base_support import attention_mask, hidden_size
 
 _FEWEST_COLUMNS = 64
 _WARM_UP = 3  # runs before a capture: libraries allocate what they need, and choose their kernels
 
 
-class StaticPasses:
+class FixedShapeRunner:
     """Loop and decode passes over the slots. Without a GPU they run in the same shapes, uncaptured.
 
     Args:
@@ -28,7 +28,7 @@ class StaticPasses:
         cache: the slots.
     """
 
-    def __init__(self, bank: AdapterBank, cache: SlotCache) -> None:
+    def __init__(self, bank: LoraBatch, cache: KVCache) -> None:
         self.bank, self.cache, self.device = bank, cache, bank.model.device
         slots, width = cache.slots, hidden_size(bank.model)
         self.inputs = torch.zeros(slots, 1, width, dtype=bank.model.dtype, device=self.device)
@@ -78,7 +78,7 @@ class StaticPasses:
             inputs, columns = self.inputs[:rows], self.columns[:rows]
             # Idle rows write where nobody looks, and look at the first column, so that they see something finite.
             positions = columns.masked_fill(columns == self.cache.capacity, 0)
-            self.bank.rows = Owners(self.owners[:rows], self.bank.count) if adapted else None
+            self.bank.rows = AdapterIndex(self.owners[:rows], self.bank.count) if adapted else None
             hidden: Tensor = self.bank.model.base_model(
                 inputs_embeds=inputs,
                 attention_mask=attention_mask(self.bank.model, order <= positions[..., None], inputs.dtype),

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from slr_core.errors import ConfigError
 
 
-class SlotCache(Cache):
+class KVCache(Cache):
     """Keys and values of every slot, in one tensor ``[layers, 2, slots, heads, capacity + 1, head_dim]``.
 
     The last column takes what padding writes; nobody attends to it.
@@ -32,7 +32,7 @@ class SlotCache(Cache):
         self.slots, self.capacity = slots, capacity
         # Zeros, and not whatever memory holds: a masked NaN still poisons attention (0 * NaN is NaN).
         self.store = torch.zeros(layers, 2, slots, heads, capacity + 1, head_dim, dtype=base.dtype, device=base.device)
-        super().__init__(layers=[SlotLayer(self, index) for index in range(layers)])
+        super().__init__(layers=[KVCacheLayer(self, index) for index in range(layers)])
         self.rows: Tensor = torch.empty(0)
         self.columns: Tensor = torch.empty(0)
         self.width = 0
@@ -69,12 +69,12 @@ class SlotCache(Cache):
         self.store[:, :, slot, :, start:end] = 0
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's view of the slots, as ``transformers`` asks for it."""
 
     is_sliding = False
 
-    def __init__(self, cache: SlotCache, index: int) -> None:
+    def __init__(self, cache: KVCache, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
         self.keys, self.values = cache.store[index, 0], cache.store[index, 1]

@@ -29,7 +29,7 @@ from slr_core.errors import ConfigError
 Method = Literal["masked", "grouped", "segments"]
 
 
-class Owners:
+class AdapterIndex:
     """Which adapter each row of a pass uses, told by a tensor alone: another mix is another content of it.
 
     Args:
@@ -52,7 +52,7 @@ class Owners:
         return self._foreign[rank]
 
 
-class Rows(Owners):
+class AdapterGroups(AdapterIndex):
     """Which adapter each row of a pass uses, and what the three ways need to know of that.
 
     Args:
@@ -87,7 +87,7 @@ class Rows(Owners):
 
 
 class _Held(NamedTuple):
-    """A layer's adapters, as :class:`BankedLinear` describes them."""
+    """A layer's adapters, as :class:`LoraBatchLinear` describes them."""
 
     down: Tensor
     up: Tensor
@@ -119,7 +119,7 @@ def _held(layers: Sequence[tuple[nn.Module, str]]) -> _Held | None:
     return _Held(down, up, flat_down, up.view(-1, up.shape[-1]), list(zip(down, up, strict=True)))
 
 
-class BankedLinear(nn.Module):
+class LoraBatchLinear(nn.Module):
     """A linear layer of the base with the bank's adapters for it.
 
     Attributes:
@@ -129,7 +129,7 @@ class BankedLinear(nn.Module):
         method: how mixed batches are computed.
     """
 
-    def __init__(self, base_layer: nn.Module, bank: AdapterBank) -> None:
+    def __init__(self, base_layer: nn.Module, bank: LoraBatch) -> None:
         super().__init__()
         self.base_layer, self.bank = base_layer, bank
         self.method: Method = "masked"
@@ -150,7 +150,7 @@ class BankedLinear(nn.Module):
             down, up = self.each[rows.shared]
             return _added(y, _flat(x).mm(down), up)
         # The other two ways have shapes that depend on the mix.
-        return _METHODS[self.method](self, rows, x, y) if isinstance(rows, Rows) else _masked(self, rows, x, y)
+        return _METHODS[self.method](self, rows, x, y) if isinstance(rows, AdapterGroups) else _masked(self, rows, x, y)
 
 
 def check_finite(base: PreTrainedModel) -> None:
@@ -182,13 +182,13 @@ def _added(y: Tensor, shrunk: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def _masked(layer: BankedLinear, rows: Owners, x: Tensor, y: Tensor) -> Tensor:
+def _masked(layer: LoraBatchLinear, rows: AdapterIndex, x: Tensor, y: Tensor) -> Tensor:
     shrunk = x @ layer.flat_down
     # Not multiplied by zeros: what another request's adapter made infinite would become NaN here.
     return _added(y, _flat(shrunk.masked_fill_(rows.foreign(layer.down.shape[-1]), 0)), layer.flat_up)
 
 
-def _grouped(layer: BankedLinear, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+def _grouped(layer: LoraBatchLinear, rows: AdapterGroups, x: Tensor, y: Tensor) -> Tensor:
     queries = x.shape[1]
     # Not x[...], which takes three times as long.
     blocks = x.index_select(0, rows.sources).view(rows.count, rows.block * queries, -1)
@@ -198,7 +198,7 @@ def _grouped(layer: BankedLinear, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
     return y.index_add_(0, rows.order, delta.index_select(0, rows.places))
 
 
-def _segments(layer: BankedLinear, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+def _segments(layer: LoraBatchLinear, rows: AdapterGroups, x: Tensor, y: Tensor) -> Tensor:
     start = 0
     for adapter in sorted(rows.sizes):
         mine = rows.order[start : start + rows.sizes[adapter]]
@@ -208,7 +208,7 @@ def _segments(layer: BankedLinear, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-_METHODS: dict[Method, Callable[[BankedLinear, Rows, Tensor, Tensor], Tensor]] = {
+_METHODS: dict[Method, Callable[[LoraBatchLinear, AdapterGroups, Tensor, Tensor], Tensor]] = {
     "masked": _masked,
     "grouped": _grouped,
     "segments": _segments,
@@ -217,7 +217,7 @@ _METHODS: dict[Method, Callable[[BankedLinear, Rows, Tensor, Tensor], Tensor]] =
 _MEASURED = 4  # layers of a shape: in a pass no layer finds its adapters where the same one has just left them
 
 
-class AdapterBank:
+class LoraBatch:
     """A copy of a base model's structure whose linear layers read the bank. All weights are shared with the base.
 
     Args:
@@ -228,8 +228,8 @@ class AdapterBank:
         memo: dict[int, object] = {id(x): x for x in (*base.parameters(), *base.buffers())}
         self.model: PreTrainedModel = copy.deepcopy(base, memo).eval()  # type: ignore[no-untyped-call]
         self.device = self.model.device
-        self.rows: Owners | None = None
-        self.layers: dict[str, BankedLinear] = {}
+        self.rows: AdapterIndex | None = None
+        self.layers: dict[str, LoraBatchLinear] = {}
         for path, module in list(self.model.named_modules()):
             if isinstance(module, LoraLayer):
                 self._replace(path, module.get_base_layer())
@@ -255,11 +255,11 @@ class AdapterBank:
 
     def use(self, adapters: Sequence[int | None]) -> None:
         """Say which adapter each row of the next pass uses."""
-        self.rows = Rows(adapters, self.count, self.device) if self.layers else None
+        self.rows = AdapterGroups(adapters, self.count, self.device) if self.layers else None
 
     def _replace(self, path: str, base_layer: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
-        self.layers[path] = BankedLinear(base_layer, self)
+        self.layers[path] = LoraBatchLinear(base_layer, self)
         setattr(self.model.get_submodule(parent), name, self.layers[path])
 
     def tune(self, rows: int, queries: int, rounds: int = 5) -> dict[tuple[int, int], Method]:
@@ -271,8 +271,8 @@ class AdapterBank:
         chosen: dict[tuple[int, int], Method] = {}
         if self.count < 2 or rows < 2:
             return chosen
-        mixed = Rows([row % self.count for row in range(rows)], self.count, self.device)
-        alike: dict[tuple[int, int], list[BankedLinear]] = {}
+        mixed = AdapterGroups([row % self.count for row in range(rows)], self.count, self.device)
+        alike: dict[tuple[int, int], list[LoraBatchLinear]] = {}
         for layer in self.layers.values():
             if layer.acts:
                 alike.setdefault((layer.down.shape[1], layer.up.shape[2]), []).append(layer)

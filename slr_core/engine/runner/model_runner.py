@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from slr_core.engine.runner.attention import Joint, Part, joins
-from slr_core.engine.runner.fixed_shapes import StaticPasses
-from slr_core.engine.runner.kv_cache import SlotCache
-from slr_core.engine.runner.lora_batch import AdapterBank
+from slr_core.engine.runner.attention import PackedBatch, PackedSegment, supports_packing
+from slr_core.engine.runner.fixed_shapes import FixedShapeRunner
+from slr_core.engine.runner.kv_cache import KVCache
+from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.engine.scheduler import Work
 from slr_core.engine.sequence import Phase, Sequence
 from slr_core.model.base_support import attention_mask
@@ -50,7 +50,7 @@ def by_loop_set(rows: Iterable[Sequence]) -> list[list[Sequence]]:
     return list(groups.values())
 
 
-class Passes:
+class ModelRunner:
     """Runs the base model over the slots.
 
     Args:
@@ -59,9 +59,9 @@ class Passes:
         static: single positions run in fixed shapes; see :mod:`slr_core.engine.runner.fixed_shapes`.
     """
 
-    def __init__(self, bank: AdapterBank, cache: SlotCache, *, static: bool = False) -> None:
-        self.static = StaticPasses(bank, cache) if static else None
-        self.joins = not static and joins(bank.model)
+    def __init__(self, bank: LoraBatch, cache: KVCache, *, static: bool = False) -> None:
+        self.static = FixedShapeRunner(bank, cache) if static else None
+        self.supports_packing = not static and supports_packing(bank.model)
         """Whether rows of different length classes can share a pass."""
         self.bank, self.cache, self.model, self.device = bank, cache, bank.model, bank.model.device
         self.embeddings: nn.Module = bank.model.get_input_embeddings()
@@ -133,9 +133,9 @@ class Passes:
         columns = torch.tensor([row.filled + i for row, count in work for i in range(count)], device=self.device)
         self.cache.bind([work[row][0].slot for row in owners], columns[:, None], self.cache.capacity, whole=True)
         self.bank.use([adapters[row] for row in owners])
-        return self._forward(inputs[:, None], columns[:, None], joint=Joint(self._parts(work, columns)))[:, 0]
+        return self._forward(inputs[:, None], columns[:, None], joint=PackedBatch(self._parts(work, columns)))[:, 0]
 
-    def _parts(self, work: Rows[Work], columns: Tensor) -> list[Part]:
+    def _parts(self, work: Rows[Work], columns: Tensor) -> list[PackedSegment]:
         parts, order = [], torch.arange(_width(work), device=self.device)
         singles = [row for row, count in work if count == 1]
         if singles:
@@ -146,12 +146,12 @@ class Passes:
                 among = torch.tensor(slots, device=self.device) - span.start
                 # Who is not among them looks at the first column, so that it sees something finite.
                 mask = (order[:width] < 1).repeat(span.stop - span.start, 1).index_copy_(0, among, mask)
-            parts.append(Part(own, span, width, mask[:, None, None], among))
+            parts.append(PackedSegment(own, span, width, mask[:, None, None], among))
         start = len(singles)
         for row, count in work[len(singles) :]:
             own, width = slice(start, start + count), row.filled + count
             mask = order[:width] <= columns[own, None]
-            parts.append(Part(own, slice(row.slot, row.slot + 1), width, mask[None, None]))
+            parts.append(PackedSegment(own, slice(row.slot, row.slot + 1), width, mask[None, None]))
             start += count
         return parts
 
@@ -196,9 +196,9 @@ def looped(rows: Rows[Sequence]) -> Tensor:
 
 def closing(rows: Rows[Sequence]) -> Tensor:
     """The inputs ``[n, W, d]`` of the closing pass; a prompt whose loop kept no iteration runs as it is."""
-    hidden, _ = stacked([row.states[row.row.kept] for row in rows])
+    hidden, _ = stacked([row.states[row.row.kept_iterations] for row in rows])
     projected = rows[0].loops.reasoner.project_in(hidden)
-    kept = torch.tensor([row.row.kept > 0 for row in rows], device=hidden.device)
+    kept = torch.tensor([row.row.kept_iterations > 0 for row in rows], device=hidden.device)
     return torch.where(kept[:, None, None], projected, hidden)
 
 
@@ -222,7 +222,7 @@ def _adapter(row: Sequence) -> int | None:
     match row.phase:
         case Phase.LOOP:
             return row.loops.adapter(row.t + 1)
-        case Phase.CLOSE | Phase.DECODE if row.row.kept:
+        case Phase.CLOSE | Phase.DECODE if row.row.kept_iterations:
             return row.loops.decode_adapter
         case _:
             return None

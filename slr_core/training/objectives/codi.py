@@ -27,9 +27,9 @@ def codi(run: Rollout) -> Mean:
 def layer_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], counts: Tensor) -> Mean:
     """Mean over layers of smooth L1 / deviation: ``[B, d]`` a layer, over the rows that ``counts`` ``[B]``."""
     total = torch.zeros((), device=counts.device)
-    for own, target in zip(student, teacher, strict=True):
+    for valid_mask, target in zip(student, teacher, strict=True):
         target = target.detach().float()
-        distance = F.smooth_l1_loss(own.float(), target, reduction="none").mean(-1)
+        distance = F.smooth_l1_loss(valid_mask.float(), target, reduction="none").mean(-1)
         total = total + distance.masked_fill(~counts, 0).sum() / target.std().clamp_min(1e-6)
     return Mean(total / len(student), counts.sum())
 
@@ -44,4 +44,4 @@ def _before_the_answer(run: Rollout) -> list[Tensor]:
         return [torch.stack(layer, dim=1)[rows, at, 0] for layer in zip(*iterations, strict=True)]
     _ = run.closed
     # The closing pass of the rows that looped comes first after the iterations.
-    return [readout(layer, run.own) for layer in passes[run.iterations]]
+    return [readout(layer, run.valid_mask) for layer in passes[run.iterations]]

@@ -16,8 +16,8 @@ _LEAST = 1e-3  # of |h|: the ratio of shorter steps is noise
 def contraction(run: Rollout) -> Mean:
     """max(0, |h_t - h_{t-1}| / |h_{t-1} - h_{t-2}| - share)², against the detached earlier step."""
     first = run.blind if run.reasoner.is_state(run.blind) else run.blind + 1
-    own = run.workspace.masked_fill(~run.own[:, None, :, None], 0).flatten(2)
-    return expansion(own[:, first:], run.config.contraction)
+    valid_mask = run.workspace.masked_fill(~run.valid_mask[:, None, :, None], 0).flatten(2)
+    return expansion(valid_mask[:, first:], run.config.contraction)
 
 
 def expansion(states: Tensor, share: float) -> Mean:

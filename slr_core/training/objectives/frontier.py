@@ -66,7 +66,7 @@ def side_by_side(reasoner: LatentReasoner, prompt: Context, starts: Tensor, targ
             hidden,
             initial,
             after + t,
-            lambda u, mask=mask, positions=positions: reasoner.advance(  # type: ignore[misc]
+            lambda u, mask=mask, positions=positions: reasoner.forward_chunk(  # type: ignore[misc]
                 prompt, u, present, mask=mask, positions=positions
             ),
         )

@@ -22,7 +22,9 @@ def halting(run: Rollout) -> Mean:
     logits = run.reasoner.head(states).detach().float()
     first = run.batch["first"][:, None].expand(-1, states.shape[1])
     target = worth_stopping(F.cross_entropy(logits.transpose(1, 2), first, reduction="none"))
-    halted = run.reasoner.halting(run.workspace[:, 1:].detach(), run.own[:, None].expand(-1, states.shape[1], -1))
+    halted = run.reasoner.halting(
+        run.workspace[:, 1:].detach(), run.valid_mask[:, None].expand(-1, states.shape[1], -1)
+    )
     return mean_of(F.binary_cross_entropy(halted, target, reduction="none"), target.isfinite())
 
 

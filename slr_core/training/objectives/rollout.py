@@ -85,8 +85,8 @@ class Rollout:
         if terms.codi or terms.text:
             context.passes = []
         self.workspace = reasoner.unroll(context, plan.iterations, plan.backprop)
-        self.own = context.own
-        self.states = readout(self.workspace, context.own)
+        self.valid_mask = context.valid_mask
+        self.states = readout(self.workspace, context.valid_mask)
         self.blind = 0 if plan.backprop is None else max(0, plan.iterations - plan.backprop)
         if plan.iterations == 0:
             reasoner.close(context, self.workspace, torch.zeros_like(self.exits))
@@ -108,7 +108,10 @@ class Rollout:
         return write(self.reasoner, self.closed.fork(), self.batch["answer_ids"], looped=self.exits > 0).logits
 
     def _from_states(self) -> Tensor:
-        memory, present = self.workspace[torch.arange(len(self.exits), device=self.exits.device), self.exits], self.own
+        memory, present = (
+            self.workspace[torch.arange(len(self.exits), device=self.exits.device), self.exits],
+            self.valid_mask,
+        )
         if self.reasoner.config.loop.workspace == "append":
             memory = self.states[:, 1:]
             order = torch.arange(self.iterations, device=memory.device)

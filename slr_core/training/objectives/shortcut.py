@@ -18,5 +18,5 @@ def shortcut(run: Rollout) -> Mean:
     early, late = run.states[rows, short], run.states[:, -1].detach()
     distance = (early - late).float().pow(2).sum(-1) / late.float().pow(2).sum(-1)
     target = run.reasoner.head(late).detach().float().log_softmax(-1)
-    own = run.reasoner.head(early).float().log_softmax(-1)
-    return mean_of(distance + (target.exp() * (target - own)).sum(-1), short > run.blind)
+    valid_mask = run.reasoner.head(early).float().log_softmax(-1)
+    return mean_of(distance + (target.exp() * (target - valid_mask)).sum(-1), short > run.blind)

@@ -22,6 +22,6 @@ def teacher_states(run: Rollout) -> Mean:
 def teacher_logits(run: Rollout) -> Mean:
     """KL(teacher || student) per token written after the loop."""
     target = run.taught.answer_logits.float().log_softmax(-1)
-    own = run.answer_logits.float().log_softmax(-1)
-    divergence = (target.exp() * (target - own)).sum(-1)
+    valid_mask = run.answer_logits.float().log_softmax(-1)
+    divergence = (target.exp() * (target - valid_mask)).sum(-1)
     return mean_of(divergence, run.batch["labels"] != IGNORE)

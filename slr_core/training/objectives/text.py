@@ -14,6 +14,6 @@ def text(run: Rollout) -> Mean:
     """Cross-entropy of the prompt's own tokens, each predicted where the closing pass has the one before it."""
     passes = run.closed.passes
     assert passes is not None
-    ids, own = run.batch["input_ids"], run.batch["attention_mask"].bool()
-    labels = ids.masked_fill(~own, IGNORE)[:, 1:]
+    ids, valid_mask = run.batch["input_ids"], run.batch["attention_mask"].bool()
+    labels = ids.masked_fill(~valid_mask, IGNORE)[:, 1:]
     return token_loss(run.reasoner.head(passes[run.iterations][-1][:, :-1]), labels)

@@ -28,7 +28,7 @@ def thoughts(run: Rollout) -> Mean:
         memory, texts = states[there][:, None], ended(ids[there], end)
         present = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device)
     else:
-        memory, present = run.workspace[:, -1], run.own
+        memory, present = run.workspace[:, -1], run.valid_mask
         texts = ended(ids.masked_fill(~in_loop[..., None], IGNORE).flatten(1), end)
     if not len(memory):
         return Mean(run.states.sum() * 0, in_loop.new_zeros((), dtype=torch.long))

@@ -1,10 +1,10 @@
-"""Passes that take single positions and whole prompts together."""
+"""ModelRunner that take single positions and whole prompts together."""
 
 import pytest
 import torch
 
 from slr_core.engine.runner import model_runner as passes
-from slr_core.engine.runner.attention import NAME, joins
+from slr_core.engine.runner.attention import NAME, supports_packing
 from slr_core.engine.runner.model_runner import by_length
 from slr_core.generation.reference import generate
 from tests import tiny
@@ -91,24 +91,24 @@ def test_many_positions_are_passes_of_their_own(monkeypatch):
 def test_a_model_without_sdpa_keeps_its_attention():
     base = tiny.base()
     base.set_attn_implementation("eager")
-    assert not joins(base)
+    assert not supports_packing(base)
     assert base.config._attn_implementation == "eager"
 
 
 def test_a_model_that_keeps_options_to_itself_does_not_join():
     base = tiny.base()
-    assert joins(base)
+    assert supports_packing(base)
     assert base.config._attn_implementation == NAME
     other = tiny.base()
     forward = other.base_model.forward
     other.base_model.forward = lambda *args, joint=None, **options: forward(*args, **options)
-    assert not joins(other)
+    assert not supports_packing(other)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_without_a_joint_it_is_the_attention_of_transformers(kind):
     base, same = tiny.base(kind), tiny.base(kind)
-    assert joins(same)
+    assert supports_packing(same)
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         assert torch.equal(base(input_ids=ids).logits, same(input_ids=ids).logits)

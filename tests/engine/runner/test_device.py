@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from slr_core.engine.runner import device as devices
-from slr_core.engine.runner.device import fastest_threads, suit
+from slr_core.engine.runner.device import cast_for_device, fastest_threads
 from tests import tiny
 
 
@@ -18,7 +18,7 @@ def test_a_cpu_that_only_emulates_half_precision_gets_fp32(dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     made = tiny.reasoner().to(dtype)
-    suit(made)
+    cast_for_device(made)
     assert {parameter.dtype for parameter in made.parameters()} == {torch.float32}
 
 
@@ -32,7 +32,7 @@ def test_a_cpu_that_computes_bf16_keeps_it_and_no_other(feature, monkeypatch):
         (torch.float64, torch.float64),
     ):
         made = tiny.reasoner().to(dtype)
-        suit(made)
+        cast_for_device(made)
         assert made.base.dtype == expected
 
 

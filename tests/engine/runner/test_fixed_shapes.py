@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from slr_core.engine import Engine
-from slr_core.engine.runner.fixed_shapes import StaticPasses
-from slr_core.engine.runner.kv_cache import SlotCache
-from slr_core.engine.runner.lora_batch import AdapterBank
+from slr_core.engine.runner.fixed_shapes import FixedShapeRunner
+from slr_core.engine.runner.kv_cache import KVCache
+from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.generation.reference import generate
 from tests import tiny
 from tests.engine.stepped import Stepped, empty, facts
@@ -79,15 +79,15 @@ def test_other_adapters_are_captured_anew():
 
 def test_idle_rows_leave_the_slots_alone():
     made = tiny.reasoner()
-    bank = AdapterBank(made.base)
+    bank = LoraBatch(made.base)
     bank.fill([(made.base, name) for name in made.config.loop.adapters])
-    cache = SlotCache(bank.model, 4, 16)
+    cache = KVCache(bank.model, 4, 16)
     torch.manual_seed(0)
     cache.store.normal_()
     before = cache.store.clone()
     x = torch.randn(2, 1, 32)
     with torch.inference_mode():
-        hidden = StaticPasses(bank, cache).run([1, 2], [3, 7], [0, None], x)
+        hidden = FixedShapeRunner(bank, cache).run([1, 2], [3, 7], [0, None], x)
     written = torch.zeros(4, 17, dtype=torch.bool)
     written[1, 3] = written[2, 7] = True
     written[:, 16] = True  # where padding goes
@@ -100,9 +100,9 @@ def test_idle_rows_leave_the_slots_alone():
 
 def test_a_result_outlives_the_next_pass():
     made = tiny.reasoner()
-    bank = AdapterBank(made.base)
+    bank = LoraBatch(made.base)
     bank.fill([(made.base, name) for name in made.config.loop.adapters])
-    passes = StaticPasses(bank, SlotCache(bank.model, 2, 16))
+    passes = FixedShapeRunner(bank, KVCache(bank.model, 2, 16))
     with torch.inference_mode():
         first = passes.run([0], [0], [0], torch.ones(1, 1, 32))
         kept = first.clone()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from slr_core.engine.runner.kv_cache import SlotCache, shape, token_bytes
+from slr_core.engine.runner.kv_cache import KVCache, shape, token_bytes
 from slr_core.errors import ConfigError
 from slr_core.model.base_support import attention_mask
 from tests import tiny
@@ -16,7 +16,7 @@ SLOTS, CAPACITY = 5, 9
 
 @pytest.fixture
 def cache():
-    return SlotCache(tiny.base(), SLOTS, CAPACITY)
+    return KVCache(tiny.base(), SLOTS, CAPACITY)
 
 
 def fresh(rows, queries):
@@ -79,7 +79,7 @@ def test_a_new_cache_is_all_zeros_and_tells_its_sizes(cache):
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_scattered_slots_give_what_a_cache_of_their_own_gives(kind):
     base = tiny.base(kind)
-    cache = SlotCache(base, SLOTS, CAPACITY)
+    cache = KVCache(base, SLOTS, CAPACITY)
     ids, slots = torch.randint(3, 40, (3, 4), generator=torch.Generator().manual_seed(1)), [0, 2, 3]
     with torch.no_grad():
         for start, end in ((0, 3), (3, 4)):
@@ -147,7 +147,7 @@ def test_a_column_costs_what_transformers_own_cache_holds(kind, dtype):
     keys = own.layers[0].keys
     assert shape(base) == (len(own.layers), keys.shape[1], keys.shape[3])
     assert token_bytes(base) * 7 == sum(layer.keys.nbytes + layer.values.nbytes for layer in own.layers)
-    cache = SlotCache(base, SLOTS, CAPACITY)
+    cache = KVCache(base, SLOTS, CAPACITY)
     assert cache.store.nbytes == token_bytes(base) * SLOTS * (CAPACITY + 1)
     assert cache.store.dtype == dtype
 

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from slr_core.engine.runner import lora_batch as bank_module
-from slr_core.engine.runner.lora_batch import AdapterBank, BankedLinear
+from slr_core.engine.runner.lora_batch import LoraBatch, LoraBatchLinear
 from slr_core.loop.lora import attach
 from tests import tiny
 
@@ -71,7 +71,7 @@ def inputs(rows, queries=1, seed=3):
 def pair(request):
     """A base with PEFT's adapters a, b, c, and a bank that holds them."""
     base = adapted(request.param)
-    bank = AdapterBank(base)
+    bank = LoraBatch(base)
     bank.fill([(base, name) for name in "abc"])
     return base, bank
 
@@ -134,7 +134,7 @@ def test_the_base_is_shared_and_left_as_it_was(kind):
     base = adapted(kind)
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     modules = {name: type(module) for name, module in base.named_modules()}
-    bank = AdapterBank(base)
+    bank = LoraBatch(base)
     bank.fill([(base, name) for name in "abc"])
     bank.tune(4, 2)
     bank_says(bank, inputs(3), [0, 1, None])
@@ -150,7 +150,7 @@ def test_the_base_is_shared_and_left_as_it_was(kind):
 @pytest.mark.parametrize("adapters", [0, 1])
 def test_a_base_without_adapters_to_mix_is_the_base(adapters):
     base = tiny.base() if adapters == 0 else adapted(names="a")
-    bank = AdapterBank(base)
+    bank = LoraBatch(base)
     bank.fill([(base, "a")] * adapters)
     embeds = inputs(2, 3)
     found = bank_says(bank, embeds, [None, None])
@@ -165,7 +165,7 @@ def test_a_base_without_adapters_to_mix_is_the_base(adapters):
 def test_the_bank_is_used_by_nobody_but_the_engine():
     # A reasoner may run beside its engine: what one switches must not reach the other.
     base = adapted()
-    bank = AdapterBank(base)
+    bank = LoraBatch(base)
     bank.fill([(base, name) for name in "abc"])
     embeds = inputs(2)
     expected = peft_says(base, embeds, ["a", "b"])
@@ -179,7 +179,7 @@ def test_the_bank_is_used_by_nobody_but_the_engine():
 
 def test_sets_come_and_go():
     first, second = adapted(names="ab"), adapted(names="bc", seed=7)
-    bank = AdapterBank(first)
+    bank = LoraBatch(first)
     embeds = inputs(4, 2)
 
     def check(places, models_and_names):
@@ -206,7 +206,7 @@ def test_sets_come_and_go():
 
 def test_what_nobody_holds_any_longer_takes_no_memory():
     base = adapted(names="ac")
-    bank = AdapterBank(base)
+    bank = LoraBatch(base)
     bank.fill([(base, "a"), (base, "c")])
     bank.fill([(base, "a")])
     for path, layer in bank.layers.items():
@@ -225,13 +225,13 @@ def test_a_way_is_chosen_for_every_shape(pair, queries):
     assert set(chosen) == {(layer.down.shape[1], layer.up.shape[2]) for layer in layers}
     assert set(chosen.values()) <= set(METHODS)
     for layer in layers:
-        assert isinstance(layer, BankedLinear)
+        assert isinstance(layer, LoraBatchLinear)
         assert layer.method == chosen[layer.down.shape[1], layer.up.shape[2]]
 
 
 def test_choosing_leaves_the_global_generator_alone():
     base = adapted(names="ab")
-    bank = AdapterBank(base)
+    bank = LoraBatch(base)
     bank.fill([(base, "a"), (base, "b")])
     state = torch.get_rng_state()
     bank.tune(4, 1)

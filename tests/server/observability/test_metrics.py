@@ -10,7 +10,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from slr_core.engine import Engine
-from slr_core.engine.events import Iterated
+from slr_core.engine.events import IterationEvent
 from slr_core.errors import DeadlineError
 from slr_core.types import ExitReason
 from slr_server.observability.metrics import ENDPOINTS, INVALID, REJECTIONS, STATUSES, Metrics, outcome
@@ -201,7 +201,7 @@ def test_what_is_given_up_counts_once(reasoner):
     ready, gone = threading.Event(), threading.Event()
 
     def give_up_in_the_loop(event):
-        if isinstance(event, Iterated) and event.record.t == 2:
+        if isinstance(event, IterationEvent) and event.record.t == 2:
             assert ready.wait(20)
             shown.update(values(metrics))
             running.cancel()

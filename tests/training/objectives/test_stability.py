@@ -118,7 +118,7 @@ def test_the_head_is_scored_on_what_more_iterations_would_gain():
         losses = torch.stack(
             [F.cross_entropy(made.reasoner.head(run.states[:, t]), first, reduction="none") for t in range(1, 5)], dim=1
         )
-        halted = torch.stack([made.reasoner.halting(run.workspace[:, t], run.own) for t in range(1, 5)], dim=1)
+        halted = torch.stack([made.reasoner.halting(run.workspace[:, t], run.valid_mask) for t in range(1, 5)], dim=1)
         expected = F.binary_cross_entropy(halted, worth_stopping(losses))
     torch.testing.assert_close(made.terms()["halting"].detach(), expected, rtol=1e-4, atol=1e-5)
 
