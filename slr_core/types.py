@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from slr_core.params import ResolvedLoopParams, SamplingParams
+    from slr_core.params import ResolvedLoopParams, SamplingParams
 
 ExitReason = Literal["converged", "max_iterations", "diverged", "cancelled"]
 FinishReason = Literal["stop", "length"]
 Messages = Sequence[Mapping[str, str]]
 """A chat: ``{"role": ..., "content": ...}`` each."""
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """JSON has no infinities: a value that is not finite is reported as undefined."""
+    return value if value is not None and isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,20 @@ class IterationRecord:
     duration_s: float
     top_tokens: tuple[tuple[str, float], ...] = ()
     thought: str | None = None
+
+    def to_dict(self, state: Tensor | None = None) -> dict[str, Any]:
+        """The record as JSON-ready values. Without a thought there is no key ``thought``.
+
+        Args:
+            state: h_t ``[W, d]``, written as the key ``state``; ``None``: no such key.
+        """
+        shown = asdict(self)
+        shown["top_tokens"] = [{"token": token, "prob": prob} for token, prob in self.top_tokens]
+        if self.thought is None:
+            del shown["thought"]
+        if state is not None:
+            shown["state"] = [[finite_or_none(value) for value in position] for position in state.tolist()]
+        return shown
 
 
 @dataclass(frozen=True)
@@ -139,3 +160,29 @@ class Result:
     def completion_tokens(self) -> int:
         """Tokens written, the end token included."""
         return len(self.token_ids)
+
+    def to_dict(self, *, trace: bool = False, states: bool = False) -> dict[str, Any]:
+        """The result as JSON-ready values, in the shape of ``POST /generate``.
+
+        Args:
+            trace: add the keys ``trace`` (one entry per iteration) and ``stability``, as in ``POST /trace``.
+            states: add the states to the entries of ``trace``, where the result has them.
+        """
+        shown: dict[str, Any] = {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "iterations": self.iterations,
+            "exit_reason": self.exit_reason,
+            "final_change": self.final_change,
+            "usage": {
+                "prompt_tokens": self.prompt_tokens,
+                "completion_tokens": self.completion_tokens,
+                "forward_passes": self.forward_passes,
+            },
+            "timings": asdict(self.timings),
+        }
+        if trace:
+            h = self.states if states else None
+            shown["trace"] = [record.to_dict(None if h is None else h[record.t]) for record in self.records]
+            shown["stability"] = asdict(self.stability)
+        return shown

@@ -22,8 +22,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from slr_core.config import Criterion, Threshold
-from slr_core.loop.diagnostics import finite_or_none
-from slr_core.types import ExitReason, FinishReason, IterationRecord, Result
+from slr_core.types import ExitReason, FinishReason, IterationRecord, Result, finite_or_none
 
 DEFAULT_TOP_TOKENS = 5
 _QUESTION = "Every yumpus is a rorpus. Every rorpus is a lempus. Alex is a yumpus. Is Alex a lempus or zhorpus?"

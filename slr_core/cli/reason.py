@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +36,7 @@ from slr_core.errors import ConfigError
 if TYPE_CHECKING:
     from slr_core.model.reasoner import LatentReasoner
     from slr_core.params import ResolvedLoopParams
-    from slr_core.types import IterationRecord, Request, Result
+    from slr_core.types import Request, Result
 
 
 def generate(
@@ -64,7 +63,7 @@ def generate(
     sampling = SamplingParams(temperature, top_k, top_p, seed)
     result = _run(reasoner, prompt, chat, loop, max_new_tokens=max_new_tokens, sampling=sampling)
     if as_json:
-        print_json(_result_json(result))
+        print_json(result.to_dict())
     else:
         print(result.text)
         print(f"[{_summary_line(result)}]", file=sys.stderr)
@@ -98,8 +97,7 @@ def trace(
 
         save_file({"states": result.states.contiguous()}, states)
     if as_json:
-        trace = [_record_json(record) for record in result.records]
-        print_json({**_result_json(result), "trace": trace, "stability": asdict(result.stability)})
+        print_json(result.to_dict(trace=True))
         return
     console.print(_table(result))
     print(f"\n{result.text}\n[{_summary_line(result)}]")
@@ -123,13 +121,6 @@ def _table(result: Result) -> Table:
     return table
 
 
-def _record_json(record: IterationRecord) -> dict[str, Any]:
-    shown = asdict(record) | {"top_tokens": [{"token": token, "prob": prob} for token, prob in record.top_tokens]}
-    if record.thought is None:
-        del shown["thought"]
-    return shown
-
-
 def _run(reasoner: LatentReasoner, prompt: str, chat: bool, loop: ResolvedLoopParams, **options: Any) -> Result:
     from slr_core.generation.prepare import prepare
     from slr_core.generation.reference import generate as run
@@ -138,22 +129,6 @@ def _run(reasoner: LatentReasoner, prompt: str, chat: bool, loop: ResolvedLoopPa
     asked = [{"role": "user", "content": text}] if chat else text
     request: Request = prepare(reasoner, asked, loop, **options)
     return run(reasoner, [request])[0]
-
-
-def _result_json(result: Result) -> dict[str, Any]:
-    return {
-        "text": result.text,
-        "finish_reason": result.finish_reason,
-        "iterations": result.iterations,
-        "exit_reason": result.exit_reason,
-        "final_change": result.final_change,
-        "usage": {
-            "prompt_tokens": result.prompt_tokens,
-            "completion_tokens": result.completion_tokens,
-            "forward_passes": result.forward_passes,
-        },
-        "timings": vars(result.timings),
-    }
 
 
 def _summary_line(result: Result) -> str:

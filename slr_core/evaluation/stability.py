@@ -22,12 +22,12 @@ from slr_core.evaluation.statistics import Summary, rank_correlation, summarize
 from slr_core.evaluation.store import Store
 from slr_core.generation.decoding import pad
 from slr_core.loop.convergence import ExitRule, measure
-from slr_core.loop.diagnostics import finite_or_none
 from slr_core.loop.workspace import readout
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import ResolvedLoopParams
 from slr_core.tasks.base import Task
 from slr_core.tasks.sources import Questions
+from slr_core.types import finite_or_none
 
 NOISES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Noise in h_0 for the sensitivity, as shares of its RMS."""

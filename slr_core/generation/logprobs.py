@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from slr_core.loop.diagnostics import finite_or_none
-from slr_core.types import TokenScore
+from slr_core.types import TokenScore, finite_or_none
 
 _AT_ONCE = 64
 """Positions whose logits are in memory together: a vocabulary is large."""

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import exp, isfinite, log
+from math import exp, log
 
 from torch import Tensor
 
 from slr_core.loop.convergence import Distances, ExitRule
-from slr_core.types import ExitReason, IterationRecord, Stability
-
-
-def finite_or_none(value: float | None) -> float | None:
-    """JSON has no infinities: whatever is not finite is reported as undefined."""
-    return value if value is not None and isfinite(value) else None
+from slr_core.types import ExitReason, IterationRecord, Stability, finite_or_none
 
 
 def stability(records: Sequence[IterationRecord], returns: Sequence[float | None], converged: bool) -> Stability:

@@ -5,7 +5,7 @@ import torch
 
 from slr_core.config import GuardConfig
 from slr_core.loop.convergence import Distances, ExitRule
-from slr_core.loop.diagnostics import RowLog, finite_or_none, is_oscillating, observe, stability
+from slr_core.loop.diagnostics import RowLog, is_oscillating, observe, stability
 from slr_core.params import ResolvedLoopParams
 from slr_core.types import IterationRecord
 
@@ -69,13 +69,6 @@ def test_a_period_of_two_oscillates_and_a_spiral_does_not():
 
 def test_a_converged_loop_does_not_oscillate():
     assert stability(records(), [0.0, 0.0], converged=True).oscillating is False
-
-
-def test_what_is_not_finite_is_undefined():
-    assert [finite_or_none(x) for x in (1.5, 0.0, None, math.nan, math.inf, -math.inf)] == [1.5, 0.0, *[None] * 4]
-
-
-# -- from measures to records ----------------------------------------------------------------------------
 
 
 def log(most=4, criterion="relative_change", threshold=0.1):
