@@ -10,9 +10,9 @@ from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
+from slr_core._install import missing_extra
 from slr_core._version import __version__
 from slr_core.engine import Engine
-from slr_core.errors import ConfigError
 
 from . import errors
 from .auth import Auth
@@ -92,5 +92,5 @@ def _tracer(settings: Settings) -> Callable[[AccessLogEntry], None] | None:
     try:
         from .observability.tracing import tracer
     except ImportError as error:
-        raise ConfigError("otel_endpoint needs OpenTelemetry: pip install 'slr[otel]'") from error
+        raise missing_extra("otel_endpoint", "otel", error) from error
     return tracer(settings.otel_endpoint, settings.model_name)

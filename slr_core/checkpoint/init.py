@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from slr_core._install import missing_extra
 from slr_core._version import __version__
 from slr_core.checkpoint.info import describe
 from slr_core.checkpoint.write import save
@@ -102,9 +103,7 @@ def load_base(base: str, tokenizer_from: str | None = None) -> tuple[PreTrainedM
         if not Path(base).is_file():
             raise CheckpointError(f"{base}: no such file")
         if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
-            raise ConfigError(
-                f"{base}: GGUF files need the extra `gguf`: pip install 'slr[gguf]' (no module {', '.join(missing)})"
-            )
+            raise missing_extra(f"reading {base}", "gguf", f"no module {', '.join(missing)}")
         source, options = str(Path(base).parent), {"gguf_file": Path(base).name}
         # Left in its blocks, a weight could take no adapter.
         weights["quantization_config"] = GgufConfig(dequantize=True)

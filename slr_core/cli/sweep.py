@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from slr_core._install import missing_extra
 from slr_core.cli.evaluate import JsonFile, check_folder, versions
 from slr_core.cli.options import console
-from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from slr_core.evaluation.sweep import Row
@@ -32,7 +32,7 @@ def sweep(
     try:
         from slr_core.evaluation.sweep import run
     except ImportError as error:
-        raise ConfigError(f"training needs the extra `train`: pip install 'slr[train]' ({error})") from error
+        raise missing_extra("training", "train", error) from error
     check_folder(json_file)
     status = Console(stderr=True)
     rows = run(spec, about=versions(), progress=lambda doing: status.print(escape(doing)))

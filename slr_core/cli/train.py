@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slr_core.errors import ConfigError
+from slr_core._install import missing_extra
 
 
 def train(
@@ -21,7 +21,7 @@ def train(
     try:
         from slr_core.training.trainer import train as run
     except ImportError as error:
-        raise ConfigError(f"training needs the extra `train`: pip install 'slr[train]' ({error})") from error
+        raise missing_extra("training", "train", error) from error
     from slr_core.training.config import TrainConfig
 
     print(run(TrainConfig.from_yaml(config, tuple(overrides or ())), resume=resume))

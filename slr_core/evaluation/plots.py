@@ -15,7 +15,7 @@ from html import escape
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from slr_core.errors import ConfigError
+from slr_core._install import missing_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -294,7 +294,7 @@ def _drawing(title: str, height: float = 3.4) -> Iterator[tuple[Figure, Callable
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError(f"plots need the extra `eval`: pip install 'slr[eval]' ({error})") from error
+        raise missing_extra("plotting", "eval", error) from error
     text = io.StringIO()
     with mpl.rc_context(_STYLE):
         # A figure of its own, outside pyplot: no window, no global state.

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slr_core._install import missing_extra
 from slr_core.errors import ConfigError
 from slr_core.evaluation.labels import Label, Value
 from slr_core.evaluation.statistics import wilson
@@ -374,4 +375,4 @@ def _require_sklearn() -> None:
     try:
         import sklearn  # type: ignore[import-untyped]  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"probes need the extra `eval`: pip install 'slr[eval]' ({error})") from error
+        raise missing_extra("probing", "eval", error) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from slr_core._install import missing_extra
 from slr_core.errors import ConfigError
 from slr_core.tasks.arithmetic import Arithmetic
 from slr_core.tasks.base import Task
@@ -50,5 +51,5 @@ def get(name: str) -> Task:
         raise ConfigError(f"there is no task {name}; there are {', '.join(TASKS)}")
     missing = [module for module in task.needs if find_spec(module) is None]
     if missing:
-        raise ConfigError(f"the task {name} needs the extra `eval`: pip install 'slr[eval]' ({missing[0]} is missing)")
+        raise missing_extra(f"the task {name}", "eval", f"no module {missing[0]}")
     return task

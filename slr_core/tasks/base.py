@@ -73,7 +73,7 @@ class Task(ABC):
         card: about the data.
         hub: the public data, by the name under which a split is asked for; empty where none is known.
         dials: the generator's settings and their defaults; empty where questions cannot be generated.
-        needs: modules of the extra ``slr[eval]`` without which nothing can be graded.
+        needs: modules of the extra ``eval`` without which nothing can be graded.
     """
 
     name: ClassVar[str]

@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import IO
 
+from slr_core._install import missing_extra
 from slr_core.errors import ConfigError
 
 _WORKER = Path(__file__).with_name("_equivalence_worker.py")
@@ -64,7 +65,7 @@ class Comparer:
 
     def _start(self) -> subprocess.Popen[str]:
         if find_spec("math_verify") is None:
-            raise ConfigError("comparing answers needs the extra `eval`: pip install 'slr[eval]' (math-verify)")
+            raise missing_extra("comparing answers", "eval", "no module math_verify")
         process = subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", str(_WORKER)],
             stdin=subprocess.PIPE,

@@ -10,6 +10,7 @@ from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
+from slr_core._install import missing_extra
 from slr_core.errors import ConfigError, DataError
 from slr_core.tasks.base import Dial, Example, Task, read_jsonl
 
@@ -92,7 +93,7 @@ def _from_hub(task: Task, split: str, limit: int | None) -> list[Example]:
     try:
         datasets = import_module("datasets")
     except ImportError as error:
-        raise ConfigError(f"reading the hub needs the extra `eval`: pip install 'slr[eval]' ({error})") from error
+        raise missing_extra("reading a data set from the hub", "eval", error) from error
     where = task.hub[split]
     try:
         rows = datasets.load_dataset(where.dataset, where.subset, split=where.split)

@@ -238,7 +238,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
         return real(name, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ConfigError, match=r"slr\[eval\]"):
+    with pytest.raises(ConfigError, match="extra `eval`"):
         FIGURES["depth"]()
 
 

@@ -210,7 +210,7 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     examples = questions(30)
-    with pytest.raises(ConfigError, match=r"slr\[eval\]"):
+    with pytest.raises(ConfigError, match="extra `eval`"):
         probe(states(noise(), examples), examples, [CLASS])
 
 

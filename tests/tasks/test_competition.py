@@ -62,7 +62,7 @@ def test_closing_ends_the_child_and_may_be_repeated(comparer):
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(equivalence, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"slr\[eval\]"):
+    with pytest.raises(ConfigError, match="extra `eval`"):
         Comparer().equal("1", "2")
 
 

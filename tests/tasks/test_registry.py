@@ -30,7 +30,7 @@ def test_an_unknown_task_is_refused_with_the_names_that_there_are():
 
 def test_a_task_whose_package_is_missing_names_the_extra(monkeypatch):
     monkeypatch.setattr(type(TASKS["math"]), "needs", ("no_such_module",))
-    with pytest.raises(ConfigError, match=r"slr\[eval\].*no_such_module"):
+    with pytest.raises(ConfigError, match=r"extra `eval`.*no_such_module"):
         get("math")
     assert get("gsm8k") is TASKS["gsm8k"]
 

@@ -1,9 +1,11 @@
 import json
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
 
+from slr_core._install import install_command
 from slr_core.errors import ConfigError, DataError
 from slr_core.tasks import get
 from slr_core.tasks.base import Example
@@ -101,7 +103,7 @@ def test_a_split_that_the_task_does_not_have_is_refused_with_those_that_it_has(h
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install 'slr\[eval\]'"):
+    with pytest.raises(ConfigError, match=re.escape(install_command("eval"))):
         load(get("gsm8k"), split="test")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from slr_core._install import install_command
 from slr_core.errors import ConfigError
 from slr_server.app import create_app
 from slr_server.observability import access_log as log
@@ -100,5 +102,5 @@ def test_spans(engine):
 
 def test_spans_need_their_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "slr_server.observability.tracing", None)
-    with pytest.raises(ConfigError, match=r"pip install 'slr\[otel\]'"):
+    with pytest.raises(ConfigError, match=re.escape(install_command("otel"))):
         create_app(Settings(otel_endpoint="http://localhost:4318/v1/traces"))
