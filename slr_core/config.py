@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from slr_core.errors import ConfigError
+from slr_core.suggest import did_you_mean, known_fields
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -293,9 +295,14 @@ def validated(model: type[M], data: Any) -> M:
     try:
         return model.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'config'}: {fault['msg']}" for fault in error.errors()
-        )
-        raise ConfigError(faults) from error
+        raise ConfigError("; ".join(_fault(model, fault) for fault in error.errors())) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"config is not JSON-like: {error}") from error
+
+
+def _fault(model: type[BaseModel], fault: ErrorDetails) -> str:
+    location = fault["loc"]
+    name = ".".join(map(str, location)) or "config"
+    if fault["type"] != "extra_forbidden":
+        return f"{name}: {fault['msg']}"
+    return f"{name}: unknown field{did_you_mean(str(location[-1]), known_fields(model, location))}"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-
-from slr_core.checkpoint.validate import checkpoint_error, line
-
 CONFIG, MODULES, LOOPS, BASE = "slr_config.json", "slr_modules.safetensors", "loops", "base"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SHIPPED = Path(__file__).parent / "bundled"
 BUNDLED = SHIPPED / "prosqa"
 READ_FROM_HUB = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
+
+
+def bundled_names() -> list[str]:
+    """Names of the checkpoints that ship inside the package."""
+    return sorted(folder.name for folder in SHIPPED.iterdir())
 
 
 def local_path(path_or_id: str | Path | None) -> Path:
@@ -29,6 +29,12 @@ def local_folder(path_or_id: str | Path | None) -> Path:
     Raises:
         CheckpointError: it is neither a folder nor a hub id that can be fetched.
     """
+    # Here, so that a command that only needs the names above starts without torch.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    from slr_core.checkpoint.validate import checkpoint_error, line
+
     folder = local_path(path_or_id)
     try:
         return folder if folder.is_dir() else Path(snapshot_download(str(path_or_id), allow_patterns=READ_FROM_HUB))

@@ -25,6 +25,7 @@ class Description:
         vocabulary: tokens of the tokenizer.
         cache_bytes_per_position: keys and values of one position, all layers.
         loop_positions: positions that a loop of the default length adds to a request's cache.
+        untrained: whether there are loop adapters and none of them has an effect, as after ``slr init``.
     """
 
     architecture: str
@@ -35,6 +36,7 @@ class Description:
     vocabulary: int
     cache_bytes_per_position: int
     loop_positions: int
+    untrained: bool
 
     @property
     def added_parameters(self) -> int:
@@ -58,16 +60,17 @@ class Description:
 
 def describe(reasoner: LatentReasoner) -> Description:
     """Sizes of a model's parts, the share that the loop adds to the base, and its cache memory."""
-    adapters = sum(p.numel() for key, p in reasoner.base.named_parameters() if ".lora_" in key)
+    adapters = {key: p for key, p in reasoner.base.named_parameters() if ".lora_" in key}
     return Description(
         architecture=type(reasoner.base).__name__,
         base_parameters=sum(p.numel() for key, p in reasoner.base.named_parameters() if ".lora_" not in key),
-        adapter_parameters=adapters,
+        adapter_parameters=sum(p.numel() for p in adapters.values()),
         module_parameters=sum(x.numel() for x in modules_state(reasoner).values()),
         max_positions=reasoner.max_positions,
         vocabulary=len(reasoner.tokenizer),
         cache_bytes_per_position=_cache_bytes(reasoner),
         loop_positions=reasoner.workspace.loop_positions(reasoner.config.loop.max_iterations),
+        untrained=bool(adapters) and not any(p.any() for key, p in adapters.items() if ".lora_B" in key),
     )
 
 

@@ -1,6 +1,6 @@
-"""The command ``slr``: generate, trace, init, info, train, and what evaluates.
+"""The command ``slr``.
 
-torch and transformers are imported inside the commands: ``slr --help`` answers at once.
+Commands import torch and transformers when they run, so that ``slr --help`` and completion answer at once.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from typing import Annotated
 import typer
 
 from slr_core._version import __version__
-from slr_core.cli import evaluate, load, models, probe, reason, stability, sweep, train
+from slr_core.cli import evaluate, generate, info, init, load, probe, stability, sweep, trace, train
 from slr_core.errors import SLRError
 
 app = typer.Typer(
-    help="Stable Latent Reasoning: language models that think in their hidden states.",
+    help="Stable Latent Reasoning: run, train and evaluate language models that reason in their hidden states.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich would take [brackets] in help texts for markup and drop them
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(reason.generate)
-app.command()(reason.trace)
-app.command()(models.init)
-app.command()(models.info)
+app.command()(generate.generate)
+app.command()(trace.trace)
+app.command()(init.init)
+app.command()(info.info)
 app.command()(train.train)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(evaluate.compare)
@@ -35,7 +36,7 @@ app.command()(load.load)
 
 
 def main() -> None:
-    """Entry point: errors of ours are one line on standard error and exit code 1."""
+    """Run the command line. An :class:`SLRError` is printed as one line on standard error, with exit code 1."""
     try:
         app()
     except SLRError as error:
@@ -43,16 +44,16 @@ def main() -> None:
         sys.exit(1)
 
 
-def _version(value: bool) -> None:
+def _print_version(value: bool) -> None:
     if value:
         print(f"slr {__version__}")
         raise typer.Exit()
 
 
 @app.callback()
-def _root(
+def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass

@@ -1,4 +1,4 @@
-"""``python -m slr_core.cli``."""
+"""Run ``slr`` as ``python -m slr_core.cli``."""
 
 from slr_core.cli import main
 

@@ -23,7 +23,7 @@ from slr_core.cli.options import (
     Patience,
     Threshold,
     console,
-    load,
+    load_model,
     number,
     progress_bars,
 )
@@ -127,7 +127,10 @@ def evaluate(
     results: Results = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Score a model on a task, with confidence intervals and the task's shortcut rules beside it."""
+    """Score a model on a task.
+
+    Prints accuracy with confidence intervals, and the scores of the task's shortcut rules on the same questions.
+    """
     from slr_core.evaluation import methods
     from slr_core.evaluation.backends import Local
     from slr_core.evaluation.statistics import by_difficulty, summarize
@@ -180,7 +183,10 @@ def compare(
     results: Results = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Put methods and controls side by side on the same questions, with paired tests against the loop."""
+    """Compare methods and controls on a task.
+
+    All methods answer the same questions; paired tests compare each method with the loop.
+    """
     from slr_core.evaluation.methods import METHODS, Settings, get
     from slr_core.evaluation.statistics import paired, summarize
     from slr_core.evaluation.store import Store
@@ -241,7 +247,7 @@ def _weight(text: str) -> tuple[str, Path]:
 def _backend(model: str | None, server: str | None) -> Backend:
     from slr_core.evaluation.backends import Local, Remote
 
-    return Local(load(model)) if server is None else Remote(server)
+    return Local(load_model(model)) if server is None else Remote(server)
 
 
 def _answer(
@@ -276,7 +282,10 @@ def report(
     results: Annotated[Path, typer.Argument(help="a results file of eval, compare, stability or probe", exists=True)],
     out: Annotated[Path, typer.Option(help="folder for report.html, report.md and the plots")] = Path("report"),
 ) -> None:
-    """Write one self-contained page, and a Markdown version, from a results file."""
+    """Write a report from a results file.
+
+    The report is one self-contained HTML page, with a Markdown version and the plots beside it.
+    """
     from slr_core.evaluation.report import write
     from slr_core.evaluation.store import Store
 

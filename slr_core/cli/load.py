@@ -37,7 +37,10 @@ def load(
     timeout: Annotated[float, typer.Option(min=0.1, help="seconds that an answer is waited for")] = 60.0,
     as_json: AsJson = False,
 ) -> None:
-    """Put a running server under load, and see how long answers and loops took."""
+    """Measure a running server under load.
+
+    Sends questions and reports latencies, iterations and accuracy.
+    """
     import asyncio
 
     from slr_core.evaluation.load_generator import Plan, run

@@ -1,42 +1,64 @@
-"""Options that commands share, and what they print alike."""
+"""Options that several commands share, loading the model they name, and printing."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from slr_core.config import Criterion
+
 if TYPE_CHECKING:
     from slr_core.model.reasoner import LatentReasoner
     from slr_core.params import ResolvedLoopParams
 
-# Redirected output is for files and pipes: no reason to wrap it at 80 columns.
+# A file or a pipe has no width: tables are not wrapped at 80 columns there.
 console = Console() if sys.stdout.isatty() else Console(width=160)
 
+
+def complete_model(incomplete: str) -> Iterator[str]:
+    """Offer the bundled checkpoints; the shell adds files by itself."""
+    from slr_core.checkpoint.folder import bundled_names
+
+    return (name for name in bundled_names() if name.startswith(incomplete))
+
+
 Model = Annotated[
-    str | None, typer.Option(help="checkpoint folder or hub id, or prosqa or prontoqa, which ship  [default: prosqa]")
+    str | None,
+    typer.Option(
+        help="Checkpoint: a folder, a hub id, or a bundled one (prosqa, prontoqa). Default: prosqa.",
+        autocompletion=complete_model,
+    ),
 ]
-Prompt = Annotated[str, typer.Argument(help="the question; `-` reads it from standard input")]
-MaxIterations = Annotated[int | None, typer.Option(min=0, max=256, help="most iterations; 0 is the plain base model")]
-MinIterations = Annotated[int | None, typer.Option(min=0, max=256, help="fewest iterations")]
-CriterionName = Annotated[str | None, typer.Option("--criterion", help="what is compared to the threshold")]
-Threshold = Annotated[float | None, typer.Option(min=0.0, help="stop below this")]
-Patience = Annotated[int | None, typer.Option(min=1, help="consecutive iterations below the threshold")]
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="longest answer, in tokens")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy")]
-TopK = Annotated[int, typer.Option(min=0, help="sample from the k likeliest tokens; 0: all")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="sample from the likeliest tokens that make up this mass")]
-Seed = Annotated[int | None, typer.Option(help="of the sampling")]
-Chat = Annotated[bool, typer.Option("--chat", help="ask through the checkpoint's chat template")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Prompt = Annotated[str, typer.Argument(help="Prompt; - reads standard input.")]
+MaxIterations = Annotated[
+    int | None, typer.Option(min=0, max=256, help="Maximum number of iterations; 0 runs the base model without a loop.")
+]
+MinIterations = Annotated[int | None, typer.Option(min=0, max=256, help="Minimum number of iterations.")]
+CriterionName = Annotated[
+    Criterion | None, typer.Option("--criterion", help="Exit criterion: the distance compared with --threshold.")
+]
+Threshold = Annotated[float | None, typer.Option(min=0.0, help="Stop when the criterion falls below this value.")]
+Patience = Annotated[
+    int | None, typer.Option(min=1, help="Number of consecutive iterations below the threshold before the loop stops.")
+]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Maximum length of the answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 selects the likeliest token.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0 uses all tokens.")]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens whose probabilities add up to this.")
+]
+Seed = Annotated[int | None, typer.Option(help="Sampling seed.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def load(model: str | None) -> LatentReasoner:
-    """The model of ``--model``."""
+def load_model(model: str | None) -> LatentReasoner:
+    """Load the checkpoint that ``--model`` names."""
     from transformers.utils import logging
 
     from slr_core.model.reasoner import LatentReasoner
@@ -49,34 +71,28 @@ def loop_settings(
     reasoner: LatentReasoner,
     max_iterations: int | None,
     min_iterations: int | None,
-    criterion: str | None,
+    criterion: Criterion | None,
     threshold: float | None,
     patience: int | None,
 ) -> ResolvedLoopParams:
-    """The loop's settings from the options, over the checkpoint's defaults."""
+    """The loop settings of the options; the checkpoint supplies those not given."""
     from slr_core.params import LoopParams
 
-    return LoopParams(
-        max_iterations=max_iterations,
-        min_iterations=min_iterations,
-        criterion=criterion,  # type: ignore[arg-type]  # LoopParams checks it
-        threshold=threshold,
-        patience=patience,
-    ).resolve(reasoner.config.loop)
+    return LoopParams(max_iterations, min_iterations, criterion, threshold, patience).resolve(reasoner.config.loop)
 
 
 def progress_bars() -> Progress:
-    """Bars with what is left, on a terminal; nothing where the output goes into a file."""
+    """Progress bars on standard error, shown only if it is a terminal."""
     shown = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     return Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal)
 
 
 def number(value: float | None) -> str:
-    """A cell of a table."""
+    """Format a table cell; ``None`` is a dash."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def print_json(value: Any) -> None:
-    """For programs."""
+    """Print ``value`` as indented JSON."""
     print(json.dumps(value, indent=2))

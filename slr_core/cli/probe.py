@@ -27,7 +27,7 @@ from slr_core.cli.evaluate import (
     check_folder,
     versions,
 )
-from slr_core.cli.options import Model, console, load, number, progress_bars
+from slr_core.cli.options import Model, console, load_model, number, progress_bars
 from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,7 +58,10 @@ def probe(
     json_file: JsonFile = None,
     plots: Annotated[Path | None, typer.Option(help="write the figures to this folder, as .svg")] = None,
 ) -> None:
-    """Look into the states: what they read as, what probes find in them, and how they move."""
+    """Analyse the hidden states of a loop.
+
+    Reads tokens from every state (logit lens), trains probes on the states, and measures how they move.
+    """
     from slr_core.evaluation.inside import Inside
     from slr_core.evaluation.labels import LABELS
     from slr_core.evaluation.run import model_of
@@ -69,7 +72,7 @@ def probe(
     store = Store(results)
     questions = Questions(task, data, split, generate, generate_seed, dial, limit)
     labels = LABELS.get(questions.task.name, ()) if kinds else ()
-    reasoner, name, rules = load(model), model_of(model), baselines(questions)
+    reasoner, name, rules = load_model(model), model_of(model), baselines(questions)
     iterations = reasoner.config.loop.max_iterations if iterations is None else iterations
     settings = {"iterations": iterations, "probes": kinds, "shuffles": shuffles, "seed": seed}
     spec = {**questions.spec, "model": name, "settings": settings}

@@ -27,7 +27,7 @@ from slr_core.cli.evaluate import (
     check_folder,
     versions,
 )
-from slr_core.cli.options import Model, console, load, number, progress_bars
+from slr_core.cli.options import Model, console, load_model, number, progress_bars
 
 if TYPE_CHECKING:
     from slr_core.evaluation.stability import Stability
@@ -48,7 +48,10 @@ def stability(
     results: Results = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Force a loop past its trained depth, disturb it, and see whether it stops at the right time."""
+    """Test how stable a loop is.
+
+    Forces the loop past its trained depth, adds noise to its first state, and measures when it stops by itself.
+    """
     from slr_core.evaluation.backends import Local
     from slr_core.evaluation.run import model_of
     from slr_core.evaluation.stability import Study
@@ -66,7 +69,7 @@ def stability(
             bar.advance(rows[run], answered)
             bar.update(rows[run], visible=not bar.tasks[rows[run]].finished)
 
-        local = Local(load(model))
+        local = Local(load_model(model))
         study = Study(local, questions.task, questions.loaded, name, store, batch_size=batch_size, progress=progress)
         found = study.run(past, seed)
     rules = baselines(questions)

@@ -25,9 +25,10 @@ def sweep(
     spec: Annotated[Path, typer.Argument(help="what to vary and how to judge, in YAML", exists=True, dir_okay=False)],
     json_file: JsonFile = None,
 ) -> None:
-    """Train a recipe over values of its settings and over seeds, evaluate every model, and compare them.
+    """Train and compare variants of a recipe.
 
-    An interrupted sweep goes on when it is started again; `slr report` makes a page of its results.jsonl.
+    Trains every combination of settings and seeds, evaluates each model, and compares them. Run the same command again
+    to continue an interrupted sweep. `slr report` writes a report from its results.jsonl.
     """
     try:
         from slr_core.evaluation.sweep import run

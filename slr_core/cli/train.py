@@ -11,13 +11,14 @@ from slr_core._install import missing_extra
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="a recipe, such as configs/prosqa.yaml", exists=True, dir_okay=False)],
+    config: Annotated[Path, typer.Argument(help="Recipe, such as configs/prosqa.yaml.", exists=True, dir_okay=False)],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="change a setting of the recipe: dotted.name=value; repeatable")
+        list[str] | None,
+        typer.Option("--set", help="Change a setting of the recipe, as dotted.name=value; repeatable."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint of output_dir")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in output_dir.")] = False,
 ) -> None:
-    """Train a recipe and write its checkpoint folder."""
+    """Train a recipe and write a checkpoint folder."""
     try:
         from slr_core.training.trainer import train as run
     except ImportError as error:

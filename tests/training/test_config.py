@@ -251,7 +251,7 @@ def test_the_last_override_wins(path):
         ("nonesuch=1", "nonesuch"),
         ("loop.lora.nonesuch=1", "loop.lora.nonesuch"),
         ("seed=x", "seed"),
-        ("=1", "Extra inputs"),
+        ("=1", "unknown field"),
         ("", "--set"),
         ("seed=[1", "seed"),
         ("seed={", "seed"),

@@ -1,0 +1,96 @@
+"""``slr generate``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slr_core.cli.options import (
+    AsJson,
+    CriterionName,
+    MaxIterations,
+    MaxNewTokens,
+    MinIterations,
+    Model,
+    Patience,
+    Prompt,
+    Seed,
+    Temperature,
+    Threshold,
+    TopK,
+    TopP,
+    load_model,
+    loop_settings,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from slr_core.model.reasoner import LatentReasoner
+    from slr_core.params import ResolvedLoopParams
+    from slr_core.types import Messages, Result
+
+UseTemplate = Annotated[
+    bool, typer.Option("--chat", help="Format the prompt as a user message, with the checkpoint's chat template.")
+]
+
+
+def generate(
+    prompt: Prompt,
+    model: Model = None,
+    max_iterations: MaxIterations = None,
+    min_iterations: MinIterations = None,
+    criterion: CriterionName = None,
+    threshold: Threshold = None,
+    patience: Patience = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    chat: UseTemplate = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a prompt.
+
+    The answer goes to standard output; iterations, exit reason and time go to standard error.
+    """
+    from slr_core.params import SamplingParams
+
+    reasoner = load_model(model)
+    loop = loop_settings(reasoner, max_iterations, min_iterations, criterion, threshold, patience)
+    sampling = SamplingParams(temperature, top_k, top_p, seed)
+    result = run_prompt(reasoner, read_prompt(prompt, chat), loop, max_new_tokens=max_new_tokens, sampling=sampling)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print(result.text)
+        print(f"[{summary(result)}]", file=sys.stderr)
+
+
+def read_prompt(prompt: str, chat: bool) -> str | Messages:
+    """The prompt, from standard input if it is ``-``; a chat of one user message if ``chat`` is set."""
+    text = sys.stdin.read().strip() if prompt == "-" else prompt
+    return [{"role": "user", "content": text}] if chat else text
+
+
+def run_prompt(reasoner: LatentReasoner, prompt: str | Messages, loop: ResolvedLoopParams, **options: Any) -> Result:
+    """Answer one prompt with the reference implementation; ``options`` are those of :func:`prepare`.
+
+    Raises:
+        RequestError: the prompt is empty or too long, or an option is out of range.
+    """
+    from slr_core.generation.prepare import prepare
+    from slr_core.generation.reference import generate
+
+    return generate(reasoner, [prepare(reasoner, prompt, loop, **options)])[0]
+
+
+def summary(result: Result) -> str:
+    """Iterations, exit reason, cost and time in one line."""
+    change = "" if result.final_change is None else f", last change {result.final_change:.3f}"
+    return (
+        f"{result.iterations} iterations, {result.exit_reason}{change}, "
+        f"{result.forward_passes} forward passes, {result.timings.total_s * 1000:.0f} ms"
+    )

@@ -1,0 +1,37 @@
+"""``slr init``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slr_core.cli.info import description, print_description
+from slr_core.cli.options import AsJson, print_json
+
+
+def init(
+    base: Annotated[str, typer.Argument(help="Causal language model: a local folder, a hub id or a .gguf file.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Loop settings in YAML; one line such as `workspace: block` is enough.", dir_okay=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the new weights.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Add an untrained loop to a base model.
+
+    Writes a checkpoint folder. Its adapters have no effect until `slr train` trains them.
+    """
+    from slr_core.checkpoint.init import initialize
+
+    reasoner = initialize(base, out, config, seed=seed)
+    if as_json:
+        print_json(description(reasoner))
+        return
+    print_description(reasoner)
+    source = shlex.quote(f"base.from={out}")
+    print(f"\nNext, train the loop (docs/training.md has recipes):\n    slr train RECIPE.yaml --set {source}")

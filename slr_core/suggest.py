@@ -1,0 +1,32 @@
+"""Suggest the known name that a mistyped one resembles most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A clause to append to an error message about the unknown ``name``; empty if no known name resembles it."""
+    matches = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def known_fields(model: type[BaseModel], location: Sequence[int | str]) -> set[str]:
+    """Names of the fields beside the one at ``location``, where pydantic reported an error of ``model``."""
+    models = {model}
+    for part in location[:-1]:
+        fields = [of.model_fields[part] for of in models if isinstance(part, str) and part in of.model_fields]
+        # An index, or the name of a union's member, does not lead to another field.
+        models = {nested for field in fields for nested in _models(field.annotation)} or models
+    return {name for of in models for name in of.model_fields}
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)

@@ -1,0 +1,35 @@
+import io
+import json
+import sys
+
+from tests.cli.questions import LOOP, QUESTION, expected
+
+
+def test_answer(run, made, folder):
+    code, out, err = run("generate", "--model", folder, *LOOP, QUESTION)
+    assert (code, out) == (0, expected(made).text + "\n")
+    assert "3 iterations, max_iterations" in err
+
+
+def test_standard_input(run, made, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTION + "\n"))
+    _, out, _ = run("generate", "--model", folder, *LOOP, "-")
+    assert out == expected(made).text + "\n"
+
+
+def test_json(run, made, folder):
+    _, out, _ = run("generate", "--model", folder, "--max-iterations", 0, "--json", QUESTION)
+    found, result = json.loads(out), expected(made, {"max_iterations": 0})
+    assert (found["text"], found["iterations"], found["final_change"]) == (result.text, 0, None)
+    assert found["usage"] == {
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": result.completion_tokens,
+        "forward_passes": result.forward_passes,
+    }
+
+
+def test_seed(run, folder):
+    options = ["generate", "--model", folder, "--temperature", 2.0, "--top-k", 40, "--seed", 5]
+    assert run(*options, QUESTION)[1] == run(*options, QUESTION)[1]
+    texts = {run(*options[:-1], seed, QUESTION)[1] for seed in range(5)}
+    assert len(texts) > 1

@@ -1,0 +1,59 @@
+import json
+import shlex
+
+import pytest
+import yaml
+
+from slr_core.checkpoint.info import describe
+from slr_core.checkpoint.read import load
+from slr_core.model.reasoner import LatentReasoner
+from tests import tiny
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A base model's folder."""
+    tiny.base().save_pretrained(tmp_path / "plain")
+    tiny.tokenizer().save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def test_folder_answers(run, plain, tmp_path):
+    (tmp_path / "loop.yaml").write_text("workspace: block\n")
+    options = ["--out", tmp_path / "out", "--config", tmp_path / "loop.yaml"]
+    code, out, err = run("init", plain, *options)
+    sizes = describe(load(LatentReasoner, tmp_path / "out"))
+    assert (code, err) == (0, "")
+    assert f"{sizes.added_parameters:,} parameters, {sizes.added_share:.1%} of the base" in out
+    assert "block of 8" in out
+    described, _, _ = out.partition("\nNext, ")
+    assert run("info", "--model", tmp_path / "out")[1] == described
+    code, out, _ = run("generate", "--model", tmp_path / "out", "--json", "w1 w2")
+    assert (code, json.loads(out)["usage"]["prompt_tokens"]) == (0, 2)
+    code, out, err = run("init", plain, *options)
+    assert (code, out) == (1, "")
+    assert "new or an empty folder" in err
+
+
+def test_untrained_until_trained(run, plain, tmp_path):
+    """``init`` and ``info`` say so, and the command that ``init`` prints trains the loop."""
+    _, out, _ = run("init", plain, "--out", tmp_path / "out")
+    assert "rank 8, untrained" in out
+    assert "trained for" not in out
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:2] == ["slr", "train"]
+    recipe = tmp_path / "recipe.yaml"
+    questions = [{"question": f"w{i}", "steps": [], "answer": f"w{i + 1}"} for i in range(4)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    stage = {"steps": 2, "iterations": 2, "data": [{"task": "gsm8k", "file": str(tmp_path / "questions.jsonl")}]}
+    recipe.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), "stages": [stage]}))
+    code, _, err = run(*(str(recipe) if word == "RECIPE.yaml" else word for word in command[1:]))
+    assert code == 0, err
+    assert "trained for 6 iterations" in run("info", "--model", tmp_path / "run")[1]
+
+
+def test_json(run, plain, tmp_path):
+    found = json.loads(run("init", plain, "--out", tmp_path / "out", "--seed", 3, "--json")[1])
+    assert found["added_parameters"] == found["adapter_parameters"] + found["module_parameters"]
+    assert found["untrained"] is True
+    assert found == json.loads(run("info", "--model", tmp_path / "out", "--json")[1]) | {"config": found["config"]}
