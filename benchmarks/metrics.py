@@ -80,11 +80,11 @@ def _run(engine: Engine, requests: list[Request], at_once: int) -> list[Result]:
 
 def _record(metrics: Metrics, steps: list[Step], requests: list[Request], results: list[Result]) -> None:
     for step in steps:
-        metrics.stepped(step)
+        metrics.record_step(step)
     for request, result in zip(requests, results, strict=True):
         future: Future[Result] = Future()
-        metrics.follow(request, future)
         future.set_result(result)
+        metrics.record(request, future)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,29 @@
-"""The operator's folder of loop sets: what lies there may be loaded by name, and nothing else may."""
+"""The operator's folder of loop adapter sets. Clients can load what it holds, by name, and nothing else."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
 
-from slr_core.engine import DEFAULT_LOOP_SET, Engine
+from slr_core.engine import Engine
 from slr_core.errors import CheckpointError, ConfigError
 
 from .errors import Conflict, NotFound
 
 
 class AdapterSetFolder:
-    """Loads and removes loop sets, one at a time.
+    """Loads and removes loop adapter sets, one at a time.
 
     Args:
-        folder: whose direct subfolders may be loaded; ``None``: nothing may.
+        folder: its direct subfolders can be loaded; ``None``: nothing can.
     """
 
     def __init__(self, folder: str | None) -> None:
         self._folder = folder
-        self._changing = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     def available(self) -> list[str]:
-        """The names in the folder. A name from a request is looked for here: no path is made of it."""
+        """Names of the subfolders. A name from a request is looked up here and never used as a path."""
         if self._folder is None:
             return []
         try:
@@ -32,18 +32,18 @@ class AdapterSetFolder:
             return []
 
     async def load(self, engine: Engine, name: str) -> None:
-        """Load one of them.
+        """Load a subfolder into the engine.
 
         Raises:
-            NotFound: there is none of this name.
-            Conflict: it is loaded already, or does not fit the served base model.
+            NotFound: the folder has none of this name.
+            Conflict: one of this name is loaded, or the checkpoint does not fit the served base model.
         """
-        async with self._changing:
+        async with self._lock:
             if name in engine.loop_sets:
-                raise Conflict(f"there is a loop set {name!r} already")
+                raise Conflict(f"a loop adapter set {name!r} is already loaded")
             names = await asyncio.to_thread(self.available)
             if name not in names or self._folder is None:
-                raise NotFound(f"there is no {name!r} in the server's folder of loop sets", param="name")
+                raise NotFound(f"the server's --loop-sets folder has no {name!r}", param="name")
             path = str(Path(self._folder) / names[names.index(name)])
             try:
                 await asyncio.to_thread(engine.load_loop_set, name, path)
@@ -51,15 +51,12 @@ class AdapterSetFolder:
                 raise Conflict(f"{name!r} cannot be loaded: {str(error).replace(path, name)}") from error
 
     async def remove(self, engine: Engine, name: str) -> None:
-        """Remove a loaded one.
+        """Remove a loop adapter set from the engine.
 
         Raises:
-            NotFound: there is none of this name.
-            Conflict: it is the server's own.
+            NotFound: none of this name is loaded.
         """
-        async with self._changing:
-            if name == DEFAULT_LOOP_SET:
-                raise Conflict("the server's own loop set cannot be removed")
+        async with self._lock:
             if name not in engine.loop_sets:
-                raise NotFound(f"there is no loop set {name!r}", param="name")
+                raise NotFound(f"no loop adapter set {name!r} is loaded", param="name")
             await asyncio.to_thread(engine.remove_loop_set, name)

@@ -1,8 +1,8 @@
-"""The application: settings in, ASGI out."""
+"""The ASGI application."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI
@@ -14,30 +14,29 @@ from slr_core._install import missing_extra
 from slr_core._version import __version__
 from slr_core.engine import Engine
 
-from . import errors
 from .auth import Auth
+from .errors import install_handlers
 from .middleware import REQUEST_ID, SERVER_TIMING, BodyLimit, HeaderLimit, RequestContext
-from .observability.access_log import AccessLogEntry
 from .routes import admin, generate, health, metrics, openai
 from .service import Service
-from .settings import Settings, split
+from .settings import ServerSettings, split_list
 
 _DESCRIPTION = """
-An inference server for language models that think in their hidden states: a latent loop refines a state until it
-settles, and only then are tokens written. Every answer says how many iterations it took and why the loop ended.
+An inference server for language models that reason in hidden states: a latent loop refines a hidden state until it
+converges, and only then are tokens generated. Every answer reports its iterations and why its loop ended.
 """
 
 
-def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
+def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAPI:
     """Build the application.
 
     Args:
         settings: the server's settings.
-        engine: a running engine, which stays its owner's to close; by default the application loads
-            ``settings.model`` at startup and closes it at shutdown.
+        engine: a running engine, which the caller closes. ``None``: the application loads ``settings.model`` at
+            startup and closes the engine at shutdown.
 
     Raises:
-        ConfigError: spans are asked for and OpenTelemetry is not installed.
+        ConfigError: spans are enabled and OpenTelemetry is not installed.
     """
     service = Service(settings, engine)
 
@@ -56,8 +55,9 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         middleware=_middleware(settings, service),
     )
     app.state.service = service
-    errors.install(app)
-    bearer = [Depends(HTTPBearer(auto_error=False, description="a key of the server"))]  # for the docs: see Auth
+    install_handlers(app)
+    # For the documentation only: slr_server.auth checks the keys.
+    bearer = [Depends(HTTPBearer(auto_error=False, description="a key of the server"))]
     for module in (generate, openai, metrics):
         app.include_router(module.router, dependencies=bearer if settings.api_keys else None)
     app.include_router(health.router)
@@ -65,17 +65,14 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     return app
 
 
-def _middleware(settings: Settings, service: Service) -> list[Middleware]:
-    """From the outside in."""
-    layers = [
-        Middleware(RequestContext, metrics=service.metrics, trace=_tracer(settings)),
-        Middleware(HeaderLimit),
-    ]
+def _middleware(settings: ServerSettings, service: Service) -> list[Middleware]:
+    """Middleware, the outermost first."""
+    layers = [*_tracing(settings), Middleware(RequestContext, metrics=service.metrics), Middleware(HeaderLimit)]
     if settings.cors_origins is not None:
         layers.append(
             Middleware(
                 CORSMiddleware,
-                allow_origins=split(settings.cors_origins),
+                allow_origins=split_list(settings.cors_origins),
                 allow_methods=["GET", "POST"],
                 allow_headers=["Authorization", "Content-Type", REQUEST_ID],
                 expose_headers=[REQUEST_ID, SERVER_TIMING, "Retry-After"],
@@ -86,11 +83,11 @@ def _middleware(settings: Settings, service: Service) -> list[Middleware]:
     return layers
 
 
-def _tracer(settings: Settings) -> Callable[[AccessLogEntry], None] | None:
+def _tracing(settings: ServerSettings) -> list[Middleware]:
     if settings.otel_endpoint is None:
-        return None
+        return []
     try:
-        from .observability.tracing import tracer
+        from .observability.tracing import Tracing, exporting_provider
     except ImportError as error:
         raise missing_extra("otel_endpoint", "otel", error) from error
-    return tracer(settings.otel_endpoint, settings.model_name)
+    return [Middleware(Tracing, provider=exporting_provider(settings.otel_endpoint))]

@@ -1,4 +1,4 @@
-"""Bearer keys: who may ask, and who may change what is served."""
+"""Authentication by bearer keys: one set of keys for requests, one for administration."""
 
 from __future__ import annotations
 
@@ -9,69 +9,70 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .errors import Forbidden, Unauthorized, describe
-from .settings import split
+from .errors import Forbidden, Unauthorized, send_error
+from .settings import split_list
 
-PROBES = frozenset({"/livez", "/readyz", "/startupz"})
-"""What needs no key: whoever asks these has none, and learns nothing but yes or no."""
-ADMIN = "/admin/"
-_HASHED = "sha256:"
+PROBES = frozenset({"/livez", "/readyz", "/startupz", "/health"})
+"""Paths that need no key: orchestrators have none, and the answer is only yes or no."""
+_ADMIN_PREFIX = "/admin/"
+_HASH_PREFIX = "sha256:"
 
 
-class Keys:
+class KeyHashes:
     """The hashes of some keys; the keys themselves are not kept.
 
     Args:
-        listed: keys, or ``sha256:<hex>`` of keys, separated by commas.
+        keys: keys, or ``sha256:<hex>`` of keys, separated by commas; ``None``: no keys.
     """
 
-    def __init__(self, listed: SecretStr | None) -> None:
-        keys = [] if listed is None else split(listed.get_secret_value())
+    def __init__(self, keys: SecretStr | None) -> None:
         self._hashes = [
-            key.removeprefix(_HASHED).lower() if key.startswith(_HASHED) else _sha256(key.encode()) for key in keys
+            key.removeprefix(_HASH_PREFIX).lower() if key.startswith(_HASH_PREFIX) else _sha256(key.encode())
+            for key in ([] if keys is None else split_list(keys.get_secret_value()))
         ]
 
     def __bool__(self) -> bool:
         return bool(self._hashes)
 
-    def opened_by(self, key: bytes) -> bool:
-        """Whether it is one of them; how long that takes says nothing of how much of it is right."""
+    def matches(self, key: bytes) -> bool:
+        """Whether the key is one of them, in constant time."""
         given = _sha256(key)
-        # All of them: the first match does not end the comparison.
+        # Compare with all of them: stopping at the first match would reveal its position.
         matches = [hmac.compare_digest(given, known) for known in self._hashes]
         return any(matches)
 
 
 class Auth:
-    """Lets through what carries the key that its path asks for. Everything but probes asks for one, if there are any;
-    what lies under /admin asks for the admin key, which opens everything else too."""
+    """Requires the key that a path needs.
+
+    With API keys, every path but the probes needs one. Paths under /admin need the admin key, which is valid for all
+    other paths too; without an admin key they are disabled.
+    """
 
     def __init__(self, app: ASGIApp, api_keys: SecretStr | None, admin_key: SecretStr | None) -> None:
-        self.app, self.api, self.admin = app, Keys(api_keys), Keys(admin_key)
+        self.app, self.api, self.admin = app, KeyHashes(api_keys), KeyHashes(admin_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http" and scope["path"] not in PROBES:
-            error = self._refusal(scope)
+            error = self._check(scope)
             if error is not None:
-                await describe(error).response()(scope, receive, send)
+                await send_error(error, scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> Exception | None:
-        administers = scope["path"].startswith(ADMIN)
-        if administers and not self.admin:
-            return Forbidden("the admin endpoints are off: this server has no admin key")
-        if not (administers or self.api):
+    def _check(self, scope: Scope) -> Exception | None:
+        is_admin = scope["path"].startswith(_ADMIN_PREFIX)
+        if is_admin and not self.admin:
+            return Forbidden("the admin endpoints are disabled: this server has no admin key")
+        if not (is_admin or self.api):
             return None
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        # Header values arrive as Latin-1.
+        # Header values are decoded as Latin-1.
         given = key.strip().encode("latin-1")
-        if scheme.lower() == "bearer" and (
-            self.admin.opened_by(given) or (not administers and self.api.opened_by(given))
-        ):
+        if scheme.lower() == "bearer" and (self.admin.matches(given) or (not is_admin and self.api.matches(given))):
             return None
-        return Unauthorized("a valid key is needed: Authorization: Bearer <key>")
+        return Unauthorized("a valid key is required: Authorization: Bearer <key>")
 
 
 def _sha256(key: bytes) -> str:

@@ -16,40 +16,40 @@ from uvicorn.config import Config
 
 from slr_core.errors import EngineError, SLRError
 
-from .settings import Settings
+from .settings import ServerSettings
 
 if TYPE_CHECKING:
     from .service import Service
 
 
 _MAX_HEAD_BYTES = 64 << 10
-"""Request line and headers, beyond which the parser hangs up; the application's own limit is lower."""
+"""Request line and headers: the parser closes the connection beyond this. The application's own limit is lower."""
 _KEEP_ALIVE_S = 75
-"""Longer than balancers keep idle connections (60 s is common): whoever closes first must not be the server, or a
-request that is just being sent is lost."""
+"""Longer than load balancers keep idle connections (often 60 s). If the server closed them first, requests that are
+being sent would be lost."""
 _FLUSH_S = 5
-"""Seconds for the last answers to reach their clients."""
+"""Seconds for the last responses to reach their clients."""
 
 
 class _Server(uvicorn.Server):
-    """Says when the model can be asked, ends when it never will, and lets what runs end when it is told to stop."""
+    """Announces when the server is ready, exits if the model cannot be loaded, and drains on SIGTERM and SIGINT."""
 
     def __init__(self, config: Config, service: Service, address: str) -> None:
         super().__init__(config)
         self.service, self.address = service, address
-        self._announced = self._told_to_stop = False
+        self._announced = self._stop_requested = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._told_to_stop:  # the second time somebody is in a hurry
+        if self._stop_requested:  # a second signal: do not wait for running requests
             super().handle_exit(sig, frame)
-        self._told_to_stop = True
+        self._stop_requested = True
 
     async def on_tick(self, counter: int) -> bool:
         if self.service.broken:
             self.service.failure = EngineError("the engine has failed")
         if self.service.failure is not None:
             return True
-        if self._told_to_stop:
+        if self._stop_requested:
             if self.service.draining is None:
                 self.service.drain()
             elif self.service.draining.done():
@@ -61,11 +61,11 @@ class _Server(uvicorn.Server):
 
 
 def main() -> None:
-    """Parse flags and environment, serve until told to stop."""
-    # An orderly end, before the server has set up its own and after it has raised the signal again.
+    """Parse flags and environment, and serve until a signal comes."""
+    # For a clean exit before the server has installed its own handler, and after it raises the signal again.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        settings = CliApp.run(Settings)
+        settings = CliApp.run(ServerSettings)
     except (ValidationError, SettingsError) as error:
         _fail(_explain(error), 2)
     try:
@@ -74,18 +74,18 @@ def main() -> None:
         sys.exit(0)
 
 
-def serve(settings: Settings) -> None:
-    """Serve until a signal comes; exits with status 1 where that cannot begin."""
-    # Here, so that --help and a wrong flag are answered without waiting for torch.
+def serve(settings: ServerSettings) -> None:
+    """Serve until a signal comes. Exits with status 1 if the server cannot start or the engine fails."""
+    # Imported here, so that --help and wrong flags are answered without importing torch.
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     from .app import create_app
-    from .observability.access_log import handler
+    from .observability.access_log import log_handler
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     disable_progress_bars()
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler(settings)])
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[log_handler(settings)])
     try:
         app = create_app(settings)
     except SLRError as error:
@@ -99,7 +99,7 @@ def serve(settings: Settings) -> None:
     config = Config(
         app,
         lifespan="on",
-        # The parser that bounds the headers, whatever else is installed.
+        # This parser limits the size of headers.
         http="h11",
         h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
         ws="none",
@@ -107,7 +107,6 @@ def serve(settings: Settings) -> None:
         access_log=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        # By then every request has been answered.
         timeout_graceful_shutdown=_FLUSH_S,
     )
     _Server(config, service, f"http://{host}:{listener.getsockname()[1]}").run([listener])
@@ -117,17 +116,17 @@ def serve(settings: Settings) -> None:
         _fail(str(service.failure))
 
 
-def _listen(settings: Settings) -> socket.socket:
+def _listen(settings: ServerSettings) -> socket.socket:
     family, kind, protocol, _, address = socket.getaddrinfo(
         settings.host, settings.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
     )[0]
-    # With the protocol spelled out, which socket.create_server does not: without it asyncio leaves Nagle's
-    # algorithm on, and every response waits 40 ms for the client's delayed acknowledgement.
+    # socket.create_server does not set the protocol. Without it, asyncio leaves Nagle's algorithm on, and every
+    # response waits 40 ms for the client's delayed acknowledgement.
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # A client that never reads holds its connection until the kernel gives up on it: sooner than it would.
+            # The connection of a client that never reads is closed by the kernel after this time.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * settings.write_timeout_s))
         listener.bind(address)
     except OSError:
@@ -139,7 +138,7 @@ def _listen(settings: Settings) -> socket.socket:
 def _explain(error: ValidationError | SettingsError) -> str:
     if isinstance(error, SettingsError):
         return str(error)
-    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+    return "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:

@@ -1,7 +1,6 @@
-"""From exceptions to error responses: the one place that knows which failure is which status.
+"""Maps exceptions to error responses: the only place that knows HTTP statuses and error codes.
 
-Errors of the client name their field. Errors of the server say nothing about its insides: those are in
-the log, under the request's id.
+Client errors name their field. Server errors reveal no details: those are in the log, under the request's id.
 """
 
 from __future__ import annotations
@@ -16,29 +15,30 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import compile_path
+from starlette.types import Receive, Scope, Send
 
 from slr_core.errors import DeadlineError, RequestError, SLRError
 
-from .observability.request_stats import current
-from .protocol.native import ErrorDetail, ErrorResponse
+from .observability.request_stats import request_stats
+from .protocol.schema import ErrorDetail, ErrorResponse
 
 CLIENT_CLOSED_REQUEST = 499
-"""The status in logs and metrics of a request whose client left; nobody receives it."""
+"""Status in logs and metrics of a request whose client disconnected; it is never sent."""
 
 _INVALID, _SERVER = "invalid_request_error", "server_error"
-_MOST_FAULTS, _LONGEST_NAME = 5, 100
+_MAX_REPORTED_ERRORS, _MAX_NAME_LENGTH = 5, 100
 
 
 class InvalidJSON(SLRError):
-    """The body is not JSON."""
+    """The body is not valid JSON."""
 
 
 class UnsupportedMediaType(SLRError):
-    """The body is declared as something other than JSON."""
+    """The content type is not JSON."""
 
 
 class BodyTooLarge(SLRError):
-    """The body is over the limit."""
+    """The body is larger than the limit."""
 
 
 class BodyTooSlow(SLRError):
@@ -46,30 +46,30 @@ class BodyTooSlow(SLRError):
 
 
 class TooManyHeaders(SLRError):
-    """The request's headers are over the limit."""
+    """The headers are larger than the limit."""
 
 
 class Unauthorized(SLRError):
-    """The request carries no key that opens this path."""
+    """The request has no valid key for this path."""
 
 
 class Forbidden(SLRError):
-    """Nobody may do this on this server."""
+    """The operation is disabled on this server."""
 
 
 class NotFound(RequestError):
-    """There is nothing of this name."""
+    """The named object does not exist."""
 
 
 class Conflict(SLRError):
-    """It is not possible in the server's present state."""
+    """The operation conflicts with the server's current state."""
 
 
 class QueueFull(SLRError):
-    """The engine has as much waiting work as it may.
+    """The queue has no room for the request.
 
     Attributes:
-        retry_after_s: seconds until there should be room.
+        retry_after_s: estimated seconds until there is room.
     """
 
     def __init__(self, message: str, retry_after_s: int) -> None:
@@ -78,15 +78,15 @@ class QueueFull(SLRError):
 
 
 class Unavailable(SLRError):
-    """The engine is loading, stopped or stuck; another replica may answer."""
+    """The engine is loading, stopped or stalled; another replica may answer."""
 
 
 class TimedOut(SLRError):
-    """The answer took too long."""
+    """The request exceeded its time limit."""
 
 
 class ClientGone(SLRError):
-    """The client closed the connection before its answer."""
+    """The client closed the connection before it got its answer."""
 
 
 _KINDS: dict[type[Exception], tuple[int, str, str]] = {
@@ -106,7 +106,7 @@ _KINDS: dict[type[Exception], tuple[int, str, str]] = {
     TimedOut: (504, "timeout_error", "timeout"),
     DeadlineError: (504, "timeout_error", "timeout"),
 }
-"""Status, type and code of the errors whose message is for the caller. All others are a plain 500."""
+"""Status, type and code of errors whose message may be sent to the client. All others are a plain 500."""
 
 _HTTP_ERRORS: dict[int, tuple[str, str]] = {
     404: ("not_found", "no such path"),
@@ -119,7 +119,7 @@ _MESSAGES = {"extra_forbidden": "unknown field", "missing": "required"}
 
 @dataclass(frozen=True)
 class Problem:
-    """An error response before it is one."""
+    """The content of an error response."""
 
     status: int
     type: str
@@ -133,19 +133,25 @@ class Problem:
         return ErrorResponse(error=ErrorDetail(type=self.type, message=self.message, param=self.param, code=self.code))
 
     def response(self) -> Response:
-        """The response with the error body; its code is noted among the request's facts."""
-        current().error = self.code
+        """The HTTP response."""
         return Response(
             self.body().model_dump_json(), self.status, headers=dict(self.headers), media_type="application/json"
         )
 
 
-def describe(error: Exception) -> Problem:
-    """The response that an exception deserves."""
+async def send_error(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request with the response for an exception; ASGI."""
+    problem = to_problem(error)
+    request_stats(scope).error = problem.code
+    await problem.response()(scope, receive, send)
+
+
+def to_problem(error: Exception) -> Problem:
+    """The error response for an exception."""
     if isinstance(error, RequestValidationError):
-        return _validation(error.errors())
+        return _validation_problem(error.errors())
     if isinstance(error, HTTPException):
-        return _http(error)
+        return _http_problem(error)
     for kind in type(error).__mro__:
         if kind in _KINDS:
             status, family, code = _KINDS[kind]
@@ -159,37 +165,39 @@ def describe(error: Exception) -> Problem:
     return Problem(500, _SERVER, "internal_error", "the server failed to answer this request")
 
 
-def _http(error: HTTPException) -> Problem:
+def _http_problem(error: HTTPException) -> Problem:
     code, message = _HTTP_ERRORS.get(error.status_code, ("http_error", str(error.detail)))
     family = _SERVER if error.status_code >= 500 else _INVALID
     return Problem(error.status_code, family, code, message, headers=error.headers or {})
 
 
-def _validation(faults: Sequence[Mapping[str, Any]]) -> Problem:
-    first = faults[0]
+def _validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
+    first = errors[0]
     if tuple(first["loc"]) == ("body",):
         return Problem(400, _INVALID, "invalid_value", "the body must be a JSON object")
-    messages = [f"{_param(fault)}: {_message(fault)}" for fault in faults[:_MOST_FAULTS]]
-    if len(faults) > _MOST_FAULTS:
-        messages.append(f"and {len(faults) - _MOST_FAULTS} more")
+    messages = [f"{_param(error)}: {_message(error)}" for error in errors[:_MAX_REPORTED_ERRORS]]
+    if len(errors) > _MAX_REPORTED_ERRORS:
+        messages.append(f"and {len(errors) - _MAX_REPORTED_ERRORS} more")
     code = _CODES.get(first["type"], "invalid_value")
     return Problem(400, _INVALID, code, "; ".join(messages), _param(first))
 
 
-def _param(fault: Mapping[str, Any]) -> str:
-    # loc starts with "body". A name may be one that the client made up, and as long as it likes.
-    return ".".join(map(str, fault["loc"][1:]))[:_LONGEST_NAME]
+def _param(error: Mapping[str, Any]) -> str:
+    # loc starts with "body". The rest may be names that the client chose, of any length.
+    return ".".join(map(str, error["loc"][1:]))[:_MAX_NAME_LENGTH]
 
 
-def _message(fault: Mapping[str, Any]) -> str:
-    message: str = _MESSAGES.get(fault["type"], fault["msg"])
+def _message(error: Mapping[str, Any]) -> str:
+    message: str = _MESSAGES.get(error["type"], error["msg"])
     return message.replace("Input should be", "must be")
 
 
 async def _handle(request: Request, error: Exception) -> Response:
-    response = describe(error).response()
-    if response.status_code == 405:
-        # The router names the methods of one route, and a path may have several.
+    problem = to_problem(error)
+    request_stats(request.scope).error = problem.code
+    response = problem.response()
+    if problem.status == 405:
+        # Starlette names the methods of one route only, and a path may have several routes.
         response.headers["Allow"] = ", ".join(_methods(request)) or response.headers.get("Allow", "")
     return response
 
@@ -201,10 +209,10 @@ def _methods(request: Request) -> list[str]:
     return sorted({method.upper() for operations in matching for method in operations})
 
 
-def install(app: FastAPI) -> None:
-    """Give every deliberate error of the application the error body.
+def install_handlers(app: FastAPI) -> None:
+    """Let the application answer every deliberate error with the error body.
 
-    What nobody foresaw is answered in :class:`slr_server.middleware.RequestContext`, which alone sees all of it.
+    Unexpected exceptions are answered in :class:`slr_server.middleware.RequestContext`, outside of all others.
     """
     for kind in (SLRError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle)

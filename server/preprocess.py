@@ -1,154 +1,250 @@
-"""From a validated body to requests of the engine: the operator's limits, the defaults, the samples."""
+"""From any endpoint's request to requests of the engine: operator limits, defaults, samples, tokenization.
+
+The protocol modules translate a body into a :class:`GenerationJob` and decide nothing; every limit and default is
+applied here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Protocol
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from slr_core.config import LoopConfig
 from slr_core.errors import RequestError
 from slr_core.generation.prepare import prepare
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
-from slr_core.types import Request
+from slr_core.types import Messages, Request, Tokens
 
-from .protocol.native import DEFAULT_TOP_TOKENS, Convergence, GenerateRequest, TraceRequest
-from .settings import Settings
+from .settings import ServerSettings
+
+DEFAULT_TOP_TOKENS = 5
+"""Default of ``top_tokens`` in a trace."""
 
 
-class Bounds(Protocol):
-    """What says how far a loop may go: a body of ours, or the ``slr`` object of OpenAI's."""
+@dataclass(frozen=True)
+class RawText:
+    """A prompt that is tokenized as it stands, without the checkpoint's prompt prefix and suffix."""
+
+    text: str
+
+
+Prompt = str | Messages | Tokens | RawText
+
+
+@dataclass(frozen=True)
+class FieldNames:
+    """How a body names the fields of a :class:`GenerationJob`, for error messages.
+
+    Attributes:
+        names: name in the body by name here; a name that is missing is the same in both.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> str:
+        return self.names.get(name, name)
+
+    @contextmanager
+    def in_errors(self) -> Iterator[None]:
+        """Let every :class:`RequestError` that is raised inside name the field of the body."""
+        try:
+            yield
+        except RequestError as error:
+            renamed = self.rename(error)
+            if renamed is error:
+                raise
+            raise renamed from error
+
+    def rename(self, error: RequestError) -> RequestError:
+        """The same error with the field's name in the body, in ``param`` and once in the message."""
+        if error.param is None or self[error.param] == error.param:
+            return error
+        name = self[error.param]
+        return type(error)(re.sub(rf"\b{re.escape(error.param)}\b", name, str(error), count=1), param=name)
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """What a body asks for, in the same terms for every endpoint. ``None`` stands for a default.
+
+    Attributes:
+        prompts: the prompts, answered independently.
+        n: answers per prompt.
+        loop: the loop's settings.
+        sampling: of the first answer; with a seed, answer ``i`` of a prompt samples with ``seed + i``.
+        max_new_tokens: token limit of an answer; ``None``: the checkpoint's default.
+        default_max_new_tokens: upper bound of that default; ``None``: no bound.
+        stop: strings that end an answer.
+        trace: measure the LM head at every iteration.
+        top_tokens: number of likely tokens per iteration of a trace.
+        include_states: return the states of a trace.
+        logprobs: number of likely tokens per scored token; ``None``: do not score tokens.
+        score_prompt: score the prompt's tokens as well.
+        loop_after: tokens of each prompt that precede the loop; ``None``: all of them.
+        template_options: variables for the chat template.
+        loop_set: name of the loop adapter set; ``None``: the served model's own.
+        stream: send iterations and tokens as they come.
+        names: how the body names these fields.
+    """
+
+    prompts: tuple[Prompt, ...]
+    n: int = 1
+    loop: LoopParams = field(default_factory=LoopParams)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_new_tokens: int | None = None
+    default_max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    trace: bool = False
+    top_tokens: int | None = None
+    include_states: bool = False
+    logprobs: int | None = None
+    score_prompt: bool = False
+    loop_after: int | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    loop_set: str | None = None
+    stream: bool = False
+    names: FieldNames = field(default_factory=FieldNames)
 
     @property
-    def max_iterations(self) -> int | None:
-        """Most iterations."""
-
-    @property
-    def min_iterations(self) -> int | None:
-        """Least iterations."""
-
-    @property
-    def convergence(self) -> Convergence | None:
-        """When it may stop by itself."""
+    def answers(self) -> int:
+        """Number of answers."""
+        return len(self.prompts) * self.n
 
 
-def count(body: GenerateRequest) -> int:
-    """How many answers a body asks for."""
-    return len(body.prompt) * (body.n or 1)
-
-
-def check_limits(body: GenerateRequest, settings: Settings) -> None:
-    """Hold a body to the limits that the operator set.
+def check_limits(job: GenerationJob, settings: ServerSettings) -> None:
+    """Check the limits that need no tokenization.
 
     Raises:
-        RequestError: a field is above its limit.
+        RequestError: a field is above the operator's limit.
     """
-    check_count(len(body.prompt), body.n, settings)
-    check_max("max_iterations", body.max_iterations, settings.max_iterations)
-    check_max("min_iterations", body.min_iterations, settings.max_iterations)
-    check_max("max_new_tokens", body.max_new_tokens, settings.max_new_tokens)
-    if isinstance(body, TraceRequest):
-        check_max("top_tokens", body.top_tokens, settings.max_top_tokens)
+    with job.names.in_errors():
+        if len(job.prompts) > settings.max_prompts:
+            raise RequestError(
+                f"prompt must hold at most {settings.max_prompts} prompts, got {len(job.prompts)}", param="prompt"
+            )
+        for name, value, limit in (
+            ("n", job.n, settings.max_n),
+            ("max_iterations", job.loop.max_iterations, settings.max_iterations),
+            ("min_iterations", job.loop.min_iterations, settings.max_iterations),
+            ("max_new_tokens", job.max_new_tokens, settings.max_new_tokens),
+            ("top_tokens", job.top_tokens, settings.max_top_tokens),
+            ("logprobs", job.logprobs, settings.max_top_tokens),
+        ):
+            check_max(name, value, limit)
+        if job.answers > settings.max_queue:
+            raise RequestError(
+                f"prompts times n must be at most {settings.max_queue} on this server, got {job.answers}",
+                param="prompt" if job.n == 1 else "n",
+            )
 
 
 def check_max(name: str, value: int | None, limit: int) -> None:
-    """Hold a field to its limit.
+    """Check one field.
 
     Raises:
-        RequestError: it is above.
+        RequestError: it is above its limit.
     """
     if value is not None and value > limit:
         raise RequestError(f"{name} must be at most {limit} on this server", param=name)
 
 
-def check_count(prompts: int, n: int | None, settings: Settings) -> None:
-    """Hold the number of prompts and answers to the operator's limits.
-
-    Raises:
-        RequestError: it is above.
-    """
-    if prompts > settings.max_prompts:
-        raise RequestError(f"prompt must hold at most {settings.max_prompts} prompts, got {prompts}", "prompt")
-    check_max("n", n, settings.max_n)
-    answers = prompts * (n or 1)
-    if answers > settings.max_queue:
-        raise RequestError(
-            f"prompts times n must be at most {settings.max_queue} on this server, got {answers}",
-            param="prompt" if n in (None, 1) else "n",
-        )
-
-
-def plan(
-    body: GenerateRequest, settings: Settings, reasoner: LatentReasoner, limit: int | None = None
+def preprocess(
+    job: GenerationJob, settings: ServerSettings, reasoner: LatentReasoner, capacity: int | None = None
 ) -> list[Request]:
-    """The engine's requests in the order of the results: all samples of the first prompt, then of the next.
+    """The engine's requests in the order of the answers: all samples of the first prompt, then of the next.
 
-    Tokenizes, so it belongs in a thread.
+    Tokenizes, so call it in a thread.
 
     Args:
-        body: what is asked.
+        job: what is asked for; :func:`check_limits` accepts it.
         settings: the operator's limits.
-        reasoner: whose texts and defaults apply.
-        limit: positions of a slot of the engine.
+        reasoner: the model whose texts, tokenizer and defaults apply.
+        capacity: positions of a slot of the engine; ``None``: what the model can address.
 
     Raises:
         RequestError: a prompt or a setting cannot be run.
     """
-    loop = resolve(reasoner.config.loop, body, settings.max_iterations)
-    sampling = SamplingParams(
-        temperature=body.temperature or 0.0,
-        top_k=body.top_k or 0,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        seed=body.seed,
-    )
-    trace = isinstance(body, TraceRequest)
-    top_tokens, states = 0, False
-    if isinstance(body, TraceRequest):
-        states = bool(body.include_states)
-        asked = body.top_tokens
-        top_tokens = min(DEFAULT_TOP_TOKENS, settings.max_top_tokens) if asked is None else asked
-    requests = []
-    for index, prompt in enumerate(body.prompt):
+    with job.names.in_errors():
+        loop = _resolve_loop(job.loop, reasoner.config.loop, settings.max_iterations)
+        _check_template_options(job.template_options, reasoner)
+    requests: list[Request] = []
+    for index, prompt in enumerate(job.prompts):
         try:
-            request = prepare(
-                reasoner,
-                prompt,
-                loop,
-                max_new_tokens=body.max_new_tokens,
-                sampling=sampling,
-                stop=body.stop or (),
-                trace=trace,
-                top_tokens=top_tokens,
-                include_states=states,
-                limit=limit,
-            )
-            check_prompt(request.prompt_ids, settings)
+            with job.names.in_errors():
+                request = _preprocess_prompt(prompt, loop, job, settings, reasoner, capacity)
         except RequestError as error:
-            raise with_prompt_index(error, index, len(body.prompt)) from error
-        # The checkpoint's default gives way to the operator's limit.
-        request = replace(request, max_new_tokens=min(request.max_new_tokens, settings.max_new_tokens))
-        requests += samples(request, body.n)
-    if states:
+            raise _with_prompt_index(error, index, job) from error
+        requests += _samples(request, job.n)
+    if job.include_states:
         _check_states(reasoner, requests, settings.max_state_values)
     return requests
 
 
-def with_prompt_index(error: RequestError, index: int, prompts: int) -> RequestError:
-    """The error of one of several prompts, which says of which."""
-    if error.param != "prompt" or prompts == 1:
-        return error
-    return RequestError(f"prompt {index}: {error}", param=f"prompt.{index}")
+def _preprocess_prompt(
+    prompt: Prompt,
+    loop: ResolvedLoopParams,
+    job: GenerationJob,
+    settings: ServerSettings,
+    reasoner: LatentReasoner,
+    capacity: int | None,
+) -> Request:
+    forced: tuple[int, ...] = ()
+    if isinstance(prompt, RawText):
+        prompt = Tokens(tuple(reasoner.tokenizer(prompt.text).input_ids))
+    if isinstance(prompt, Tokens):
+        _check_prompt_tokens(prompt.ids, settings)
+        if job.loop_after is not None:
+            if job.loop_after > len(prompt.ids):
+                raise RequestError(
+                    f"loop_after must be at most {len(prompt.ids)}, the prompt's tokens, got {job.loop_after}",
+                    param="loop_after",
+                )
+            prompt, forced = Tokens(prompt.ids[: job.loop_after]), prompt.ids[job.loop_after :]
+    top_tokens = min(DEFAULT_TOP_TOKENS, settings.max_top_tokens) if job.top_tokens is None else job.top_tokens
+    request = prepare(
+        reasoner,
+        prompt,
+        loop,
+        max_new_tokens=job.max_new_tokens,
+        sampling=job.sampling,
+        stop=job.stop,
+        trace=job.trace,
+        top_tokens=top_tokens if job.trace else 0,
+        include_states=job.include_states,
+        logprobs=job.logprobs,
+        score_prompt=job.score_prompt,
+        forced_ids=forced,
+        limit=capacity,
+    )
+    _check_prompt_tokens(request.prompt_ids, settings)
+    if job.max_new_tokens is None:
+        most = min(job.default_max_new_tokens or settings.max_new_tokens, settings.max_new_tokens)
+        request = replace(request, max_new_tokens=min(request.max_new_tokens, most))
+    return request
 
 
-def check_prompt(ids: tuple[int, ...], settings: Settings, param: str = "prompt") -> None:
-    """Hold a prompt to the operator's limit.
+def _resolve_loop(params: LoopParams, config: LoopConfig, limit: int) -> ResolvedLoopParams:
+    """Fill in the checkpoint's defaults, which give way to the operator's limit."""
+    loop = params.resolve(config)
+    return replace(loop, max_iterations=min(loop.max_iterations, limit), min_iterations=min(loop.min_iterations, limit))
 
-    Raises:
-        RequestError: it has more tokens.
-    """
+
+def _samples(request: Request, n: int) -> list[Request]:
+    """The request ``n`` times; if it has a seed, each samples with the next."""
+    sampling = request.sampling
+    if sampling.seed is None:
+        return [request] * n
+    return [replace(request, sampling=replace(sampling, seed=sampling.seed + i)) for i in range(n)]
+
+
+def _check_prompt_tokens(ids: tuple[int, ...], settings: ServerSettings) -> None:
     if settings.max_prompt_tokens is not None and len(ids) > settings.max_prompt_tokens:
         raise RequestError(
-            f"{param} has {len(ids)} tokens, this server takes at most {settings.max_prompt_tokens}", param=param
+            f"prompt has {len(ids)} tokens, this server takes at most {settings.max_prompt_tokens}", param="prompt"
         )
 
 
@@ -162,36 +258,20 @@ def _check_states(reasoner: LatentReasoner, requests: list[Request], limit: int)
         )
 
 
-def resolve(config: LoopConfig, bounds: Bounds | None, limit: int, at: str = "") -> ResolvedLoopParams:
-    """The loop's settings, every default filled in, none above the operator's limit.
-
-    Args:
-        config: the checkpoint's defaults.
-        bounds: what is asked.
-        limit: most iterations.
-        at: where the fields stand in the body, for errors: ``"slr."``.
-
-    Raises:
-        RequestError: a setting cannot be run.
-    """
-    convergence = (bounds.convergence if bounds else None) or Convergence()
-    try:
-        loop = LoopParams(
-            max_iterations=bounds.max_iterations if bounds else None,
-            min_iterations=bounds.min_iterations if bounds else None,
-            criterion=convergence.criterion,
-            threshold=convergence.threshold,
-            patience=convergence.patience,
-        ).resolve(config)
-    except RequestError as error:
-        inside = "convergence." if error.param in vars(convergence) else ""
-        raise RequestError(str(error), param=f"{at}{inside}{error.param}") from error
-    return replace(loop, max_iterations=min(loop.max_iterations, limit), min_iterations=min(loop.min_iterations, limit))
+def _check_template_options(options: Mapping[str, Any], reasoner: LatentReasoner) -> None:
+    """Refuse variables that the chat template may read: they would change the prompt. Others change nothing."""
+    template = str(reasoner.config.text.chat_template or reasoner.tokenizer.chat_template)
+    for name in options:
+        if re.search(rf"\b{re.escape(name)}\b", template):
+            raise RequestError(
+                f"template_options.{name} is not supported: the chat template of this checkpoint reads it",
+                param="template_options",
+            )
 
 
-def samples(request: Request, n: int | None) -> list[Request]:
-    """The request ``n`` times; where it has a seed, each draws with the next."""
-    sampling = request.sampling
-    if sampling.seed is None:
-        return [request] * (n or 1)
-    return [replace(request, sampling=replace(sampling, seed=sampling.seed + i)) for i in range(n or 1)]
+def _with_prompt_index(error: RequestError, index: int, job: GenerationJob) -> RequestError:
+    """If one of several prompts is at fault, say which."""
+    name = job.names["prompt"]
+    if error.param != name or len(job.prompts) == 1:
+        return error
+    return RequestError(f"prompt {index}: {error}", param=f"{name}.{index}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
@@ -15,37 +15,36 @@ from slr_core.errors import DeadlineError
 from slr_core.types import Request, Result
 
 from .errors import TimedOut
-from .observability.request_stats import current
+from .protocol.schema import OutputEvent
 
 
 def timeout_error(limit_s: float) -> TimedOut:
-    """The error of a request that was not answered within its limit."""
+    """The error of a request that exceeds its time limit."""
     return TimedOut(f"no answer within {limit_s:g} seconds")
 
 
-class OutputEvent(NamedTuple):
-    """Something that happened to an answer."""
+class AdmittedRequest(NamedTuple):
+    """A request with the iteration budget that it gets."""
 
-    answer: int
-    """Its index."""
-    event: Event
-    reduced: bool
-    """Whether the answer runs on a smaller iteration budget than it asked for."""
+    request: Request
+    budget_reduced: bool
+    """Whether the budget is smaller than requested."""
 
 
 class RequestGroup:
-    """Requests in the engine, and what it tells of them: an async iterator that ends with their last result.
+    """Requests in the engine, and an async iterator over their events that ends with their last result.
 
-    A context manager: whatever is left when it closes is cancelled, and its slots are free at the engine's
-    next step.
+    A context manager: requests that are unfinished when it closes are cancelled, and their slots are free at the
+    engine's next step.
 
     Args:
-        engine: that runs them.
-        requests: in the order of their indices, each with whether its budget was reduced.
-        loop_set: by which they were planned.
-        every: tell of iterations and tokens too, not of results alone.
-        deadline: ``time.monotonic`` at which it fails.
-        limit_s: how long that is, for the message.
+        engine: runs them.
+        requests: in the order of their indices.
+        loop_set: the engine's name of their loop adapter set.
+        stream: yield iterations and tokens too, not only results.
+        deadline: ``time.monotonic`` at which the group fails.
+        limit_s: the same as a duration in seconds, for the error message.
+        on_done: called once for each request that finished, failed or was cancelled, on the thread that ended it.
 
     Raises:
         EngineError: the engine is closed.
@@ -55,58 +54,60 @@ class RequestGroup:
     def __init__(
         self,
         engine: Engine,
-        requests: list[tuple[Request, bool]],
+        requests: Sequence[AdmittedRequest],
         *,
-        loop_set: str | None,
-        every: bool,
+        loop_set: str,
+        stream: bool,
         deadline: float,
         limit_s: float,
+        on_done: Callable[[Request, Future[Result]], None],
     ) -> None:
         self._engine, self._deadline, self._limit_s = engine, deadline, limit_s
+        self._requests, self._on_done = requests, on_done
         self._loop = asyncio.get_running_loop()
-        self._reduced = [reduced for _, reduced in requests]
-        self._arrived: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
         self._unfinished = len(requests)
-        self.futures: list[Future[Result]] = []
+        self._futures: list[Future[Result]] = []
         try:
             for index, (request, _) in enumerate(requests):
                 future = engine.submit(
                     request,
                     loop_set=loop_set,
-                    on_event=partial(self._hear, index) if every else None,
+                    on_event=partial(self._on_event, index) if stream else None,
                     deadline=deadline,
                 )
-                self.futures.append(future)
-                future.add_done_callback(partial(self._settled, index))
+                self._futures.append(future)
+                future.add_done_callback(partial(self._on_future_done, index))
         except BaseException:
             self.close()
             raise
 
     # -- on the engine's thread ---------------------------------------------------------------------
 
-    def _hear(self, index: int, event: Event) -> None:
-        if not isinstance(event, FinishedEvent):  # which comes with the future, as errors do
-            self._tell(index, event)
+    def _on_event(self, index: int, event: Event) -> None:
+        if not isinstance(event, FinishedEvent):  # results come with the future, as errors do
+            self._put(index, event)
 
-    def _settled(self, index: int, future: Future[Result]) -> None:
+    def _on_future_done(self, index: int, future: Future[Result]) -> None:
+        self._on_done(self._requests[index].request, future)
         if not future.cancelled():
-            self._tell(index, future.exception() or FinishedEvent(future.result()))
+            self._put(index, future.exception() or FinishedEvent(future.result()))
 
-    def _tell(self, index: int, what: Event | BaseException) -> None:
-        # The loop may be closed by now: then there is nobody to tell.
+    def _put(self, index: int, item: Event | BaseException) -> None:
+        # A closed event loop means that the server has shut down.
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, what))
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
 
     # -- on the event loop --------------------------------------------------------------------------
 
     @property
-    def begun(self) -> bool:
-        """Whether any of its answers got a slot."""
-        return not self._engine.waiting.issuperset(self.futures)
+    def started(self) -> bool:
+        """Whether any of its requests has got a slot."""
+        return not self._engine.waiting.issuperset(self._futures)
 
-    def abort(self, error: Exception) -> None:
-        """Let whoever waits for it have this error."""
-        self._arrived.put_nowait((0, error))
+    def fail(self, error: Exception) -> None:
+        """Raise this error in the iteration."""
+        self._queue.put_nowait((0, error))
 
     def __aiter__(self) -> AsyncIterator[OutputEvent]:
         return self
@@ -115,23 +116,23 @@ class RequestGroup:
         if not self._unfinished:
             raise StopAsyncIteration
         try:
-            # The engine keeps the deadline as well, but an engine that is stuck keeps none.
+            # The engine checks the deadline too, but not while it is stalled.
             async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
-                index, what = await self._arrived.get()
+                index, item = await self._queue.get()
         except TimeoutError as error:
             raise timeout_error(self._limit_s) from error
-        if isinstance(what, DeadlineError):
-            raise timeout_error(self._limit_s) from what
-        if isinstance(what, BaseException):
-            raise what
-        if isinstance(what, FinishedEvent):
+        if isinstance(item, DeadlineError):
+            raise timeout_error(self._limit_s) from item
+        if isinstance(item, BaseException):
+            raise item
+        if isinstance(item, FinishedEvent):
             self._unfinished -= 1
-            current().results.append(what.result)
-        return OutputEvent(index, what, self._reduced[index])
+        request, budget_reduced = self._requests[index]
+        return OutputEvent(index, request, item, budget_reduced)
 
     def close(self) -> None:
-        """Cancel what is left."""
-        for future in self.futures:
+        """Cancel the requests that are unfinished."""
+        for future in self._futures:
             future.cancel()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""The engine's life inside the server, and the way of a request through it."""
+"""The engine's lifetime inside the server, and the path of a request through it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
 from slr_core.checkpoint.info import describe
 from slr_core.engine import DEFAULT_LOOP_SET, Engine, FinishedEvent
+from slr_core.engine.adapter_set import LoopAdapterSet
 from slr_core.errors import EngineError, RequestError
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, SamplingParams
@@ -24,58 +24,41 @@ from .adapter_sets import AdapterSetFolder
 from .admission import Admission, reduce_budget
 from .errors import Conflict, NotFound, Unavailable
 from .observability.metrics import Metrics
-from .observability.request_stats import current
-from .protocol.native import LoopSetList
-from .request_group import OutputEvent, RequestGroup, timeout_error
-from .settings import Settings
+from .observability.request_stats import RequestStats
+from .preprocess import GenerationJob, preprocess
+from .protocol.schema import Answer, OutputEvent
+from .request_group import AdmittedRequest, RequestGroup, timeout_error
+from .settings import ServerSettings
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class GenerationJob:
-    """What a body asks of the engine.
-
-    Attributes:
-        count: how many answers.
-        plan: from a loop set's model and the positions of a slot to the requests, ``count`` of them. It
-            tokenizes, so it is called in a thread.
-        loop_set: whose model; ``None``: the engine's own checkpoint.
-        stream: tell of iterations and tokens as well.
-    """
-
-    count: int
-    plan: Callable[[LatentReasoner, int], list[Request]]
-    loop_set: str | None = None
-    stream: bool = False
-
-
 class Service:
-    """Holds the engine from startup to shutdown; an async context manager.
+    """Owns the engine from startup to shutdown; an async context manager.
 
     Args:
         settings: the server's settings.
-        engine: a running engine, which stays its owner's to close; by default one is built from
-            ``settings.model`` in a thread, and requests are refused until it has given a first answer.
+        engine: a running engine, which the caller closes. ``None``: one is built from ``settings.model`` in a
+            thread, and requests are refused until it has given a first answer.
     """
 
-    def __init__(self, settings: Settings, engine: Engine | None = None) -> None:
+    def __init__(self, settings: ServerSettings, engine: Engine | None = None) -> None:
         self.settings = settings
         self.failure: Exception | None = None
-        """Why the model could not be loaded, or what ended the engine."""
+        """Why the model could not be loaded, or why the engine ended."""
         self._engine = engine
         self._owned = engine is None
         self.loading: asyncio.Task[None] | None = None
-        """Ends when the model is there, or :attr:`failure` is."""
+        """Done when the model is loaded or :attr:`failure` is set."""
         self.draining: asyncio.Task[None] | None = None
-        """Ends when nothing is left to answer; see :meth:`drain`."""
+        """Done when no request is left; see :meth:`drain`."""
         self._groups: set[RequestGroup] = set()
-        self._loop_sets = AdapterSetFolder(settings.loop_sets)
+        self._folder = AdapterSetFolder(settings.loop_sets)
         self.created = int(time.time())
-        """When the server started, in seconds since 1970."""
-        # One thread: the cores belong to the engine.
-        self._tokenizing = ThreadPoolExecutor(1, "slr-tokenize")
+        """Unix time in seconds at which the server started."""
+        # One thread: the CPU cores belong to the engine.
+        self._worker = ThreadPoolExecutor(1, "slr-tokenize")
         self._admission = Admission(settings.max_queue, self._queued)
         self.metrics = Metrics(settings.model_name)
         if engine is not None:
@@ -89,41 +72,41 @@ class Service:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A thread cannot be interrupted: an engine that is still loading is closed once it is there.
+        # A thread cannot be interrupted: an engine that is still loading is closed once it has loaded.
         if self.loading is not None:
             await self.loading
         if self._engine is not None and self._owned:
-            # A step that hangs does not keep the process from ending.
+            # The time limit lets the process end although a step hangs.
             await asyncio.to_thread(self._engine.close, self.settings.stall_timeout_s)
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._worker.shutdown(wait=False, cancel_futures=True)
 
-    # -- how it does --------------------------------------------------------------------------------
+    # -- state --------------------------------------------------------------------------------------
 
     @property
     def started(self) -> bool:
-        """Whether the model has been loaded and has answered."""
+        """Whether the model is loaded and has given a first answer."""
         return self._engine is not None
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         return self._engine is not None and self._engine.alive and self.draining is None
 
     @property
     def broken(self) -> bool:
-        """Whether the engine has ended by itself: it will not come back."""
+        """Whether the engine has failed and cannot recover."""
         return self._engine is not None and self._owned and not self._engine.alive and self.draining is None
 
     @property
     def stalled(self) -> bool:
-        """Whether work is pending and no step has been made for too long."""
+        """Whether work is pending and no step has finished within the time limit."""
         return self._engine is not None and self._engine.stalled_s() > self.settings.stall_timeout_s
 
     def check(self) -> Engine:
-        """The engine, if it can be expected to answer.
+        """The engine, if it accepts requests.
 
         Raises:
-            Unavailable: it is loading, stopped or stuck, or the server is shutting down.
+            Unavailable: it is loading, stopped or stalled, or the server is shutting down.
         """
         if self.failure is not None:
             raise Unavailable("the model could not be loaded")
@@ -137,136 +120,178 @@ class Service:
             raise Unavailable("the engine makes no progress")
         return self._engine
 
-    def loop_set_of(self, model: str | None) -> str | None:
-        """The loop set that a model's name stands for; ``None`` for the served checkpoint's own.
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run ``work`` in the thread that tokenizes, so that it does not block the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
 
-        Raises:
-            NotFound: it stands for nothing.
-            Unavailable: there is no engine.
-        """
-        if model is None or model == self.settings.model_name:
-            return None
-        if model in self.check().loop_sets and model != DEFAULT_LOOP_SET:
-            return model
-        raise NotFound(f"there is no model {model!r}; GET /v1/models lists them", param="model")
+    # -- loop adapter sets --------------------------------------------------------------------------
 
-    def models(self) -> list[str]:
-        """The names that :meth:`loop_set_of` knows.
+    def model_names(self) -> list[str]:
+        """Names of the loaded loop adapter sets: the served model's own first, under the model's name.
 
         Raises:
             Unavailable: there is no engine.
         """
-        others = [name for name in self.check().loop_sets if name != DEFAULT_LOOP_SET]
+        others = sorted(name for name in self.check().loop_sets if name != DEFAULT_LOOP_SET)
         return [self.settings.model_name, *others]
 
-    async def loop_sets(self) -> LoopSetList:
-        """Those that are loaded, and those that could be."""
-        loaded = sorted(self.check().loop_sets)
-        return LoopSetList(loaded=loaded, available=await asyncio.to_thread(self._loop_sets.available))
+    def check_model(self, name: str | None) -> None:
+        """Check that a loop adapter set of this name is loaded.
+
+        Raises:
+            NotFound: there is none.
+            Unavailable: there is no engine.
+        """
+        if name is not None and name not in self.model_names():
+            raise NotFound(f"there is no model {name!r}; GET /v1/models lists them", param="model")
+
+    def find_loop_set(self, name: str | None) -> LoopAdapterSet:
+        """The loop adapter set of this name; ``None``: the served model's own.
+
+        Raises:
+            RequestError: there is none.
+            Unavailable: there is no engine.
+        """
+        names, sets = self.model_names(), self.check().loop_sets
+        if name is None or name == names[0]:
+            return sets[DEFAULT_LOOP_SET]
+        found = sets.get(name) if name in names else None
+        if found is None:
+            raise RequestError(f"loop_set must be one of {', '.join(names)}, got {name}", param="loop_set")
+        return found
+
+    def name_of(self, loop_set: LoopAdapterSet) -> str:
+        """The name under which clients know a loop adapter set."""
+        return self.settings.model_name if loop_set.name == DEFAULT_LOOP_SET else loop_set.name
+
+    async def available_loop_sets(self) -> list[str]:
+        """Names in the operator's folder."""
+        return await asyncio.to_thread(self._folder.available)
 
     async def load_loop_set(self, name: str) -> None:
-        """As :meth:`slr_server.adapter_sets.AdapterSetFolder.load`."""
+        """Load a loop adapter set from the operator's folder.
+
+        Raises:
+            NotFound: the folder has none of this name.
+            Conflict: the name is taken, or the checkpoint does not fit the served base model.
+            Unavailable: there is no engine.
+        """
         engine = self.check()
-        if name == self.settings.model_name:
-            raise Conflict(f"{name!r} is the served model's own name")
-        await self._loop_sets.load(engine, name)
+        if name in (self.settings.model_name, DEFAULT_LOOP_SET):
+            raise Conflict(f"the name {name!r} is reserved for the served model")
+        await self._folder.load(engine, name)
 
     async def remove_loop_set(self, name: str) -> None:
-        """As :meth:`slr_server.adapter_sets.AdapterSetFolder.remove`."""
-        await self._loop_sets.remove(self.check(), name)
+        """Remove a loaded loop adapter set.
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Run what would hold up the event loop where prompts are tokenized."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        Raises:
+            NotFound: there is none of this name.
+            Conflict: it is the served model's own.
+            Unavailable: there is no engine.
+        """
+        engine = self.check()
+        if name in (self.settings.model_name, DEFAULT_LOOP_SET):
+            raise Conflict("the served model's own loop adapter set cannot be removed")
+        await self._folder.remove(engine, name)
 
     # -- a request ----------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def run(self, ask: GenerationJob) -> AsyncIterator[RequestGroup]:
-        """Have the engine work on what is asked, for as long as the context lasts.
+    async def answer(self, job: GenerationJob, loop_set: LoopAdapterSet, stats: RequestStats) -> list[Answer]:
+        """All answers in order.
+
+        Args:
+            job: what is asked for; :func:`slr_server.preprocess.check_limits` accepts it.
+            loop_set: runs it.
+            stats: of the HTTP request; filled in.
 
         Raises:
-            RequestError: it cannot be run.
-            QueueFull: there is no room for all of it.
+            RequestError: the job cannot be run.
+            QueueFull: the queue has no room for all answers.
             Unavailable: there is no engine to run it.
-            TimedOut: it took too long.
+            TimedOut: it exceeded its time limit.
             EngineError: the engine failed on it.
         """
-        engine, stats = self.check(), current()
-        stats.answers, stats.stream, stats.loop_set = ask.count, ask.stream, ask.loop_set
-        limit = self.settings.request_timeout_s
-        deadline = time.monotonic() + limit
+        answers: dict[int, Answer] = {}
+        async with aclosing(self.stream(job, loop_set, stats)) as outputs:
+            async for index, request, event, budget_reduced in outputs:
+                assert isinstance(event, FinishedEvent)
+                answers[index] = Answer(request, event.result, budget_reduced)
+        return [answers[index] for index in range(job.answers)]
+
+    async def stream(
+        self, job: GenerationJob, loop_set: LoopAdapterSet, stats: RequestStats
+    ) -> AsyncGenerator[OutputEvent]:
+        """Events of the answers as they happen: results only, unless ``job.stream``. Otherwise as :meth:`answer`."""
+        engine = self.check()
+        stats.answers, stats.stream, stats.loop_set = job.answers, job.stream, self.name_of(loop_set)
         try:
-            loop_set = engine.loop_sets.get(DEFAULT_LOOP_SET if ask.loop_set is None else ask.loop_set)
-            if loop_set is None:
-                raise RequestError(f"there is no loop set {ask.loop_set!r}", param="loop_set")
-            depth = self._admission.depth(self.settings.elastic_floor)
-            with self._admission.reserve(ask.count):
-                try:
-                    async with asyncio.timeout(limit):
-                        requests = await self.in_thread(partial(ask.plan, loop_set.reasoner, engine.capacity))
-                except TimeoutError as error:
-                    raise timeout_error(limit) from error
-                planned = [(reduce_budget(request, depth), request) for request in requests]
-                group = RequestGroup(
-                    engine,
-                    [(runs, runs is not asked) for runs, asked in planned],
-                    loop_set=ask.loop_set,
-                    every=ask.stream,
-                    deadline=deadline,
-                    limit_s=limit,
-                )
-            for (request, _), future in zip(planned, group.futures, strict=True):
-                self.metrics.follow(request, future)
-                future.add_done_callback(self._finished)
-            stats.reduced = sum(runs is not asked for runs, asked in planned)
-            self.metrics.budget_reduced(stats.reduced)
-            self._groups.add(group)
-            try:
-                with group:
-                    yield group
-            finally:
-                self._groups.discard(group)
+            async with self._submit(engine, job, loop_set) as (group, reduced):
+                stats.reduced = reduced
+                async for output in group:
+                    if isinstance(output.event, FinishedEvent):
+                        stats.results.append(output.event.result)
+                    yield output
         except EngineError as error:
             if not engine.alive:
                 raise Unavailable("the engine is stopped") from error
             raise
 
-    async def answer(self, ask: GenerationJob) -> list[tuple[Result, bool]]:
-        """Every answer in order, each with whether its iteration budget was reduced; raises as :meth:`fly`."""
-        results: dict[int, tuple[Result, bool]] = {}
-        async with self.run(ask) as group:
-            async for outputs in group:
-                assert isinstance(outputs.event, FinishedEvent)
-                results[outputs.answer] = (outputs.event.result, outputs.reduced)
-        return [results[index] for index in range(ask.count)]
+    @asynccontextmanager
+    async def _submit(
+        self, engine: Engine, job: GenerationJob, loop_set: LoopAdapterSet
+    ) -> AsyncIterator[tuple[RequestGroup, int]]:
+        """Run a job while the context lasts; with the number of answers whose iteration budget was reduced."""
+        limit = self.settings.request_timeout_s
+        deadline = time.monotonic() + limit
+        depth = self._admission.depth(self.settings.elastic_floor)
+        with self._admission.reserve(job.answers):
+            work = partial(preprocess, job, self.settings, loop_set.reasoner, engine.capacity)
+            try:
+                async with asyncio.timeout(limit):
+                    requests = await self.in_thread(work)
+            except TimeoutError as error:
+                raise timeout_error(limit) from error
+            budgeted = [reduce_budget(request, depth) for request in requests]
+            admitted = [AdmittedRequest(new, new is not old) for new, old in zip(budgeted, requests, strict=True)]
+            with job.names.in_errors():
+                group = RequestGroup(
+                    engine,
+                    admitted,
+                    loop_set=loop_set.name,
+                    stream=job.stream,
+                    deadline=deadline,
+                    limit_s=limit,
+                    on_done=self._on_done,
+                )
+        reduced = sum(request.budget_reduced for request in admitted)
+        self.metrics.budget_reduced(reduced)
+        self._groups.add(group)
+        try:
+            with group:
+                yield group, reduced
+        finally:
+            self._groups.discard(group)
 
-    async def stream(self, ask: GenerationJob) -> AsyncGenerator[OutputEvent]:
-        """What happens to the answers, as it happens; raises as :meth:`fly`."""
-        async with self.run(ask) as group:
-            async for outputs in group:
-                yield outputs
-
-    def _finished(self, future: Future[Result]) -> None:
-        # Noted in the engine's thread, and not where an answer is awaited: the work was done even if its
-        # client has left by now.
+    def _on_done(self, request: Request, future: Future[Result]) -> None:
+        # Recorded on the thread that ends the request, so that it counts although its client may have disconnected.
+        self.metrics.record(request, future)
         if not future.cancelled():
-            self._admission.finished()
+            self._admission.record_finished()
 
-    # -- its life -----------------------------------------------------------------------------------
+    # -- startup and shutdown -----------------------------------------------------------------------
 
     async def _load(self) -> None:
-        began = time.monotonic()
+        started = time.monotonic()
         try:
             self._engine = await asyncio.to_thread(self._build)
-        except Exception as error:  # whatever it is, the process must hear of it: see slr_server.cli
+        except Exception as error:  # of any kind: the process ends with it, see slr_server.cli
             self.failure = error
             return
         self.metrics.watch(self._engine)
         logger.info(
-            "model %s loaded in %.1f s: %s",
+            "loaded model %s in %.1f s: %s",
             self.settings.model_name,
-            time.monotonic() - began,
+            time.monotonic() - started,
             describe(self._engine.reasoner).sizes,
         )
 
@@ -279,37 +304,37 @@ class Service:
             prefix_gib=settings.prefix_gib,
             threads=settings.threads,
             static_shapes=settings.static_shapes,
-            on_step=self.metrics.stepped,
+            on_step=self.metrics.record_step,
         )
         try:
-            engine.submit(_first_request(engine.reasoner)).result()
+            engine.submit(_warmup_request(engine.reasoner)).result()
         except BaseException:
             engine.close()
             raise
         return engine
 
     def drain(self) -> None:
-        """Refuse whatever comes or waits, and let what runs end within the grace period. Called once."""
+        """Refuse new and waiting requests, and let running ones finish within the grace period. Call it once."""
         self.draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
         error = Unavailable("the server is shutting down")
-        logger.info("draining: %d requests are under way", len(self._groups))
+        logger.info("shutting down: %d requests in progress", len(self._groups))
         for group in list(self._groups):
-            if not group.begun:
-                group.abort(error)
-        ends = time.monotonic() + self.settings.grace_s
-        while self._groups and time.monotonic() < ends:
+            if not group.started:
+                group.fail(error)
+        deadline = time.monotonic() + self.settings.grace_s
+        while self._groups and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         for group in list(self._groups):
-            group.abort(error)
+            group.fail(error)
 
     def _queued(self) -> int:
         return 0 if self._engine is None else self._engine.queued
 
 
-def _first_request(reasoner: LatentReasoner) -> Request:
-    """A token's worth of everything: prefill, the loop as far as the checkpoint lets it run, a written token."""
+def _warmup_request(reasoner: LatentReasoner) -> Request:
+    """One prompt token, the checkpoint's default loop and one generated token."""
     return Request(
         prompt_ids=(0,),
         answer_prefix_ids=(),

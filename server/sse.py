@@ -1,4 +1,8 @@
-"""Server-sent events, as plain ASGI: the first event before the headers, a broken stream never a clean end."""
+"""Server-sent events as plain ASGI.
+
+The first event is awaited before the headers are sent, so that early errors have their own status. A stream that fails
+ends with an error event and without the final chunk of HTTP, so that it never looks complete.
+"""
 
 from __future__ import annotations
 
@@ -12,52 +16,52 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import CLIENT_CLOSED_REQUEST, ClientGone, describe
-from .observability.request_stats import current
+from .errors import CLIENT_CLOSED_REQUEST, ClientGone, to_problem
+from .observability.request_stats import RequestStats, request_stats
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 PING_S = 15.0
-"""Seconds of silence after which a comment keeps the connection alive."""
+"""Seconds without an event after which a comment is sent to keep the connection alive."""
 COMMENT = b": working\n\n"
 
 
 def frame(data: BaseModel | str, event: str | None = None) -> bytes:
-    """One event."""
+    """One event as bytes."""
     text = data if isinstance(data, str) else data.model_dump_json()
     name = f"event: {event}\n" if event else ""
     return f"{name}data: {text}\n\n".encode()
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work``; when the client leaves first, cancel it.
+    """Await ``work``; if the client disconnects first, cancel it.
 
     Raises:
-        ClientGone: the client left.
+        ClientGone: the client disconnected.
     """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(receive))
+    watching = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientGone("the client closed the connection")
         return working.result()
     finally:
-        for task in (working, leaving):
+        for task in (working, watching):
             task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class EventStream(Response):
-    """A response that sends frames as they come, and closes their source when the client leaves.
+    """A response that sends frames as they come, and closes their source when the client disconnects.
 
-    Make one with :meth:`begin`.
+    Create one with :meth:`start`.
     """
 
     media_type = "text/event-stream"
@@ -71,16 +75,16 @@ class EventStream(Response):
         self.write_timeout_s, self.error_event = write_timeout_s, error_event
 
     @classmethod
-    async def begin(
+    async def start(
         cls, receive: Receive, frames: AsyncGenerator[bytes], *, write_timeout_s: float, error_event: str | None = None
     ) -> EventStream:
-        """Wait for the first frame: what goes wrong until then is an ordinary error with its own status.
+        """Wait for the first frame. An error until then is an ordinary error response with its own status.
 
         Args:
-            receive: the request's.
-            frames: the events; closed in any case.
-            write_timeout_s: seconds that the client may leave the connection full.
-            error_event: name of the event that tells of an error; without one it is nameless.
+            receive: the request's ASGI ``receive``.
+            frames: the encoded events; closed in any case.
+            write_timeout_s: seconds a client may take to read, while the connection's buffer is full.
+            error_event: name of the event that reports an error; ``None``: the event has no name.
         """
         try:
             first = await while_connected(receive, _next(frames))
@@ -90,33 +94,33 @@ class EventStream(Response):
         return cls(first, frames, write_timeout_s, error_event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. A stream that fails ends with an event that says so, and without the end that HTTP asks for."""
+        """ASGI."""
+        stats = request_stats(scope)
         async with aclosing(self.frames):
             try:
-                await while_connected(receive, self._send(send))
+                await while_connected(receive, self._send(send, stats))
             except ClientGone:
-                current().status = CLIENT_CLOSED_REQUEST
+                stats.status = CLIENT_CLOSED_REQUEST
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, stats: RequestStats) -> None:
         async def write(body: bytes, more: bool = True) -> None:
             try:
                 async with asyncio.timeout(self.write_timeout_s):
                     await send({"type": "http.response.body", "body": body, "more_body": more})
             except TimeoutError as error:
-                raise ClientGone("the client does not read") from error
+                raise ClientGone("the client does not read the response") from error
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await write(self.first)
         try:
-            async for each in _pinged(self.frames):
+            async for each in _with_pings(self.frames):
                 await write(each)
         except ClientGone:
             raise
         except Exception as error:
-            problem = describe(error)
+            problem = to_problem(error)
             if problem.status == 500:
-                logger.error("a stream failed", exc_info=error)
-            stats = current()
+                logger.error("request %s failed while streaming", stats.request_id, exc_info=error)
             stats.status, stats.error = problem.status, problem.code
             await write(frame(problem.body(), self.error_event))
             return
@@ -127,8 +131,8 @@ async def _next(frames: AsyncGenerator[bytes]) -> bytes:
     return await anext(frames)
 
 
-async def _pinged(frames: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
-    """The frames, and a comment wherever none has come for a while."""
+async def _with_pings(frames: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    """The frames, with a comment whenever none has come for :data:`PING_S`."""
     pending: asyncio.Task[bytes] | None = None
     try:
         while True:

@@ -1,4 +1,4 @@
-"""The log: one line a request, as text or as JSON."""
+"""The log: one line per request, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from urllib.parse import quote
 
 from ..auth import PROBES
-from ..settings import Settings
+from ..settings import ServerSettings
 from .request_stats import RequestStats
 
 access = logging.getLogger("slr.access")
 _QUIET = PROBES | {"/metrics"}
-"""Asked every few seconds by machines: these lines are for debugging."""
+"""Paths that machines poll every few seconds: logged at level debug."""
 
 
 @dataclass(frozen=True)
@@ -23,28 +23,26 @@ class AccessLogEntry:
     """A request that has ended.
 
     Attributes:
-        began_ns: when it came, in nanoseconds since 1970.
-        traceparent: the caller's span, where it named one.
+        client: the client's address.
+        status: the status that counts; 499 if the client disconnected.
+        stats: what is known about it besides.
     """
 
-    request_id: str
     client: str
     method: str
     path: str
     status: int
-    began_ns: int
     duration_s: float
-    traceparent: str | None
     stats: RequestStats
 
     def fields(self) -> dict[str, Any]:
-        """What is logged of it."""
+        """The fields of its log line."""
         stats, results = self.stats, self.stats.results
         fields: dict[str, Any] = {
-            "request_id": self.request_id,
+            "request_id": stats.request_id,
             "client": self.client,
             "method": self.method,
-            # The path arrives decoded: quoted again it cannot forge a second line.
+            # The path arrives decoded. Quoted again, it cannot forge a second line.
             "path": quote(self.path),
             "status": self.status,
             "duration_s": round(self.duration_s, 6),
@@ -54,8 +52,7 @@ class AccessLogEntry:
         if stats.answers:
             fields["answers"] = stats.answers
             fields["stream"] = stats.stream
-            if stats.loop_set is not None:
-                fields["loop_set"] = stats.loop_set
+            fields["loop_set"] = stats.loop_set
         if results:
             fields["prompt_tokens"] = sum(result.prompt_tokens for result in results)
             fields["completion_tokens"] = sum(result.completion_tokens for result in results)
@@ -68,26 +65,25 @@ class AccessLogEntry:
 
 
 def log_access(entry: AccessLogEntry) -> None:
-    """Write its line."""
+    """Write the line of a request."""
     level = logging.DEBUG if entry.path in _QUIET else logging.INFO
     if access.isEnabledFor(level):
         access.log(level, "request", extra={"fields": entry.fields()})
 
 
-def _plain(value: Any) -> str:
-    bare = isinstance(value, str) and value.isascii() and value.isprintable() and " " not in value
-    return str(value) if bare else json.dumps(value)
+def _as_text(value: Any) -> str:
+    needs_no_quotes = isinstance(value, str) and value.isascii() and value.isprintable() and " " not in value
+    return str(value) if needs_no_quotes else json.dumps(value)
 
 
-class _Text(logging.Formatter):
+class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
-        told = " ".join(f"{name}={_plain(value)}" for name, value in fields.items())
-        line = super().format(record)
-        return f"{line} {told}" if told else line
+        pairs = [f"{name}={_as_text(value)}" for name, value in fields.items()]
+        return " ".join([super().format(record), *pairs])
 
 
-class _JSON(logging.Formatter):
+class _JSONFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         entry = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
@@ -101,9 +97,9 @@ class _JSON(logging.Formatter):
         return json.dumps(entry, ensure_ascii=True)
 
 
-def handler(settings: Settings) -> logging.Handler:
-    """Writes to standard error, in the form that the settings name."""
-    made = logging.StreamHandler()
-    text = _Text("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    made.setFormatter(_JSON() if settings.log_format == "json" else text)
-    return made
+def log_handler(settings: ServerSettings) -> logging.Handler:
+    """A handler that writes to standard error in the format of the settings."""
+    handler = logging.StreamHandler()
+    text = _TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(_JSONFormatter() if settings.log_format == "json" else text)
+    return handler

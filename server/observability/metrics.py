@@ -1,7 +1,7 @@
-"""What is measured, in Prometheus' conventions: base units, bounded labels, every label set there from the start.
+"""Metrics in Prometheus' conventions: base units, bounded labels, every series present from the start.
 
-What happens is recorded as it happens: a request when it is answered, a loop when it ends, a step when it was made.
-What the engine keeps count of anyway is read from it at each scrape, and costs a step nothing.
+Requests, loops and steps are recorded when they end. The engine's own counters are read at each scrape, at no cost to a
+step.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import get_args
 
 import torch
@@ -31,14 +30,14 @@ from slr_core.types import ExitReason, Request, Result
 from ..errors import CLIENT_CLOSED_REQUEST
 
 ENDPOINTS = ("/generate", "/trace", "/v1/completions", "/v1/chat/completions")
-"""The paths whose requests are counted: those that ask the model for something."""
+"""The paths whose requests are counted: those that run the model."""
 
 STATUSES = ("ok", "rejected", "cancelled", "timeout", "error")
 REJECTIONS = {401: "unauthorized", 403: "unauthorized", 413: "too_large", 429: "queue_full", 503: "unavailable"}
 INVALID = "invalid"
 STAGES = ("queue", "prefill", "loop", "decode", "total")
 
-# From a model of a millisecond to the longest request anyone waits for. A step is a part of a request.
+# From a tiny model to the longest request timeout. A step is a part of a request.
 _REQUEST_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120)
 _STEP_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -47,19 +46,19 @@ _RESIDUAL = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5,
 _CONTRACTION = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1, 1.05, 1.1, 1.5, 2, 5)
 _NORM = (0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000)
 LABELLED_ITERATIONS = 16
-"""Iterations with a label of their own; later ones share one."""
-_LATER = f"over_{LABELLED_ITERATIONS}"
+"""Iterations with a label of their own; later ones share one label."""
+_OVER = f"over_{LABELLED_ITERATIONS}"
 
 
 class Metrics:
-    """All metrics of one server, in a registry of their own.
+    """All metrics of one server, in a registry of its own.
 
     Args:
-        model: the checkpoint's name.
+        model: name of the served model.
     """
 
     def __init__(self, model: str) -> None:
-        # A _created sample beside every series doubles the page, and nothing here reads it.
+        # A _created sample for every series would double the size of a scrape, and is not used.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = self.registry = CollectorRegistry()
         ProcessCollector(registry=registry)
@@ -77,45 +76,43 @@ class Metrics:
             return Histogram(name, documentation, buckets=buckets, registry=registry)
 
         def by_iteration(name: str, documentation: str, buckets: Sequence[float]) -> list[Histogram]:
-            made = Histogram(name, documentation, ("iteration",), buckets=buckets, registry=registry)
-            return [made.labels(t) for t in (*map(str, range(1, LABELLED_ITERATIONS + 1)), _LATER)]
+            histogram = Histogram(name, documentation, ("iteration",), buckets=buckets, registry=registry)
+            return [histogram.labels(t) for t in (*map(str, range(1, LABELLED_ITERATIONS + 1)), _OVER)]
 
         self._requests = counter("slr_requests_total", "HTTP requests by outcome", ("endpoint", "status"))
         _initialise(self._requests, ((endpoint, status) for endpoint in ENDPOINTS for status in STATUSES))
-        self._rejections = counter("slr_rejections_total", "HTTP requests refused", ("reason",))
+        self._rejections = counter("slr_rejections_total", "Refused HTTP requests", ("reason",))
         _initialise(self._rejections, ((reason,) for reason in {INVALID, *REJECTIONS.values()}))
-        self._in_flight = Gauge("slr_requests_in_flight", "HTTP requests taken and not yet answered", registry=registry)
+        self._in_flight = Gauge("slr_requests_in_flight", "HTTP requests in progress", registry=registry)
 
-        self._reduced = counter(
-            "slr_budget_reductions_total", "Answers that got fewer iterations than they asked for, under pressure"
-        )
+        self._reduced = counter("slr_budget_reductions_total", "Answers whose iteration budget was reduced under load")
         self._iterations = histogram("slr_loop_iterations", "Iterations of a finished loop", _ITERATIONS)
         exits = counter(
             "slr_loop_exits_total",
-            "Answers ended, by why their loop did; cancelled: given up before its end, waiting or running",
+            "Answers by the exit reason of their loop; cancelled: the request was dropped, waiting or running",
             ("reason",),
         )
         self._exits = {reason: exits.labels(reason) for reason in get_args(ExitReason)}
         self._saved = counter(
-            "slr_loop_saved_iterations_total", "Iterations that converged loops had left of those they were allowed"
+            "slr_loop_saved_iterations_total", "Iterations that converged loops left unused of their maximum"
         )
         self._residual = by_iteration(
             "slr_loop_residual_ratio", "Relative change of the state in an iteration", _RESIDUAL
         )
         self._contraction = by_iteration(
             "slr_loop_contraction_ratio",
-            "Length of an iteration's move over that of the one before; above 1 the loop expands",
+            "Length of an iteration's step over that of the previous one; above 1 the loop expands",
             _CONTRACTION,
         )
-        self._norm = by_iteration("slr_hidden_state_norm", "Length of the state after an iteration", _NORM)
+        self._norm = by_iteration("slr_hidden_state_norm", "Norm of the state after an iteration", _NORM)
         self._nonfinite = counter(
-            "slr_nonfinite_total", "Loops that met a state that is not finite; each is also a diverged exit"
+            "slr_nonfinite_total", "Loops with a state that is not finite; each also counts as a diverged exit"
         )
-        self._prompt_tokens = counter("slr_prompt_tokens_total", "Prompt tokens of answers")
+        self._prompt_tokens = counter("slr_prompt_tokens_total", "Prompt tokens of finished answers")
         self._durations = {
             stage: histogram(
                 f"slr_request_{stage}_duration_seconds",
-                "Time of an answer from its arrival" if stage == "total" else f"Time of an answer in the stage {stage}",
+                "Time of an answer from its arrival" if stage == "total" else f"Time of an answer in stage {stage}",
                 _REQUEST_S,
             )
             for stage in STAGES
@@ -124,21 +121,21 @@ class Metrics:
             "slr_time_to_first_token_seconds", "Time of an answer from its arrival to its first token", _REQUEST_S
         )
 
-        self._step = histogram("slr_step_duration_seconds", "Time of a step of the engine", _STEP_S)
-        self._rows = histogram("slr_step_rows", "Answers that a step took one pass forward", _ROWS)
+        self._step = histogram("slr_step_duration_seconds", "Time of an engine step", _STEP_S)
+        self._rows = histogram("slr_step_rows", "Answers in an engine step", _ROWS)
         self._iteration = histogram(
-            "slr_iteration_duration_seconds", "Time of a step in which at least one loop iterated", _STEP_S
+            "slr_iteration_duration_seconds", "Time of an engine step with at least one loop iteration", _STEP_S
         )
-        self._iteration_rows = histogram("slr_iteration_rows", "Loops that iterated in such a step", _ROWS)
+        self._iteration_rows = histogram("slr_iteration_rows", "Loop iterations in such a step", _ROWS)
 
     # -- requests over HTTP ------------------------------------------------------------------------
 
-    def began(self) -> None:
-        """Note one HTTP request to one of :data:`ENDPOINTS`; :meth:`answered` must follow."""
+    def request_started(self) -> None:
+        """Record the start of an HTTP request to one of :data:`ENDPOINTS`; :meth:`request_finished` must follow."""
         self._in_flight.inc()
 
-    def answered(self, endpoint: str, http_status: int) -> None:
-        """Count it by its outcome."""
+    def request_finished(self, endpoint: str, http_status: int) -> None:
+        """Count the request by its outcome."""
         self._in_flight.dec()
         status = outcome(http_status)
         self._requests.labels(endpoint, status).inc()
@@ -146,35 +143,32 @@ class Metrics:
             self._rejections.labels(REJECTIONS.get(http_status, INVALID)).inc()
 
     def budget_reduced(self, answers: int) -> None:
-        """Count answers whose iteration budget was reduced under pressure."""
+        """Count answers whose iteration budget was reduced under load."""
         self._reduced.inc(answers)
 
     # -- answers -----------------------------------------------------------------------------------
 
-    def follow(self, request: Request, future: Future[Result]) -> None:
-        """Count what becomes of a request that was submitted to the engine, once, wherever it ends."""
-        future.add_done_callback(partial(self._ended, request))
-
-    def _ended(self, request: Request, future: Future[Result]) -> None:
+    def record(self, request: Request, future: Future[Result]) -> None:
+        """Record a request of the engine whose future is done. Thread-safe."""
         if future.cancelled():
             self._exits["cancelled"].inc()
         elif future.exception() is None:
-            self._record(request, future.result())
+            self._record_result(request, future.result())
 
-    def _record(self, request: Request, result: Result) -> None:
+    def _record_result(self, request: Request, result: Result) -> None:
         self._iterations.observe(result.iterations)
         self._exits[result.exit_reason].inc()
         if result.exit_reason == "converged":
             self._saved.inc(request.loop.max_iterations - result.iterations)
         self._prompt_tokens.inc(result.prompt_tokens)
         for record in result.records:
-            place = min(record.t - 1, LABELLED_ITERATIONS)
+            i = min(record.t - 1, LABELLED_ITERATIONS)
             if record.relative_change is not None:
-                self._residual[place].observe(record.relative_change)
+                self._residual[i].observe(record.relative_change)
             if record.contraction is not None:
-                self._contraction[place].observe(record.contraction)
+                self._contraction[i].observe(record.contraction)
             if record.norm is not None:
-                self._norm[place].observe(record.norm)
+                self._norm[i].observe(record.norm)
         if result.exit_reason == "diverged" and result.records[-1].norm is None:
             self._nonfinite.inc()
         for stage, histogram in self._durations.items():
@@ -184,62 +178,62 @@ class Metrics:
     # -- the engine --------------------------------------------------------------------------------
 
     def watch(self, engine: Engine) -> None:
-        """Read this engine's own numbers at each scrape."""
+        """Read this engine's counters at each scrape."""
         self._engine.engine = engine
 
-    def stepped(self, step: Step) -> None:
-        """Take in a step: an engine's ``on_step``."""
+    def record_step(self, step: Step) -> None:
+        """Record a step: the ``on_step`` of an engine."""
         self._step.observe(step.duration_s)
         self._rows.observe(step.rows)
         if step.looping:
             self._iteration.observe(step.duration_s)
             self._iteration_rows.observe(step.looping)
-        self._engine.columns, self._engine.stepped_at = step.columns, time.time()
+        self._engine.positions, self._engine.stepped_at = step.columns, time.time()
 
 
 class _EngineCollector(Collector):
-    """What an engine knows of itself; zeros until there is one."""
+    """An engine's counters; zeros until there is an engine."""
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
-        self.columns = 0
+        self.positions = 0
         self.stepped_at = 0.0
 
     def collect(self) -> Iterator[Metric]:
         engine = self.engine
         counters = Counters() if engine is None else engine.counters
         for name, documentation, count in (
-            ("slr_loop_row_iterations", "Iterations of all loops", counters.iterations),
+            ("slr_loop_row_iterations", "Loop iterations of all answers", counters.iterations),
             (
                 "slr_wasted_row_iterations",
-                "Those of them that no answer came of: given up, failed, or after a diverged loop's last good state",
+                "Loop iterations without effect: of dropped or failed answers, or past a diverged loop's last state",
                 counters.wasted_iterations,
             ),
-            ("slr_generated_tokens", "Tokens written", counters.tokens),
-            ("slr_prefill_tokens", "Prompt tokens that were run through the model", counters.prefill_tokens),
+            ("slr_generated_tokens", "Generated tokens", counters.tokens),
+            ("slr_prefill_tokens", "Prompt tokens run through the model", counters.prefill_tokens),
             (
                 "slr_prefix_reused_tokens",
-                "Prompt tokens that were not, because their prefix was at hand",
+                "Prompt tokens taken from the prefix cache",
                 counters.reused_tokens,
             ),
         ):
             yield CounterMetricFamily(name, documentation, value=count)
         slots = 0 if engine is None else engine.slots
         in_use = 0 if engine is None else engine.in_flight
-        columns = 0 if engine is None else engine.slots * engine.capacity
+        positions = 0 if engine is None else engine.slots * engine.capacity
         for name, documentation, value in (
-            ("slr_requests_queued", "Answers that wait for a slot", 0 if engine is None else engine.queued),
-            ("slr_slots_in_use", "Answers being computed: one holds one slot", in_use),
-            ("slr_slots", "Most answers computed at once", slots),
-            # Between steps nobody tells of slots that were freed.
+            ("slr_requests_queued", "Answers waiting for a slot", 0 if engine is None else engine.queued),
+            ("slr_slots_in_use", "Answers in progress: each uses one slot", in_use),
+            ("slr_slots", "Maximum number of answers in progress", slots),
+            # Freed slots are only reported with the next step, so an idle engine reports 0.
             (
                 "slr_kv_slots_tokens_ratio",
-                "Positions of the key/value cache that hold something, of all there are",
-                self.columns / columns if in_use else 0.0,
+                "Share of the key/value cache's positions in use",
+                self.positions / positions if in_use else 0.0,
             ),
             (
                 "slr_engine_last_step_timestamp_seconds",
-                "When the engine last finished a step; 0 before the first",
+                "Time of the engine's last step; 0 before the first",
                 self.stepped_at,
             ),
         ):
@@ -258,6 +252,6 @@ def outcome(http_status: int) -> str:
 
 
 def _initialise(metric: Counter, label_sets: Iterable[tuple[str, ...]]) -> None:
-    # rate() misses the first event of a series that did not exist before it.
+    # rate() misses the first event of a series that did not exist before.
     for labels in label_sets:
         metric.labels(*labels)

@@ -1,26 +1,32 @@
-"""What becomes known of a request while it is handled: for its log line, its metrics and its span."""
+"""Statistics of one HTTP request: written by the code that handles it, read for its log line, metrics and span."""
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from starlette.types import Scope
+
 from slr_core.types import Result, Timings
+
+_KEY = "slr_request_stats"
 
 
 @dataclass
 class RequestStats:
-    """Of one HTTP request; the handlers write, the middleware reads.
+    """Statistics of one HTTP request. They travel in its ASGI scope: see :func:`request_stats`.
 
     Attributes:
+        request_id: the id in the response header and in the log.
         status: the status that counts, where it is not the one that was sent: a stream that fails has sent 200.
-        error: code of the error, where there was one.
-        answers: how many it asks for.
-        stream: whether they are streamed.
-        results: those that are done.
-        reduced: how many of the answers got a smaller iteration budget than they asked for.
+        error: code of the error response, if there was one.
+        answers: number of answers requested.
+        stream: whether the answers are streamed.
+        loop_set: name of the loop adapter set that runs the request.
+        results: the finished answers.
+        reduced: number of answers whose iteration budget was reduced under load.
     """
 
+    request_id: str = ""
     status: int | None = None
     error: str | None = None
     answers: int = 0
@@ -31,20 +37,11 @@ class RequestStats:
 
     @property
     def timings(self) -> Timings | None:
-        """Of the answer that took longest."""
+        """Timings of the answer that took longest."""
         return max((result.timings for result in self.results), key=lambda timings: timings.total_s, default=None)
 
 
-_current: ContextVar[RequestStats] = ContextVar("facts")
-
-
-def begin() -> RequestStats:
-    """Start those of a request; they hold for its task and for the tasks that it starts."""
-    stats = RequestStats()
-    _current.set(stats)
+def request_stats(scope: Scope) -> RequestStats:
+    """The statistics in an ASGI scope; the first call adds them."""
+    stats: RequestStats = scope.setdefault("state", {}).setdefault(_KEY, RequestStats())
     return stats
-
-
-def current() -> RequestStats:
-    """Those of the request that is being handled; outside of one, some that nobody reads."""
-    return _current.get(RequestStats())

@@ -1,121 +1,294 @@
-"""``/v1/chat/completions``: from its body to the engine's requests, and from their results to its choices."""
+"""``/v1/chat/completions``: bodies, and their translation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
 
-from slr_core.engine import Event, FinishedEvent, TokenEvent
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from slr_core.engine import FinishedEvent, IterationEvent, TokenEvent
 from slr_core.errors import RequestError
-from slr_core.generation.prepare import prepare
-from slr_core.model.reasoner import LatentReasoner
-from slr_core.types import Request, Result, TokenScore
+from slr_core.params import LoopParams
+from slr_core.types import FinishReason, TokenScore
 
-from ..preprocess import check_count, check_max, check_prompt, resolve, samples
-from ..service import GenerationJob
-from ..settings import Settings
-from .completions import Vocabulary, check_shared, rename_param, sampling
+from ..preprocess import FieldNames, GenerationJob
+from ..sse import COMMENT, frame
 from .openai import (
-    AssistantMessage,
-    ChatChoice,
-    ChatLogprob,
-    ChatLogprobs,
-    ChatRequest,
-    ChunkChoice,
-    Delta,
+    IGNORED,
+    OPENAI_NAMES,
+    EmptyList,
+    LoopOptions,
     LoopResult,
-    TopLogprob,
+    OpenAIRequest,
     Usage,
+    response_fields,
 )
+from .schema import EXAMPLE_QUESTION, Answer, OutputEvent, RequestModel, ResponseModel
+from .vocabulary import Vocabulary
 
-_NEVER = -9999.0
-"""OpenAI's log-probability of what cannot be."""
+_MIN_LOGPROB = -9999.0
+"""OpenAI's log-probability of an impossible token."""
 
 
-class Chat:
-    """One body, and what its answers are made of.
+# -- requests ----------------------------------------------------------------------------------------------
+
+
+class TextPart(RequestModel):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+Content = Annotated[
+    list[TextPart],
+    BeforeValidator(_as_parts),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"$ref": "#/components/schemas/TextPart"}}]}
+    ),
+]
+
+
+class ChatMessage(RequestModel):
+    """One turn of a chat. An answer of this server, or of OpenAI's, can be sent back as it is."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: str | None = Field(None, description=IGNORED)
+    id: str | None = Field(None, description=IGNORED)
+    reasoning_content: str | None = Field(None, description="accepted and ignored: not part of the prompt")
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: EmptyList | None = None
+    annotations: EmptyList | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return "".join(part.text for part in self.content)
+
+
+class ResponseFormat(RequestModel):
+    """The format of an answer: plain text."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(OpenAIRequest):
+    """Body of ``POST /v1/chat/completions``."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"messages": [{"role": "user", "content": EXAMPLE_QUESTION}], "max_tokens": 8}]}
+    )
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(
+        None, ge=1, description="maximum number of tokens; default: the checkpoint's; older name of the next field"
+    )
+    max_completion_tokens: int | None = Field(None, ge=1, description="maximum number of tokens")
+    logprobs: bool | None = Field(None, description="return each token's log-probability")
+    top_logprobs: int | None = Field(
+        None, ge=0, description="return the log-probabilities of this many likely tokens as well; needs logprobs"
+    )
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    tools: EmptyList | None = None
+    tool_choice: Literal["none", "auto"] | None = Field(None, description=IGNORED)
+    parallel_tool_calls: bool | None = Field(None, description=IGNORED)
+    reasoning_effort: Literal["medium"] | None = Field(
+        None, description="only OpenAI's default, medium; slr.max_iterations sets the depth of the reasoning"
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="variables for the chat template; those that it reads are not supported, others are ignored"
+    )
+    slr: LoopOptions | None = None
+
+
+_MESSAGES = {"prompt": "messages", "logprobs": "top_logprobs", "template_options": "chat_template_kwargs"}
+_ROLES = {"developer": "system"}  # the newer name; chat templates know the older
+
+
+def to_job(body: ChatRequest) -> GenerationJob:
+    """Translate a body.
 
     Raises:
-        RequestError: a field is above its limit, or contradicts another.
+        RequestError: its fields contradict each other.
+    """
+    limits = body.max_tokens, body.max_completion_tokens
+    body.check_stream_options()
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("top_logprobs needs logprobs", param="top_logprobs")
+    if None not in limits and limits[0] != limits[1]:
+        raise RequestError("max_tokens is the old name of max_completion_tokens: give one", param="max_tokens")
+    max_new_tokens = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    names = FieldNames({**OPENAI_NAMES, **_MESSAGES, "max_new_tokens": max_new_tokens})
+    with names.in_errors():
+        loop, sampling = body.slr.params() if body.slr else LoopParams(), body.sampling()
+    return GenerationJob(
+        prompts=([{"role": _ROLES.get(m.role, m.role), "content": m.text} for m in body.messages],),
+        n=body.n or 1,
+        loop=loop,
+        sampling=sampling,
+        max_new_tokens=body.max_completion_tokens or body.max_tokens,
+        stop=tuple(body.stop or ()),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        template_options=body.chat_template_kwargs or {},
+        loop_set=body.model,
+        stream=bool(body.stream),
+        names=names,
+    )
+
+
+# -- responses ---------------------------------------------------------------------------------------------
+
+
+class TopLogprob(ResponseModel):
+    """A token and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    """A generated token, its log-probability and the likeliest tokens in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(ResponseModel):
+    """Log-probabilities of an answer's tokens."""
+
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(ResponseModel):
+    """The assistant's turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(ResponseModel):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    slr: LoopResult
+
+
+class ChatCompletion(ResponseModel):
+    """Response of ``POST /v1/chat/completions``."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(ResponseModel):
+    """What a chunk adds to an answer."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(ResponseModel):
+    """A part of an answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    slr: LoopResult | None = None
+
+
+class ChatChunk(ResponseModel):
+    """A chunk of a streamed chat."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class ChatFormatter:
+    """Formats the answers of one request.
+
+    Args:
+        body: the request's body.
+        model: name of the loop adapter set that answers.
+        vocabulary: its tokens.
     """
 
-    def __init__(self, body: ChatRequest, settings: Settings) -> None:
-        self.body, self.settings = body, settings
-        self._vocabulary: Vocabulary | None = None
-        self._begun: set[int] = set()
-        check_count(1, body.n, settings)
-        check_shared(body, settings)
-        check_max("max_tokens", body.max_tokens, settings.max_new_tokens)
-        check_max("max_completion_tokens", body.max_completion_tokens, settings.max_new_tokens)
-        check_max("top_logprobs", body.top_logprobs, settings.max_top_tokens)
-        if body.top_logprobs is not None and not body.logprobs:
-            raise RequestError("top_logprobs needs logprobs", param="top_logprobs")
-        if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
-            raise RequestError("max_tokens is the old name of max_completion_tokens: give one", param="max_tokens")
+    error_event = None
 
-    def ask(self, loop_set: str | None) -> GenerationJob:
-        """What it asks of the engine."""
-        return GenerationJob(self.body.n or 1, self._plan, loop_set, bool(self.body.stream))
+    def __init__(self, body: ChatRequest, model: str, vocabulary: Vocabulary) -> None:
+        self.request, self.vocabulary = body, vocabulary
+        self._fields = response_fields("chatcmpl", model)
+        self._started: set[int] = set()
+        self._finished: list[Answer] = []
 
-    def _plan(self, reasoner: LatentReasoner, limit: int) -> list[Request]:
-        body, settings = self.body, self.settings
-        self._vocabulary = Vocabulary(reasoner)
-        roles = {"developer": "system"}  # the newer name; templates know the older
-        messages = [{"role": roles.get(m.role, m.role), "content": m.text} for m in body.messages]
-        try:
-            request = prepare(
-                reasoner,
-                messages,
-                resolve(reasoner.config.loop, body.slr, settings.max_iterations, "slr."),
-                max_new_tokens=body.max_completion_tokens or body.max_tokens,
-                sampling=sampling(body),
-                stop=body.stop or (),
-                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-                limit=limit,
-            )
-            check_prompt(request.prompt_ids, settings, "messages")
-        except RequestError as error:
-            raise rename_param(error, body) from error
-        return samples(request, body.n)
-
-    # -- answers ------------------------------------------------------------------------------------
-
-    def choices(self, results: Sequence[tuple[Result, bool]]) -> list[ChatChoice]:
-        """The choices of a whole answer; decodes, so it belongs in a thread."""
-        return [
+    def body(self, answers: Sequence[Answer]) -> ChatCompletion:
+        """The response body. Decodes tokens, so call it in a thread if there are many."""
+        choices = [
             ChatChoice(
                 index=index,
                 message=AssistantMessage(content=result.text),
-                logprobs=self._logprobs(result.scores) if self.body.logprobs else None,
+                logprobs=self._logprobs(result.scores) if self.request.logprobs else None,
                 finish_reason=result.finish_reason,
-                slr=LoopResult.of(result, reduced),
+                slr=LoopResult.of(result, budget_reduced),
             )
-            for index, (result, reduced) in enumerate(results)
+            for index, (_, result, budget_reduced) in enumerate(answers)
         ]
+        return ChatCompletion(**self._fields, choices=choices, usage=_usage(answers))
 
-    def parts(self, index: int, event: Event, reduced: bool) -> Iterator[ChunkChoice]:
-        """What an event adds to an answer, in a stream."""
-        if index not in self._begun:
-            self._begun.add(index)
+    def frames(self, output: OutputEvent) -> Iterator[bytes]:
+        """The chunks of a stream for one event; a comment for an iteration, so that the stream begins."""
+        for choice in self._parts(output):
+            yield frame(ChatChunk(**self._fields, choices=[choice]))
+        if isinstance(output.event, IterationEvent):
+            yield COMMENT
+        elif isinstance(output.event, FinishedEvent):
+            self._finished.append(Answer(output.request, output.event.result, output.budget_reduced))
+
+    def final_frames(self) -> Iterator[bytes]:
+        """The usage, if it was asked for, and the end."""
+        if self.request.wants_usage:
+            yield frame(ChatChunk(**self._fields, choices=[], usage=_usage(self._finished)))
+        yield frame("[DONE]")
+
+    def _parts(self, output: OutputEvent) -> Iterator[ChunkChoice]:
+        index, event = output.answer_index, output.event
+        if index not in self._started:
+            self._started.add(index)
             yield ChunkChoice(index=index, delta=Delta(role="assistant", content=""))
         if isinstance(event, TokenEvent) and (event.text or event.score):
             scores = self._logprobs([event.score]) if event.score else None
             yield ChunkChoice(index=index, delta=Delta(content=event.text), logprobs=scores)
         elif isinstance(event, FinishedEvent):
-            reason = event.result.finish_reason
-            yield ChunkChoice(
-                index=index, delta=Delta(), finish_reason=reason, slr=LoopResult.of(event.result, reduced)
-            )
-
-    def usage(self, results: Sequence[Result]) -> Usage:
-        """Of all choices, in any order."""
-        prompt, written = results[0].prompt_tokens, sum(result.completion_tokens for result in results)
-        return Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
+            reason, slr = event.result.finish_reason, LoopResult.of(event.result, output.budget_reduced)
+            yield ChunkChoice(index=index, delta=Delta(), finish_reason=reason, slr=slr)
 
     def _logprobs(self, scores: Sequence[TokenScore]) -> ChatLogprobs:
         def one(token_id: int, logprob: float | None) -> TopLogprob:
-            assert self._vocabulary is not None
-            token = self._vocabulary.token(token_id)
-            return TopLogprob(token=token, logprob=_NEVER if logprob is None else logprob, bytes=list(token.encode()))
+            token = self.vocabulary.token(token_id)
+            value = _MIN_LOGPROB if logprob is None else logprob
+            return TopLogprob(token=token, logprob=value, bytes=list(token.encode()))
 
         return ChatLogprobs(
             content=[
@@ -123,3 +296,9 @@ class Chat:
                 for score in scores
             ]
         )
+
+
+def _usage(answers: Sequence[Answer]) -> Usage:
+    prompt = len(answers[0].request.prompt_ids)
+    completion = sum(answer.result.completion_tokens for answer in answers)
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)

@@ -1,141 +1,225 @@
-"""``/v1/completions``: from its body to the engine's requests, and from their results to its choices."""
+"""``/v1/completions``: bodies, and their translation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from slr_core.engine import Event, FinishedEvent, TokenEvent
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from slr_core.engine import Event, FinishedEvent, IterationEvent, TokenEvent
 from slr_core.errors import RequestError
-from slr_core.generation.prepare import prepare
-from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import SamplingParams
-from slr_core.types import Request, Result, Tokens, TokenScore
+from slr_core.params import LoopParams
+from slr_core.types import FinishReason, Request, Result, Tokens, TokenScore
 
-from ..preprocess import check_count, check_max, check_prompt, resolve, samples, with_prompt_index
-from ..service import GenerationJob
-from ..settings import Settings
-from .openai import Choice, CompletionRequest, Logprobs, LoopResult, Usage
+from ..preprocess import FieldNames, GenerationJob, RawText
+from ..sse import COMMENT, frame
+from .openai import OPENAI_NAMES, LoopOptions, LoopResult, OpenAIRequest, Usage, check_empty, response_fields
+from .schema import EXAMPLE_QUESTION, Answer, OutputEvent, ResponseModel
+from .vocabulary import Vocabulary
 
-DEFAULT_TOKENS = 16
+DEFAULT_MAX_TOKENS = 16
 """OpenAI's default of max_tokens."""
 
 
-class Vocabulary:
-    """Token ids as text, remembered."""
-
-    def __init__(self, reasoner: LatentReasoner) -> None:
-        self.token = cache(lambda token_id: str(reasoner.tokenizer.decode([token_id])))
-        self._tokenizer = reasoner.tokenizer
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Tokens as one text, without special ones."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)) if ids else ""
+# -- requests ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    text: str
-    ids: tuple[int, ...]
-    forced: tuple[int, ...]
-    """Those of its tokens that stand after the loop."""
-    forced_chars: int
+def _as_prompts(value: Any) -> Any:
+    """A list of prompts, each a text or a tuple of token ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(part, str) for part in value):
+            return value
+        lists = value if isinstance(value[0], list) else [value]
+        if all(isinstance(ids, list) and ids and all(_is_token_id(i) for i in ids) for ids in lists):
+            return [tuple(ids) for ids in lists]
+    raise PydanticCustomError(
+        "prompt_type", "must be a string, a list of strings, a list of token ids, or a list of such lists"
+    )
 
 
-class Completions:
-    """One body, and what its answers are made of.
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1}
+Prompts = Annotated[
+    list[str | tuple[int, ...]],
+    BeforeValidator(_as_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                _TOKEN_IDS,
+                {"type": "array", "items": _TOKEN_IDS, "minItems": 1},
+            ]
+        }
+    ),
+]
+
+
+class CompletionLoopOptions(LoopOptions):
+    """The loop's settings: the object ``slr`` of a completion request."""
+
+    loop_at: int | None = Field(
+        None,
+        ge=1,
+        description="with echo: run the loop after this many tokens of the prompt, and score the rest as its answer; "
+        "default: after the whole prompt, which the base model scores",
+    )
+
+
+class CompletionRequest(OpenAIRequest):
+    """Body of ``POST /v1/completions``."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": EXAMPLE_QUESTION, "max_tokens": 8, "temperature": 0}]}
+    )
+
+    prompt: Prompts = Field(
+        min_length=1, description="used as it is, without the checkpoint's prompt prefix and suffix"
+    )
+    max_tokens: int | None = Field(
+        None, ge=0, description=f"maximum number of tokens; default: {DEFAULT_MAX_TOKENS}; 0 needs echo"
+    )
+    echo: bool | None = Field(None, description="begin each answer with its prompt")
+    logprobs: int | None = Field(
+        None, ge=0, description="return each token's log-probability and those of this many likely tokens"
+    )
+    best_of: int | None = Field(None, ge=1, description="must equal n")
+    suffix: Annotated[str, AfterValidator(check_empty), WithJsonSchema({"type": "string", "maxLength": 0})] | None = (
+        None
+    )
+    slr: CompletionLoopOptions | None = None
+
+
+_NAMES = FieldNames({**OPENAI_NAMES, "max_new_tokens": "max_tokens", "loop_after": "slr.loop_at"})
+
+
+def to_job(body: CompletionRequest) -> GenerationJob:
+    """Translate a body.
 
     Raises:
-        RequestError: a field is above its limit, or contradicts another.
+        RequestError: its fields contradict each other.
+    """
+    n, echo, loop_at = body.n or 1, bool(body.echo), body.slr.loop_at if body.slr else None
+    body.check_stream_options()
+    if body.max_tokens == 0 and not echo:
+        raise RequestError("max_tokens must be at least 1 without echo", param="max_tokens")
+    if loop_at is not None and not echo:
+        raise RequestError("slr.loop_at needs echo", param="slr.loop_at")
+    if echo and body.stream and body.logprobs is not None:
+        raise RequestError("logprobs with echo are not supported in a stream", param="stream")
+    if body.best_of not in (None, n):
+        raise RequestError(f"best_of must equal n ({n}): this server does not rank answers", param="best_of")
+    with _NAMES.in_errors():
+        loop, sampling = body.slr.params() if body.slr else LoopParams(), body.sampling()
+    return GenerationJob(
+        prompts=tuple(RawText(prompt) if isinstance(prompt, str) else Tokens(prompt) for prompt in body.prompt),
+        n=n,
+        loop=loop,
+        sampling=sampling,
+        max_new_tokens=None if body.max_tokens is None else max(1, body.max_tokens),
+        default_max_new_tokens=DEFAULT_MAX_TOKENS,
+        stop=tuple(body.stop or ()),
+        logprobs=body.logprobs,
+        score_prompt=echo and body.logprobs is not None,
+        loop_after=loop_at,
+        loop_set=body.model,
+        stream=bool(body.stream),
+        names=_NAMES,
+    )
+
+
+# -- responses ---------------------------------------------------------------------------------------------
+
+
+class CompletionLogprobs(ResponseModel):
+    """Log-probabilities of a completion's tokens, in order."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None] = Field(description="null for the first token of a prompt")
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(ResponseModel):
+    """One completion, or in a stream a part of one."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    slr: LoopResult | None = None
+
+
+class Completion(ResponseModel):
+    """Response of ``POST /v1/completions``, and each chunk of its stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class CompletionFormatter:
+    """Formats the answers of one request.
+
+    Args:
+        body: the request's body.
+        model: name of the loop adapter set that answers.
+        vocabulary: its tokens.
     """
 
-    def __init__(self, body: CompletionRequest, settings: Settings) -> None:
-        self.body, self.settings = body, settings
+    error_event = None
+
+    def __init__(self, body: CompletionRequest, model: str, vocabulary: Vocabulary) -> None:
+        self.request, self.vocabulary = body, vocabulary
         self.n = body.n or 1
-        self.echo = bool(body.echo)
-        self.loop_at = body.slr.loop_at if body.slr else None
-        self._prompts: list[_Prompt] = []
-        self._vocabulary: Vocabulary | None = None
-        check_count(len(body.prompt), body.n, settings)
-        check_shared(body, settings)
-        check_max("max_tokens", body.max_tokens, settings.max_new_tokens)
-        check_max("logprobs", body.logprobs, settings.max_top_tokens)
-        if body.max_tokens == 0 and not self.echo:
-            raise RequestError("max_tokens must be at least 1 without echo", param="max_tokens")
-        if self.loop_at is not None and not self.echo:
-            raise RequestError("slr.loop_at needs echo", param="slr.loop_at")
-        if self.echo and body.stream and body.logprobs is not None:
-            raise RequestError("logprobs with echo are not streamed: leave out stream", param="stream")
-        if body.best_of not in (None, self.n):
-            raise RequestError(f"best_of must be n ({self.n}): this server does not rank answers", param="best_of")
+        self.silent = body.max_tokens == 0
+        """Whether generated tokens are left out: the engine generates at least one."""
+        self._fields = response_fields("cmpl", model)
+        self._finished: dict[int, Answer] = {}
+        self._streams: dict[int, _ChoiceStream] = {}
 
-    def ask(self, loop_set: str | None) -> GenerationJob:
-        """What it asks of the engine."""
-        return GenerationJob(len(self.body.prompt) * self.n, self._plan, loop_set, bool(self.body.stream))
+    def body(self, answers: Sequence[Answer]) -> Completion:
+        """The response body. Decodes tokens, so call it in a thread if there are many."""
+        self._finished = dict(enumerate(answers))
+        choices = [self._choice(index, *answer) for index, answer in enumerate(answers)]
+        return Completion(**self._fields, choices=choices, usage=self._usage())
 
-    def _plan(self, reasoner: LatentReasoner, limit: int) -> list[Request]:
-        body, settings = self.body, self.settings
-        self._vocabulary = Vocabulary(reasoner)
-        loop = resolve(reasoner.config.loop, body.slr, settings.max_iterations, "slr.")
-        requests = []
-        for index, given in enumerate(body.prompt):
-            try:
-                ids = _encode(reasoner, given) if isinstance(given, str) else given
-                check_prompt(ids, settings)
-                before = len(ids) if self.loop_at is None else self.loop_at
-                if before > len(ids):
-                    raise RequestError(
-                        f"slr.loop_at must be at most {len(ids)}, the prompt's tokens, got {before}",
-                        param="slr.loop_at",
-                    )
-                request = prepare(
-                    reasoner,
-                    Tokens(ids[:before]),
-                    loop,
-                    max_new_tokens=max(1, body.max_tokens) if body.max_tokens is not None else None,
-                    sampling=sampling(body),
-                    stop=body.stop or (),
-                    logprobs=body.logprobs,
-                    score_prompt=self.echo and body.logprobs is not None,
-                    forced_ids=tuple(ids[before:]),
-                    limit=limit,
-                )
-            except RequestError as error:
-                raise with_prompt_index(rename_param(error, body), index, len(body.prompt)) from error
-            if body.max_tokens is None:
-                request = replace(request, max_new_tokens=min(request.max_new_tokens, DEFAULT_TOKENS))
-            text = given if isinstance(given, str) else self._vocabulary.text(ids)
-            self._prompts.append(_Prompt(text, ids, request.forced_ids, len(self._vocabulary.text(request.forced_ids))))
-            requests += samples(request, body.n)
-        return requests
+    def frames(self, output: OutputEvent) -> Iterator[bytes]:
+        """The chunks of a stream for one event; a comment for an iteration, so that the stream begins."""
+        index, request, event, budget_reduced = output
+        if index not in self._streams:
+            self._streams[index] = _ChoiceStream(index, self, request)
+        for choice in self._streams[index].parts(event, budget_reduced):
+            yield frame(Completion(**self._fields, choices=[choice]))
+        if isinstance(event, IterationEvent):
+            yield COMMENT
+        elif isinstance(event, FinishedEvent):
+            self._finished[index] = Answer(request, event.result, budget_reduced)
 
-    # -- answers ------------------------------------------------------------------------------------
+    def final_frames(self) -> Iterator[bytes]:
+        """The usage, if it was asked for, and the end."""
+        if self.request.wants_usage:
+            yield frame(Completion(**self._fields, choices=[], usage=self._usage()))
+        yield frame("[DONE]")
 
-    def choices(self, results: Sequence[tuple[Result, bool]]) -> list[Choice]:
-        """The choices of a whole answer; decodes, so it belongs in a thread."""
-        return [self._choice(index, result, reduced) for index, (result, reduced) in enumerate(results)]
+    def prompt_text(self, index: int, request: Request) -> str:
+        """The prompt of an answer as text, with the tokens that follow the loop."""
+        prompt = self.request.prompt[index // self.n]
+        return prompt if isinstance(prompt, str) else self.vocabulary.text((*request.prompt_ids, *request.forced_ids))
 
-    def _choice(self, index: int, result: Result, reduced: bool) -> Choice:
-        prompt = self._prompts[index // self.n]
-        text = "" if self.body.max_tokens == 0 else result.text[prompt.forced_chars :]
-        shown = (prompt.text if self.echo else "") + text
-        scores: list[TokenScore] = []
-        if self.body.logprobs is not None:
-            own = result.scores[: len(prompt.forced)] if self.body.max_tokens == 0 else result.scores
-            scores = [*result.prompt_scores, *own]
-        return Choice(
-            index=index,
-            text=shown,
-            logprobs=self._logprobs(scores, 0) if self.body.logprobs is not None else None,
-            finish_reason="length" if self.body.max_tokens == 0 else result.finish_reason,
-            slr=LoopResult.of(result, reduced),
-        )
-
-    def _logprobs(self, scores: Sequence[TokenScore], offset: int) -> Logprobs:
-        assert self._vocabulary is not None
-        token = self._vocabulary.token
+    def logprobs(self, scores: Sequence[TokenScore], offset: int) -> CompletionLogprobs:
+        """Scores of tokens, the first of which stands at character ``offset``."""
+        token = self.vocabulary.token
         tokens, offsets = [token(score.token_id) for score in scores], []
         for each in tokens:
             offsets.append(offset)
@@ -145,96 +229,78 @@ class Completions:
             if score.logprob is None:
                 tops.append(None)
                 continue
-            # Different tokens may read the same: the likelier one counts. The token itself is among them.
+            # The token itself is always among them.
             top: dict[str, float] = {}
             for other, logprob in (*score.top, (score.token_id, score.logprob)):
                 top.setdefault(token(other), logprob)
             tops.append(top)
-        return Logprobs(
+        return CompletionLogprobs(
             tokens=tokens,
             token_logprobs=[score.logprob for score in scores],
-            top_logprobs=tops if self.body.logprobs else None,
+            top_logprobs=tops if self.request.logprobs else None,
             text_offset=offsets,
         )
 
-    def usage(self, results: Sequence[Result]) -> Usage:
-        """Of all choices, in any order."""
-        prompt = sum(len(prompt.ids) for prompt in self._prompts)
-        written = 0
-        if self.body.max_tokens != 0:
-            forced = sum(len(prompt.forced) for prompt in self._prompts) * self.n
-            written = sum(result.completion_tokens for result in results) - forced
-        return Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
+    def _choice(self, index: int, request: Request, result: Result, budget_reduced: bool) -> CompletionChoice:
+        # Forced tokens are part of the prompt: they are returned with it, or not at all.
+        text = "" if self.silent else result.text[len(self.vocabulary.text(request.forced_ids)) :]
+        if self.request.echo:
+            text = self.prompt_text(index, request) + text
+        scores = None
+        if self.request.logprobs is not None:
+            generated = result.scores[: len(request.forced_ids)] if self.silent else result.scores
+            scores = self.logprobs([*result.prompt_scores, *generated], 0)
+        return CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=scores,
+            finish_reason="length" if self.silent else result.finish_reason,
+            slr=LoopResult.of(result, budget_reduced),
+        )
 
-    def parts(self) -> StreamedChoices:
-        """The same piece by piece, for a stream."""
-        return StreamedChoices(self)
-
-
-class StreamedChoices:
-    """The choices of a stream, as they grow."""
-
-    def __init__(self, whole: Completions) -> None:
-        self.whole = whole
-        self._begun: set[int] = set()
-        self._hidden: dict[int, int] = {}
-        self._offset: dict[int, int] = {}
-
-    def of(self, index: int, event: Event, reduced: bool) -> Iterator[Choice]:
-        """What an event adds to a choice."""
-        whole = self.whole
-        prompt, silent = whole._prompts[index // whole.n], whole.body.max_tokens == 0
-        if index not in self._begun:
-            self._begun.add(index)
-            # The forced tokens are a part of the prompt: they are shown with it, or not at all.
-            self._hidden[index] = prompt.forced_chars
-            if whole.echo:
-                yield self._part(index, prompt.text, None)
-        if isinstance(event, TokenEvent) and not silent:
-            shown = event.text[self._hidden[index] :]
-            self._hidden[index] = max(0, self._hidden[index] - len(event.text))
-            if shown or event.score:
-                yield self._part(index, shown, event.score)
-        elif isinstance(event, FinishedEvent):
-            reason = "length" if silent else event.result.finish_reason
-            yield Choice(index=index, text="", finish_reason=reason, slr=LoopResult.of(event.result, reduced))
-
-    def _part(self, index: int, text: str, score: TokenScore | None) -> Choice:
-        offset = self._offset.get(index, 0)
-        self._offset[index] = offset + len(text)
-        return Choice(index=index, text=text, logprobs=self.whole._logprobs([score], offset) if score else None)
+    def _usage(self) -> Usage:
+        prompt = completion = 0
+        for index, (request, result, _) in self._finished.items():
+            forced = len(request.forced_ids)
+            if index % self.n == 0:
+                prompt += len(request.prompt_ids) + forced
+            if not self.silent:
+                completion += result.completion_tokens - forced
+        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
-def check_shared(body: Any, settings: Settings) -> None:
-    """What both of OpenAI's endpoints hold to limits.
+class _ChoiceStream:
+    """The stream of one choice.
 
-    Raises:
-        RequestError: a field is above its limit, or contradicts another.
+    Attributes:
+        hidden: characters of the generated text that are still to be left out: those of the forced tokens.
+        offset: characters sent so far.
     """
-    if body.slr is not None:
-        check_max("slr.max_iterations", body.slr.max_iterations, settings.max_iterations)
-        check_max("slr.min_iterations", body.slr.min_iterations, settings.max_iterations)
-    if body.stream_options is not None and not body.stream:
-        raise RequestError("stream_options needs stream", param="stream_options")
 
+    def __init__(self, index: int, formatter: CompletionFormatter, request: Request) -> None:
+        self.index, self.formatter, self.request = index, formatter, request
+        self.hidden = len(formatter.vocabulary.text(request.forced_ids))
+        self.offset = 0
+        self._started = False
 
-def sampling(body: Any) -> SamplingParams:
-    """How tokens are chosen, with OpenAI's defaults."""
-    return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=body.top_k or 0,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        seed=body.seed,
-    )
+    def parts(self, event: Event, budget_reduced: bool) -> Iterator[CompletionChoice]:
+        """The parts of the choice for one event."""
+        formatter = self.formatter
+        if not self._started:
+            self._started = True
+            if formatter.request.echo:
+                yield self._part(formatter.prompt_text(self.index, self.request), None)
+        if isinstance(event, TokenEvent) and not formatter.silent:
+            text = event.text[self.hidden :]
+            self.hidden = max(0, self.hidden - len(event.text))
+            if text or event.score:
+                yield self._part(text, event.score)
+        elif isinstance(event, FinishedEvent):
+            reason = "length" if formatter.silent else event.result.finish_reason
+            slr = LoopResult.of(event.result, budget_reduced)
+            yield CompletionChoice(index=self.index, text="", finish_reason=reason, slr=slr)
 
-
-def rename_param(error: RequestError, body: Any) -> RequestError:
-    """The error with the field's name in OpenAI's bodies."""
-    if error.param != "max_new_tokens":
-        return error
-    name = "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens"
-    return RequestError(str(error).replace("max_new_tokens", name), param=name)
-
-
-def _encode(reasoner: LatentReasoner, text: str) -> tuple[int, ...]:
-    return tuple(reasoner.tokenizer(text).input_ids)
+    def _part(self, text: str, score: TokenScore | None) -> CompletionChoice:
+        offset, self.offset = self.offset, self.offset + len(text)
+        logprobs = self.formatter.logprobs([score], offset) if score else None
+        return CompletionChoice(index=self.index, text=text, logprobs=logprobs)

@@ -1,41 +1,49 @@
-"""Requests and responses as JSON, strict: what is not described here is refused.
-
-Booleans are no numbers, numbers are finite and in range, no field is unknown. The upper limits that an
-operator sets (:mod:`slr_server.settings`) are checked where a request is planned (:mod:`slr_server.preprocess`).
-"""
+"""``/generate``, ``/trace`` and the operator's endpoints: bodies, and their translation."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    StringConstraints,
-    WithJsonSchema,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
-from torch import Tensor
 
-from slr_core.config import Criterion, Threshold
-from slr_core.types import ExitReason, FinishReason, IterationRecord, Result, finite_or_none
+from slr_core.engine import FinishedEvent, IterationEvent, TokenEvent
+from slr_core.params import SamplingParams
+from slr_core.types import ExitReason, FinishReason, Result, Stability, Timings
 
-DEFAULT_TOP_TOKENS = 5
-_QUESTION = "Every yumpus is a rorpus. Every rorpus is a lempus. Alex is a yumpus. Is Alex a lempus or zhorpus?"
+from ..preprocess import DEFAULT_TOP_TOKENS, FieldNames, GenerationJob
+from ..sse import frame
+from .schema import (
+    EXAMPLE_QUESTION,
+    Answer,
+    Convergence,
+    MaxIterations,
+    MinIterations,
+    OutputEvent,
+    RequestModel,
+    ResponseModel,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    loop_names,
+    loop_params,
+)
+
 _GENERATE_EXAMPLES: list[JsonValue] = [
-    {"prompt": _QUESTION},
+    {"prompt": EXAMPLE_QUESTION},
     {
-        "prompt": [_QUESTION, _QUESTION],
+        "prompt": [EXAMPLE_QUESTION, EXAMPLE_QUESTION],
         "max_iterations": 8,
         "convergence": {"criterion": "relative_change", "threshold": 0.05, "patience": 2},
         "max_new_tokens": 32,
     },
 ]
-_TRACE_EXAMPLES: list[JsonValue] = [{"prompt": _QUESTION, "top_tokens": 3}]
+_TRACE_EXAMPLES: list[JsonValue] = [{"prompt": EXAMPLE_QUESTION, "top_tokens": 3}]
 
 
 def _as_list(value: Any) -> Any:
@@ -46,19 +54,8 @@ def _as_list(value: Any) -> Any:
     raise PydanticCustomError("prompt_type", "must be a string or a list of strings")
 
 
-def _not_minute(value: float) -> float:
-    # Logits divided by less overflow, and a softmax of infinities has nothing to draw from.
-    if 0 < value < 1e-3:
-        raise PydanticCustomError("temperature_range", "must be 0 (greedy) or at least 0.001")
-    return value
-
-
 def _is_none(value: Any) -> bool:
     return value is None
-
-
-def _finite_or_null(state: Tensor) -> list[list[float | None]]:
-    return [[finite_or_none(value) for value in position] for position in state.tolist()]
 
 
 Prompts = Annotated[
@@ -66,245 +63,265 @@ Prompts = Annotated[
     BeforeValidator(_as_list),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
-Temperature = Annotated[float, Field(ge=0, le=10), AfterValidator(_not_minute)]
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 LoopSetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
-class StrictModel(BaseModel):
-    """Something that is asked."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+# -- requests ----------------------------------------------------------------------------------------------
 
 
-class Convergence(StrictModel):
-    """When the loop stops by itself."""
-
-    criterion: Criterion | None = Field(None, description="the distance that is compared to the threshold")
-    threshold: Threshold | None = Field(
-        None, description="stop below this; a criterion named without one takes its own default"
-    )
-    patience: int | None = Field(None, ge=1, le=64, description="iterations in a row below the threshold")
-
-
-class GenerateRequest(StrictModel):
-    """What ``POST /generate`` takes. What is left out takes the checkpoint's default."""
+class GenerateRequest(RequestModel):
+    """Body of ``POST /generate``. Fields that are left out take the checkpoint's defaults."""
 
     model_config = ConfigDict(json_schema_extra={"examples": _GENERATE_EXAMPLES})
 
-    prompt: Prompts = Field(min_length=1, description="a prompt, or several that are answered independently")
-    max_iterations: int | None = Field(None, ge=0, description="most iterations of the loop; 0: the base model")
-    min_iterations: int | None = Field(None, ge=0, description="iterations before the loop may stop by itself")
+    prompt: Prompts = Field(min_length=1, description="one prompt, or several that are answered independently")
+    max_iterations: MaxIterations = None
+    min_iterations: MinIterations = None
     convergence: Convergence | None = None
-    max_new_tokens: int | None = Field(None, ge=1, description="most tokens of an answer")
-    temperature: Temperature | None = Field(None, description="0 (the default) is greedy")
-    # Less would be 0 in the arithmetic of the sampler.
-    top_p: float | None = Field(None, ge=1e-6, le=1, description="draw from the smallest set with this probability")
-    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="draw from so many tokens; 0: from all")
-    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="sample i of a prompt draws with seed + i")
-    stop: list[StopString] | None = Field(
-        None, max_length=16, description="strings that end an answer; they are not part of it"
+    max_new_tokens: int | None = Field(None, ge=1, description="maximum number of tokens of an answer")
+    temperature: Temperature | None = Field(None, description="sampling temperature; 0 (the default) is greedy")
+    top_p: TopP | None = Field(None, description="sample from the smallest set of tokens with this probability")
+    top_k: TopK | None = Field(None, description="sample from this many of the likeliest tokens; 0: from all")
+    seed: Seed | None = Field(None, description="sampling seed; answer i of a prompt samples with seed + i")
+    stop: Stop | None = Field(None, description="strings that end an answer; they are not part of it")
+    n: int | None = Field(None, ge=1, description="answers per prompt; default: 1")
+    loop_set: LoopSetName | None = Field(
+        None, description="loop adapter set to run, as listed by /v1/models; default: the served model's own"
     )
-    n: int | None = Field(None, ge=1, description="answers per prompt; 1 by default")
-    loop_set: LoopSetName | None = Field(None, description="the loop set to run; the server's own by default")
-    stream: bool | None = Field(None, description="tell of every iteration, token and result as server-sent events")
+    stream: bool | None = Field(None, description="send every iteration, token and result as server-sent events")
 
 
 class TraceRequest(GenerateRequest):
-    """What ``POST /trace`` takes: a generate request that is answered with every iteration's diagnostics."""
+    """Body of ``POST /trace``: a generate request whose answers include every iteration's measures."""
 
     model_config = ConfigDict(json_schema_extra={"examples": _TRACE_EXAMPLES})
 
     top_tokens: int | None = Field(
-        None, ge=0, description=f"likely tokens to read per iteration; {DEFAULT_TOP_TOKENS} by default"
+        None, ge=0, description=f"likely tokens to report per iteration; default: {DEFAULT_TOP_TOKENS}"
     )
     include_states: bool | None = Field(
-        None, description="return every iteration's state, as far as the operator's limit on their size allows"
+        None, description="return every iteration's hidden state; the operator limits their size"
     )
 
 
-class Frozen(BaseModel):
-    """Something that is answered."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+_NAMES = FieldNames(loop_names())
 
 
-class Usage(Frozen):
-    """What an answer cost."""
+def to_job(body: GenerateRequest) -> GenerationJob:
+    """Translate a body.
+
+    Raises:
+        RequestError: its fields contradict each other.
+    """
+    with _NAMES.in_errors():
+        loop = loop_params(body.max_iterations, body.min_iterations, body.convergence)
+        sampling = SamplingParams(
+            temperature=body.temperature or 0.0,
+            top_k=body.top_k or 0,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            seed=body.seed,
+        )
+    return GenerationJob(
+        prompts=tuple(body.prompt),
+        n=body.n or 1,
+        loop=loop,
+        sampling=sampling,
+        max_new_tokens=body.max_new_tokens,
+        stop=tuple(body.stop or ()),
+        trace=isinstance(body, TraceRequest),
+        top_tokens=body.top_tokens if isinstance(body, TraceRequest) else None,
+        include_states=isinstance(body, TraceRequest) and bool(body.include_states),
+        loop_set=body.loop_set,
+        stream=bool(body.stream),
+        names=_NAMES,
+    )
+
+
+# -- responses ---------------------------------------------------------------------------------------------
+
+
+class AnswerUsage(ResponseModel):
+    """Cost of one answer."""
 
     prompt_tokens: int
     completion_tokens: int
-    forward_passes: int = Field(description="passes of the model that this answer alone would have taken")
+    forward_passes: int = Field(description="forward passes that this answer alone would have taken")
 
 
-class Timings(Frozen):
-    """Seconds in each stage."""
-
-    queue_s: float
-    prefill_s: float
-    loop_s: float
-    decode_s: float
-    total_s: float
-
-
-class GenerateResult(Frozen):
+class GenerateResult(ResponseModel):
     """One answer."""
 
-    index: int = Field(description="running number: all samples of the first prompt, then of the next")
+    index: int = Field(description="position in the response: all samples of the first prompt, then of the next")
     text: str
     finish_reason: FinishReason
     iterations: int = Field(description="iterations that the loop ran")
     exit_reason: ExitReason
     final_change: float | None = Field(description="relative change of the last iteration")
-    budget_reduced: bool = Field(description="under pressure, the loop was allowed fewer iterations than asked for")
-    usage: Usage
-    timings: Timings
-
-    @classmethod
-    def of(cls, index: int, result: Result, reduced: bool) -> Self:
-        """A result of the engine as JSON shows it."""
-        return cls(**cls._fields(index, result, reduced))
-
-    @classmethod
-    def _fields(cls, index: int, result: Result, reduced: bool) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": result.text,
-            "finish_reason": result.finish_reason,
-            "iterations": result.iterations,
-            "exit_reason": result.exit_reason,
-            "final_change": result.final_change,
-            "budget_reduced": reduced,
-            "usage": Usage(
-                prompt_tokens=result.prompt_tokens,
-                completion_tokens=result.completion_tokens,
-                forward_passes=result.forward_passes,
-            ),
-            "timings": Timings(**vars(result.timings)),
-        }
+    budget_reduced: bool = Field(description="true: under load, the loop got fewer iterations than requested")
+    usage: AnswerUsage
+    timings: Timings = Field(description="seconds in each stage")
 
 
-class TopToken(Frozen):
-    """A token that the LM head reads from a state."""
+class TopToken(ResponseModel):
+    """A likely token under the LM head."""
 
     token: str
     prob: float
 
 
-class Iteration(Frozen):
-    """One iteration of the loop. ``null`` marks what is undefined or not finite."""
+class Iteration(ResponseModel):
+    """One loop iteration. ``null`` marks values that are undefined or not finite."""
 
     t: int
     relative_change: float | None
     cosine: float | None
     norm: float | None
-    contraction: float | None = Field(description="this step's length over the last one's; above 1 it expands")
+    contraction: float | None = Field(description="length of this step over that of the previous; above 1: expanding")
     kl: float | None
     entropy: float | None
-    adapter: str | None = Field(description="the loop adapter that was active")
+    adapter: str | None = Field(description="the active loop adapter")
     duration_s: float
     top_tokens: list[TopToken]
     thought: str | None = Field(
-        None, exclude_if=_is_none, description="the state in words, where the model has a latent decoder"
+        None, exclude_if=_is_none, description="text that the latent decoder reads from the state, if there is one"
     )
     state: list[list[float | None]] | None = Field(
         None, exclude_if=_is_none, description="with include_states: h_t, a list of numbers per workspace position"
     )
 
-    @classmethod
-    def of(cls, record: IterationRecord, states: Tensor | None = None, **more: Any) -> Self:
-        """A record of the loop as JSON shows it; ``states`` ``[t + 1, W, d]`` are those of the whole loop."""
-        tops = [TopToken(token=token, prob=prob) for token, prob in record.top_tokens]
-        state = None if states is None else _finite_or_null(states[record.t])
-        return cls(**{**vars(record), "top_tokens": tops, "state": state, **more})
-
 
 class IterationData(Iteration):
-    """In a stream: an iteration is done."""
+    """Stream event: an iteration is done."""
 
-    index: int = Field(description="of the answer")
+    index: int = Field(description="index of the answer")
 
 
-class TokenData(Frozen):
-    """In a stream: a token is written."""
+class TokenData(ResponseModel):
+    """Stream event: a token was generated."""
 
-    index: int = Field(description="of the answer")
+    index: int = Field(description="index of the answer")
     token_id: int
-    text: str = Field(description="what may be shown beyond the last event; nothing while a character is incomplete")
-
-
-class Stability(Frozen):
-    """What the iterations together say."""
-
-    contraction_rate: float | None
-    oscillating: bool
-    converged: bool
+    text: str = Field(description="text added since the last event; empty while a character is incomplete")
 
 
 class TraceResult(GenerateResult):
-    """One answer and how the loop came to it."""
+    """One answer and the loop that led to it."""
 
     trace: list[Iteration]
-    stability: Stability
-
-    @classmethod
-    def _fields(cls, index: int, result: Result, reduced: bool) -> dict[str, Any]:
-        return {
-            **super()._fields(index, result, reduced),
-            "trace": [Iteration.of(record, result.states) for record in result.records],
-            "stability": Stability(**vars(result.stability)),
-        }
+    stability: Stability = Field(description="summary of the trace")
 
 
-class Head(Frozen):
-    """What every response begins with, and a stream ends with."""
+class ResponseHeader(ResponseModel):
+    """First fields of every response; last event of every stream."""
 
     id: str
-    model: str
-    created: int = Field(description="seconds since 1970")
+    model: str = Field(description="the loop adapter set that answered, as listed by /v1/models")
+    created: int = Field(description="Unix time in seconds")
 
 
-class GenerateResponse(Head):
+class GenerateResponse(ResponseHeader):
     """Answers, prompt by prompt."""
 
     results: list[GenerateResult]
 
 
-class TraceResponse(Head):
+class TraceResponse(ResponseHeader):
     """Answers with their traces, prompt by prompt."""
 
     results: list[TraceResult]
 
 
-class LoadLoopSet(StrictModel):
-    """What ``POST /admin/loop_sets`` takes."""
+class GenerateFormatter:
+    """Formats the answers of ``/generate``.
 
-    name: LoopSetName = Field(description="a folder in the server's folder of loop sets; requests ask for it by this")
+    Args:
+        model: name of the loop adapter set that answers.
+    """
+
+    error_event = "error"
+    result: ClassVar[type[GenerateResult]] = GenerateResult
+    response: ClassVar[type[GenerateResponse | TraceResponse]] = GenerateResponse
+
+    def __init__(self, model: str) -> None:
+        self.header = ResponseHeader(id=f"slr-{uuid.uuid4().hex}", model=model, created=int(time.time()))
+
+    def body(self, answers: Sequence[Answer]) -> GenerateResponse | TraceResponse:
+        """The response body."""
+        results = [self._result(index, answer.result, answer.budget_reduced) for index, answer in enumerate(answers)]
+        return self.response(results=results, **vars(self.header))
+
+    def frames(self, output: OutputEvent) -> Iterator[bytes]:
+        """The events ``iteration``, ``token`` and ``result`` of a stream."""
+        index = output.answer_index
+        match output.event:
+            case IterationEvent(record):
+                yield frame(IterationData(index=index, **record.to_dict()), "iteration")
+            case TokenEvent(token_id, text):
+                yield frame(TokenData(index=index, token_id=token_id, text=text), "token")
+            case FinishedEvent(result):
+                yield frame(self._result(index, result, output.budget_reduced), "result")
+
+    def final_frames(self) -> Iterator[bytes]:
+        """The event ``done``."""
+        yield frame(self.header, "done")
+
+    def _result(self, index: int, result: Result, budget_reduced: bool) -> GenerateResult:
+        return self.result(index=index, budget_reduced=budget_reduced, **self._fields(result))
+
+    def _fields(self, result: Result) -> dict[str, Any]:
+        return result.to_dict()
 
 
-class LoopSetList(Frozen):
-    """Loop sets by name."""
+class TraceFormatter(GenerateFormatter):
+    """Formats the answers of ``/trace``; argument as for :class:`GenerateFormatter`."""
 
-    loaded: list[str] = Field(description="those that requests can ask for; default is the server's own")
-    available: list[str] = Field(description="those in the server's folder")
+    result = TraceResult
+    response = TraceResponse
+
+    def _fields(self, result: Result) -> dict[str, Any]:
+        return result.to_dict(trace=True, states=True)
 
 
-class Health(Frozen):
-    """The body of a passed health check."""
+# -- operation ---------------------------------------------------------------------------------------------
+
+
+class LoadLoopSet(RequestModel):
+    """Body of ``POST /admin/loop_sets``."""
+
+    name: LoopSetName = Field(description="a checkpoint folder in the server's --loop-sets folder")
+
+
+class LoopSetList(ResponseModel):
+    """Names of loop adapter sets."""
+
+    loaded: list[str] = Field(description="sets that requests can name, the served model's own first")
+    available: list[str] = Field(description="checkpoint folders in the server's --loop-sets folder")
+
+
+class HealthStatus(ResponseModel):
+    """Body of a health check that passes."""
 
     status: str
 
 
-class ErrorDetail(Frozen):
-    """What went wrong."""
+class VersionInfo(ResponseModel):
+    """Versions of the server."""
 
-    type: str = Field(description="the kind of error", examples=["invalid_request_error"])
-    message: str
-    param: str | None = Field(description="the field at fault, dotted, where it is one", examples=["prompt"])
-    code: str = Field(description="the error, for programs", examples=["invalid_value"])
+    version: str
 
 
-class ErrorResponse(Frozen):
-    """The body of every error."""
+class EndpointInfo(ResponseModel):
+    """One endpoint."""
 
-    error: ErrorDetail
+    method: str
+    path: str
+    summary: str
+
+
+class Index(ResponseModel):
+    """What this server is and which endpoints it has."""
+
+    name: str
+    version: str
+    model: str
+    endpoints: list[EndpointInfo]

@@ -1,35 +1,42 @@
-"""``/admin/loop_sets``: which loop sets are served, changed while requests run. Needs the admin key."""
+"""``/admin/loop_sets``: change the served loop adapter sets while requests run. Requires the admin key."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
 from ..protocol.native import LoadLoopSet, LoopSetList, LoopSetName
-from .common import JSONRoute, ServiceDependency, errors
+from ..service import Service
+from .common import JSONRoute, ServiceDependency, document_errors
 
 router = APIRouter(route_class=JSONRoute, prefix="/admin", tags=["operation"])
-_REFUSED = (401, 403, 503)
+_ERRORS = (401, 403, 503)
 
 
-@router.get("/loop_sets", summary="List the loop sets", responses=errors(*_REFUSED))
-async def listed(service: ServiceDependency) -> LoopSetList:
-    """Those that are loaded, and those that could be."""
-    return await service.loop_sets()
+@router.get("/loop_sets", summary="List the loop adapter sets", responses=document_errors(*_ERRORS))
+async def list_loop_sets(service: ServiceDependency) -> LoopSetList:
+    """The loaded sets, and those that can be loaded."""
+    return await _list(service)
 
 
 @router.post(
     "/loop_sets",
-    summary="Load a loop set",
-    responses=errors(400, 404, 408, 409, 413, 415, 431, *_REFUSED),
+    summary="Load a loop adapter set",
+    responses=document_errors(400, 404, 408, 409, 413, 415, 431, *_ERRORS),
 )
-async def load(body: LoadLoopSet, service: ServiceDependency) -> LoopSetList:
-    """Load one of the operator's folder of loop sets. Requests that run are not disturbed."""
+async def load_loop_set(body: LoadLoopSet, service: ServiceDependency) -> LoopSetList:
+    """Load a checkpoint from the operator's folder. Running requests go on."""
     await service.load_loop_set(body.name)
-    return await service.loop_sets()
+    return await _list(service)
 
 
-@router.delete("/loop_sets/{name}", summary="Remove a loop set", responses=errors(400, 404, 409, *_REFUSED))
-async def remove(name: LoopSetName, service: ServiceDependency) -> LoopSetList:
-    """Take no more requests for it. Those that run go on to their ends; then its memory is freed."""
+@router.delete(
+    "/loop_sets/{name}", summary="Remove a loop adapter set", responses=document_errors(400, 404, 409, *_ERRORS)
+)
+async def remove_loop_set(name: LoopSetName, service: ServiceDependency) -> LoopSetList:
+    """Accept no more requests for a set. Its running requests finish; then its memory is freed."""
     await service.remove_loop_set(name)
-    return await service.loop_sets()
+    return await _list(service)
+
+
+async def _list(service: Service) -> LoopSetList:
+    return LoopSetList(loaded=service.model_names(), available=await service.available_loop_sets())

@@ -1,48 +1,56 @@
-"""What endpoints share: strict JSON bodies, the service, the documented errors."""
+"""What endpoints share: strict JSON bodies, the service, documented errors, and the path of a generation request."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from pydantic_core import from_json
 
-from ..errors import InvalidJSON, UnsupportedMediaType
-from ..protocol.native import ErrorResponse
-from ..service import Service
+from slr_core.engine.adapter_set import LoopAdapterSet
 
-_EXPLAINED = {
-    400: "The body is not JSON, or a field is unknown, missing or wrong.",
-    401: "A key is needed.",
-    403: "Nobody may do this on this server.",
-    404: "There is nothing of this name.",
+from ..errors import InvalidJSON, UnsupportedMediaType
+from ..observability.request_stats import RequestStats, request_stats
+from ..preprocess import GenerationJob, check_limits
+from ..protocol.schema import ErrorResponse, Formatter
+from ..service import Service
+from ..sse import EventStream, while_connected
+
+_DESCRIPTIONS = {
+    400: "The body is not JSON, or a field is unknown, missing or invalid.",
+    401: "A valid key is required.",
+    403: "The operation is disabled on this server.",
+    404: "The named object does not exist.",
     408: "The body did not arrive in time.",
-    409: "The server's present state does not allow it.",
+    409: "The operation conflicts with the server's current state.",
     413: "The body is too large.",
     415: "The content type is not application/json.",
-    429: "Too much work is waiting.",
+    429: "The queue is full.",
     431: "The headers are too large.",
     500: "The server failed.",
-    503: "The engine is loading, stopped or stuck, or the server is shutting down.",
-    504: "The answer took too long.",
+    503: "The engine is loading, stopped or stalled, or the server is shutting down.",
+    504: "The request exceeded its time limit.",
 }
 _RETRY_AFTER = {"Retry-After": {"description": "seconds to wait", "schema": {"type": "integer"}}}
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The documentation of these errors."""
-    described: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse, "description": _EXPLAINED[status]} for status in statuses
+def document_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI documentation of these error responses."""
+    responses: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorResponse, "description": _DESCRIPTIONS[status]} for status in statuses
     }
-    if 429 in described:
-        described[429]["headers"] = _RETRY_AFTER
-    return {**described, "default": {"model": ErrorResponse, "description": "Every error has this body."}}
+    if 429 in responses:
+        responses[429]["headers"] = _RETRY_AFTER
+    return {**responses, "default": {"model": ErrorResponse, "description": "Every error has this body."}}
 
 
-ERRORS = errors(400, 401, 408, 413, 415, 429, 431, 500, 503, 504)
-"""Of the endpoints that ask the model for something."""
+GENERATION_ERRORS = document_errors(400, 401, 408, 413, 415, 429, 431, 500, 503, 504)
+"""Documentation of the errors of endpoints that run the model."""
 STREAM: dict[str, Any] = {
     "content": {
         "text/event-stream": {
@@ -55,11 +63,14 @@ STREAM: dict[str, Any] = {
         }
     }
 }
-"""The documentation of the other form of a successful answer."""
+"""Documentation of a streamed response."""
+
+
+# -- bodies ------------------------------------------------------------------------------------------------
 
 
 class _JSONRequest(Request):
-    """A request whose body is parsed as JSON by the letter: no NaN, no lone surrogates, bounded depth."""
+    """A request whose body is parsed as strict JSON: no NaN, no lone surrogates, bounded depth."""
 
     _parsed: Any = None
 
@@ -77,7 +88,7 @@ class _JSONRequest(Request):
 
 
 class JSONRoute(APIRoute):
-    """A route whose body, where it has one, is JSON and nothing else."""
+    """A route that accepts only JSON bodies, strictly parsed."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, behind the strict parser."""
@@ -85,7 +96,7 @@ class JSONRoute(APIRoute):
 
         async def strict(request: Request) -> Response:
             parsed = _JSONRequest(request.scope, request.receive)
-            # Before FastAPI asks for the JSON: it would blur the reason for which there is none.
+            # Parsed before FastAPI does it: its error message would not say what is wrong.
             await parsed.parse()
             return await handle(parsed)
 
@@ -98,3 +109,53 @@ def _service(request: Request) -> Service:
 
 
 ServiceDependency = Annotated[Service, Depends(_service)]
+
+
+# -- generation --------------------------------------------------------------------------------------------
+
+
+async def respond(
+    request: Request,
+    service: Service,
+    job: GenerationJob,
+    formatter_for: Callable[[str, LoopAdapterSet], Formatter],
+) -> BaseModel | Response:
+    """Run a job and format its answers, whole or as a stream: the path of every generation request.
+
+    Args:
+        request: the HTTP request.
+        service: runs the job.
+        job: the body, translated.
+        formatter_for: makes the endpoint's formatter from the name of the loop adapter set and the set.
+
+    Raises:
+        RequestError: as :func:`slr_server.preprocess.check_limits` and :meth:`Service.find_loop_set`.
+        SLRError: as :meth:`Service.answer`.
+        ClientGone: the client disconnected.
+    """
+    check_limits(job, service.settings)
+    with job.names.in_errors():
+        loop_set = service.find_loop_set(job.loop_set)
+    formatter, stats = formatter_for(service.name_of(loop_set), loop_set), request_stats(request.scope)
+    if job.stream:
+        return await EventStream.start(
+            request.receive,
+            _frames(service, job, loop_set, stats, formatter),
+            write_timeout_s=service.settings.write_timeout_s,
+            error_event=formatter.error_event,
+        )
+    answers = await while_connected(request.receive, service.answer(job, loop_set, stats))
+    if job.logprobs is not None or job.include_states:  # large: thousands of tokens or numbers
+        return await service.in_thread(partial(formatter.body, answers))
+    return formatter.body(answers)
+
+
+async def _frames(
+    service: Service, job: GenerationJob, loop_set: LoopAdapterSet, stats: RequestStats, formatter: Formatter
+) -> AsyncGenerator[bytes]:
+    async with aclosing(service.stream(job, loop_set, stats)) as outputs:
+        async for output in outputs:
+            for frame in formatter.frames(output):
+                yield frame
+    for frame in formatter.final_frames():
+        yield frame

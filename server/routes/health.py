@@ -1,35 +1,50 @@
-"""``GET /livez``, ``GET /readyz`` and ``GET /startupz``: none of them asks the engine for anything."""
+"""Health checks and version. None of them waits for the engine."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
+from slr_core._version import __version__
+
 from ..errors import Unavailable
-from ..protocol.native import Health
-from .common import ServiceDependency, errors
+from ..protocol.native import HealthStatus, VersionInfo
+from .common import ServiceDependency, document_errors
 
-router = APIRouter(tags=["operation"], responses=errors(503))
+router = APIRouter(tags=["operation"])
+_ERRORS = document_errors(503)
 
 
-@router.get("/livez", summary="Whether the process should live on")
-async def livez(service: ServiceDependency) -> Health:
-    """503 when work is pending and the engine has made no step for as long as the operator allows: nothing but a
-    restart helps. A long queue or a long batch is no reason."""
+@router.get("/livez", summary="Liveness", responses=_ERRORS)
+async def livez(service: ServiceDependency) -> HealthStatus:
+    """503 if work is pending and the engine has finished no step for `--stall-timeout-s`: restart the process."""
     if service.stalled:
         raise Unavailable("the engine makes no progress")
-    return Health(status="alive")
+    return HealthStatus(status="alive")
 
 
-@router.get("/readyz", summary="Whether requests are taken")
-async def readyz(service: ServiceDependency) -> Health:
-    """503 while the model loads, while the server shuts down, and when the engine is stopped or stuck."""
+@router.get("/readyz", summary="Readiness", responses=_ERRORS)
+async def readyz(service: ServiceDependency) -> HealthStatus:
+    """503 while the model loads, while the server shuts down, and if the engine is stopped or stalled."""
     service.check()
-    return Health(status="ready")
+    return HealthStatus(status="ready")
 
 
-@router.get("/startupz", summary="Whether the model has been loaded")
-async def startupz(service: ServiceDependency) -> Health:
-    """503 until the model has been loaded and has given a first answer."""
+@router.get("/health", summary="Readiness, under the name that other inference servers use", responses=_ERRORS)
+async def health(service: ServiceDependency) -> HealthStatus:
+    """The same check as `/readyz`."""
+    service.check()
+    return HealthStatus(status="ready")
+
+
+@router.get("/startupz", summary="Startup", responses=_ERRORS)
+async def startupz(service: ServiceDependency) -> HealthStatus:
+    """503 until the model has loaded and given a first answer."""
     if not service.started:
         raise Unavailable("the model is still loading" if service.failure is None else "the model could not be loaded")
-    return Health(status="started")
+    return HealthStatus(status="started")
+
+
+@router.get("/version", summary="Version of the server", responses=document_errors(401))
+async def version() -> VersionInfo:
+    """The server's version."""
+    return VersionInfo(version=__version__)

@@ -6,9 +6,9 @@ from fastapi import APIRouter, Request
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
-from .common import ServiceDependency, errors
+from .common import ServiceDependency, document_errors
 
-router = APIRouter(tags=["operation"], responses=errors(401))
+router = APIRouter(tags=["operation"], responses=document_errors(401))
 
 
 @router.get(
@@ -18,6 +18,6 @@ router = APIRouter(tags=["operation"], responses=errors(401))
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: Request, service: ServiceDependency) -> Response:
-    """All metrics in the text format that the scraper asks for."""
+    """All metrics, in the text format that the scraper accepts."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(service.metrics.registry), headers={"Content-Type": content_type})

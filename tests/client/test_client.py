@@ -12,7 +12,7 @@ from slr_core.engine import Engine
 from slr_core.errors import EngineError, RequestError
 from slr_core.generation.reference import generate
 from slr_server.app import create_app
-from slr_server.settings import Settings
+from slr_server.settings import ServerSettings
 from tests import tiny
 
 PROMPT = tiny.PROMPTS[1]
@@ -161,7 +161,7 @@ def test_against_the_application():
     (expected,) = generate(made, [tiny.request(made, PROMPT)])
 
     async def scenario(engine):
-        app = create_app(Settings(api_keys=KEY), engine)
+        app = create_app(ServerSettings(api_keys=KEY), engine)
         transport = httpx.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),

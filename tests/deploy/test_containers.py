@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from slr_core._version import __version__
-from slr_server.settings import Settings
+from slr_server.settings import ServerSettings
 from tests.deploy.monitoring import ROOT
 
 COMPOSE = ROOT / "docker/compose.yaml"
@@ -69,7 +69,7 @@ def test_paths_of_the_provisioning_are_those_that_are_mounted(services):
 
 def test_a_container_is_given_longer_to_stop_than_its_requests(services):
     for name in ("server", "server-gpu"):
-        assert int(services[name]["stop_grace_period"].removesuffix("s")) > Settings().grace_s
+        assert int(services[name]["stop_grace_period"].removesuffix("s")) > ServerSettings().grace_s
 
 
 def test_the_targets_of_the_dockerfile_are_those_that_are_built(services):

@@ -82,7 +82,7 @@ CASES = [
         fields(f"loop set {name!r}", "loop_set", loop_set=name)
         for name in ("", "../../etc/passwd", "/etc/passwd", "a/b", "..", "a\x00b", "a\nb", "x" * 65)
     ),
-    fields("stop as text", "stop", stop="."),
+    fields("stop as a number", "stop", stop=3),
     fields("empty stop", "stop.0", stop=[""]),
     fields("convergence as text", "convergence", convergence="cosine"),
     fields("unknown criterion", "convergence.criterion", convergence={"criterion": "vibes"}),

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from slr_core.engine import Engine
 from slr_core.model.reasoner import LatentReasoner
 from slr_server.app import create_app
-from slr_server.settings import Settings
+from slr_server.settings import ServerSettings
 from tests import tiny
 
 for name in [name for name in os.environ if name.startswith("SLR_")]:
@@ -38,7 +38,7 @@ def engine(reasoner) -> Iterator[Engine]:
 
 @pytest.fixture
 def app(engine) -> FastAPI:
-    return create_app(Settings(), engine)
+    return create_app(ServerSettings(), engine)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def client(app) -> Iterator[TestClient]:
 @pytest.fixture(scope="module")
 def shared_client(engine) -> Iterator[TestClient]:
     """One client for a module whose tests look at no metrics."""
-    with TestClient(create_app(Settings(), engine)) as made:
+    with TestClient(create_app(ServerSettings(), engine)) as made:
         yield made
 
 
@@ -84,7 +84,7 @@ def gated(reasoner, gate) -> Iterator[Callable[..., TestClient]]:
         clients = []
 
         def build(**settings) -> TestClient:
-            clients.append(TestClient(create_app(Settings(**settings), engine)))
+            clients.append(TestClient(create_app(ServerSettings(**settings), engine)))
             return clients[-1].__enter__()
 
         yield build

@@ -6,7 +6,7 @@ from fastapi.testclient import TestClient
 from slr_core.engine import Engine
 from slr_core.generation.reference import generate
 from slr_server.app import create_app
-from slr_server.settings import Settings
+from slr_server.settings import ServerSettings
 from tests import tiny
 
 ADMIN = "a" * 20
@@ -29,7 +29,7 @@ def folder(tmp_path_factory, reasoner):
 
 @pytest.fixture
 def client(reasoner, folder):
-    settings = Settings(admin_key=ADMIN, loop_sets=str(folder))
+    settings = ServerSettings(admin_key=ADMIN, loop_sets=str(folder))
     with Engine(reasoner, threads=1) as engine, TestClient(create_app(settings, engine)) as client:
         yield client
 
@@ -44,11 +44,11 @@ def text(client, **more):
 
 def test_a_loop_set_is_loaded_served_and_removed(client, reasoner, folder):
     assert client.get("/admin/loop_sets", headers=HEADERS).json() == {
-        "loaded": ["default"],
+        "loaded": ["prosqa"],
         "available": ["junk", "other", "stranger"],
     }
     own = text(client)
-    assert load(client, "other").json()["loaded"] == ["default", "other"]
+    assert load(client, "other").json()["loaded"] == ["prosqa", "other"]
     other = type(reasoner).from_pretrained(str(folder / "other"))
     (expected,) = generate(other, [tiny.request(other, BODY["prompt"])])
     assert text(client, loop_set="other") == expected.text != own
@@ -58,7 +58,7 @@ def test_a_loop_set_is_loaded_served_and_removed(client, reasoner, folder):
     answer = client.post("/v1/completions", json=completion).json()
     assert (answer["model"], answer["choices"][0]["text"]) == ("other", expected.text)
     removed = client.delete("/admin/loop_sets/other", headers=HEADERS)
-    assert removed.json()["loaded"] == ["default"]
+    assert removed.json()["loaded"] == ["prosqa"]
     refused = client.post("/generate", json={**BODY, "loop_set": "other"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "loop_set")
     assert client.post("/v1/completions", json=completion).status_code == 404
@@ -79,7 +79,9 @@ def test_what_cannot_be_loaded(client, folder, name, status):
     assert text(client)
 
 
-@pytest.mark.parametrize(("name", "status"), [("default", 409), ("nope", 404), ("..%2fother", 404), ("a b", 400)])
+@pytest.mark.parametrize(
+    ("name", "status"), [("default", 409), ("prosqa", 409), ("nope", 404), ("..%2fother", 404), ("a b", 400)]
+)
 def test_what_cannot_be_removed(client, name, status):
     assert client.delete(f"/admin/loop_sets/{name}", headers=HEADERS).status_code == status
 
@@ -90,6 +92,6 @@ def test_twice(client):
 
 
 def test_nothing_can_be_loaded_without_a_folder(engine):
-    with TestClient(create_app(Settings(admin_key=ADMIN), engine)) as client:
+    with TestClient(create_app(ServerSettings(admin_key=ADMIN), engine)) as client:
         assert load(client, "other").status_code == 404
         assert client.get("/admin/loop_sets", headers=HEADERS).json()["available"] == []

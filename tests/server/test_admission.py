@@ -38,7 +38,7 @@ def test_retry_after_follows_queue_and_rate(admission):
     admission.waiting = 10
     assert retry_after(admission, 1) == 1, "nothing is known yet"
     for _ in range(20):
-        admission.finished()
+        admission.record_finished()
         admission.now += 0.5
     assert retry_after(admission, 1) == 1
     assert retry_after(admission, 8) == 4, "two a second"

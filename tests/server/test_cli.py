@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from slr_server import cli
-from slr_server.settings import Settings
+from slr_server.settings import ServerSettings
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def run(monkeypatch, *arguments: str) -> int:
 def test_help_names_every_setting(monkeypatch, capsys):
     assert run(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
-    for name in Settings.model_fields:
+    for name in ServerSettings.model_fields:
         assert f"--{name.replace('_', '-')} " in shown
 
 

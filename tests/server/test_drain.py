@@ -4,7 +4,7 @@ import asyncio
 
 from slr_core.engine import Engine
 from slr_server.app import create_app
-from slr_server.settings import Settings
+from slr_server.settings import ServerSettings
 from tests import tiny
 from tests.server import events
 from tests.server.asgi import Caller
@@ -13,7 +13,7 @@ BODY = {"prompt": "w1 w2", "max_new_tokens": 3}
 
 
 async def served(engine, **settings):
-    app = create_app(Settings(**settings), engine)
+    app = create_app(ServerSettings(**settings), engine)
     return app, app.router.lifespan_context(app)
 
 

@@ -19,7 +19,7 @@ from slr_server import errors
     ],
 )
 def test_errors_for_the_caller(error, status, code):
-    problem = errors.describe(error)
+    problem = errors.to_problem(error)
     assert (problem.status, problem.code, problem.message) == (status, code, "m")
     assert problem.param == ("seed" if isinstance(error, RequestError) else None)
     assert problem.headers == ({"Retry-After": "7"} if status == 429 else {})
@@ -29,14 +29,14 @@ def test_errors_for_the_caller(error, status, code):
     "kind", [SLRError, EngineError, ConfigError, CheckpointError, DataError, ValueError, MemoryError]
 )
 def test_other_errors_say_nothing(kind):
-    problem = errors.describe(kind("/secret/path"))
+    problem = errors.to_problem(kind("/secret/path"))
     assert (problem.status, problem.type, problem.code) == (500, "server_error", "internal_error")
     assert "secret" not in problem.response().body.decode()
 
 
 @pytest.mark.parametrize(("status", "code"), [(404, "not_found"), (405, "method_not_allowed"), (418, "http_error")])
 def test_http_errors_keep_their_headers(status, code):
-    problem = errors.describe(HTTPException(status, "m", {"Allow": "POST"}))
+    problem = errors.to_problem(HTTPException(status, "m", {"Allow": "POST"}))
     assert (problem.status, problem.code, problem.headers) == (status, code, {"Allow": "POST"})
 
 

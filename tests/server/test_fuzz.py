@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slr_server.app import create_app
-from slr_server.protocol import native as schemas
-from slr_server.settings import Settings
+from slr_server.protocol.schema import ErrorResponse
+from slr_server.settings import ServerSettings
 
 # Lone surrogates do not survive encoding; they are in the table of bad input.
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -53,7 +53,7 @@ spoiled = st.builds(
 
 @pytest.fixture(scope="module")
 def served(engine):
-    with TestClient(create_app(Settings(), engine)) as client:
+    with TestClient(create_app(ServerSettings(), engine)) as client:
         yield client
 
 
@@ -63,7 +63,7 @@ def test_any_body(served, body, path):
     response = served.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
     assert response.status_code in (200, 400), response.text
     if response.status_code == 400:
-        schemas.ErrorResponse.model_validate_json(response.content, strict=True)
+        ErrorResponse.model_validate_json(response.content, strict=True)
 
 
 @settings(max_examples=100)

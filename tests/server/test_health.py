@@ -5,7 +5,7 @@ from fastapi.testclient import TestClient
 
 from slr_core.engine import Engine
 from slr_server.app import create_app
-from slr_server.settings import Settings
+from slr_server.settings import ServerSettings
 from tests import tiny
 
 
@@ -25,7 +25,7 @@ def refused(client: TestClient, message: str, live: int = 200) -> None:
 
 def test_a_stopped_engine_is_not_ready(reasoner):
     engine = Engine(tiny.twin(reasoner), threads=1)
-    with TestClient(create_app(Settings(), engine)) as client:
+    with TestClient(create_app(ServerSettings(), engine)) as client:
         engine.close()
         refused(client, "stopped")
 
@@ -52,7 +52,7 @@ def test_loading(monkeypatch, reasoner, gate):
         return engine
 
     monkeypatch.setattr(Engine, "from_pretrained", load)
-    with TestClient(create_app(Settings(threads=1))) as client:
+    with TestClient(create_app(ServerSettings(threads=1))) as client:
         refused(client, "loading")
         assert client.get("/startupz").status_code == 503
         gate.opened.set()
@@ -70,13 +70,13 @@ def test_a_model_that_cannot_be_loaded(monkeypatch, kind):
         raise kind("nope")
 
     monkeypatch.setattr(Engine, "from_pretrained", load)
-    with TestClient(create_app(Settings())) as client:
+    with TestClient(create_app(ServerSettings())) as client:
         client.portal.call(lambda: client.app.state.service.loading)
         refused(client, "could not be loaded")
         assert isinstance(client.app.state.service.failure, kind)
 
 
 def test_the_owner_closes_an_engine_that_was_given(client, engine):
-    with TestClient(create_app(Settings(), engine)):
+    with TestClient(create_app(ServerSettings(), engine)):
         pass
     assert engine.alive

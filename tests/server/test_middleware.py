@@ -49,7 +49,7 @@ def test_a_body_that_does_not_say_its_length(client):
 
 
 def test_what_nobody_foresaw(client, monkeypatch, caplog):
-    monkeypatch.setattr("slr_server.routes.generate.check_limits", lambda *_: 1 / 0)
+    monkeypatch.setattr("slr_server.routes.common.check_limits", lambda *_: 1 / 0)
     response = client.post("/generate", json={"prompt": "w1"}, headers={"x-request-id": "odd"})
     assert response.status_code == 500
     assert response.headers["x-request-id"] == "odd"

@@ -8,8 +8,9 @@ from slr_core.engine import Engine
 from slr_core.generation.reference import generate
 from slr_core.types import Tokens
 from slr_server.app import create_app
-from slr_server.protocol import openai
-from slr_server.settings import Settings
+from slr_server.protocol.chat import ChatChunk, ChatCompletion
+from slr_server.protocol.completions import Completion
+from slr_server.settings import ServerSettings
 from tests import tiny
 from tests.server import events
 
@@ -31,14 +32,14 @@ def chatty():
 
 @pytest.fixture(scope="module")
 def chat(chatty):
-    with Engine(chatty, threads=1) as engine, TestClient(create_app(Settings(), engine)) as client:
+    with Engine(chatty, threads=1) as engine, TestClient(create_app(ServerSettings(), engine)) as client:
         yield client
 
 
 def complete(client, **body):
     response = client.post("/v1/completions", json={**GREEDY, "prompt": PROMPT, **body})
     assert response.status_code == 200, response.text
-    return openai.Completion.model_validate_json(response.content, strict=True)
+    return Completion.model_validate_json(response.content, strict=True)
 
 
 def expected(reference, loop=None, **options):
@@ -73,7 +74,7 @@ def test_batches_and_samples_are_prompt_major(client, reference):
 def test_prompts_are_raw():
     made = tiny.reasoner(text={"prompt_prefix": "w1 ", "prompt_suffix": " w2", "answer_prefix": "w3"})
     plain = tiny.reasoner()
-    with Engine(made, threads=1) as engine, TestClient(create_app(Settings(), engine)) as client:
+    with Engine(made, threads=1) as engine, TestClient(create_app(ServerSettings(), engine)) as client:
         assert complete(client).choices[0].text == expected(plain).text
 
 
@@ -156,7 +157,7 @@ def test_a_streamed_completion_is_the_whole_one(client, options):
     body = {**GREEDY, "prompt": [PROMPT, "w1 w2 w3 w4"], "n": 2, **options}
     whole = complete(client, **body)
     response = client.post("/v1/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}})
-    parts = chunks(response, openai.Completion)
+    parts = chunks(response, Completion)
     assert parts[-1].usage == whole.usage
     assert parts[-1].choices == []
     for choice in whole.choices:
@@ -173,7 +174,7 @@ def test_a_streamed_completion_is_the_whole_one(client, options):
 def test_a_chat(chat, chatty):
     body = {"messages": [{"role": "user", "content": PROMPT}], **GREEDY}
     response = chat.post("/v1/chat/completions", json={**body, "logprobs": True, "top_logprobs": 2})
-    answer = openai.ChatCompletion.model_validate_json(response.content, strict=True)
+    answer = ChatCompletion.model_validate_json(response.content, strict=True)
     messages = [{"role": "user", "content": PROMPT}]
     (result,) = generate(chatty, [tiny.request(chatty, messages, max_new_tokens=5, logprobs=2)])
     (choice,) = answer.choices
@@ -200,7 +201,7 @@ def test_parts_of_a_message_and_developers(chat):
 def test_a_streamed_chat(chat):
     body = {"messages": [{"role": "user", "content": PROMPT}], **GREEDY, "n": 2, "logprobs": True}
     whole = chat.post("/v1/chat/completions", json=body).json()
-    parts = chunks(chat.post("/v1/chat/completions", json={**body, "stream": True}), openai.ChatChunk)
+    parts = chunks(chat.post("/v1/chat/completions", json={**body, "stream": True}), ChatChunk)
     for choice in whole["choices"]:
         mine = [part.choices[0] for part in parts if part.choices[0].index == choice["index"]]
         assert mine[0].delta.role == "assistant"

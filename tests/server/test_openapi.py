@@ -1,6 +1,7 @@
 import pytest
 
 from slr_server.protocol import native as schemas
+from slr_server.protocol.schema import ErrorResponse
 
 
 @pytest.fixture
@@ -28,7 +29,8 @@ def test_document(document):
     assert document["openapi"].startswith("3.")
     assert set(document["paths"]) == {
         *("/generate", "/trace", "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model}"),
-        *("/livez", "/readyz", "/startupz", "/metrics", "/admin/loop_sets", "/admin/loop_sets/{name}"),
+        *("/livez", "/readyz", "/startupz", "/health", "/version"),
+        *("/metrics", "/admin/loop_sets", "/admin/loop_sets/{name}"),
     }
     names = set(document["components"]["schemas"])
     used = set(references(document))
@@ -71,7 +73,7 @@ def test_answers_are_as_documented(client):
     body = {"prompt": "w1", "max_new_tokens": 2}
     schemas.GenerateResponse.model_validate_json(client.post("/generate", json=body).content, strict=True)
     schemas.TraceResponse.model_validate_json(client.post("/trace", json=body).content, strict=True)
-    schemas.ErrorResponse.model_validate_json(client.post("/trace", json={}).content, strict=True)
+    ErrorResponse.model_validate_json(client.post("/trace", json={}).content, strict=True)
 
 
 def test_page(client):

@@ -1,14 +1,14 @@
 import pytest
 
 from slr_core.errors import RequestError
-from slr_server.preprocess import check_limits, count, plan
-from slr_server.protocol.native import GenerateRequest, TraceRequest
-from slr_server.settings import Settings
+from slr_server.preprocess import check_limits, preprocess
+from slr_server.protocol.native import GenerateRequest, TraceRequest, to_job
+from slr_server.settings import ServerSettings
 from tests import tiny
 
 
 def planned(reference, body, **settings):
-    return plan(GenerateRequest(**body), Settings(**settings), reference)
+    return preprocess(to_job(GenerateRequest(**body)), ServerSettings(**settings), reference)
 
 
 def test_defaults_are_the_checkpoints(reference):
@@ -21,7 +21,7 @@ def test_defaults_give_way_to_the_operators_limits(reference):
     assert (request.loop.max_iterations, request.max_new_tokens) == (2, 3)
     (request,) = planned(reference, {"prompt": "w1"}, max_iterations=0)
     assert (request.loop.max_iterations, request.loop.min_iterations) == (0, 0)
-    (request,) = plan(TraceRequest(prompt="w1"), Settings(max_top_tokens=2), reference)
+    (request,) = preprocess(to_job(TraceRequest(prompt="w1")), ServerSettings(max_top_tokens=2), reference)
     assert request.top_tokens == 2
 
 
@@ -52,16 +52,17 @@ def test_samples(reference):
 )
 def test_limits(body, settings, param):
     request = GenerateRequest(**{"prompt": "w1", **body})
-    assert count(request) > 0
-    check_limits(request, Settings())
+    job = to_job(request)
+    assert job.answers > 0
+    check_limits(job, ServerSettings())
     with pytest.raises(RequestError) as error:
-        check_limits(request, Settings(**settings))
+        check_limits(job, ServerSettings(**settings))
     assert error.value.param == param
 
 
 def test_states_are_asked_for_by_traces(reference):
     def asked(**body):
-        (request,) = plan(TraceRequest(prompt="w1", **body), Settings(), reference)
+        (request,) = preprocess(to_job(TraceRequest(prompt="w1", **body)), ServerSettings(), reference)
         return request.include_states
 
     assert asked(include_states=True)
@@ -77,15 +78,22 @@ def test_the_size_of_the_states_is_capped(workspace, values):
     # Two prompts of 1 and 3 tokens and 3 iterations; a block has 4 positions, a state 32 numbers.
     made = tiny.reasoner(loop={"workspace": workspace, "block_size": 4})
     body = TraceRequest(prompt=["w1", "w1 w2 w3"], max_iterations=3, include_states=True)
-    assert len(plan(body, Settings(max_state_values=32 * values), made)) == 2
+    assert len(preprocess(to_job(body), ServerSettings(max_state_values=32 * values), made)) == 2
     with pytest.raises(RequestError, match=f"include_states: .* {32 * values} numbers, .* at most 50;") as error:
-        plan(body, Settings(max_state_values=50), made)
+        preprocess(to_job(body), ServerSettings(max_state_values=50), made)
     assert error.value.param == "include_states"
     with pytest.raises(RequestError):
-        plan(body, Settings(max_state_values=32 * values - 1), made)
+        preprocess(to_job(body), ServerSettings(max_state_values=32 * values - 1), made)
     with pytest.raises(RequestError):
-        plan(body.model_copy(update={"n": 2}), Settings(max_state_values=32 * values), made)
-    assert len(plan(body.model_copy(update={"include_states": False}), Settings(max_state_values=0), made)) == 2
+        preprocess(to_job(body.model_copy(update={"n": 2})), ServerSettings(max_state_values=32 * values), made)
+    assert (
+        len(
+            preprocess(
+                to_job(body.model_copy(update={"include_states": False})), ServerSettings(max_state_values=0), made
+            )
+        )
+        == 2
+    )
 
 
 def test_a_criterion_that_the_checkpoint_cannot_serve_is_named_as_the_body_names_it(reference):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from slr_core.engine import Engine
 from slr_server.app import create_app
-from slr_server.settings import Settings
+from slr_server.settings import ServerSettings
 from tests import tiny
 
 ADMIN = "a" * 20
@@ -19,7 +19,7 @@ ALLOWED = ["2xx", "400", "401", "403", "404", "409"]
 RELAXED = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
-SETTINGS = Settings(api_keys="k" * 20, admin_key=ADMIN)
+SETTINGS = ServerSettings(api_keys="k" * 20, admin_key=ADMIN)
 
 
 class Served:

@@ -9,9 +9,9 @@ from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
 from slr_server.app import create_app
-from slr_server.auth import Keys
+from slr_server.auth import KeyHashes
 from slr_server.middleware import BodyLimit
-from slr_server.settings import Settings
+from slr_server.settings import ServerSettings
 from tests.server.conftest import sample
 
 KEY, OTHER, ADMIN = "k" * 20, "o" * 20, "a" * 20
@@ -30,7 +30,7 @@ def bearer(key):
 @pytest.fixture
 def served(engine):
     def build(**settings):
-        return TestClient(create_app(Settings(**settings), engine))
+        return TestClient(create_app(ServerSettings(**settings), engine))
 
     return build
 
@@ -75,21 +75,21 @@ def test_the_admin_key_is_another(served):
 
 
 def test_keys_are_kept_as_hashes_and_compared_whole(monkeypatch):
-    settings = Settings(api_keys=f"{KEY},{OTHER}")
-    keys = Keys(settings.api_keys)
+    settings = ServerSettings(api_keys=f"{KEY},{OTHER}")
+    keys = KeyHashes(settings.api_keys)
     assert KEY not in str(vars(keys))
     assert KEY not in repr(settings)
     compared = []
     monkeypatch.setattr("slr_server.auth.hmac.compare_digest", lambda a, b: compared.append(len(a)) or a == b)
-    assert keys.opened_by(KEY.encode())
-    assert not keys.opened_by(KEY[:-1].encode())
+    assert keys.matches(KEY.encode())
+    assert not keys.matches(KEY[:-1].encode())
     assert compared == [64] * 4, "every hash, whatever matched"
 
 
 @pytest.mark.parametrize("keys", ["short", "", ",", f"{KEY},short"])
 def test_short_keys_are_refused_and_not_shown(keys):
     with pytest.raises(ValidationError) as error:
-        Settings(api_keys=keys)
+        ServerSettings(api_keys=keys)
     assert KEY not in str(error.value)
 
 

@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from fastapi.testclient import TestClient
 
+from slr_server import service
 from slr_server.app import create_app
-from slr_server.routes import generate
-from slr_server.settings import Settings
+from slr_server.settings import ServerSettings
 from tests import tiny
 from tests.server.conftest import sample
 
@@ -83,15 +83,15 @@ def test_stopping_refuses_what_waits(gated, gate):
 
 def test_tokenizing_holds_up_nobody_else(client, monkeypatch):
     begun, ended = threading.Event(), threading.Event()
-    plan = generate.plan
+    preprocess = service.preprocess
 
-    def slowly(body, *rest):
-        if body.n == 2:
+    def slowly(job, *rest):
+        if job.n == 2:
             begun.set()
             assert ended.wait(20)
-        return plan(body, *rest)
+        return preprocess(job, *rest)
 
-    monkeypatch.setattr(generate, "plan", slowly)
+    monkeypatch.setattr(service, "preprocess", slowly)
     with ThreadPoolExecutor() as pool:
         slow = pool.submit(client.post, "/generate", json={**BODY, "n": 2})
         assert begun.wait(20)
@@ -103,7 +103,7 @@ def test_tokenizing_holds_up_nobody_else(client, monkeypatch):
 
 def test_the_deadline_counts_while_others_are_tokenized(engine, monkeypatch):
     ended = threading.Event()
-    monkeypatch.setattr(generate, "plan", lambda *_: ended.wait(20))
-    with TestClient(create_app(Settings(request_timeout_s=0.05), engine)) as client:
+    monkeypatch.setattr(service, "preprocess", lambda *_: ended.wait(20))
+    with TestClient(create_app(ServerSettings(request_timeout_s=0.05), engine)) as client:
         assert client.post("/generate", json=BODY).status_code == 504
         ended.set()

@@ -4,19 +4,19 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from slr_server.settings import Settings, table
+from slr_server.settings import ServerSettings, settings_table
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_every_setting_is_described():
-    assert all(field.description for field in Settings.model_fields.values())
+    assert all(field.description for field in ServerSettings.model_fields.values())
 
 
 def test_environment(monkeypatch):
     monkeypatch.setenv("SLR_PORT", "8123")
     monkeypatch.setenv("SLR_MAX_QUEUE", "3")
-    settings = Settings()
+    settings = ServerSettings()
     assert (settings.port, settings.max_queue) == (8123, 3)
 
 
@@ -37,26 +37,26 @@ def test_environment(monkeypatch):
 )
 def test_wrong_settings(wrong):
     with pytest.raises(ValidationError):
-        Settings(**wrong)
+        ServerSettings(**wrong)
 
 
 @pytest.mark.parametrize(
     ("model", "name"), [(None, "prosqa"), ("/some/where/tiny", "tiny"), ("tiny/", "tiny"), ("someone/tiny", "tiny")]
 )
 def test_model_name(model, name):
-    assert Settings(model=model).model_name == name
+    assert ServerSettings(model=model).model_name == name
 
 
 def test_the_name_of_this_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert Settings(model=".").model_name == tmp_path.name
+    assert ServerSettings(model=".").model_name == tmp_path.name
 
 
 def test_the_documented_table_is_current():
     text = (ROOT / "docs" / "server.md").read_text()
     written = re.search(r"<!-- settings: .*? -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
     assert written is not None
-    assert written[1] == table(), "put the output of `python -m slr_server.settings` there"
+    assert written[1] == settings_table(), "put the output of `python -m slr_server.settings` there"
 
 
 def test_every_complaint_has_its_test():

@@ -9,8 +9,8 @@ from slr_core.engine import Engine
 from slr_core.generation.reference import generate
 from slr_server import sse
 from slr_server.app import create_app
-from slr_server.errors import ErrorResponse
-from slr_server.settings import Settings
+from slr_server.protocol.schema import ErrorResponse
+from slr_server.settings import ServerSettings
 from tests import tiny
 from tests.server import events
 from tests.server.asgi import Caller
@@ -104,7 +104,7 @@ def test_a_stream_that_fails_ends_with_an_error_and_no_end(reasoner, caplog):
             raise RuntimeError("secret of the engine")
 
     async def scenario(engine):
-        app = create_app(Settings(), engine)
+        app = create_app(ServerSettings(), engine)
         async with app.router.lifespan_context(app):
             caller = Caller(app, "/generate", {**BODY, "max_iterations": 8})
             await caller.call()
@@ -152,7 +152,7 @@ def test_a_client_that_leaves_frees_its_slot_at_the_next_step(reasoner, gate, pa
     body = {**BODY, "stream": streamed, "n": 3, "max_new_tokens": 40}
 
     async def scenario(engine):
-        app = create_app(Settings(), engine)
+        app = create_app(ServerSettings(), engine)
         async with app.router.lifespan_context(app):
             caller = Caller(app, path, body)
             request = asyncio.create_task(caller.call())
@@ -175,7 +175,7 @@ def test_a_client_that_leaves_frees_its_slot_at_the_next_step(reasoner, gate, pa
 
 def test_a_client_that_leaves_in_the_middle_of_a_stream(engine):
     async def scenario():
-        app = create_app(Settings(), engine)
+        app = create_app(ServerSettings(), engine)
         async with app.router.lifespan_context(app):
             caller = Caller(app, "/generate", {**BODY, "n": 4, "max_new_tokens": 50})
             request = asyncio.create_task(caller.call())
@@ -193,7 +193,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream(engine):
 
 def test_a_client_that_does_not_read_is_let_go(engine):
     async def scenario():
-        app = create_app(Settings(write_timeout_s=0.05), engine)
+        app = create_app(ServerSettings(write_timeout_s=0.05), engine)
         async with app.router.lifespan_context(app):
             caller = Caller(app, "/generate", {**BODY, "max_new_tokens": 50})
 
@@ -224,7 +224,7 @@ def test_silence_is_filled_with_comments(monkeypatch):
             yield b"two"
 
         heard = []
-        async for each in sse._pinged(frames()):
+        async for each in sse._with_pings(frames()):
             heard.append(each)
             if each == sse.COMMENT:
                 begun.set()

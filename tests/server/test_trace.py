@@ -11,7 +11,7 @@ from slr_core.engine import Engine
 from slr_core.generation.reference import generate
 from slr_server.app import create_app
 from slr_server.protocol import native as schemas
-from slr_server.settings import Settings
+from slr_server.settings import ServerSettings
 from tests import tiny
 
 WORKSPACES = ("append", "block", "prompt")
@@ -20,7 +20,7 @@ LATENT = {"hidden_size": 16, "layers": 1, "heads": 2, "max_thought_tokens": 4}
 
 @contextmanager
 def serving(made, **settings):
-    with Engine(made) as engine, TestClient(create_app(Settings(**settings), engine)) as client:
+    with Engine(made) as engine, TestClient(create_app(ServerSettings(**settings), engine)) as client:
         yield client
 
 
@@ -74,7 +74,7 @@ def test_without_iterations_there_are_no_states(client):
 )
 def test_their_size_is_capped(engine, limit, status):
     body = {"prompt": "w1", "max_iterations": 3, "max_new_tokens": 1, "include_states": True}
-    with TestClient(create_app(Settings(max_state_values=limit), engine)) as client:
+    with TestClient(create_app(ServerSettings(max_state_values=limit), engine)) as client:
         response = client.post("/trace", json=body)
         assert response.status_code == status
         if status == 400:

@@ -3,6 +3,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -124,7 +125,7 @@ def test_histograms_hold_exactly_what_was_observed(reasoner):
 
     def hear(step):
         steps.append(step)
-        metrics.stepped(step)
+        metrics.record_step(step)
 
     depths = (0, 1, 1, 2, 3, 5, 5, 7, 20)
     with Engine(tiny.twin(reasoner), on_step=hear) as engine:
@@ -133,7 +134,7 @@ def test_histograms_hold_exactly_what_was_observed(reasoner):
         asked.append(tiny.request(engine.reasoner, tiny.PROMPTS[0], {"criterion": "relative_change", "threshold": 1e6}))
         futures = [engine.submit(request) for request in asked]
         for request, future in zip(asked, futures, strict=True):
-            metrics.follow(request, future)
+            future.add_done_callback(partial(metrics.record, request))
         results = [future.result(20) for future in futures]
     assert [result.iterations for result in results[:-1]] == list(depths)
     assert results[-1].exit_reason == "converged"
@@ -186,7 +187,7 @@ def test_a_loop_that_meets_no_number_counts_once_as_diverged(reasoner):
         metrics.watch(engine)
         request = tiny.request(broken, "w1", fixed(5))
         future = engine.submit(request)
-        metrics.follow(request, future)
+        future.add_done_callback(partial(metrics.record, request))
         assert future.result(20).exit_reason == "diverged"
     samples = values(metrics)
     assert samples["slr_loop_exits_total", ("reason", "diverged")] == samples["slr_nonfinite_total",] == 1
@@ -208,14 +209,14 @@ def test_what_is_given_up_counts_once(reasoner):
             waiting.cancel()
             gone.set()
 
-    with Engine(tiny.twin(reasoner), slots=1, on_step=metrics.stepped) as engine:
+    with Engine(tiny.twin(reasoner), slots=1, on_step=metrics.record_step) as engine:
         metrics.watch(engine)
         request = tiny.request(engine.reasoner, "w1 w2", fixed(5))
         running = engine.submit(request, on_event=give_up_in_the_loop)
         waiting = engine.submit(request)
         overdue = engine.submit(request, deadline=time.monotonic())
         for future in (running, waiting, overdue):
-            metrics.follow(request, future)
+            future.add_done_callback(partial(metrics.record, request))
         ready.set()
         with pytest.raises(DeadlineError):
             overdue.result(20)
@@ -233,7 +234,7 @@ def test_the_cache_fills_and_empties(reasoner):
     metrics, seen = Metrics("tiny"), []
 
     def hear(step):
-        metrics.stepped(step)
+        metrics.record_step(step)
         seen.append(values(metrics)["slr_kv_slots_tokens_ratio",])
 
     with Engine(tiny.twin(reasoner), slots=2, capacity=20, on_step=hear) as engine:
