@@ -25,9 +25,7 @@ from slr_core.training.objectives.thoughts import thoughts
 
 __all__ = ["OBJECTIVES", "Mean", "Rollout", "losses"]
 
-Objective = Callable[[Rollout], Mean]
-
-OBJECTIVES: Final[dict[str, tuple[Objective, int]]] = {
+OBJECTIVES: Final[dict[str, tuple[Callable[[Rollout], Mean], int]]] = {
     "answer": (answer, 0),
     "start": (start, 0),
     "frontier": (frontier, 1),
