@@ -240,7 +240,8 @@ class ChatFormatter:
     def __init__(self, body: ChatRequest, model: str, vocabulary: Vocabulary) -> None:
         self.request, self.vocabulary = body, vocabulary
         self._fields = response_fields("chatcmpl", model)
-        self._started: set[int] = set()
+        self._sent: dict[int, list[int]] = {}
+        """Ids of the scored tokens that were sent, by answer."""
         self._finished: list[Answer] = []
 
     def body(self, answers: Sequence[Answer]) -> ChatCompletion:
@@ -249,7 +250,7 @@ class ChatFormatter:
             ChatChoice(
                 index=index,
                 message=AssistantMessage(content=result.text),
-                logprobs=self._logprobs(result.scores) if self.request.logprobs else None,
+                logprobs=self._logprobs(result.scores, ()) if self.request.logprobs else None,
                 finish_reason=result.finish_reason,
                 slr=LoopResult.of(result, budget_reduced),
             )
@@ -274,26 +275,43 @@ class ChatFormatter:
 
     def _parts(self, output: OutputEvent) -> Iterator[ChunkChoice]:
         index, event = output.answer_index, output.event
-        if index not in self._started:
-            self._started.add(index)
+        if index not in self._sent:
+            self._sent[index] = []
             yield ChunkChoice(index=index, delta=Delta(role="assistant", content=""))
         if isinstance(event, TokenEvent) and (event.text or event.score):
-            scores = self._logprobs([event.score]) if event.score else None
+            scores = None
+            if event.score:
+                scores = self._logprobs([event.score], self._sent[index])
+                self._sent[index].append(event.token_id)
             yield ChunkChoice(index=index, delta=Delta(content=event.text), logprobs=scores)
         elif isinstance(event, FinishedEvent):
             reason, slr = event.result.finish_reason, LoopResult.of(event.result, output.budget_reduced)
             yield ChunkChoice(index=index, delta=Delta(), finish_reason=reason, slr=slr)
 
-    def _logprobs(self, scores: Sequence[TokenScore]) -> ChatLogprobs:
-        def one(token_id: int, logprob: float | None) -> TopLogprob:
-            token = self.vocabulary.token(token_id)
-            value = _MIN_LOGPROB if logprob is None else logprob
-            return TopLogprob(token=token, logprob=value, bytes=list(token.encode()))
+    def _logprobs(self, scores: Sequence[TokenScore], before: Sequence[int]) -> ChatLogprobs:
+        """Scores of consecutive tokens; ``before`` are the tokens of the answer that come before them."""
+        ids = [score.token_id for score in scores]
+        pieces, history = self.vocabulary.token_bytes(ids, before), [*before, *ids]
+
+        def entry(token_id: int, piece: bytes, logprob: float | None) -> TopLogprob:
+            label = self.vocabulary.label(token_id, piece)
+            return TopLogprob(token=label, logprob=_MIN_LOGPROB if logprob is None else logprob, bytes=list(piece))
+
+        def top(i: int, score: TokenScore) -> list[TopLogprob]:
+            position = len(before) + i
+            return [
+                entry(
+                    other,
+                    pieces[i] if other == ids[i] else self.vocabulary.unchosen_bytes(other, history, position),
+                    logprob,
+                )
+                for other, logprob in score.top
+            ]
 
         return ChatLogprobs(
             content=[
-                ChatLogprob(**vars(one(score.token_id, score.logprob)), top_logprobs=[one(*top) for top in score.top])
-                for score in scores
+                ChatLogprob(**vars(entry(ids[i], pieces[i], score.logprob)), top_logprobs=top(i, score))
+                for i, score in enumerate(scores)
             ]
         )
 

@@ -17,7 +17,7 @@ from ..preprocess import FieldNames, GenerationJob, RawText
 from ..sse import COMMENT, frame
 from .openai import OPENAI_NAMES, LoopOptions, LoopResult, OpenAIRequest, Usage, check_empty, response_fields
 from .schema import EXAMPLE_QUESTION, Answer, OutputEvent, ResponseModel
-from .vocabulary import Vocabulary
+from .vocabulary import Offsets, Vocabulary, token_id_label
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default of max_tokens."""
@@ -217,45 +217,72 @@ class CompletionFormatter:
         prompt = self.request.prompt[index // self.n]
         return prompt if isinstance(prompt, str) else self.vocabulary.text((*request.prompt_ids, *request.forced_ids))
 
-    def logprobs(self, scores: Sequence[TokenScore], offset: int) -> CompletionLogprobs:
-        """Scores of tokens, the first of which stands at character ``offset``."""
-        token = self.vocabulary.token
-        tokens, offsets = [token(score.token_id) for score in scores], []
-        for each in tokens:
-            offsets.append(offset)
-            offset += len(each)
-        tops: list[dict[str, float] | None] = []
-        for score in scores:
-            if score.logprob is None:
-                tops.append(None)
-                continue
-            # The token itself is always among them.
-            top: dict[str, float] = {}
-            for other, logprob in (*score.top, (score.token_id, score.logprob)):
-                top.setdefault(token(other), logprob)
-            tops.append(top)
+    def logprobs(self, scores: Sequence[TokenScore], before: Sequence[int], offsets: Offsets) -> CompletionLogprobs:
+        """Scores of consecutive tokens.
+
+        Args:
+            scores: of the tokens.
+            before: the tokens that come before them in the text.
+            offsets: advanced past them.
+        """
+        ids = [score.token_id for score in scores]
+        pieces, history = self.vocabulary.token_bytes(ids, before), [*before, *ids]
+        labels = [self.vocabulary.label(token_id, piece) for token_id, piece in zip(ids, pieces, strict=True)]
+        tops = [
+            None if score.logprob is None else self._top(score, label, history, len(before) + i)
+            for i, (score, label) in enumerate(zip(scores, labels, strict=True))
+        ]
         return CompletionLogprobs(
-            tokens=tokens,
+            tokens=labels,
             token_logprobs=[score.logprob for score in scores],
             top_logprobs=tops if self.request.logprobs else None,
-            text_offset=offsets,
+            text_offset=list(offsets.advance(pieces)),
         )
+
+    def _top(self, score: TokenScore, label: str, history: Sequence[int], position: int) -> dict[str, float]:
+        """Log-probabilities by label: of the likeliest tokens and of the chosen one, each under a label of its own."""
+        labels = {label: score.token_id}
+        top: dict[str, float] = {}
+        for token_id, logprob in score.top:
+            other = self.vocabulary.label(token_id, self.vocabulary.unchosen_bytes(token_id, history, position))
+            if token_id == score.token_id:
+                other = label
+            elif labels.setdefault(other, token_id) != token_id:
+                other = token_id_label(token_id)
+            top[other] = logprob
+        assert score.logprob is not None
+        return {**top, label: score.logprob}
 
     def _choice(self, index: int, request: Request, result: Result, budget_reduced: bool) -> CompletionChoice:
         # Forced tokens are part of the prompt: they are returned with it, or not at all.
         text = "" if self.silent else result.text[len(self.vocabulary.text(request.forced_ids)) :]
         if self.request.echo:
             text = self.prompt_text(index, request) + text
-        scores = None
-        if self.request.logprobs is not None:
-            generated = result.scores[: len(request.forced_ids)] if self.silent else result.scores
-            scores = self.logprobs([*result.prompt_scores, *generated], 0)
         return CompletionChoice(
             index=index,
             text=text,
-            logprobs=scores,
+            logprobs=None if self.request.logprobs is None else self._all_logprobs(index, request, result),
             finish_reason="length" if self.silent else result.finish_reason,
             slr=LoopResult.of(result, budget_reduced),
+        )
+
+    def _all_logprobs(self, index: int, request: Request, result: Result) -> CompletionLogprobs:
+        """Of the prompt, if it was scored, and of the generated tokens."""
+        forced = len(request.forced_ids)
+        prompt = self.logprobs([*result.prompt_scores, *result.scores[:forced]], (), Offsets(0))
+        offsets = Offsets(len(self.prompt_text(index, request)) if self.request.echo else 0)
+        generated = [] if self.silent else result.scores[forced:]
+        answer = self.logprobs(generated, request.forced_ids, offsets)
+        tops = (
+            None
+            if prompt.top_logprobs is None or answer.top_logprobs is None
+            else (prompt.top_logprobs + answer.top_logprobs)
+        )
+        return CompletionLogprobs(
+            tokens=prompt.tokens + answer.tokens,
+            token_logprobs=prompt.token_logprobs + answer.token_logprobs,
+            top_logprobs=tops,
+            text_offset=prompt.text_offset + answer.text_offset,
         )
 
     def _usage(self) -> Usage:
@@ -274,13 +301,12 @@ class _ChoiceStream:
 
     Attributes:
         hidden: characters of the generated text that are still to be left out: those of the forced tokens.
-        offset: characters sent so far.
     """
 
     def __init__(self, index: int, formatter: CompletionFormatter, request: Request) -> None:
         self.index, self.formatter, self.request = index, formatter, request
         self.hidden = len(formatter.vocabulary.text(request.forced_ids))
-        self.offset = 0
+        self._offsets, self._ids = Offsets(0), list[int]()
         self._started = False
 
     def parts(self, event: Event, budget_reduced: bool) -> Iterator[CompletionChoice]:
@@ -289,18 +315,20 @@ class _ChoiceStream:
         if not self._started:
             self._started = True
             if formatter.request.echo:
-                yield self._part(formatter.prompt_text(self.index, self.request), None)
+                yield CompletionChoice(index=self.index, text=formatter.prompt_text(self.index, self.request))
         if isinstance(event, TokenEvent) and not formatter.silent:
             text = event.text[self.hidden :]
             self.hidden = max(0, self.hidden - len(event.text))
             if text or event.score:
-                yield self._part(text, event.score)
+                yield CompletionChoice(index=self.index, text=text, logprobs=self._logprobs(event.score))
         elif isinstance(event, FinishedEvent):
             reason = "length" if formatter.silent else event.result.finish_reason
             slr = LoopResult.of(event.result, budget_reduced)
             yield CompletionChoice(index=self.index, text="", finish_reason=reason, slr=slr)
 
-    def _part(self, text: str, score: TokenScore | None) -> CompletionChoice:
-        offset, self.offset = self.offset, self.offset + len(text)
-        logprobs = self.formatter.logprobs([score], offset) if score else None
-        return CompletionChoice(index=self.index, text=text, logprobs=logprobs)
+    def _logprobs(self, score: TokenScore | None) -> CompletionLogprobs | None:
+        if score is None:
+            return None
+        logprobs = self.formatter.logprobs([score], self._ids, self._offsets)
+        self._ids.append(score.token_id)
+        return logprobs

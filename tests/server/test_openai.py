@@ -97,16 +97,19 @@ def test_echo_scores_the_base_model(client, reference):
     result = expected(reference, max_new_tokens=1)
     assert choice.text == f"{PROMPT}{result.text}"
     logprobs, by_hand = choice.logprobs, plain(reference, IDS)
-    assert logprobs.tokens == [*PROMPT.split(), result.text]
+    assert "".join(logprobs.tokens) == choice.text
+    assert [token.strip() for token in logprobs.tokens] == [*PROMPT.split(), result.text]
     assert logprobs.token_logprobs[0] is None
     assert logprobs.top_logprobs[0] is None
     assert logprobs.token_logprobs[1:6] == pytest.approx([float(by_hand[i, IDS[i + 1]]) for i in range(5)], abs=1e-4)
     for i in range(5):
         best = int(by_hand[i].argmax())
         top = logprobs.top_logprobs[i + 1]
+        top = {token.strip(): value for token, value in top.items()}
         assert top[tiny.WORDS[best]] == pytest.approx(float(by_hand[i, best]), abs=1e-4)
         assert set(top) == {tiny.WORDS[best], PROMPT.split()[i + 1]}, "the token itself is always told"
-    assert logprobs.text_offset[:3] == [0, 2, 4]
+    assert logprobs.text_offset[:3] == [0, 2, 5]
+    assert logprobs.text_offset[6] == len(PROMPT)
 
 
 def test_echo_with_a_loop_inside_scores_what_follows_as_its_answer(client, reference):
