@@ -229,6 +229,96 @@ def test_temperature_is_openais_by_default(client):
     assert len({complete(client, seed=1, **asked).choices[0].text for _ in range(2)}) == 1
 
 
+IGNORED = [
+    {"store": True},
+    {"store": False},
+    {"metadata": {"a": "b"}},
+    {"service_tier": "auto"},
+    {"service_tier": "default"},
+    {"user": "someone"},
+    {"safety_identifier": "x"},
+    {"prompt_cache_key": "x"},
+    {"stream_options": {"continuous_usage_stats": False, "include_obfuscation": True}},
+    {"logit_bias": {}},
+    {"frequency_penalty": 0, "presence_penalty": 0.0},
+]
+IGNORED_IN_CHATS = [
+    {"parallel_tool_calls": True},
+    {"parallel_tool_calls": False},
+    {"tools": [], "tool_choice": "auto"},
+    {"tool_choice": "none"},
+    {"reasoning_effort": "medium"},
+    {"modalities": ["text"]},
+    {"response_format": {"type": "text"}},
+    {"chat_template_kwargs": {"enable_thinking": False}},
+    {"chat_template_kwargs": {}},
+]
+
+
+def text_of(response):
+    """The text of a completion or a chat, whole or streamed."""
+    assert response.status_code == 200, response.text
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        return text_of_json(response.json())
+    told = [event.data["choices"][0] for event in events.of(response.text)[:-1]]
+    return "".join((c["text"] if "text" in c else c["delta"]["content"]) or "" for c in told)
+
+
+@pytest.mark.parametrize("fields", IGNORED, ids=str)
+@pytest.mark.parametrize("stream", [False, True])
+def test_fields_that_change_nothing_in_completions(client, fields, stream):
+    if not stream and "stream_options" in fields:
+        fields = {"stream_options": None}
+    body = {"prompt": PROMPT, **GREEDY, "stream": stream}
+    assert text_of(client.post("/v1/completions", json={**body, **fields})) == complete(client).choices[0].text
+    null = dict.fromkeys(fields)
+    assert client.post("/v1/completions", json={**body, **null}).status_code == 200
+
+
+@pytest.mark.parametrize("fields", [*IGNORED, *IGNORED_IN_CHATS], ids=str)
+@pytest.mark.parametrize("stream", [False, True])
+def test_fields_that_change_nothing_in_chats(chat, fields, stream):
+    if not stream and "stream_options" in fields:
+        fields = {"stream_options": None}
+    body = {"messages": [{"role": "user", "content": PROMPT}], **GREEDY}
+    plain = text_of(chat.post("/v1/chat/completions", json=body))
+    assert text_of(chat.post("/v1/chat/completions", json={**body, **fields, "stream": stream})) == plain
+    null = dict.fromkeys(fields)
+    assert chat.post("/v1/chat/completions", json={**body, **null}).status_code == 200
+
+
+def test_an_answer_can_be_sent_back(chat):
+    question = {"role": "user", "content": "w9 w8"}
+    answer = chat.post("/v1/chat/completions", json={"messages": [question], **GREEDY}).json()["choices"][0]["message"]
+    known = {"id": "msg_1", "name": "a", "reasoning_content": "w30 w31", "refusal": None, "audio": None}
+    known |= {"function_call": None, "tool_calls": [], "annotations": []}
+    texts = [
+        text_of(chat.post("/v1/chat/completions", json={"messages": [question, message, question], **GREEDY}))
+        for message in (answer, answer | known, {"role": "assistant", "content": answer["content"]})
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/trace", "/v1/completions", "/v1/chat/completions"])
+def test_stop_is_a_string_or_a_list(chat, path):
+    limit = {"max_new_tokens": 12} if path[1] != "v" else {"max_tokens": 12, "temperature": 0}
+    prompt = {"messages": [{"role": "user", "content": PROMPT}]} if "chat" in path else {"prompt": PROMPT}
+
+    def text(**stop):
+        answer = chat.post(path, json={**prompt, **limit, **stop}).json()
+        return answer["results"][0]["text"] if "results" in answer else text_of_json(answer)
+
+    whole = text()
+    word = whole.split()[2]
+    assert text(stop=word) == text(stop=[word]) == whole[: whole.index(word)]
+    assert text(stop=None) == text(stop=[]) == whole
+
+
+def text_of_json(answer):
+    (choice,) = answer["choices"]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
+
+
 BAD = [
     ({"prompt": []}, "prompt"),
     ({"prompt": [[]]}, "prompt"),
@@ -262,6 +352,9 @@ BAD = [
     ({"slr": {"speed": 1}}, "slr.speed"),
     ({"n": 17}, "n"),
     ({"functions": []}, "functions"),
+    ({"service_tier": "priority"}, "service_tier"),
+    ({"metadata": {"a": 1}}, "metadata.a"),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
 ]
 BAD_CHATS = [
     ({"messages": []}, "messages"),
@@ -273,6 +366,13 @@ BAD_CHATS = [
     ({"response_format": {"type": "json_object"}}, "response_format.type"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
     ({"max_completion_tokens": 60}, "max_completion_tokens"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"reasoning_effort": "none"}, "reasoning_effort"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"modalities": ["text", "audio"]}, "modalities.1"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+    ({"verbosity": "low"}, "verbosity"),
 ]
 
 

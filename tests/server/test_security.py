@@ -109,6 +109,22 @@ def test_no_other_origin_may_ask_by_default(client):
         assert "access-control-allow-origin" not in response.headers
 
 
+@pytest.mark.parametrize("origins", ["https://a.example", "*"])
+def test_cors_allows_the_headers_of_client_libraries(served, origins):
+    asked = "authorization,content-type,x-stainless-lang,x-stainless-runtime-version,x-stainless-retry-count"
+    preflight = {"access-control-request-method": "POST", "access-control-request-headers": asked}
+    with served(cors_origins=origins, api_keys=KEY) as client:
+        response = client.options("/v1/chat/completions", headers={"origin": "https://a.example", **preflight})
+        assert response.status_code == 200
+        allowed = response.headers["access-control-allow-headers"]
+        assert allowed == "*" or set(asked.split(",")) <= set(allowed.replace(" ", "").split(","))
+        assert "access-control-allow-credentials" not in response.headers
+    with served(cors_origins="https://b.example") as client:
+        response = client.options("/v1/chat/completions", headers={"origin": "https://a.example", **preflight})
+        assert response.status_code == 400
+        assert "access-control-allow-origin" not in response.headers
+
+
 def test_origins_that_the_operator_names_may(served):
     with served(cors_origins="https://a.example,https://b.example", api_keys=KEY) as client:
         preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
