@@ -60,12 +60,16 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def main() -> None:
-    """Parse flags and environment, and serve until a signal comes."""
+def main(arguments: list[str] | None = None) -> None:
+    """Parse flags and environment, and serve until a signal comes.
+
+    Args:
+        arguments: flags; ``None``: those of the command line.
+    """
     # For a clean exit before the server has installed its own handler, and after it raises the signal again.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        settings = CliApp.run(ServerSettings)
+        settings = CliApp.run(ServerSettings, cli_args=arguments)
     except (ValidationError, SettingsError) as error:
         _fail(_explain(error), 2)
     try:

@@ -39,8 +39,9 @@ SIDES = {
     "cli": "engine client tasks training evaluation",
 }
 """Parts beside the layers: the highest layer and the other sides that each may import. The server imports none."""
-LAZY = {("model", "checkpoint")}
-"""Against the order, inside a function alone: ``from_pretrained`` and ``save_pretrained`` of the model."""
+LAZY = {("model", "checkpoint"), ("cli", "slr_server")}
+"""Against the order, inside a function alone: ``from_pretrained`` and ``save_pretrained`` of the model, and
+``slr serve``."""
 
 MOST_LINES = 400
 LONG = re.compile(r"^# Over 400 lines: \w.{10,}$", re.MULTILINE)

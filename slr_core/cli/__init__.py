@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from slr_core._version import __version__
-from slr_core.cli import evaluate, generate, info, init, load, probe, stability, sweep, trace, train
+from slr_core.cli import evaluate, generate, info, init, load, probe, serve, stability, sweep, trace, train
 from slr_core.errors import SLRError
 
 app = typer.Typer(
@@ -25,6 +25,10 @@ app.command()(generate.generate)
 app.command()(trace.trace)
 app.command()(init.init)
 app.command()(info.info)
+# Every argument, --help included, goes to the server.
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    serve.serve
+)
 app.command()(train.train)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(evaluate.compare)
