@@ -1,40 +1,201 @@
-"""What the documents name exists."""
+"""The documents: paths, links, commands and flags exist, and what the README shows happens."""
 
+import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import typer
+
+from slr_core.cli import app
+from slr_server.settings import ServerSettings
+from tests import tiny
+from tests.server.process import Server
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 PAGES = sorted(
     page for pattern in ("*.md", "docs/*.md", "configs/*.md", "slr_core/**/README.md") for page in ROOT.glob(pattern)
 )
 FOLDERS = ("slr_core", "server", "tests", "docs", "configs", "benchmarks", "deploy", "docker")
 PATH = re.compile(rf"(?<![\w/.])((?:{'|'.join(FOLDERS)})/[\w./-]*\w)(?:::(\w+))?")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 
 def page(path):
     return pytest.param(path, id=str(path.relative_to(ROOT)))
 
 
+PAGE = pytest.mark.parametrize("path", [page(path) for path in PAGES])
+
+
+# -- what they name exists -----------------------------------------------------------------------------------
+
+
 def missing(path, text):
     """Paths and links that lead nowhere, and tests that no file has."""
     for name, test in PATH.findall(text):
-        file = ROOT / name
-        if "NAME" not in name and not file.exists() and not (ROOT / "tests" / name).exists():
+        file = next((folder / name for folder in (ROOT, ROOT / "tests") if (folder / name).exists()), None)
+        if file is None and "NAME" not in name:
             yield name
-        elif test and f"def {test}(" not in (file if file.exists() else ROOT / "tests" / name).read_text():
+        elif file is not None and test and f"def {test}(" not in file.read_text():
             yield f"{name}::{test}"
     yield from (link for link in LINK.findall(text) if not (path.parent / link).exists())
 
 
-@pytest.mark.parametrize("path", [page(path) for path in PAGES])
+@PAGE
 def test_paths_exist(path):
     assert list(missing(path, path.read_text())) == []
 
 
 def test_finds_missing_paths():
-    text = "`slr_core/gone.py`, `tests/test_docs.py::test_gone`, [a](gone.md), [b](https://x.org/y), `docs/method.md`, \
-        `tests/test_docs.py::test_paths_exist`, [c](docs/glossary.md#terms)"
-    assert list(missing(ROOT / "README.md", text)) == ["slr_core/gone.py", "tests/test_docs.py::test_gone", "gone.md"]
+    there = "`docs/method.md`, `configs/NAME.yaml`, `tests/test_docs.py::test_paths_exist`, [a](docs/glossary.md#terms)"
+    assert list(missing(ROOT / "README.md", there)) == []
+    gone = "`slr_core/gone.py`, `tests/test_docs.py::test_gone`, [b](gone.md), [c](https://x.org/gone)"
+    assert list(missing(ROOT / "README.md", gone)) == ["slr_core/gone.py", "tests/test_docs.py::test_gone", "gone.md"]
+
+
+def blocks(text):
+    """Code blocks, fenced or indented by four, without their indentation."""
+    fenced = r"^```\w*\n(.*?)^```$"
+    yield from re.findall(fenced, text, re.MULTILINE | re.DOTALL)
+    for block in re.findall(
+        r"(?:^ {4}.*\n(?:\n(?= {4}))?)+", re.sub(fenced, "", text, flags=re.M | re.S), re.MULTILINE
+    ):
+        yield re.sub(r"^ {4}", "", block, flags=re.MULTILINE)
+
+
+def commands(text):
+    """Lines of code blocks and inline code that run ``slr`` or ``slr-serve``."""
+    lines = [line for block in blocks(text) for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+    for line in [*lines, *re.findall(r"`([^`\n]+)`", text)]:
+        for part in re.split(r"\s(?:&&|\|)\s|\s#\s", line):
+            if re.match(r"\s*slr(-serve)?(\s|$)", part):
+                yield part.strip()
+
+
+def unknown(command):
+    """Subcommand and flags of a command line that do not exist."""
+    program, *words = command.split()
+    root = typer.main.get_command(app)
+    name = words[0] if program == "slr" and words and not words[0].startswith("-") else None
+    if name is not None and name not in root.commands:
+        return [name]
+    if name == "serve" or program == "slr-serve":
+        known = {f"--{field.replace('_', '-')}" for field in ServerSettings.model_fields} | {"--help", "--version"}
+    else:
+        parameters = (root.commands[name] if name else root).params
+        known = {flag for p in parameters for flag in (*p.opts, *p.secondary_opts)} | {"--help"}
+    return sorted(set(FLAG.findall(command)) - known)
+
+
+@PAGE
+def test_commands_exist(path):
+    assert {command: unknown(command) for command in commands(path.read_text()) if unknown(command)} == {}
+
+
+def test_finds_unknown_commands():
+    block = "    slr gone && slr eval \\\n      --nothing 1   # slr init --x\n    slr-serve --port 1 --no\n"
+    assert [(c.split()[:2], unknown(c)) for c in commands(f"`slr info --gone` and\n\n{block}")] == [
+        (["slr", "gone"], ["gone"]),
+        (["slr", "eval"], ["--nothing"]),
+        (["slr", "init"], ["--x"]),
+        (["slr-serve", "--port"], ["--no"]),
+        (["slr", "info"], ["--gone"]),
+    ]
+
+
+@PAGE
+def test_make_targets_exist(path):
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    text = path.read_text()
+    code = [*(line for block in blocks(text) for line in block.splitlines()), *re.findall(r"`([^`\n]+)`", text)]
+    used = {name for line in code for name in re.findall(r"(?:^|\s)make ([a-z-]+)", line)}
+    assert used <= set(targets)
+
+
+# -- what the README shows happens ---------------------------------------------------------------------------
+
+
+SNIPPETS = list(blocks(README))
+
+
+def starting(*words):
+    return [block for block in SNIPPETS if block.startswith(words)]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    started = Server("prosqa", tmp_path_factory.mktemp("server") / "log")
+    yield started
+    started.kill()
+
+
+def at(server, snippet):
+    return re.sub(r"(http://)?(127\.0\.0\.1|localhost):8000", server.url, snippet)
+
+
+@pytest.mark.parametrize("snippet", starting("from ", "import "), ids=lambda snippet: snippet.split("\n")[0])
+def test_python(snippet, request):
+    """A snippet runs; where it has a comment ``# prints``, it prints the comments that follow."""
+    if ":8000" in snippet:
+        snippet = at(request.getfixturevalue("server"), snippet)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", snippet], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    _, _, shown = snippet.partition("# prints:\n")
+    assert shown == "" or done.stdout.splitlines() == re.findall(r"^# (.*)$", shown, re.MULTILINE)
+
+
+def test_has_python():
+    assert len(starting("from ", "import ")) >= 2
+
+
+def test_curl(server):
+    """The answer is the one shown, apart from what varies: its id, its times, and the last digits of numbers."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    (command,), (shown,) = starting("curl "), starting('{"id"')
+    done = subprocess.run(["bash", "-c", at(server, command)], capture_output=True, text=True, timeout=60, check=True)
+    answer, shown = json.loads(done.stdout), json.loads(shown)
+    for body in (answer, shown):
+        assert body.pop("id").startswith("slr-")
+        assert body.pop("created") > 0
+        (result,) = body["results"]
+        body["times"] = sorted(result.pop("timings"))
+        body["change"] = (
+            pytest.approx(result.pop("final_change"), rel=1e-3) if body is shown else result.pop("final_change")
+        )
+    assert answer == shown
+
+
+def test_trace(run):
+    """``slr trace`` prints the table shown, of the question shown."""
+    (command,), (shown,) = starting("curl "), starting("t  rel. change")
+    question = json.loads(re.search(r"-d '(.*)'", command, re.DOTALL)[1])["prompt"]
+    code, out, _ = run("trace", question)
+    assert code == 0
+    numbers = r"-?\d+(?:\.\d+)?(?! ms)"
+    for line, printed in zip(shown.splitlines(), out.splitlines(), strict=True):
+        line, printed = re.sub(r", [\d.]+ m?s\]", "]", line), re.sub(r", [\d.]+ m?s\]", "]", printed)
+        # The page leaves the last columns out.
+        words, more = re.sub(numbers, "", line).split(), re.sub(numbers, "", printed).split()
+        assert more[: len(words)] == words
+        values, others = (list(map(float, re.findall(numbers, text))) for text in (line, printed))
+        assert others[: len(values)] == pytest.approx(values, abs=0.011)
+
+
+def test_shell(tmp_path):
+    """The commands that make a checkpoint, where ``path/to/base`` is a base model."""
+    (snippet,) = starting("echo ")
+    base = tmp_path / "path" / "to" / "base"
+    tiny.base().save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    script = snippet.replace("slr ", shlex.join([sys.executable, "-m", "slr_core.cli"]) + " ")
+    subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, timeout=120, check=True)
+    config = json.loads((tmp_path / "my-reasoner" / "slr_config.json").read_text())
+    assert config["loop"]["workspace"] == "block"
