@@ -1,4 +1,4 @@
-"""The dashboards: `python -m deploy.grafana.make` writes them as the JSON that Grafana is provisioned with."""
+"""The dashboards. `python -m deploy.grafana.make` writes them as JSON, from which Grafana is provisioned."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from pathlib import Path
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-from deploy.grafana.panels import board, heat, lines, mean, now, number, parts, quantile, rate, share
+from deploy.grafana.panels import (
+    build_dashboard,
+    gauge,
+    heat_map,
+    mean,
+    quantile,
+    rate,
+    share,
+    share_by,
+    single_value,
+    time_series,
+)
 
 FOLDER = Path(__file__).parent / "dashboards"
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
@@ -26,85 +37,99 @@ def main() -> None:
 
 
 def render() -> dict[str, str]:
-    """Every dashboard's file name and text."""
+    """File name and text of every dashboard."""
     texts = {}
     for dashboard in (overview(), stability(), latency(), capacity()):
         plain = json.loads(json.dumps(dashboard.build(), cls=JSONEncoder))
         for variable in plain["templating"]["list"]:
-            for name in ("auto", "auto_count", "auto_min"):  # of interval variables alone
+            for name in ("auto", "auto_count", "auto_min"):  # fields of interval variables only
                 variable.pop(name, None)
         texts[f"{plain['uid']}.json"] = json.dumps(plain, indent=2, sort_keys=True) + "\n"
     return texts
 
 
 def quantiles(histogram: str) -> dict[str, str]:
-    """The usual quantiles of a histogram, by their names."""
+    """The quantiles :data:`QUANTILES` of a histogram, by name."""
     return {name: quantile(q, histogram) for name, q in QUANTILES.items()}
 
 
 def overview() -> Dashboard:
-    """Whether all is well, at a glance."""
-    return board(
+    """The state of all servers at a glance."""
+    return build_dashboard(
         "slr-overview",
         "SLR / Overview",
-        "Whether the servers answer, how fast, and whether their loops are stable. The other dashboards say why.",
+        "Whether the servers answer, how fast, and whether their loops are stable. The other dashboards show the "
+        "details.",
         {
             "Now": [
-                number("Answers", "Answers finished a second, of all prompts and all n.", "ops", ENDED),
-                number(
+                single_value(
+                    "Answers",
+                    "Answers finished per second. A request with several prompts, or n above 1, has several answers.",
+                    "ops",
+                    ENDED,
+                ),
+                single_value(
                     "Converged",
-                    "Share of loops that stopped because their criterion was met. A fall means harder questions, a "
-                    "threshold that is too small, or a loop that has become unstable.",
+                    "Share of loops that met their exit criterion. If it falls, questions are harder, the threshold "
+                    "is too small, or the loop has become unstable.",
                     SHARE,
                     share(rate(EXITS, labels='reason="converged"'), ENDED),
                 ),
-                number(
+                single_value(
                     "Diverged",
-                    "Share of loops that the divergence guard ended. Should be 0: see Loop stability.",
+                    "Share of loops that the divergence guard ended. It should be 0; see the dashboard Loop stability.",
                     SHARE,
                     share(rate(EXITS, labels='reason="diverged"'), ENDED),
                 ),
-                number(
-                    "Latency p99", "99 of 100 answers took less, waiting included.", SECONDS, quantile(0.99, LATENCY)
+                single_value(
+                    "Latency p99",
+                    "99 of 100 answers took less time, queueing included.",
+                    SECONDS,
+                    quantile(0.99, LATENCY),
                 ),
-                number("Waiting", "Answers that wait for a slot.", COUNT, now("slr_requests_queued")),
-                number("Refused", "HTTP requests refused a second.", "reqps", rate("slr_rejections_total")),
+                single_value("Queue", "Answers waiting for a slot.", COUNT, gauge("slr_requests_queued")),
+                single_value("Refused", "HTTP requests refused per second.", "reqps", rate("slr_rejections_total")),
             ],
             "Requests": [
-                lines(
+                time_series(
                     "Requests by outcome",
-                    "HTTP requests a second. `rejected` is the client's fault or a full queue, `error` is ours.",
+                    "HTTP requests per second. `rejected`: a client error or a full queue. `error`: a server error.",
                     "reqps",
                     {"{{status}}": rate("slr_requests_total", by="status")},
                     stacked=True,
                 ),
-                lines("Latency", "Time of an answer from its arrival, waiting included.", SECONDS, quantiles(LATENCY)),
-                lines(
+                time_series(
+                    "Latency",
+                    "Time from arrival to the complete answer, queueing included.",
+                    SECONDS,
+                    quantiles(LATENCY),
+                ),
+                time_series(
                     "Refusals by reason",
-                    "`queue_full` asks for more servers, `unavailable` is loading, draining or stuck, the rest is the "
-                    "client's.",
+                    "`queue_full`: add servers. `unavailable`: the server is loading, draining or stalled. All others "
+                    "are client errors.",
                     "reqps",
                     {"{{reason}}": rate("slr_rejections_total", by="reason")},
                 ),
-                lines(
+                time_series(
                     "Tokens",
-                    "Prompt tokens of finished answers, and tokens written, a second.",
+                    "Prompt tokens and generated tokens of finished answers, per second.",
                     "ops",
-                    {"prompt": rate("slr_prompt_tokens_total"), "written": rate("slr_generated_tokens_total")},
+                    {"prompt": rate("slr_prompt_tokens_total"), "generated": rate("slr_generated_tokens_total")},
                 ),
             ],
             "Loops": [
-                lines(
+                time_series(
                     "Exit reasons",
-                    "Share of loops by why they ended.",
+                    "Share of loops by exit reason.",
                     SHARE,
-                    {"{{reason}}": parts(EXITS, "reason")},
+                    {"{{reason}}": share_by(EXITS, "reason")},
                     stacked=True,
                     top=1,
                 ),
-                lines(
+                time_series(
                     "Iterations",
-                    "Mean iterations of a loop: the compute that a question asks for.",
+                    "Iterations of a loop. They measure the compute that questions need.",
                     ITERATIONS,
                     {"mean": mean("slr_loop_iterations"), "p95": quantile(0.95, "slr_loop_iterations")},
                 ),
@@ -114,26 +139,27 @@ def overview() -> Dashboard:
 
 
 def stability() -> Dashboard:
-    """Whether loops settle, and how."""
-    return board(
+    """Whether loops converge, and how."""
+    return build_dashboard(
         "slr-stability",
         "SLR / Loop stability",
-        "How states move from iteration to iteration. Stable: relative change falls with the iteration, contraction "
-        "stays below 1, nothing diverges. docs/operations.md explains each panel.",
+        "How the state moves from iteration to iteration. In a stable loop the relative change falls, contraction "
+        "stays below 1 and nothing diverges. docs/operations.md explains each panel.",
         {
             "Depth": [
-                heat("Iterations", "How many loops took how many iterations.", ITERATIONS, "slr_loop_iterations"),
-                lines(
+                heat_map("Iterations", "Number of loops by their iterations.", ITERATIONS, "slr_loop_iterations"),
+                time_series(
                     "Exit reasons",
-                    "Share of loops by why they ended. `max_iterations` growing: budgets are too small, or thresholds.",
+                    "Share of loops by exit reason. If `max_iterations` grows, iteration budgets or thresholds are "
+                    "too small.",
                     SHARE,
-                    {"{{reason}}": parts(EXITS, "reason")},
+                    {"{{reason}}": share_by(EXITS, "reason")},
                     stacked=True,
                     top=1,
                 ),
-                lines(
+                time_series(
                     "Iterations saved by early exit",
-                    "Of the iterations that converged loops were allowed and all loops ran: what was not needed.",
+                    "Share of the allowed iterations that converged loops did not need.",
                     SHARE,
                     {
                         "saved": share(
@@ -143,42 +169,44 @@ def stability() -> Dashboard:
                     },
                     top=1,
                 ),
-                lines(
-                    "Iterations for nothing",
-                    "Share of iterations that no answer came of (given up, failed, diverged), and share of answers "
-                    "that were allowed fewer iterations than they asked for because the queue was long.",
+                time_series(
+                    "Wasted iterations",
+                    "Share of iterations that led to no answer (cancelled, failed or diverged), and share of answers "
+                    "whose iteration budget was reduced because the queue was long.",
                     SHARE,
                     {
                         "wasted": share(rate("slr_wasted_row_iterations_total"), rate("slr_loop_row_iterations_total")),
-                        "budgets cut, of answers": share(rate("slr_budget_reductions_total"), ENDED),
+                        "budgets reduced": share(rate("slr_budget_reductions_total"), ENDED),
                     },
                 ),
             ],
-            "Movement": [
-                lines(
+            "State": [
+                time_series(
                     "Relative change by iteration, median",
-                    "How far the state moved, over its length. Falls from iteration to iteration where loops settle.",
+                    "Distance that the state moved, divided by its norm. It falls from iteration to iteration if "
+                    "loops converge.",
                     SHARE,
                     {"t = {{iteration}}": quantile(0.5, "slr_loop_residual_ratio", by="iteration")},
                     log=True,
                 ),
-                lines(
+                time_series(
                     "Relative change by iteration, p95",
-                    "The same for the restless 5 of 100.",
+                    "The same for the 5 of 100 loops that move most.",
                     SHARE,
                     {"t = {{iteration}}": quantile(0.95, "slr_loop_residual_ratio", by="iteration")},
                     log=True,
                 ),
-                lines(
+                time_series(
                     "Contraction by iteration, median",
-                    "Length of a move over that of the one before. Below 1 a loop contracts, above 1 it expands.",
+                    "Distance moved in an iteration, divided by that of the previous one. Below 1 the loop contracts, "
+                    "above 1 it expands.",
                     "none",
                     {"t = {{iteration}}": quantile(0.5, CONTRACTION, by="iteration")},
                 ),
-                lines(
+                time_series(
                     "Share expanding by iteration",
-                    "Loops whose contraction was above 1. Some at the first iterations is usual; late ones are a loop "
-                    "beyond its trained depth, or one that was not trained to settle.",
+                    "Share of loops with a contraction above 1. Some at the first iterations are normal. At late "
+                    "iterations the loop is beyond its trained depth, or was not trained to converge.",
                     SHARE,
                     {
                         "t = {{iteration}}": "1 - "
@@ -190,19 +218,20 @@ def stability() -> Dashboard:
                     top=1,
                 ),
             ],
-            "Trouble": [
-                lines(
+            "Faults": [
+                time_series(
                     "Divergences",
-                    "Loops a second that the guard ended, and those of them that met a state that is not finite.",
+                    "Loops per second that the divergence guard ended, and those among them with a state that is not "
+                    "finite.",
                     "ops",
                     {
                         "diverged": rate(EXITS, labels='reason="diverged"'),
                         "not finite": rate("slr_nonfinite_total"),
                     },
                 ),
-                lines(
+                time_series(
                     "State norm by iteration, mean",
-                    "Length of the state. Growth from iteration to iteration precedes a divergence.",
+                    "Norm of the state. Growth from iteration to iteration precedes a divergence.",
                     "none",
                     {"t = {{iteration}}": mean("slr_hidden_state_norm", by="iteration")},
                 ),
@@ -212,46 +241,51 @@ def stability() -> Dashboard:
 
 
 def latency() -> Dashboard:
-    """Where time goes, and how full steps are."""
+    """Where time is spent, and how many answers share a step."""
     stages = ("queue", "prefill", "loop", "decode")
-    return board(
+    return build_dashboard(
         "slr-latency",
         "SLR / Latency and batching",
-        "Where an answer's time goes, and how many answers share a step of the engine.",
+        "Where the time of an answer is spent, and how many answers share a step of the engine.",
         {
             "Answers": [
-                lines("Latency", "Time of an answer from its arrival, waiting included.", SECONDS, quantiles(LATENCY)),
-                lines(
+                time_series(
+                    "Latency",
+                    "Time from arrival to the complete answer, queueing included.",
+                    SECONDS,
+                    quantiles(LATENCY),
+                ),
+                time_series(
                     "Time to first token",
-                    "From an answer's arrival to its first token.",
+                    "Time from arrival to the first token, queueing included.",
                     SECONDS,
                     quantiles(FIRST_TOKEN),
                 ),
-                lines(
+                time_series(
                     "Mean time by stage",
-                    "What the mean latency is made of. `queue` growing: more slots or servers; `loop`: more "
-                    "iterations, or fuller steps.",
+                    "The parts of the mean latency. If `queue` grows, add slots or servers. If `loop` grows, loops "
+                    "take more iterations or steps take longer.",
                     SECONDS,
                     {stage: mean(f"slr_request_{stage}_duration_seconds") for stage in stages},
                     stacked=True,
                 ),
-                lines(
+                time_series(
                     "p95 by stage",
-                    "Each stage for itself: these do not add up.",
+                    "95th percentile of each stage. The values do not add up to that of the latency.",
                     SECONDS,
                     {stage: quantile(0.95, f"slr_request_{stage}_duration_seconds") for stage in stages},
                 ),
             ],
             "Steps": [
-                heat(
+                heat_map(
                     "Steps by duration",
-                    "Every step takes each running answer one pass.",
+                    "Number of steps by their duration. A step runs one forward pass for each running answer.",
                     SECONDS,
                     "slr_step_duration_seconds",
                 ),
-                lines(
+                time_series(
                     "Step duration",
-                    "All steps, and those in which a loop iterated.",
+                    "Duration of all steps, and of those with at least one loop iteration.",
                     SECONDS,
                     {
                         "p50": quantile(0.5, "slr_step_duration_seconds"),
@@ -259,15 +293,16 @@ def latency() -> Dashboard:
                         "p50 with iterations": quantile(0.5, "slr_iteration_duration_seconds"),
                     },
                 ),
-                lines(
-                    "Answers in a step",
-                    "How many answers a step serves, and how many of them iterate. Near the number of slots: full.",
+                time_series(
+                    "Answers per step",
+                    "Answers that share a step, and those of them in their loop. The limit is the number of slots.",
                     COUNT,
-                    {"mean": mean("slr_step_rows"), "iterating, mean": mean("slr_iteration_rows")},
+                    {"mean": mean("slr_step_rows"), "in the loop, mean": mean("slr_iteration_rows")},
                 ),
-                lines(
-                    "Prompt tokens not run again",
-                    "Share of prompt tokens whose prefix was at hand: system prompts, repeated questions, n samples.",
+                time_series(
+                    "Prompt tokens reused",
+                    "Share of prompt tokens taken from the prefix cache: system prompts, repeated questions, n "
+                    "samples.",
                     SHARE,
                     {
                         "reused": share(
@@ -283,77 +318,77 @@ def latency() -> Dashboard:
 
 
 def capacity() -> Dashboard:
-    """How much room is left."""
-    return board(
+    """How much capacity is left."""
+    return build_dashboard(
         "slr-capacity",
         "SLR / Capacity",
-        "What is used of slots, cache, processor and memory: when to add servers, or slots.",
+        "Use of slots, cache, CPU and memory: when to add servers or slots.",
         {
             "Engine": [
-                lines(
+                time_series(
                     "Slots",
-                    "Answers being computed, and how many could be.",
+                    "Answers being computed, and their limit.",
                     COUNT,
-                    {"in use": now("slr_slots_in_use"), "slots": now("slr_slots")},
+                    {"in use": gauge("slr_slots_in_use"), "slots": gauge("slr_slots")},
                 ),
-                lines(
-                    "Waiting",
-                    "Answers that wait for a slot, by instance. Not back to 0 for minutes: too few servers.",
+                time_series(
+                    "Queue",
+                    "Answers waiting for a slot, by instance. If it stays above 0 for minutes, add servers.",
                     COUNT,
-                    {"{{instance}}": now("slr_requests_queued", by="instance")},
+                    {"{{instance}}": gauge("slr_requests_queued", by="instance")},
                 ),
-                lines(
-                    "Busy",
-                    "Share of time that the engine spends in steps, by instance. At 1 it has no time left, whatever "
-                    "the slots say.",
+                time_series(
+                    "Engine utilization",
+                    "Share of time that the engine spends in steps, by instance. At 1 the engine is saturated, even "
+                    "with free slots.",
                     SHARE,
                     {"{{instance}}": rate("slr_step_duration_seconds_sum", by="instance")},
                     top=1,
                 ),
-                lines(
+                time_series(
                     "Cache",
-                    "Share of the key/value cache that holds something, by instance. Low with all slots in use: slots "
-                    "are longer than answers need, so there is memory for more of them.",
+                    "Share of the key/value cache in use, by instance. If it is low with all slots in use, answers "
+                    "are shorter than slots, and there is memory for more slots.",
                     SHARE,
-                    {"{{instance}}": now("slr_kv_slots_tokens_ratio", by="instance")},
+                    {"{{instance}}": gauge("slr_kv_slots_tokens_ratio", by="instance")},
                     top=1,
                 ),
-                lines(
-                    "Work",
-                    "Iterations and steps a second: the true load, whatever the requests are.",
+                time_series(
+                    "Iterations and steps",
+                    "Loop iterations and engine steps per second. They measure the load independently of the requests.",
                     "ops",
                     {
                         "iterations": rate("slr_loop_row_iterations_total"),
                         "steps": rate("slr_step_duration_seconds_count"),
                     },
                 ),
-                lines(
+                time_series(
                     "HTTP requests in flight",
-                    "Taken and not yet answered, by instance.",
+                    "HTTP requests received and not yet answered, by instance.",
                     COUNT,
-                    {"{{instance}}": now("slr_requests_in_flight", by="instance")},
+                    {"{{instance}}": gauge("slr_requests_in_flight", by="instance")},
                 ),
             ],
             "Process": [
-                lines(
-                    "Processor",
-                    "Cores in use, by instance.",
+                time_series(
+                    "CPU",
+                    "CPU cores in use, by instance.",
                     "none",
                     {"{{instance}}": rate("process_cpu_seconds_total", by="instance")},
                     width=8,
                 ),
-                lines(
+                time_series(
                     "Memory",
-                    "Resident memory, by instance. Level once it is warm.",
+                    "Resident memory, by instance. It should be constant after the first minutes.",
                     "bytes",
-                    {"{{instance}}": now("process_resident_memory_bytes", by="instance")},
+                    {"{{instance}}": gauge("process_resident_memory_bytes", by="instance")},
                     width=8,
                 ),
-                lines(
+                time_series(
                     "File descriptors",
-                    "Open ones, by instance: connections, most of all.",
+                    "Open file descriptors, by instance; most of them are connections.",
                     COUNT,
-                    {"{{instance}}": now("process_open_fds", by="instance")},
+                    {"{{instance}}": gauge("process_open_fds", by="instance")},
                     width=8,
                 ),
             ],

@@ -1,4 +1,4 @@
-"""What the dashboards are made of: queries, panels, variables. One place decides what they all look alike in."""
+"""Queries, panels and variables, in the style that all dashboards share."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ Panel = timeseries.Panel | stat.Panel | heatmap.Panel
 SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 WHERE = 'instance=~"$instance"'
 WIDTH = 24
-"""Columns of a dashboard."""
+"""Width of a dashboard, in columns."""
 
 
 # -- queries ---------------------------------------------------------------------------------------------
 
 
-def now(metric: str, *, by: str = "") -> str:
-    """A gauge, summed over the chosen instances."""
+def gauge(metric: str, *, by: str = "") -> str:
+    """The value of a gauge, summed over the selected instances."""
     return f"sum{_by(by)} ({metric}{_selector('')})"
 
 
 def rate(metric: str, *, by: str = "", labels: str = "") -> str:
-    """Events a second of a counter, summed over the chosen instances."""
+    """Events per second of a counter, summed over the selected instances."""
     return f"sum{_by(by)} (rate({metric}{_selector(labels)}[$__rate_interval]))"
 
 
 def quantile(q: float, histogram: str, *, by: str = "") -> str:
-    """A quantile of what a histogram saw."""
+    """A quantile of a histogram."""
     return f"histogram_quantile({q}, {rate(f'{histogram}_bucket', by=', '.join(filter(None, ('le', by))))})"
 
 
 def mean(histogram: str, *, by: str = "") -> str:
-    """The mean of what a histogram saw."""
+    """The mean of a histogram."""
     return f"{rate(f'{histogram}_sum', by=by)} / {rate(f'{histogram}_count', by=by)}"
 
 
 def share(part: str, whole: str) -> str:
-    """One rate over another, nothing where there is nothing to divide by."""
+    """One rate divided by another; no data where the other is 0."""
     return f"{part} / ({whole} > 0)"
 
 
-def parts(counter: str, label: str) -> str:
-    """The share that each value of a label has of a counter's rate."""
+def share_by(counter: str, label: str) -> str:
+    """The share of a counter's rate for each value of a label."""
     return f"{rate(counter, by=label)} / on () group_left () ({rate(counter)} > 0)"
 
 
@@ -61,7 +61,7 @@ def _by(labels: str) -> str:
 # -- panels ----------------------------------------------------------------------------------------------
 
 
-def lines(
+def time_series(
     title: str,
     description: str,
     unit: str,
@@ -72,17 +72,17 @@ def lines(
     log: bool = False,
     top: float | None = None,
 ) -> timeseries.Panel:
-    """Curves over time.
+    """A panel of curves over time.
 
     Args:
-        title: of the panel.
-        description: what it shows, and what to think of it.
+        title: title of the panel.
+        description: what the panel shows and how to read it.
         unit: Grafana's name of the unit.
-        queries: by the legend of their curves, which may name labels as ``{{label}}``.
-        width: in columns.
-        stacked: one on top of the other.
-        log: a logarithmic axis.
-        top: where the axis ends.
+        queries: queries by the legend of their curves; a legend may name labels as ``{{label}}``.
+        width: width in columns, of :data:`WIDTH`.
+        stacked: stack the curves.
+        log: use a logarithmic axis.
+        top: upper end of the axis.
     """
     panel = (
         timeseries.Panel()
@@ -109,13 +109,13 @@ def lines(
     if top is not None:
         panel.max(top)
     _fill(panel, title, description, unit, width, 8)
-    for place, (legend, expression) in enumerate(queries.items()):
-        panel.with_target(_query(expression, legend, place))
+    for index, (legend, expression) in enumerate(queries.items()):
+        panel.with_target(_query(expression, legend, index))
     return panel
 
 
-def number(title: str, description: str, unit: str, expression: str, *, width: int = 4) -> stat.Panel:
-    """The latest value, with its curve behind."""
+def single_value(title: str, description: str, unit: str, expression: str, *, width: int = 4) -> stat.Panel:
+    """A panel of the latest value, over its curve."""
     panel = (
         stat.Panel()
         .graph_mode(common_models.BigValueGraphMode.AREA)
@@ -126,8 +126,8 @@ def number(title: str, description: str, unit: str, expression: str, *, width: i
     return panel.with_target(_query(expression, title, 0))
 
 
-def heat(title: str, description: str, unit: str, histogram: str, *, width: int = 12) -> heatmap.Panel:
-    """How a histogram's buckets fill over time."""
+def heat_map(title: str, description: str, unit: str, histogram: str, *, width: int = 12) -> heatmap.Panel:
+    """A panel of a histogram over time: the darker a cell, the more observations in its bucket."""
     panel = (
         heatmap.Panel()
         .calculate(False)
@@ -148,16 +148,16 @@ def _fill(panel: Panel, title: str, description: str, unit: str, width: int, hei
 def _query(
     expression: str,
     legend: str,
-    place: int,
-    shape: prometheus_models.PromQueryFormat = prometheus_models.PromQueryFormat.TIME_SERIES,
+    index: int,
+    query_format: prometheus_models.PromQueryFormat = prometheus_models.PromQueryFormat.TIME_SERIES,
 ) -> prometheus.Dataquery:
     return (
         prometheus.Dataquery()
         .expr(expression)
         .legend_format(legend)
         .range()
-        .format(shape)
-        .ref_id(chr(ord("A") + place))
+        .format(query_format)
+        .ref_id(chr(ord("A") + index))
         .datasource(SOURCE)
     )
 
@@ -165,9 +165,9 @@ def _query(
 # -- a dashboard -----------------------------------------------------------------------------------------
 
 
-def board(uid: str, title: str, description: str, rows: Mapping[str, list[Panel]]) -> dashboard.Dashboard:
-    """A dashboard with its variables; panels stand in their rows from left to right."""
-    made = (
+def build_dashboard(uid: str, title: str, description: str, rows: Mapping[str, list[Panel]]) -> dashboard.Dashboard:
+    """A dashboard with the variables `model` and `instance`. ``rows`` holds the panels of each row, left to right."""
+    built = (
         dashboard.Dashboard(title)
         .uid(uid)
         .description(description)
@@ -179,15 +179,15 @@ def board(uid: str, title: str, description: str, rows: Mapping[str, list[Panel]
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
         .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
         .with_variable(_variable("model", "Model", "label_values(slr_build_info, model)"))
-        # The other metrics do not name the model: it is chosen by the instances that serve it.
+        # The other metrics have no label `model`: a model is selected by the instances that serve it.
         .with_variable(_variable("instance", "Instance", 'label_values(slr_build_info{model=~"$model"}, instance)'))
         .link(dashboard.DashboardLink("SLR").type(models.DashboardLinkType.DASHBOARDS).tags(["slr"]).keep_time(True))
     )
     for name, panels in rows.items():
-        made.with_row(dashboard.Row(name))
+        built.with_row(dashboard.Row(name))
         for panel in panels:
-            made.with_panel(panel)
-    return made
+            built.with_panel(panel)
+    return built
 
 
 def _variable(name: str, label: str, query: str) -> dashboard.QueryVariable:

@@ -1,4 +1,4 @@
-"""What the monitoring asks Prometheus for: every expression of every panel, variable, rule and alert."""
+"""The PromQL expressions of every panel, rule and alert."""
 
 import json
 import re
@@ -14,17 +14,17 @@ RULES = sorted((PROMETHEUS / "rules").glob("*.yml"))
 
 
 def dashboards() -> dict[str, dict]:
-    """Every committed dashboard, by its file's name."""
+    """Every committed dashboard, by the name of its file."""
     return {path.stem: json.loads(path.read_text()) for path in DASHBOARDS}
 
 
 def panels(dashboard: dict) -> list[dict]:
-    """A dashboard's panels without the rows that they stand in."""
+    """The panels of a dashboard, without its rows."""
     return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
 def panel_expressions() -> Iterator[tuple[str, str]]:
-    """Where each query of a panel stands, and the query as Grafana sends it."""
+    """The place of each query of a panel, and the query as Grafana sends it."""
     for name, dashboard in dashboards().items():
         for panel in panels(dashboard):
             for target in panel["targets"]:
@@ -39,10 +39,10 @@ def rules() -> list[dict]:
 
 
 def alerts() -> dict[str, dict]:
-    """Every alert, by its name."""
+    """Every alert, by name."""
     return {rule["alert"]: rule for rule in rules() if "alert" in rule}
 
 
 def metrics_of(expression: str) -> set[str]:
-    """The metrics of ours, or of the process, that an expression names; recorded ones have a colon."""
+    """The metrics of the server or the process that an expression names, without recorded ones."""
     return set(re.findall(r"(?<![\w:])(?:slr|process)_\w+\b(?!:)", re.sub(r'"[^"]*"', '""', expression)))

@@ -1,4 +1,4 @@
-"""The dashboards against the types that Grafana publishes, by the TypeScript compiler."""
+"""Check the dashboards against the types that Grafana publishes, with the TypeScript compiler."""
 
 import json
 import re
@@ -17,7 +17,7 @@ import type {{ Dashboard }} from '{RAW}/dashboard/x/dashboard_types.gen';
 import type * as timeseries from '{RAW}/composable/timeseries/panelcfg/x/TimeSeriesPanelCfg_types.gen';
 import type * as heatmap from '{RAW}/composable/heatmap/panelcfg/x/HeatmapPanelCfg_types.gen';
 import type * as stat from '{RAW}/composable/stat/panelcfg/x/StatPanelCfg_types.gen';
-// JSON writes the value of an enumeration, which TypeScript does not take for the enumeration.
+// JSON holds the value of an enumeration, which TypeScript does not accept for the enumeration.
 type Plain<T> = T extends string ? `${{T}}` : T extends object ? {{ [K in keyof T]: Plain<T[K]> }} : T;
 """
 OPTIONS = {
@@ -31,9 +31,9 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where Grafana's types, of the version that runs, and the compiler are installed."""
+    """A folder with Grafana's types, of the version in compose.yaml, and the compiler."""
     if shutil.which("npm") is None:
-        pytest.skip("npm is not here")
+        pytest.skip("npm is not installed")
     (version,) = re.findall(r"grafana/grafana:([\d.]+)", (ROOT / "docker/compose.yaml").read_text())
     made = tmp_path_factory.mktemp("types")
     packages = [f"@grafana/schema@{version}", "typescript@5"]
@@ -63,12 +63,12 @@ def lines_of(dashboard):
             yield f"export const custom{place}: Plain<timeseries.FieldConfig> = {custom};"
 
 
-def test_the_dashboards_are_of_grafanas_types(folder):
+def test_dashboard_types(folder):
     found = compile_types(folder, **{name.replace("-", "_"): lines_of(made) for name, made in dashboards().items()})
     assert found == ""
 
 
-def test_the_compiler_would_see_a_fault(folder):
+def test_compiler_finds_faults(folder):
     made = dashboards()["slr-overview"]
     made["refresh"] = 5
     panels(made)[0]["options"]["graphMode"] = "volume"

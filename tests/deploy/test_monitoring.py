@@ -23,20 +23,20 @@ from tests.deploy.monitoring import (
 )
 
 UNITS = {"s": "_seconds", "bytes": "_bytes"}
-"""Grafana's units that a metric's name must agree with."""
+"""Suffixes of metric names by Grafana's unit."""
 
 
 @pytest.fixture(scope="module")
 def exposed():
-    """Every series that a server exposes from its start: the metric that it belongs to, and its type."""
+    """Every series that a server exposes at its start, and its type."""
     return {s.name: family.type for family in Metrics("tiny").registry.collect() for s in family.samples}
 
 
-def test_the_committed_dashboards_are_what_their_source_makes():
+def test_dashboards_are_current():
     assert {path.name: path.read_text() for path in DASHBOARDS} == make.render()
 
 
-def test_every_panel_says_what_it_shows_in_which_unit():
+def test_panel_descriptions():
     for name, dashboard in dashboards().items():
         assert dashboard["description"]
         assert [variable["name"] for variable in dashboard["templating"]["list"]] == ["datasource", "model", "instance"]
@@ -50,7 +50,7 @@ def test_every_panel_says_what_it_shows_in_which_unit():
             assert all(legends), where
 
 
-def test_panels_fill_their_rows_and_do_not_overlap():
+def test_panel_layout():
     for name, dashboard in dashboards().items():
         taken = set()
         for panel in panels(dashboard):
@@ -61,7 +61,7 @@ def test_panels_fill_their_rows_and_do_not_overlap():
             taken |= cells
 
 
-def test_every_metric_that_is_asked_for_exists(exposed):
+def test_metrics_exist(exposed):
     asked = [*panel_expressions(), *((rule.get("record") or rule["alert"], rule["expr"]) for rule in rules())]
     assert len(asked) > 60
     for where, expression in asked:
@@ -69,26 +69,26 @@ def test_every_metric_that_is_asked_for_exists(exposed):
         assert metrics_of(expression) or "instance:" in expression or "up{" in expression, where
 
 
-def test_every_recorded_name_that_is_asked_for_is_recorded():
+def test_recorded_names():
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     asked = {name for rule in rules() for name in re.findall(r"\binstance:[\w:]+", rule["expr"])}
     assert asked <= recorded
     assert recorded - asked <= {"instance:slr_loop_iterations:mean_rate5m"}, "recorded for people to look up"
 
 
-def test_counters_are_asked_for_rates_and_gauges_are_not(exposed):
+def test_rates_of_counters_only(exposed):
     for where, expression in [*panel_expressions(), *((r.get("record"), r["expr"]) for r in rules())]:
         for name in metrics_of(expression):
             asked_as_rate = re.search(rf"(?:rate|increase)\({name}\b", expression) is not None
             assert asked_as_rate == (exposed[name] in ("counter", "histogram")), f"{where}: {name}"
 
 
-def test_units_agree_with_the_metrics():
+def test_units():
     for name, dashboard in dashboards().items():
         for panel in panels(dashboard):
             unit = panel["fieldConfig"]["defaults"]["unit"]
             for target in panel["targets"]:
-                # A quantile or mean is in the metric's unit; anything else divides or counts.
+                # A quantile or a mean has the unit of the metric; other expressions are ratios or counts.
                 measured = re.match(r"histogram_quantile\(.*?\((\w+)_bucket|.*?\((\w+)_sum.*/.*_count", target["expr"])
                 if measured is None or "saved" in target["expr"]:
                     continue
@@ -98,7 +98,7 @@ def test_units_agree_with_the_metrics():
                 assert suffix or not metric.endswith(tuple(UNITS.values())), f"{name} / {panel['title']}"
 
 
-def test_every_alert_has_a_paragraph_and_says_where():
+def test_alerts_documented():
     manual = (ROOT / "docs/operations.md").read_text()
     for name, alert in alerts().items():
         paragraph = re.search(rf"^### {name}\n\n(.+?)(?=\n#|\Z)", manual, re.MULTILINE | re.DOTALL)
@@ -111,13 +111,13 @@ def test_every_alert_has_a_paragraph_and_says_where():
     assert set(re.findall(r"^### (SLR\w+)$", manual, re.MULTILINE)) == alerts().keys()
 
 
-def test_every_alert_is_tested():
+def test_alerts_tested():
     tested = (PROMETHEUS / "tests/alerts.test.yml").read_text()
     for name in alerts():
         assert re.search(rf"alertname: {name}\n\s+eval_time: \w+\n\s+exp_alerts:\n\s+- exp_labels", tested), name
 
 
-def test_what_is_scraped_is_what_runs():
+def test_scrape_config():
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
     assert job["job_name"] == "slr", "the rules ask for this job"
@@ -129,11 +129,11 @@ def test_what_is_scraped_is_what_runs():
 def promtool():
     found = shutil.which("promtool")
     if found is None:
-        pytest.skip("promtool is not here: apt-get install prometheus")
+        pytest.skip("promtool is not installed (Debian package prometheus)")
     return found
 
 
-def test_promtool_finds_no_fault(promtool):
+def test_promtool_config_and_rules(promtool):
     for arguments in (
         ("check", "config", "--lint-fatal", str(PROMETHEUS / "prometheus.yml")),
         ("check", "rules", "--lint-fatal", *map(str, RULES)),
@@ -143,13 +143,13 @@ def test_promtool_finds_no_fault(promtool):
         assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_promtool_likes_the_names_of_the_metrics(promtool):
+def test_promtool_metric_names(promtool):
     page = generate_latest(Metrics("tiny").registry)
     run = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True, check=False)
     assert run.returncode == 0, run.stderr.decode()
     assert run.stderr == b""
 
 
-def test_the_dashboards_are_made_for_the_grafana_that_runs():
+def test_grafana_version():
     (image,) = re.findall(r"grafana/grafana:(\d+\.\d+)\.", (ROOT / "docker/compose.yaml").read_text())
     assert version("grafana-foundation-sdk").split("!")[1].startswith(f"{image}.")

@@ -1,4 +1,4 @@
-"""The real server, the real Prometheus, half a minute of load: everything that the monitoring asks, asked."""
+"""Every query of the monitoring, against a real server and a real Prometheus, after half a minute of load."""
 
 import asyncio
 import math
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 LOAD_S = 30
 QUIET = {
-    # Nothing in the load diverges, fails, leaves or is cut short: these exist, and are zero.
+    # No request of the load diverges, fails, is cancelled or has its budget reduced: these exist and are zero.
     "slr_nonfinite_total",
     "slr_wasted_row_iterations_total",
     "slr_budget_reductions_total",
@@ -56,13 +56,13 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prometheus(server, tmp_path_factory):
-    """A client of a Prometheus that runs the committed configuration, scraping the server."""
+    """A client of a Prometheus that scrapes the server with the committed configuration."""
     binary = shutil.which("prometheus")
     if binary is None:
-        pytest.skip("prometheus is not here: apt-get install prometheus")
+        pytest.skip("prometheus is not installed (Debian package prometheus)")
     folder = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
-    # The committed one but for where the server is, and faster: half a minute is short.
+    # The committed configuration with another target, and faster, since half a minute is short.
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(PROMETHEUS / "rules" / "*.yml")]
     (job,) = config["scrape_configs"]
@@ -105,7 +105,7 @@ def until(true, seconds=60):
 
 
 def query(client, expression):
-    """The samples of an instant query; a query that Prometheus refuses fails."""
+    """The samples of an instant query. Fails if Prometheus refuses it."""
     reply = client.get("/api/v1/query", params={"query": expression}).json()
     assert reply["status"] == "success", f"{expression}: {reply}"
     result = reply["data"]["result"]
@@ -114,9 +114,9 @@ def query(client, expression):
 
 @pytest.fixture(scope="module")
 def loaded(server, prometheus):
-    """The report of half a minute of load, and the iterations that the engine had run before."""
+    """The report of half a minute of load, and the number of iterations that the engine had run before."""
     until(lambda: query(prometheus, 'up{job="slr"} == 1'))
-    # A server asks itself something before it is ready: its engine counts that, nobody's answer does.
+    # The server runs a warm-up request before it is ready: it counts in the engine, and in no metric of answers.
     before = value(query(prometheus, "sum(slr_loop_row_iterations_total)"))
     with httpx.Client(base_url=server, timeout=60) as client:
         refused = [client.post("/generate", json={"prompt": ""}).status_code for _ in range(3)]
@@ -142,10 +142,10 @@ def value(samples):
     return float(sample["value"][1])
 
 
-def test_every_expression_of_every_panel_gives_data(loaded, prometheus):
+def test_panels_have_data(loaded, prometheus):
     empty, broken = [], []
     for where, expression in panel_expressions():
-        # Over the load, and a range as a panel asks for it.
+        # As an instant query over the load, and as the range query that a panel sends.
         expression = expression.replace("[20s]", f"[{LOAD_S}s]")
         samples = query(prometheus, expression)
         if not samples:
@@ -162,7 +162,7 @@ def test_every_expression_of_every_panel_gives_data(loaded, prometheus):
     assert not broken, "nothing but NaN"
 
 
-def test_every_rule_is_evaluated_and_gives_data(loaded, prometheus):
+def test_rules_have_data(loaded, prometheus):
     assert {rule["name"] for rule in evaluated(prometheus)} == {rule.get("record") or rule["alert"] for rule in rules()}
     until(lambda: all(rule["health"] == "ok" for rule in evaluated(prometheus)))
     for rule in rules():
@@ -172,7 +172,7 @@ def test_every_rule_is_evaluated_and_gives_data(loaded, prometheus):
     until(lambda: all(query(prometheus, rule["record"]) for rule in rules() if "record" in rule))
 
 
-def test_no_alert_fires_on_a_sound_server_and_all_can_see_their_data(loaded, prometheus):
+def test_no_alert_fires(loaded, prometheus):
     for name, alert in alerts().items():
         assert query(prometheus, alert["expr"]) == [], name
         for metric in metrics_of(alert["expr"]):
@@ -181,7 +181,7 @@ def test_no_alert_fires_on_a_sound_server_and_all_can_see_their_data(loaded, pro
             until(lambda: query(prometheus, recorded))  # noqa: B023
 
 
-def test_every_metric_has_its_type_and_help(loaded, prometheus):
+def test_metadata(loaded, prometheus):
     metadata = prometheus.get("/api/v1/metadata").json()["data"]
     for _, expression in panel_expressions():
         for name in metrics_of(expression):
@@ -193,7 +193,7 @@ def test_every_metric_has_its_type_and_help(loaded, prometheus):
             assert entry[0]["help"], name
 
 
-def test_the_numbers_of_prometheus_are_those_of_the_load(loaded, prometheus):
+def test_values_match_the_load(loaded, prometheus):
     report, before = loaded
     iterations = {int(t): count for t, count in report.to_json()["iterations"].items()}
     iterations[3] = iterations.get(3, 0) + 1
