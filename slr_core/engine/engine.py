@@ -22,9 +22,8 @@ from slr_core.engine.core import Core
 from slr_core.engine.events import Event, FinishedEvent
 from slr_core.engine.prefix_cache import prefix_keys
 from slr_core.engine.runner.device import (
-    best_device,
-    cast_for_device,
     fastest_threads,
+    load_reasoner,
     release_workers,
     restore_default_threads,
 )
@@ -148,25 +147,24 @@ class Engine:
         cls,
         path_or_id: str | None = None,
         *,
-        device: str | None = None,
-        dtype: torch.dtype | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         **options: Any,
     ) -> Self:
-        """Load a checkpoint (by default the bundled one) and start an engine on it.
+        """Load a checkpoint and start an engine on it.
 
         Args:
-            path_or_id: a folder, a hub id or the name of a bundled checkpoint.
-            device: where it runs; by default a GPU where there is one.
-            dtype: by default as saved, but for what the device would only emulate.
-            options: those of the engine.
+            path_or_id: a folder, a hub id or the name of a bundled checkpoint. Default: ``prosqa``.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. ``auto``: a GPU where there is one.
+            dtype: ``auto``, ``float32``, ``bfloat16``, ``float16`` or a torch dtype. ``auto``: the checkpoint's own
+                where the device computes it natively, and fp32 otherwise.
+            options: passed to :class:`Engine`.
 
         Raises:
             CheckpointError: the checkpoint cannot be loaded.
-            ConfigError: an option is out of range.
+            ConfigError: an option is out of range, or the device or dtype cannot be used.
         """
-        reasoner = LatentReasoner.from_pretrained(path_or_id, dtype=dtype, device=device or best_device())
-        if dtype is None:
-            cast_for_device(reasoner)
+        reasoner = load_reasoner(path_or_id, device=device, dtype=dtype)
         return cls(reasoner, **options)
 
     # -- requests ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the hardware at hand does well: where a model goes, in which numbers, and on how many threads."""
+"""Choose device, dtype and thread count."""
 
 from __future__ import annotations
 
@@ -12,27 +12,80 @@ from collections.abc import Callable
 
 import torch
 
+from slr_core.errors import ConfigError
 from slr_core.model.reasoner import LatentReasoner
 
 logger = logging.getLogger(__name__)
 
-WORTH = 1.2
-"""How many times as fast more threads have to be."""
-MEASURED_S = 0.25
-"""Seconds that are measured at least: a machine that starts a server may be busy with more."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtypes by name; the name ``auto`` stands for the checkpoint's own."""
+MIN_SPEEDUP = 1.2
+"""A larger number of threads is chosen only if a step is faster by this factor."""
+MIN_MEASURED_S = 0.25
+"""Shortest time in seconds for which thread counts are compared: other processes may be busy at startup."""
 _OMP_PAUSE_HARD = 2  # OpenMP 5.0, section 3.2.44
-_PROCESS = os.getpid()
+_PROCESS_ID = os.getpid()
 
 
-def best_device() -> str:
-    """``cuda`` where there is a GPU, else ``cpu``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def resolve_device(device: str | torch.device = "auto") -> str:
+    """Return a device that can be used now. ``auto`` is ``cuda`` if there is a GPU, else ``cpu``.
+
+    Raises:
+        ConfigError: the name is unknown or the device is not available.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {device}") from error
+    try:
+        torch.empty(1, device=found).cpu()  # the meta device holds no data: copying from it fails
+    except Exception as error:  # each backend raises its own kind
+        raise ConfigError(f"device {found} is not available here") from error
+    return str(found)
+
+
+def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | None:
+    """Return the dtype of this name, ``None`` for ``auto``: the dtype then depends on the checkpoint and the device.
+
+    Raises:
+        ConfigError: the name is unknown, or the dtype is not a floating-point one.
+    """
+    if dtype == "auto":
+        return None
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or not found.is_floating_point:
+        raise ConfigError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype}")
+    return found
+
+
+def load_reasoner(
+    path_or_id: str | None = None, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> LatentReasoner:
+    """Load a checkpoint onto a device, in eval mode.
+
+    Args:
+        path_or_id: a folder, a hub id or the name of a bundled checkpoint; ``None``: the default one.
+        device: see :func:`resolve_device`.
+        dtype: see :func:`resolve_dtype`; ``auto`` is the checkpoint's own where the device computes it natively,
+            and fp32 otherwise.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded.
+        ConfigError: the device or the dtype cannot be used.
+    """
+    chosen, place = resolve_dtype(dtype), resolve_device(device)
+    reasoner = LatentReasoner.from_pretrained(path_or_id, dtype=chosen, device=place)
+    if chosen is None:
+        cast_for_device(reasoner)
+    return reasoner
 
 
 def cast_for_device(reasoner: LatentReasoner) -> None:
-    """Give a model numbers that its device computes fast: half precision becomes fp32 where a CPU only emulates it.
+    """Cast a half-precision model to fp32, in place, if it is on a CPU that does not compute its dtype natively.
 
-    Without AVX512-BF16 or AMX, a product in bf16 takes a CPU 5 to 10 times as long as in fp32.
+    Without AVX512-BF16 or AMX, a matrix product in bf16 takes a CPU 5 to 10 times as long as in fp32.
     """
     half = reasoner.base.dtype in (torch.bfloat16, torch.float16)
     native = reasoner.base.dtype == torch.bfloat16 and (
@@ -43,16 +96,16 @@ def cast_for_device(reasoner: LatentReasoner) -> None:
 
 
 def fastest_threads(run: Callable[[], object], most: int, rounds: int = 3) -> int:
-    """Of 1, 2, 4, ... threads, at most ``most``, the number with which ``run`` is fastest.
+    """Set and return the thread count with which ``run`` is fastest, out of 1, 2, 4, ... and ``most``.
 
-    More threads have to be worth it, by :data:`WORTH`: they keep processors busy, working or waiting, that others could
-    use. The number holds for the calling thread from then on.
+    A larger count has to be faster by :data:`MIN_SPEEDUP`, since it keeps more processors busy. The count applies to
+    the calling thread.
     """
     candidates = sorted({min(most, 1 << i) for i in range(most.bit_length() + 1)})
     best = dict.fromkeys(candidates, float("inf"))
     done, start = 0, time.perf_counter()
-    while len(candidates) > 1 and (done <= rounds or time.perf_counter() - start < MEASURED_S):
-        for threads in candidates:  # interleaved, and the first round warms up
+    while len(candidates) > 1 and (done <= rounds or time.perf_counter() - start < MIN_MEASURED_S):
+        for threads in candidates:  # interleaved; the first round warms up
             torch.set_num_threads(threads)
             began = time.perf_counter()
             run()
@@ -60,36 +113,37 @@ def fastest_threads(run: Callable[[], object], most: int, rounds: int = 3) -> in
         done += 1
     chosen = candidates[0]
     for threads in candidates[1:]:
-        if best[threads] * WORTH <= best[chosen]:
+        if best[threads] * MIN_SPEEDUP <= best[chosen]:
             chosen = threads
     torch.set_num_threads(chosen)
     if done:
-        times = ", ".join(f"{threads}: {1000 * seconds:.1f} ms" for threads, seconds in best.items())
-        logger.info("a step by number of threads is %s; it runs on %d", times, chosen)
+        times = ", ".join(f"{1000 * seconds:.1f} ms with {threads}" for threads, seconds in best.items())
+        logger.info("Using %d thread%s (step time: %s)", chosen, "" if chosen == 1 else "s", times)
     return chosen
 
 
-def restore_default_threads(default: int) -> None:
-    """Let threads to come compute on so many threads again.
+def restore_default_threads(count: int) -> None:
+    """Set the thread count of threads that have not computed yet.
 
-    ``torch.set_num_threads`` sets the number of the calling thread, and that of all that have not computed yet.
+    ``torch.set_num_threads`` sets the count of the calling thread and of all threads that have not computed yet.
     """
-    elsewhere = threading.Thread(target=torch.set_num_threads, args=(default,))
-    elsewhere.start()
-    elsewhere.join()
+    setter = threading.Thread(target=torch.set_num_threads, args=(count,))
+    setter.start()
+    setter.join()
 
 
 def release_workers() -> None:
-    """End the OpenMP workers that the calling thread has; when it computes in parallel again, it gets others.
+    """End the OpenMP workers of the calling thread. Its next parallel operation starts new ones.
 
-    Every thread that calls torch has workers of its own. GNU's OpenMP lets them spin between two parallel regions, but
-    only while all of them together are no more than the processors: one idle thread that has once loaded a model makes
-    another's workers sleep after each operation, and waking them takes longer than most operations of a step.
+    Every thread that calls torch has its own workers. GNU's OpenMP lets them spin between two parallel regions, but
+    only while the process has no more workers than processors. One idle thread that has loaded a model therefore makes
+    the workers of all other threads sleep after each operation, and waking them takes longer than most operations of
+    a step.
     """
-    # A forked process has the record of its parent's workers but not them, and would wait for ever for them to end.
-    if sys.platform != "linux" or os.getpid() != _PROCESS:
+    # A forked process has its parent's list of workers but not the workers: it would wait for them for ever.
+    if sys.platform != "linux" or os.getpid() != _PROCESS_ID:
         return
     runtime = ctypes.CDLL(None)
-    # Other runtimes have no such rule, and may take this for all threads at once.
+    # Only GNU's OpenMP has this rule; others may end the workers of all threads here.
     if hasattr(runtime, "omp_pause_resource_all") and not hasattr(runtime, "kmp_set_blocktime"):
         runtime.omp_pause_resource_all(_OMP_PAUSE_HARD)
