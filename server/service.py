@@ -12,7 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
-from slr_core.checkpoint.info import describe
+from slr_core.checkpoint.info import describe_model
 from slr_core.engine import DEFAULT_LOOP_SET, Engine, FinishedEvent
 from slr_core.engine.adapter_set import LoopAdapterSet
 from slr_core.errors import EngineError, RequestError
@@ -292,7 +292,7 @@ class Service:
             "loaded model %s in %.1f s: %s",
             self.settings.model_name,
             time.monotonic() - started,
-            describe(self._engine.reasoner).sizes,
+            describe_model(self._engine.reasoner).sizes,
         )
 
     def _build(self) -> Engine:

@@ -123,9 +123,9 @@ class ServerSettings(BaseSettings):
     def model_name(self) -> str:
         """Name of the served model in responses and metrics: the last part of its folder or hub id."""
         # Imported here because it imports torch, which --help does not need.
-        from slr_core.checkpoint.folder import BUNDLED
+        from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
 
-        return os.path.basename(os.path.abspath(self.model or BUNDLED))
+        return os.path.basename(os.path.abspath(self.model or DEFAULT_CHECKPOINT))
 
 
 def split_list(text: str) -> list[str]:

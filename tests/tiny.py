@@ -31,7 +31,7 @@ from transformers import (
 
 from slr_core.config import SLRConfig
 from slr_core.generation.prepare import prepare
-from slr_core.loop.lora import DECODE, fresh
+from slr_core.loop.lora import DECODE, new_adapter_configs
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
 from slr_core.types import Request
@@ -117,7 +117,7 @@ def reasoner(
     """A tiny reasoner in eval mode, every weight that starts as a no-op made to matter."""
     plain = plain or base(kind, seed)
     settings = config(loop, **top)
-    adapters = fresh(settings.loop)
+    adapters = new_adapter_configs(settings.loop)
     if decode:
         targets = ["c_attn", "c_proj"] if kind == "gpt2" else ["q_proj", "down_proj"]
         adapters[DECODE] = LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")

@@ -6,20 +6,20 @@ from pathlib import Path
 
 CONFIG, MODULES, LOOPS, BASE = "slr_config.json", "slr_modules.safetensors", "loops", "base"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SHIPPED = Path(__file__).parent / "bundled"
-BUNDLED = SHIPPED / "prosqa"
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+DEFAULT_CHECKPOINT = BUNDLED_FOLDER / "prosqa"
 READ_FROM_HUB = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
 
 
 def bundled_names() -> list[str]:
     """Names of the checkpoints that ship inside the package."""
-    return sorted(folder.name for folder in SHIPPED.iterdir())
+    return sorted(folder.name for folder in BUNDLED_FOLDER.iterdir())
 
 
 def local_path(path_or_id: str | Path | None) -> Path:
     """Where a checkpoint is, if here: ``None`` is ``prosqa``; those that ship have names, unless a folder has them."""
-    path = BUNDLED if path_or_id is None else Path(path_or_id)
-    shipped = {folder.name: folder for folder in SHIPPED.iterdir()}.get(str(path))
+    path = DEFAULT_CHECKPOINT if path_or_id is None else Path(path_or_id)
+    shipped = {folder.name: folder for folder in BUNDLED_FOLDER.iterdir()}.get(str(path))
     return path if shipped is None or path.is_dir() else shipped
 
 

@@ -13,7 +13,7 @@ from slr_core.model.reasoner import LatentReasoner
 
 
 @dataclass(frozen=True)
-class Description:
+class ModelDescription:
     """What a model is made of.
 
     Attributes:
@@ -58,10 +58,10 @@ class Description:
         return (prompt_tokens + self.loop_positions + max_new_tokens) * self.cache_bytes_per_position
 
 
-def describe(reasoner: LatentReasoner) -> Description:
+def describe_model(reasoner: LatentReasoner) -> ModelDescription:
     """Sizes of a model's parts, the share that the loop adds to the base, and its cache memory."""
     adapters = {key: p for key, p in reasoner.base.named_parameters() if ".lora_" in key}
-    return Description(
+    return ModelDescription(
         architecture=type(reasoner.base).__name__,
         base_parameters=sum(p.numel() for key, p in reasoner.base.named_parameters() if ".lora_" not in key),
         adapter_parameters=sum(p.numel() for p in adapters.values()),

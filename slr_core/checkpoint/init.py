@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from slr_core._install import missing_extra
 from slr_core._version import __version__
-from slr_core.checkpoint.info import describe
-from slr_core.checkpoint.write import save
+from slr_core.checkpoint.info import describe_model
+from slr_core.checkpoint.write import save_checkpoint
 from slr_core.config import LoopConfig, SLRConfig, TextConfig, validated
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.model.reasoner import LatentReasoner
@@ -58,7 +58,7 @@ class InitConfig(LoopConfig):
         return SLRConfig.from_dict({"text": data.pop("text"), "loop": data})
 
 
-def initialize(base: str, out: str | Path, config: str | Path | None = None, *, seed: int = 0) -> LatentReasoner:
+def init_checkpoint(base: str, out: str | Path, config: str | Path | None = None, *, seed: int = 0) -> LatentReasoner:
     """Write a checkpoint folder that holds a copy of ``base`` and untrained loop parts, and return what it holds.
 
     Args:
@@ -75,22 +75,24 @@ def initialize(base: str, out: str | Path, config: str | Path | None = None, *, 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: expected a new or an empty folder")
     settings = InitConfig.from_yaml(Path(config)) if config is not None else InitConfig()
-    model, tokenizer = load_base(base)
+    model, tokenizer = load_model_and_tokenizer(base)
     torch.manual_seed(seed)
     reasoner = LatentReasoner(model, tokenizer, settings.config()).eval()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{out}: cannot be made ({error})") from error
-    save(reasoner, out)
+    save_checkpoint(reasoner, out)
     card = CARD.format(
-        name=out.name, base=Path(base).name, version=__version__, seed=seed, sizes=describe(reasoner).sizes
+        name=out.name, base=Path(base).name, version=__version__, seed=seed, sizes=describe_model(reasoner).sizes
     )
     (out / "README.md").write_text(card, encoding="utf-8")
     return reasoner
 
 
-def load_base(base: str, tokenizer_from: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model_and_tokenizer(
+    base: str, tokenizer_from: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A base model and its tokenizer, which may lie elsewhere.
 
     Raises:

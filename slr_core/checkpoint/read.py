@@ -28,13 +28,13 @@ from slr_core.checkpoint.validate import check_tensors, checkpoint_error, read_j
 from slr_core.checkpoint.write import base_state, modules_state
 from slr_core.config import FORMAT_VERSION, SLRConfig
 from slr_core.errors import ConfigError
-from slr_core.loop.lora import DECODE, fresh
+from slr_core.loop.lora import DECODE, new_adapter_configs
 from slr_core.model.reasoner import LatentReasoner
 
 R = TypeVar("R", bound="LatentReasoner")
 
 
-def load(
+def load_checkpoint(
     cls: type[R], path_or_id: str | Path | None = None, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> R:
     """Load a checkpoint, in eval mode.
@@ -106,7 +106,7 @@ def _config(folder: Path) -> SLRConfig:
 
 
 def _adapters(folder: Path, config: SLRConfig) -> dict[str, LoraConfig]:
-    ranks = {name: adapter.r for name, adapter in fresh(config.loop).items()}
+    ranks = {name: adapter.r for name, adapter in new_adapter_configs(config.loop).items()}
     names = list(ranks)
     if DECODE not in ranks and (folder / LOOPS / DECODE).is_dir():
         names.append(DECODE)

@@ -16,7 +16,7 @@ from slr_core.config import FORMAT_VERSION
 from slr_core.model.reasoner import LatentReasoner
 
 
-def save(reasoner: LatentReasoner, folder: str | Path) -> None:
+def save_checkpoint(reasoner: LatentReasoner, folder: str | Path) -> None:
     """Write ``reasoner`` as a checkpoint folder; existing files of the same names are replaced."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,18 +32,18 @@ def info(model: Model = None, as_json: AsJson = False) -> None:
 
 def description(reasoner: LatentReasoner) -> dict[str, Any]:
     """Sizes and settings of a checkpoint as JSON-ready values."""
-    from slr_core.checkpoint.info import describe
+    from slr_core.checkpoint.info import describe_model
 
-    sizes = describe(reasoner)
+    sizes = describe_model(reasoner)
     added = {"added_parameters": sizes.added_parameters, "added_share": sizes.added_share}
     return {**asdict(sizes), **added, "config": reasoner.config.model_dump(mode="json")}
 
 
 def print_description(reasoner: LatentReasoner) -> None:
     """Print sizes and settings of a checkpoint, one row each."""
-    from slr_core.checkpoint.info import describe
+    from slr_core.checkpoint.info import describe_model
 
-    sizes, loop, text = describe(reasoner), reasoner.config.loop, reasoner.config.text
+    sizes, loop, text = describe_model(reasoner), reasoner.config.loop, reasoner.config.text
     per_position, latent = sizes.cache_bytes_per_position, loop.decoder.latent_decoder
     example = sizes.cache_bytes(EXAMPLE_PROMPT_TOKENS, text.max_new_tokens)
     rows = {

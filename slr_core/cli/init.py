@@ -26,9 +26,9 @@ def init(
 
     Writes a checkpoint folder. Its adapters have no effect until `slr train` trains them.
     """
-    from slr_core.checkpoint.init import initialize
+    from slr_core.checkpoint.init import init_checkpoint
 
-    reasoner = initialize(base, out, config, seed=seed)
+    reasoner = init_checkpoint(base, out, config, seed=seed)
     if as_json:
         print_json(description(reasoner))
         return

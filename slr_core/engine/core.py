@@ -21,10 +21,10 @@ from slr_core.engine.scheduler import Scheduler, Work
 from slr_core.engine.sequence import Phase, Sequence
 from slr_core.engine.statistics import Counters, Step
 from slr_core.errors import DeadlineError, EngineError, SLRError
-from slr_core.generation.decoding import LatentWriter, decode_thoughts
+from slr_core.generation.decoding import LatentTextDecoder, decode_thoughts
 from slr_core.generation.logprobs import score_states
-from slr_core.generation.reference import passes
-from slr_core.loop.diagnostics import stability
+from slr_core.generation.reference import count_passes
+from slr_core.loop.diagnostics import summarize_loop
 from slr_core.types import Result, Timings, TokenScore
 
 logger = logging.getLogger(__name__)
@@ -261,9 +261,9 @@ class Core:
         """The prompt is there: ``state`` is what :meth:`Workspace.first` asks for."""
         sequence.prefilled = time.perf_counter()
         sequence.prompt_state = state
-        sequence.states = [sequence.loops.workspace.first(state)]
+        sequence.states = [sequence.loops.workspace.initial_state(state)]
         sequence.phase = Phase.LOOP
-        if sequence.row.reason is not None:
+        if sequence.row.exit_reason is not None:
             self._exit(sequence)
 
     def _iterated(self, sequence: Sequence, iteration: IterationOutput, began: float, ended: float) -> None:
@@ -274,7 +274,7 @@ class Core:
         if not sequence.loops.in_place:
             sequence.filled += 1
         _tell(sequence, IterationEvent(sequence.row.records[-1]))
-        if sequence.row.reason is not None:
+        if sequence.row.exit_reason is not None:
             self._exit(sequence)
 
     def _exit(self, sequence: Sequence) -> None:
@@ -283,7 +283,7 @@ class Core:
         kept, workspace = sequence.row.kept_iterations, sequence.loops.workspace
         if not sequence.loops.in_place:
             sequence.filled = len(sequence.request.prompt_ids) + kept
-        if sequence.row.reason == "diverged":
+        if sequence.row.exit_reason == "diverged":
             self.cache.wipe(sequence.slot, sequence.filled, sequence.reserved)
         if kept and sequence.loops.reasoner.answers_from_states:
             sequence.phase = Phase.LATENT
@@ -312,7 +312,9 @@ class Core:
     def _write_latent(self, rows: list[Work]) -> None:
         sequences = [sequence for sequence, _ in rows]
         memories = [s.loops.workspace.memory(torch.stack(s.states), s.row.kept_iterations) for s in sequences]
-        writer = LatentWriter(sequences[0].loops.reasoner, memories, [s.request.answer_prefix_ids for s in sequences])
+        writer = LatentTextDecoder(
+            sequences[0].loops.reasoner, memories, [s.request.answer_prefix_ids for s in sequences]
+        )
         everyone = torch.ones(len(sequences), dtype=torch.bool, device=memories[0].device)
         self._take(sequences, writer.next([s.answer.tokens for s in sequences], everyone))
 
@@ -322,24 +324,24 @@ class Core:
             logits = logits.cpu()  # at once, and not row by row
         for sequence, (likeliest, broken), row in zip(sequences, table, logits, strict=True):
             if broken:  # its most likely token would be no more than the first
-                self._fail(sequence, EngineError("the model's logits are not numbers"))
+                self._fail(sequence, EngineError("the model's logits are not finite"))
             else:
                 self._run_row(sequence, self._push, likeliest, row)
 
     def _push(self, sequence: Sequence, likeliest: int, logits: Tensor) -> None:
         answer = sequence.answer
-        token = answer.take(logits, likeliest)
+        token = answer.choose_token(logits, likeliest)
         sequence.state, sequence.logits, sequence.pending = None, None, [token]
         self.counters.tokens += 1
         if sequence.on_event is not None:
-            _tell(sequence, TokenEvent(token, answer.fresh(), answer.scores[-1] if answer.scores else None))
-        if answer.finished is not None:
+            _tell(sequence, TokenEvent(token, answer.new_text(), answer.scores[-1] if answer.scores else None))
+        if answer.finish_reason is not None:
             self._finish(sequence)
 
     def _finish(self, sequence: Sequence) -> None:
         request, row, answer = sequence.request, sequence.row, sequence.answer
-        reasoner, records, reason = sequence.loops.reasoner, row.records, row.reason
-        assert answer.finished is not None
+        reasoner, records, reason = sequence.loops.reasoner, row.records, row.exit_reason
+        assert answer.finish_reason is not None
         assert reason is not None
         states = torch.stack(sequence.states) if request.trace or request.include_states else None
         if states is not None and request.trace:
@@ -349,22 +351,22 @@ class Core:
         result = Result(
             text=answer.text,
             token_ids=tuple(answer.tokens),
-            finish_reason=answer.finished,
+            finish_reason=answer.finish_reason,
             iterations=sequence.t,
             exit_reason=reason,
             final_change=records[-1].relative_change if records else None,
             prompt_tokens=len(request.prompt_ids),
-            forward_passes=passes(reasoner, request, sequence.t, row.kept_iterations, len(answer.tokens)),
+            forward_passes=count_passes(reasoner, request, sequence.t, row.kept_iterations, len(answer.tokens)),
             timings=Timings(
                 queue_s=sequence.admitted - sequence.arrived,
                 prefill_s=sequence.prefilled - sequence.admitted,
                 loop_s=sequence.looped - sequence.prefilled,
-                decode_s=answer.ended_at - sequence.looped,
-                total_s=answer.ended_at - sequence.arrived,
+                decode_s=answer.finished_at - sequence.looped,
+                total_s=answer.finished_at - sequence.arrived,
             ),
-            first_token_s=answer.began_at - sequence.arrived,
+            first_token_s=answer.first_token_at - sequence.arrived,
             records=tuple(records),
-            stability=stability(records, row.returns, reason == "converged"),
+            stability=summarize_loop(records, row.return_ratios, reason == "converged"),
             states=states.float().cpu() if states is not None and request.include_states else None,
             scores=tuple(answer.scores),
             prompt_scores=tuple(sequence.prompt_scores),

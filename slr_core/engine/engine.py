@@ -35,7 +35,7 @@ from slr_core.errors import ConfigError, EngineError, RequestError
 from slr_core.generation.decoding import DecodeState
 from slr_core.generation.prepare import prepare
 from slr_core.loop.convergence import ExitRule
-from slr_core.loop.diagnostics import RowLog
+from slr_core.loop.diagnostics import LoopTracker
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
 from slr_core.types import Messages, Request, Result, Tokens
@@ -212,7 +212,7 @@ class Engine:
             keys=prefix_keys(request.prompt_ids) if self._reuses(request, loops) else (),
             reserved=reserved,
             answer=DecodeState(loops.reasoner, request),
-            row=RowLog(ExitRule(request.loop, loops.config.guard)),
+            row=LoopTracker(ExitRule(request.loop, loops.config.guard)),
         )
         sequence.future.add_done_callback(sequence.hear_of_end)
         with self._changed:

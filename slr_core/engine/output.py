@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slr_core.engine.runner.model_runner import stacked
 from slr_core.engine.sequence import Sequence
-from slr_core.loop.convergence import measure, step
+from slr_core.loop.convergence import measure, measure_step
 from slr_core.loop.workspace import readout
 
 _OF_THE_STATE = ("norm", "entropy")
@@ -98,7 +98,7 @@ class IterationBatch:
         """The measures, with one transfer to the host for all rows; ``logits`` ``[n + m, V]`` at :meth:`to_read`."""
         rows, h, valid_mask, previous = self.rows, self.h, self.valid_mask, self.previous
         reasoner = rows[0].loops.reasoner
-        moved = reasoner.moved(self.g, h)
+        compared = reasoner.compared_state(self.g, h)
         head = before = None
         if logits is not None:
             read = logits.float().log_softmax(-1)
@@ -109,7 +109,7 @@ class IterationBatch:
             h,
             valid_mask,
             previous=previous,
-            moved=moved,
+            compared=compared,
             head=head,
             head_before=before,
             p_halt=None if reasoner.halting is None else reasoner.halting(h, valid_mask),
@@ -117,9 +117,9 @@ class IterationBatch:
         measured = {name: x for name, x in vars(distances).items() if x is not None}
         earlier, _ = stacked([row.states[-2] if row.t else row.states[-1] for row in rows])
         change = distances.change
-        if change is None or moved is not h:
-            change = step(h, previous, valid_mask)[0]
-        measured["back"] = step(h, earlier, valid_mask)[0] / change
+        if change is None or compared is not h:
+            change = measure_step(h, previous, valid_mask)[0]
+        measured["back"] = measure_step(h, earlier, valid_mask)[0] / change
         real = h if valid_mask is None else h.masked_fill(~valid_mask[..., None], 0)
         measured["finite"] = real.isfinite().flatten(1).all(-1).float()
         table = torch.stack(list(measured.values())).T.tolist()

@@ -14,7 +14,7 @@ from torch import Tensor
 from slr_core.engine.adapter_set import LoopAdapterSet
 from slr_core.engine.events import Event
 from slr_core.generation.decoding import DecodeState
-from slr_core.loop.diagnostics import RowLog
+from slr_core.loop.diagnostics import LoopTracker
 from slr_core.types import Request, Result, TokenScore
 
 
@@ -60,7 +60,7 @@ class Sequence:
     keys: tuple[bytes, ...]
     reserved: int
     answer: DecodeState
-    row: RowLog
+    row: LoopTracker
     cancelled: bool = False
     settled: bool = False
     arrived: float = field(default_factory=time.perf_counter)

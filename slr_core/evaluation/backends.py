@@ -16,7 +16,7 @@ from slr_core.errors import ConfigError, EngineError, RequestError
 from slr_core.evaluation.cost import Cost
 from slr_core.evaluation.outcomes import Answered
 from slr_core.generation.prepare import prepare
-from slr_core.generation.reference import Think, generate
+from slr_core.generation.reference import RunLoop, generate
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, SamplingParams
 from slr_core.types import Request
@@ -84,7 +84,7 @@ class Local:
         return engine
 
     def answer(
-        self, prompts: Sequence[str], ask: Ask, seeds: Sequence[int], run_loop: Think | None = None
+        self, prompts: Sequence[str], ask: Ask, seeds: Sequence[int], run_loop: RunLoop | None = None
     ) -> list[list[Answered]]:
         """As :class:`Backend`; ``think`` interferes with the loops, which come prompt by prompt, sample by sample:
         that is the reference's work, and it must have the model alone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from slr_core.checkpoint.info import describe
+from slr_core.checkpoint.info import describe_model
 from slr_core.loop.lora import DECODE
 from slr_core.model.base_support import hidden_size
 from slr_core.model.reasoner import LatentReasoner
@@ -18,7 +18,7 @@ class Cost:
     """
 
     def __init__(self, reasoner: LatentReasoner) -> None:
-        self.reasoner, base, described = reasoner, reasoner.base, describe(reasoner)
+        self.reasoner, base, described = reasoner, reasoner.base, describe_model(reasoner)
         self.added_parameters = described.added_parameters
         table: Tensor = base.get_input_embeddings().weight  # type: ignore[assignment]
         head: Tensor = base.get_output_embeddings().weight  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
 """Interfering with thoughts: noise while a loop runs, or other thoughts in place of its own.
 
 If an answer does not depend on what the states hold, replacing them changes nothing: these are the controls
-that tell thinking from extra passes. Every function gives a :data:`slr_core.generation.reference.Think` for one batch;
-its randomness is drawn row by row, so that a row's batch does not matter.
+that tell thinking from extra passes. Every function returns a :data:`slr_core.generation.reference.RunLoop` for one
+batch; its randomness is drawn row by row, so that a row's batch does not matter.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from slr_core.errors import ConfigError
-from slr_core.generation.reference import Think
-from slr_core.model.context import Context, LoopOutput
+from slr_core.generation.reference import RunLoop
+from slr_core.loop.context import Context
+from slr_core.model.exits import LoopOutput, loop_until_exit
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import ResolvedLoopParams
 
@@ -23,7 +24,7 @@ Edit = Callable[[list[Tensor]], list[Tensor]]
 """From every row's kept states ``[t + 1, W, d]``, h_0 first, to those that take their place."""
 
 
-def noisy(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, start_only: bool = False) -> Think:
+def noisy(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, start_only: bool = False) -> RunLoop:
     """Gaussian noise on h_0 and, unless ``start_only``, on every h_t; ``scale`` is its share of a state's RMS."""
 
     def run_loop(context: Context, settings: Sequence[ResolvedLoopParams]) -> LoopOutput:
@@ -39,23 +40,23 @@ def noisy(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, start
 
         context.initial = context.hidden = disturb(context.hidden)
         if start_only:
-            return reasoner.loop(context, settings)
+            return loop_until_exit(reasoner, context, settings)
         hook = reasoner.residual.register_forward_hook(lambda _module, _inputs, h: disturb(h))
         try:
-            return reasoner.loop(context, settings)
+            return loop_until_exit(reasoner, context, settings)
         finally:
             hook.remove()
 
     return run_loop
 
 
-def replaced(reasoner: LatentReasoner, edit: Edit) -> Think:
+def replaced(reasoner: LatentReasoner, edit: Edit) -> RunLoop:
     """Let every loop run, then run it again on states that ``edit`` put in place of its own."""
 
     def run_loop(context: Context, settings: Sequence[ResolvedLoopParams]) -> LoopOutput:
         # The prompt as it was before the loop grew the context.
         again = context.fork()
-        output = reasoner.loop(context, settings)
+        output = loop_until_exit(reasoner, context, settings)
         kept = torch.tensor(output.kept_iterations, device=reasoner.device)
         own = [states[: count + 1] for states, count in zip(output.states, output.kept_iterations, strict=True)]
         edited = edit(own)

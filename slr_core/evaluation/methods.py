@@ -17,8 +17,8 @@ from slr_core.errors import ConfigError
 from slr_core.evaluation.backends import Ask, Backend, Local
 from slr_core.evaluation.interventions import foreign, noised, noisy, replaced, shuffled
 from slr_core.evaluation.outcomes import Answered
-from slr_core.generation.decoding import pad
-from slr_core.generation.reference import Think
+from slr_core.generation.decoding import pad_ids
+from slr_core.generation.reference import RunLoop
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Task
 
@@ -144,7 +144,7 @@ def _noisy_start(batch: Batch) -> list[Answered]:
     return [own[0] for own in local.answer(batch.prompts, Ask(batch.settings.loop), batch.seeds, run_loop)]
 
 
-def _replaced(run_loop: Callable[[LatentReasoner, Sequence[int]], Think]) -> Callable[[Batch], list[Answered]]:
+def _replaced(run_loop: Callable[[LatentReasoner, Sequence[int]], RunLoop]) -> Callable[[Batch], list[Answered]]:
     def run(batch: Batch) -> list[Answered]:
         local = batch.local("replacing thoughts")
         answers = local.answer(
@@ -191,7 +191,7 @@ def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[Answered]
         torch.manual_seed(seed)
         request = local.request(prompt, Ask({"max_iterations": 0}, max_new_tokens), seed)
         ids = [*request.prompt_ids, *request.answer_prefix_ids]
-        padded, present = pad([ids], reasoner.device)
+        padded, present = pad_ids([ids], reasoner.device)
         base: Any = reasoner.base
         output = base.generate(
             padded,

@@ -20,7 +20,7 @@ from slr_core.evaluation.outcomes import Outcome
 from slr_core.evaluation.run import run_method, spec_of
 from slr_core.evaluation.statistics import Summary, rank_correlation, summarize
 from slr_core.evaluation.store import Store
-from slr_core.generation.decoding import pad
+from slr_core.generation.decoding import pad_ids
 from slr_core.loop.convergence import ExitRule, measure
 from slr_core.loop.workspace import readout
 from slr_core.model.reasoner import LatentReasoner
@@ -197,18 +197,18 @@ def distances(reasoner: LatentReasoner, prompts: Sequence[str], iterations: int)
     """Every measure of every iteration, prompt by prompt, of loops that run to ``iterations``."""
     text = reasoner.config.text
     ids = [reasoner.tokenizer(text.prompt_prefix + prompt + text.prompt_suffix).input_ids for prompt in prompts]
-    context = reasoner.encode(*pad(ids, reasoner.device))
-    head = reasoner.read(readout(context.hidden, context.valid_mask)) if reasoner.is_state(0) else None
+    context = reasoner.encode(*pad_ids(ids, reasoner.device))
+    head = reasoner.log_probs(readout(context.hidden, context.valid_mask)) if reasoner.is_state(0) else None
     paths: list[list[Distance]] = [[] for _ in prompts]
     for t in range(1, iterations + 1):
         previous, before = context.hidden, head
         g, h = reasoner.iterate(context, t)
-        head = reasoner.read(readout(h, context.valid_mask))
+        head = reasoner.log_probs(readout(h, context.valid_mask))
         measured = measure(
             h,
             context.valid_mask,
             previous=previous if reasoner.is_state(t - 1) else None,
-            moved=reasoner.moved(g, h),
+            compared=reasoner.compared_state(g, h),
             head=head,
             head_before=before,
             p_halt=None if reasoner.halting is None else reasoner.halting(h, context.valid_mask),
@@ -235,7 +235,7 @@ def _exit(path: list[Distance], rule: ExitRule) -> tuple[int, int]:
             finite=norm is not None,
         )
         if reason is not None:
-            return t, rule.last_good(t, norm is not None) if reason == "diverged" else t
+            return t, rule.last_good_iteration(t, norm is not None) if reason == "diverged" else t
     raise AssertionError("a rule ends its loop at the latest with the last iteration")
 
 

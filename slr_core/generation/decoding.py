@@ -1,4 +1,4 @@
-"""Writing: from a finished loop to tokens, by the LM head or by the latent decoder."""
+"""From a finished loop to the answer's tokens, by the LM head or by the latent decoder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from slr_core.generation.logprobs import score
-from slr_core.generation.sampling import choose
+from slr_core.generation.sampling import sample_token
 from slr_core.loop.workspace import readout
-from slr_core.model.context import LoopOutput
+from slr_core.model.exits import LoopOutput
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.types import FinishReason, TokenScore
 
@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 
 
 class DecodeState:
-    """A row while its answer is written."""
+    """One row's answer while it is decoded.
+
+    Attributes:
+        tokens: ids of the answer so far, forced ones included.
+        scores: log-probabilities of these tokens, where the request asks for them.
+        finish_reason: why the answer ended; ``None``: it has not.
+        first_token_at: ``time.perf_counter`` at the first token.
+        finished_at: ``time.perf_counter`` at the end.
+    """
 
     def __init__(self, reasoner: LatentReasoner, request: Request) -> None:
         self.tokenizer, self.request, self.device = reasoner.tokenizer, request, reasoner.device
@@ -30,99 +38,104 @@ class DecodeState:
         self.generator = request.sampling.generator()
         self.tokens: list[int] = []
         self.scores: list[TokenScore] = []
-        """Of the tokens, where the request asks for log-probabilities."""
-        self._shown = ""
-        self.finished: FinishReason | None = None
-        self.began_at = 0.0
-        """When the first token was written (``time.perf_counter``)."""
-        self.ended_at = 0.0
+        self.finish_reason: FinishReason | None = None
+        self.first_token_at = 0.0
+        self.finished_at = 0.0
+        self._returned = ""
 
-    def take(self, logits: Tensor, likeliest: int | None = None) -> int:
-        """Choose the next token from logits ``[V]``, of which ``likeliest`` may be known, and see whether the answer
-        ends with it."""
+    def choose_token(self, logits: Tensor, most_likely: int | None = None) -> int:
+        """Choose the next token, add it to the answer and return its id.
+
+        Args:
+            logits: ``[V]``.
+            most_likely: the index of the largest logit, where the caller has it already.
+        """
         forced = self.request.forced_ids
         if len(self.tokens) < len(forced):
             token = forced[len(self.tokens)]
-        elif self.generator is None and likeliest is not None:
-            token = likeliest
+        elif self.generator is None and most_likely is not None:
+            token = most_likely
         else:
-            token = choose(logits, self.request.sampling, self.generator)
+            token = sample_token(logits, self.request.sampling, self.generator)
         if self.request.logprobs is not None:
             self.scores += score(logits[None], (token,), self.request.logprobs)
-        self.push(token)
+        self.add_token(token)
         return token
 
-    def push(self, token: int) -> None:
-        """Add a token and see whether the answer ends with it."""
+    def add_token(self, token: int) -> None:
+        """Add a token and check whether it ends the answer."""
         if not self.tokens:
-            self.began_at = time.perf_counter()
+            self.first_token_at = time.perf_counter()
         self.tokens.append(token)
-        beyond = len(self.tokens) - len(self.request.forced_ids)
-        if beyond <= 0:
+        chosen = len(self.tokens) - len(self.request.forced_ids)
+        if chosen <= 0:
             return
-        # Only a stop string needs the text now.
-        stopped = self.request.stop and self._end_of(self._decoded()) is not None
+        # Decoding is needed here only to find a stop string.
+        stopped = self.request.stop and self._stop_position(self._decode()) is not None
         if stopped or token in self.end_tokens:
-            self.end("stop")
-        elif beyond >= self.request.max_new_tokens:
-            self.end("length")
+            self.finish("stop")
+        elif chosen >= self.request.max_new_tokens:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the answer."""
+        self.finish_reason, self.finished_at = reason, time.perf_counter()
 
     @property
     def text(self) -> str:
         """The answer so far, up to its first stop string."""
-        text = self._decoded()
-        return text[: self._end_of(text)]
+        text = self._decode()
+        return text[: self._stop_position(text)]
 
-    def fresh(self) -> str:
-        """What may be shown beyond what this returned before: never what a later token could take back."""
+    def new_text(self) -> str:
+        """The text that no earlier call returned and that no later token can change.
+
+        Concatenated, the returned parts are :attr:`text` once the answer has ended.
+        """
         text = self.text
-        safe = len(text) if self.finished else len(text) - self._unsettled(text)
-        if not text.startswith(self._shown) or safe <= len(self._shown):
+        settled = len(text) if self.finish_reason else len(text) - self._unsettled_length(text)
+        if not text.startswith(self._returned) or settled <= len(self._returned):
             return ""
-        fresh, self._shown = text[len(self._shown) : safe], text[:safe]
-        return fresh
+        new, self._returned = text[len(self._returned) : settled], text[:settled]
+        return new
 
-    def _decoded(self) -> str:
+    def _decode(self) -> str:
         return str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
 
-    def _end_of(self, text: str) -> int | None:
-        """Where the first stop string begins; those in what was forced do not count."""
+    def _stop_position(self, text: str) -> int | None:
+        """Where the first stop string begins; stop strings inside the forced tokens are ignored."""
         forced = self.request.forced_ids
         start = len(self.tokenizer.decode(list(forced), skip_special_tokens=True)) if forced else 0
         return min([at for stop in self.request.stop if (at := text.find(stop, start)) >= 0], default=None)
 
-    def _unsettled(self, text: str) -> int:
-        # Half a character decodes to U+FFFD; the beginning of a stop string may become one.
-        whole = text.rstrip("\ufffd")
-        begun = [n for stop in self.request.stop for n in range(1, len(stop)) if whole.endswith(stop[:n])]
-        return len(text) - len(whole) + max(begun, default=0)
-
-    def end(self, reason: FinishReason) -> None:
-        """The answer is complete."""
-        self.finished, self.ended_at = reason, time.perf_counter()
+    def _unsettled_length(self, text: str) -> int:
+        """Characters at the end that may change: an incomplete character (U+FFFD) or the start of a stop string."""
+        complete = text.rstrip("\ufffd")
+        starts = [n for stop in self.request.stop for n in range(1, len(stop)) if complete.endswith(stop[:n])]
+        return len(text) - len(complete) + max(starts, default=0)
 
 
-def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids ``[B, L]`` padded on the right, and the mask of what is real."""
+def pad_ids(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids ``[B, L]`` long, padded on the right, and the mask ``[B, L]`` bool of the real ones."""
     lengths = torch.tensor([len(row) for row in rows], device=device)
     ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True).to(device)
     return ids, torch.arange(ids.shape[1], device=device) < lengths[:, None]
 
 
-class Writer(Protocol):
-    """Gives the logits ``[B, V]`` from which each row's next token is read; only ``active`` ``[B]`` rows count."""
+class TextDecoder(Protocol):
+    """Computes the logits ``[B, V]`` of each row's next token; only those of ``active`` ``[B]`` rows are defined."""
 
     def first(self, active: Tensor) -> Tensor:
-        """Those of the first token."""
+        """Logits of the first token."""
         ...
 
     def next(self, tokens: list[list[int]], active: Tensor) -> Tensor:
-        """Those that follow each row's tokens."""
+        """Logits of the token after each row's ``tokens``."""
         ...
 
 
-class LMHead:
-    """The base model over its cache, read by the LM head."""
+class LMHeadDecoder:
+    """Decodes with the base model over its cache and the LM head."""
 
     def __init__(self, reasoner: LatentReasoner, output: LoopOutput, requests: Sequence[Request]) -> None:
         self.reasoner, self.context = reasoner, output.context
@@ -130,25 +143,26 @@ class LMHead:
         self.prefixes = [request.answer_prefix_ids for request in requests]
 
     def first(self, active: Tensor) -> Tensor:
-        """At the context's state, or after the answer prefix."""
+        """Read at the context's state, or after the answer prefix."""
         if not any(self.prefixes):
             return self.reasoner.head(self.context.state)
-        ids, present = pad(self.prefixes, self.reasoner.device)
+        ids, present = pad_ids(self.prefixes, self.reasoner.device)
         embeds, fed = self.reasoner.embed(ids), present & active[:, None]
-        return self.reasoner.head(readout(self.reasoner.write(self.context, embeds, fed, self.looped), present))
+        states = self.reasoner.forward_after_loop(self.context, embeds, fed, self.looped)
+        return self.reasoner.head(readout(states, present))
 
     def next(self, tokens: list[list[int]], active: Tensor) -> Tensor:
         """One pass over each row's last token."""
         last = torch.tensor([row[-1:] or [0] for row in tokens], device=self.reasoner.device)
-        return self.reasoner.answer(self.context, last, active[:, None], self.looped)[:, 0]
+        return self.reasoner.answer_logits(self.context, last, active[:, None], self.looped)[:, 0]
 
 
-class LatentWriter:
-    """The latent decoder, which runs its few layers over all its tokens again for each next one.
+class LatentTextDecoder:
+    """Decodes with the latent decoder, which runs its layers over all tokens again for each next one.
 
     Args:
         reasoner: has a latent decoder.
-        memories: what it reads, ``[S, d]`` for each row.
+        memories: the latent states ``[S, d]`` that it reads, one tensor per row.
         prefixes: tokens that each row's text begins with.
     """
 
@@ -162,8 +176,8 @@ class LatentWriter:
         self.present = torch.arange(self.memory.shape[1], device=reasoner.device) < lengths[:, None]
 
     @classmethod
-    def of_answers(cls, reasoner: LatentReasoner, output: LoopOutput, requests: Sequence[Request]) -> Self:
-        """Reads what each row's loop left; rows without a loop get a stand-in and are not to be asked."""
+    def for_answers(cls, reasoner: LatentReasoner, output: LoopOutput, requests: Sequence[Request]) -> Self:
+        """Reads the states that each row's loop left. Rows without a loop get a placeholder: do not activate them."""
         memories = [
             reasoner.workspace.memory(states, kept) if kept else states[0]
             for states, kept in zip(output.states, output.kept_iterations, strict=True)
@@ -171,68 +185,72 @@ class LatentWriter:
         return cls(reasoner, memories, [request.answer_prefix_ids for request in requests])
 
     def first(self, active: Tensor) -> Tensor:
-        """After the prefix, or at the decoder's start."""
+        """Read after the prefix, or at the decoder's start."""
         return self.next([[] for _ in self.prefixes], active)
 
     def next(self, tokens: list[list[int]], active: Tensor) -> Tensor:
-        """After each row's prefix and tokens."""
+        """Read after each row's prefix and tokens."""
         texts = [(*prefix, *row) for prefix, row in zip(self.prefixes, tokens, strict=True)]
-        ids, present = pad(texts, self.memory.device)
+        ids, present = pad_ids(texts, self.memory.device)
         logits = self.reasoner.decode_latent(self.memory, self.present, ids)
         return logits[torch.arange(len(logits), device=logits.device), present.sum(-1)]
 
 
-def write(answers: Sequence[DecodeState], writer: Writer, mine: Sequence[bool]) -> None:
-    """Write the answers of the rows that are ``mine`` to their ends."""
+def decode_answers(answers: Sequence[DecodeState], decoder: TextDecoder, selected: Sequence[bool]) -> None:
+    """Decode the answers of the ``selected`` rows to their ends."""
     logits: Tensor | None = None
     while True:
-        active = [own and answer.finished is None for own, answer in zip(mine, answers, strict=True)]
-        if not any(active):
+        running = [chosen and answer.finish_reason is None for chosen, answer in zip(selected, answers, strict=True)]
+        if not any(running):
             return
-        now = torch.tensor(active, device=answers[0].device)
-        logits = writer.first(now) if logits is None else writer.next([answer.tokens for answer in answers], now)
+        active = torch.tensor(running, device=answers[0].device)
+        if logits is None:
+            logits = decoder.first(active)
+        else:
+            logits = decoder.next([answer.tokens for answer in answers], active)
         for row, answer in enumerate(answers):
-            if active[row]:
-                answer.take(logits[row])
+            if running[row]:
+                answer.choose_token(logits[row])
 
 
 def decode_thoughts(
-    reasoner: LatentReasoner, states: Sequence[Tensor], wanted: Sequence[bool]
+    reasoner: LatentReasoner, states: Sequence[Tensor], selected: Sequence[bool]
 ) -> list[list[str | None]]:
-    """What the latent decoder says of each iteration's states.
+    """Text of each iteration's states, by the latent decoder.
 
     Args:
         reasoner: with or without a latent decoder.
         states: h_0 ... h_t ``[t + 1, W, d]`` of each row.
-        wanted: whose.
+        selected: the rows to decode.
 
     Returns:
-        One text an iteration and row; ``None`` where nobody asked or can say.
+        One entry per row and iteration: ``None`` in rows that are not selected, for states that are not finite, and
+        without a latent decoder.
     """
     latent = reasoner.config.loop.decoder.latent_decoder
-    said: list[list[str | None]] = [[None] * (len(row) - 1) for row in states]
+    thoughts: list[list[str | None]] = [[None] * (len(row) - 1) for row in states]
     if latent is None:
-        return said
-    # A state that is not finite has nothing to say, and would spoil the batch.
+        return thoughts
+    # States that are not finite are skipped: they would spoil the batch.
     places = [
         (row, t)
-        for row, asked in enumerate(wanted)
+        for row, chosen in enumerate(selected)
         for t in range(len(states[row]) - 1)
-        if asked and states[row][t + 1].isfinite().all()
+        if chosen and states[row][t + 1].isfinite().all()
     ]
     if not places:
-        return said
-    writer = LatentWriter(reasoner, [states[row][t + 1] for row, t in places])
+        return thoughts
+    decoder = LatentTextDecoder(reasoner, [states[row][t + 1] for row, t in places])
     ends = reasoner.end_tokens
     tokens: list[list[int]] = [[] for _ in places]
-    everyone = torch.ones(len(places), dtype=torch.bool, device=reasoner.device)
+    all_rows = torch.ones(len(places), dtype=torch.bool, device=reasoner.device)
     for _ in range(latent.max_thought_tokens):
-        chosen = writer.next(tokens, everyone).argmax(-1).tolist()
-        # A finished thought is written on with the batch, and cut below.
-        tokens = [[*row, token] for row, token in zip(tokens, chosen, strict=True)]
+        chosen_ids = decoder.next(tokens, all_rows).argmax(-1).tolist()
+        # A finished thought goes on with the batch and is cut below.
+        tokens = [[*row, token] for row, token in zip(tokens, chosen_ids, strict=True)]
         if all(ends.intersection(row) for row in tokens):
             break
     for (row, t), ids in zip(places, tokens, strict=True):
         end = next((at for at, token in enumerate(ids) if token in ends), len(ids))
-        said[row][t] = str(reasoner.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
-    return said
+        thoughts[row][t] = str(reasoner.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+    return thoughts

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens: those that a prompt has, those that were written, and the likeliest in their places."""
+"""Log-probabilities of given tokens and of the most likely ones in their places."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from slr_core.types import TokenScore, finite_or_none
 
-_AT_ONCE = 64
-"""Positions whose logits are in memory together: a vocabulary is large."""
+_CHUNK = 64
+"""Positions whose logits ``[V]`` are in memory at the same time."""
 
 
 def score(logits: Tensor, ids: Sequence[int], top: int) -> list[TokenScore]:
-    """How likely tokens are.
+    """Log-probabilities of tokens.
 
     Args:
-        logits: ``[n, V]``, read before each token; up to a constant each.
+        logits: ``[n, V]``, read before each token.
         ids: the ``n`` tokens.
-        top: how many of the likeliest to tell besides.
+        top: how many of the most likely tokens to add to each.
     """
     if not ids:
         return []
@@ -32,9 +32,16 @@ def score(logits: Tensor, ids: Sequence[int], top: int) -> list[TokenScore]:
 
 
 def score_states(head: Callable[[Tensor], Tensor], states: Tensor, ids: Sequence[int], top: int) -> list[TokenScore]:
-    """As :func:`score`, from the states ``[n, d]`` that ``head`` reads; those beyond the last token do not count."""
+    """As :func:`score`, from states.
+
+    Args:
+        head: logits ``[..., V]`` from states ``[..., d]``.
+        states: ``[m, d]`` with ``m >= n``, read before each token; those after the last token are ignored.
+        ids: the ``n`` tokens.
+        top: how many of the most likely tokens to add to each.
+    """
     scored: list[TokenScore] = []
-    for at in range(0, len(ids), _AT_ONCE):
-        part = ids[at : at + _AT_ONCE]
-        scored += score(head(states[at : at + len(part)]), part, top)
+    for start in range(0, len(ids), _CHUNK):
+        part = ids[start : start + _CHUNK]
+        scored += score(head(states[start : start + len(part)]), part, top)
     return scored

@@ -1,4 +1,4 @@
-"""From a prompt to a request that fits the model: render, tokenize, check."""
+"""From a prompt to a request that fits the model: apply templates, tokenize, check limits."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from jinja2 import TemplateError
 
 from slr_core.errors import RequestError
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import ResolvedLoopParams, SamplingParams
+from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
 from slr_core.types import Messages, Request, Tokens
 
 
 def prepare(
     reasoner: LatentReasoner,
     prompt: str | Messages | Tokens,
-    loop: ResolvedLoopParams,
+    loop: LoopParams | ResolvedLoopParams | None = None,
     *,
     max_new_tokens: int | None = None,
     sampling: SamplingParams | None = None,
@@ -31,60 +31,61 @@ def prepare(
     """Apply the checkpoint's text settings and check that the request fits the model.
 
     Args:
-        reasoner: whose tokenizer, texts and limits apply.
-        prompt: a text, which gets the prompt prefix and suffix, a chat, which gets the chat template, or tokens,
-            which get nothing.
-        loop: resolved settings.
-        max_new_tokens: the checkpoint's default where ``None``; a default gives way to what fits.
-        sampling: greedy where ``None``.
-        stop: a string, or several, that end the answer, besides the checkpoint's.
-        trace: measure the head at every iteration, and put the states into words where a decoder can.
-        top_tokens: likely tokens to record per iteration.
-        include_states: return the states themselves.
-        logprobs: how many of the likeliest tokens to tell of, with their log-probabilities, wherever a token
-            is scored; ``None``: no token is.
-        score_prompt: score the prompt's tokens too, by the base model: no loop has run before them.
-        forced_ids: tokens that the answer begins with, written and scored like others but not chosen; they do
-            not count towards ``max_new_tokens``, and neither they nor their text end it.
-        limit: positions that prompt, loop and answer may take; by default what the model can address.
+        reasoner: the model whose tokenizer, texts, defaults and limits apply.
+        prompt: a text, which gets the prompt prefix and suffix; a chat, which gets the chat template; or tokens,
+            which are used as they are.
+        loop: fields that are unset take the checkpoint's defaults; ``None``: all of them.
+        max_new_tokens: ``None``: the checkpoint's default, reduced to what fits.
+        sampling: ``None``: greedy.
+        stop: one or more strings that end the answer, besides the checkpoint's.
+        trace: measure the LM head at every iteration, and decode thoughts where there is a latent decoder.
+        top_tokens: number of most likely tokens to record per iteration.
+        include_states: return the states.
+        logprobs: number of most likely tokens to return with every scored token; ``None``: do not score tokens.
+        score_prompt: score the prompt's tokens too, by the base model, as no loop has run before them.
+        forced_ids: tokens that the answer begins with. They are scored like the others but not chosen, do not count
+            towards ``max_new_tokens``, and do not end the answer.
+        limit: maximum positions of prompt, loop and answer together; ``None``: what the model can address.
 
     Raises:
         RequestError: a setting is out of range, the prompt is empty, or prompt, loop and answer together
             exceed the model's positions.
     """
     text = reasoner.config.text
+    if not isinstance(loop, ResolvedLoopParams):
+        loop = (loop or LoopParams()).resolve(reasoner.config.loop)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise RequestError(f"max_new_tokens must be at least 1, got {max_new_tokens}", param="max_new_tokens")
     stop = (stop,) if isinstance(stop, str) else stop
     if "" in stop:
         raise RequestError("stop must not hold an empty string", param="stop")
     raw = isinstance(prompt, Tokens)
-    ids = _checked(reasoner, prompt.ids) if isinstance(prompt, Tokens) else _tokenize(reasoner, prompt)
+    ids = _check_ids(reasoner, prompt.ids) if isinstance(prompt, Tokens) else _tokenize_prompt(reasoner, prompt)
     prefix: list[int] = []
     if text.answer_prefix and not raw:
         prefix = reasoner.tokenizer(text.answer_prefix, add_special_tokens=False).input_ids
-    taken = reasoner.workspace.loop_positions(loop.max_iterations) + len(prefix) + len(forced_ids)
+    reserved = reasoner.workspace.loop_positions(loop.max_iterations) + len(prefix) + len(forced_ids)
     limit = reasoner.max_positions if limit is None else min(limit, reasoner.max_positions)
-    most = text.max_new_tokens if max_new_tokens is None else max_new_tokens
-    if len(ids) + taken + 1 > limit:
+    answer_limit = text.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if len(ids) + reserved + 1 > limit:
         raise RequestError(
             f"prompt has {len(ids)} tokens; with {loop.max_iterations} iterations and an answer at most "
-            f"{max(0, limit - taken - 1)} fit this model",
-            param=_field(prompt),
+            f"{max(0, limit - reserved - 1)} fit this model",
+            param=_param_name(prompt),
         )
-    if len(ids) + taken + most > limit:
+    if len(ids) + reserved + answer_limit > limit:
         if max_new_tokens is not None:
             raise RequestError(
-                f"max_new_tokens must be at most {limit - len(ids) - taken} with this prompt of "
-                f"{len(ids)} tokens and {loop.max_iterations} iterations, got {most}",
+                f"max_new_tokens must be at most {limit - len(ids) - reserved} with this prompt of "
+                f"{len(ids)} tokens and {loop.max_iterations} iterations, got {answer_limit}",
                 param="max_new_tokens",
             )
-        most = limit - len(ids) - taken
+        answer_limit = limit - len(ids) - reserved
     return Request(
         prompt_ids=tuple(ids),
         answer_prefix_ids=tuple(prefix),
         loop=loop,
-        max_new_tokens=most,
+        max_new_tokens=answer_limit,
         sampling=sampling or SamplingParams(),
         stop=tuple(stop) if raw else (*text.stop, *stop),
         trace=trace,
@@ -96,43 +97,51 @@ def prepare(
     )
 
 
-def _field(prompt: str | Messages | Tokens) -> str:
-    return "prompt" if isinstance(prompt, str | Tokens) else "messages"
+def tokenize_text(reasoner: LatentReasoner, text: str) -> list[int]:
+    """Ids of a text with the special tokens that the tokenizer adds; one that the text begins with is not added again.
+
+    Raises:
+        RequestError: the text is not valid Unicode.
+    """
+    ids = _tokenize(reasoner, text, "prompt", add_special_tokens=True)
+    if ids[:1] == ids[1:2]:
+        plain = _tokenize(reasoner, text, "prompt", add_special_tokens=False)
+        if plain and ids[1 : 1 + len(plain)] == plain:
+            return ids[1:]
+    return ids
 
 
-def _checked(reasoner: LatentReasoner, ids: tuple[int, ...]) -> list[int]:
-    known = reasoner.vocabulary
-    if not ids:
-        raise RequestError("prompt must hold at least one token", param="prompt")
-    unknown = next((token for token in ids if not 0 <= token < known), None)
-    if unknown is not None:
-        raise RequestError(f"prompt must hold token ids from 0 to {known - 1}, got {unknown}", param="prompt")
-    return list(ids)
+def _tokenize(reasoner: LatentReasoner, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"prompt is not valid Unicode: {error.reason}", param=param) from error
+    ids: list[int] = reasoner.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+    return ids
 
 
-def _tokenize(reasoner: LatentReasoner, prompt: str | Messages) -> list[int]:
-    text, tokenizer = reasoner.config.text, reasoner.tokenizer
+def _tokenize_prompt(reasoner: LatentReasoner, prompt: str | Messages) -> list[int]:
+    text = reasoner.config.text
     if isinstance(prompt, str):
         if not prompt.strip():
             raise RequestError("prompt must not be empty", param="prompt")
-        rendered = text.prompt_prefix + prompt + text.prompt_suffix
+        ids = tokenize_text(reasoner, text.prompt_prefix + prompt + text.prompt_suffix)
     else:
-        rendered = _render_chat(reasoner, prompt)
-    try:
-        rendered.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RequestError(f"prompt is not valid Unicode: {error.reason}", param=_field(prompt)) from error
-    # A chat template writes its own special tokens.
-    ids: list[int] = tokenizer(rendered, add_special_tokens=isinstance(prompt, str)).input_ids
+        # A chat template writes its own special tokens.
+        ids = _tokenize(reasoner, _render_chat(reasoner, prompt), "messages", add_special_tokens=False)
     if not ids:
-        raise RequestError("prompt holds no tokens of this model", param=_field(prompt))
+        raise RequestError("prompt holds no tokens of this model", param=_param_name(prompt))
     return ids
 
 
 def _render_chat(reasoner: LatentReasoner, messages: Messages) -> str:
     template = reasoner.config.text.chat_template or None
     if template is None and not reasoner.tokenizer.chat_template:
-        raise RequestError("this checkpoint has no chat template", param="messages")
+        raise RequestError(
+            "this checkpoint has no chat template; to add one, set text.chat_template in its slr_config.json, "
+            "or put a chat_template.jinja beside its tokenizer files",
+            param="messages",
+        )
     if not messages:
         raise RequestError("messages must not be empty", param="messages")
     try:
@@ -146,3 +155,17 @@ def _render_chat(reasoner: LatentReasoner, messages: Messages) -> str:
         )
     except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from error
+
+
+def _check_ids(reasoner: LatentReasoner, ids: tuple[int, ...]) -> list[int]:
+    known = reasoner.vocab_size
+    if not ids:
+        raise RequestError("prompt must hold at least one token", param="prompt")
+    unknown = next((token for token in ids if not 0 <= token < known), None)
+    if unknown is not None:
+        raise RequestError(f"prompt must hold token ids from 0 to {known - 1}, got {unknown}", param="prompt")
+    return list(ids)
+
+
+def _param_name(prompt: str | Messages | Tokens) -> str:
+    return "prompt" if isinstance(prompt, str | Tokens) else "messages"

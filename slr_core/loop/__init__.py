@@ -1,1 +1,1 @@
-"""The parts of the latent loop, one small module each; they meet in :mod:`slr_core.model.reasoner`."""
+"""The parts of the latent loop, one module each; :mod:`slr_core.model.reasoner` combines them."""

@@ -20,11 +20,11 @@ from slr_core.types import ExitReason
 
 @dataclass(frozen=True)
 class Distances:
-    """Per-row measures of one iteration, each ``[B]`` fp32, ``None`` where undefined or not asked for.
+    """Per-row measures of one iteration, each ``[B]`` fp32, ``None`` where undefined or not computed.
 
-    ``norm`` is the length of the new state and ``change`` that of the step. What compares two states is
-    undefined where h_{t-1} is an input and not a state; the head's measures need logits, ``learned`` a
-    halting head.
+    ``norm`` is the norm of the new state and ``change`` that of the step. Measures that compare two states are
+    undefined where h_{t-1} is an input and not a state; ``kl``, ``entropy``, ``entropy_change`` and
+    ``argmax_stable`` need the LM head's logits, ``learned`` a halting head.
     """
 
     norm: Tensor
@@ -38,16 +38,16 @@ class Distances:
     learned: Tensor | None = None
 
 
-def step(moved: Tensor, previous: Tensor, valid_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Length of a step and its share of |h_{t-1}|, each ``[B]`` fp32, by the Frobenius norm over own positions.
+def measure_step(compared: Tensor, previous: Tensor, valid_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Norm of a step, absolute and relative to |h_{t-1}|, each ``[B]`` fp32: Frobenius norms over valid positions.
 
     Args:
-        moved: what moved, ``[B, W, d]``: h_t, or g_t under a ``previous`` residual, whose small alpha must
-            not look like convergence.
+        compared: the state compared with h_{t-1}, ``[B, W, d]``: h_t, or g_t under a ``previous`` residual, so that
+            a small alpha does not look like convergence.
         previous: h_{t-1} ``[B, W, d]``.
-        own: ``[B, W]`` bool, the positions that count; ``None``: all.
+        valid_mask: ``[B, W]`` bool, the positions that count; ``None``: all.
     """
-    change = vector_norm(_flat(moved.float() - previous.float(), valid_mask), dim=-1)
+    change = vector_norm(_flat(compared.float() - previous.float(), valid_mask), dim=-1)
     return change, change / vector_norm(_flat(previous.float(), valid_mask), dim=-1)
 
 
@@ -56,29 +56,29 @@ def measure(
     valid_mask: Tensor | None,
     *,
     previous: Tensor | None = None,
-    moved: Tensor | None = None,
+    compared: Tensor | None = None,
     head: Tensor | None = None,
     head_before: Tensor | None = None,
     p_halt: Tensor | None = None,
 ) -> Distances:
-    """What one iteration says about its loop.
+    """Compute the measures of one iteration.
 
     Args:
         hidden: h_t ``[B, W, d]``.
-        own: ``[B, W]`` bool, the positions that count; ``None``: all.
-        previous: h_{t-1}, where it is a state; without it nothing that compares states is defined.
-        moved: see :func:`step`; by default h_t.
-        head: the head's log-probabilities ``[B, V]`` fp32 at h_t, where needed.
+        valid_mask: ``[B, W]`` bool, the positions that count; ``None``: all.
+        previous: h_{t-1} ``[B, W, d]`` if it is a state; ``None``: measures that compare states are undefined.
+        compared: see :func:`measure_step`; ``None``: h_t.
+        head: the LM head's log-probabilities ``[B, V]`` fp32 at h_t; ``None``: no measures of the head.
         head_before: the same at h_{t-1}.
-        p_halt: ``[B]``, the halting head's, where there is one.
+        p_halt: ``[B]`` of the halting head; ``None``: there is none.
     """
     norm = vector_norm(_flat(hidden.float(), valid_mask), dim=-1)
     entropy = None if head is None else _entropy(head)
     if previous is None:
         return Distances(norm, entropy=entropy)
-    moved = hidden if moved is None else moved
-    change, relative_change = step(moved, previous, valid_mask)
-    flat, flat_before = _flat(moved.float(), valid_mask), _flat(previous.float(), valid_mask)
+    compared = hidden if compared is None else compared
+    change, relative_change = measure_step(compared, previous, valid_mask)
+    flat, flat_before = _flat(compared.float(), valid_mask), _flat(previous.float(), valid_mask)
     distances = Distances(
         norm,
         change=change,
@@ -107,17 +107,22 @@ def _entropy(log_probabilities: Tensor) -> Tensor:
 
 
 class ExitRule:
-    """The exit decision of one request, fed once per iteration in order.
+    """The exit decision of one request; call :meth:`update` once per iteration, in order.
 
     Args:
         settings: the request's loop settings.
-        guard: when expanding counts as diverging.
+        guard: when an expanding loop counts as diverged.
+
+    Attributes:
+        contraction: norm of the last step divided by that of the step before; ``None`` where undefined.
+        settled_iterations: iterations in a row below the threshold.
+        expanding_iterations: iterations in a row with a contraction above 1.
     """
 
     def __init__(self, settings: ResolvedLoopParams, guard: GuardConfig) -> None:
         self.settings, self.guard = settings, guard
-        self.settled = 0
-        self.expanding = 0
+        self.settled_iterations = 0
+        self.expanding_iterations = 0
         self.first_norm = math.nan
         self.last_change: float | None = None
         self.contraction: float | None = None
@@ -125,30 +130,36 @@ class ExitRule:
     def update(
         self, t: int, *, distance: float | None, change: float | None, norm: float, finite: bool = True
     ) -> ExitReason | None:
-        """Take in iteration ``t`` (from 1) and say whether, and why, the loop ends with it.
+        """Record iteration ``t`` and return why the loop ends with it; ``None``: it goes on.
 
         Args:
-            t: the iteration just run.
-            distance: the criterion's value; ``None`` where it is undefined, which never counts as settled.
-            change: norm of the step; ``None`` where there is no earlier state.
+            t: the iteration just run, from 1.
+            distance: the criterion's value; ``None``: undefined, which never counts as settled.
+            change: norm of the step; ``None``: there is no earlier state.
             norm: norm of the new state.
-            finite: whether the new state is finite throughout.
+            finite: whether all values of the new state are finite.
         """
         self.contraction = change / self.last_change if change is not None and self.last_change else None
         self.last_change = change
         if t == 1:
             self.first_norm = norm
-        self.expanding = self.expanding + 1 if self.contraction is not None and self.contraction > 1 else 0
+        expands = self.contraction is not None and self.contraction > 1
+        self.expanding_iterations = self.expanding_iterations + 1 if expands else 0
         far = norm > self.guard.norm_factor * self.first_norm
-        if not finite or (self.expanding >= self.guard.expanding_iterations and far):
+        if not finite or (self.expanding_iterations >= self.guard.expanding_iterations and far):
             return "diverged"
 
         below = distance is not None and distance < self.settings.threshold
-        self.settled = self.settled + 1 if below and self.settings.criterion != "fixed" else 0
-        if t >= self.settings.min_iterations and self.settled >= self.settings.patience:
+        self.settled_iterations = self.settled_iterations + 1 if below and self.settings.criterion != "fixed" else 0
+        if t >= self.settings.min_iterations and self.settled_iterations >= self.settings.patience:
             return "converged"
         return "max_iterations" if t >= self.settings.max_iterations else None
 
-    def last_good(self, t: int, finite: bool) -> int:
-        """The iteration whose state is decoded after a divergence at ``t``: the last one before the trouble."""
-        return t - 1 if not finite else max(0, t - self.expanding)
+    def last_good_iteration(self, t: int, finite: bool) -> int:
+        """The iteration whose state is decoded after a divergence at ``t``: the last one before it began.
+
+        Args:
+            t: the iteration at which the loop ended.
+            finite: whether all values of its state are finite.
+        """
+        return t - 1 if not finite else max(0, t - self.expanding_iterations)

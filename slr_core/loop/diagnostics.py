@@ -1,4 +1,4 @@
-"""How a loop moved: one record per iteration, and what the records say about stability."""
+"""Records of a loop's iterations, and the summary of its stability."""
 
 from __future__ import annotations
 
@@ -12,42 +12,58 @@ from slr_core.loop.convergence import Distances, ExitRule
 from slr_core.types import ExitReason, IterationRecord, Stability, finite_or_none
 
 
-def stability(records: Sequence[IterationRecord], returns: Sequence[float | None], converged: bool) -> Stability:
+def summarize_loop(
+    records: Sequence[IterationRecord], return_ratios: Sequence[float | None], converged: bool
+) -> Stability:
     """Summarise a loop.
 
     Args:
         records: its iterations in order.
-        returns: per iteration |h_t - h_{t-2}| / |h_t - h_{t-1}|, ``None`` where undefined.
-        converged: whether the criterion ended it.
+        return_ratios: per iteration |h_t - h_{t-2}| / |h_t - h_{t-1}|, ``None`` where undefined.
+        converged: whether the criterion ended the loop.
     """
     contractions = [r.contraction for r in records if r.contraction is not None and r.contraction > 0]
     rate = exp(sum(map(log, contractions)) / len(contractions)) if contractions else None
-    return Stability(rate, is_oscillating(returns) and not converged, converged)
+    return Stability(rate, is_oscillating(return_ratios) and not converged, converged)
 
 
-def is_oscillating(returns: Sequence[float | None], iterations: int = 2, closer: float = 0.5) -> bool:
-    """Whether each of the last ``iterations`` states lies much closer to the state before the last than to the last.
+def is_oscillating(return_ratios: Sequence[float | None], iterations: int = 2, limit: float = 0.5) -> bool:
+    """Whether the loop ended in a limit cycle of period two.
 
-    A limit cycle of period two keeps coming back: |h_t - h_{t-2}| falls below half of |h_t - h_{t-1}|.
+    In such a cycle |h_t - h_{t-2}| is small compared with |h_t - h_{t-1}|.
+
+    Args:
+        return_ratios: per iteration |h_t - h_{t-2}| / |h_t - h_{t-1}|, ``None`` where undefined.
+        iterations: how many of the last ratios must be small.
+        limit: a ratio below it is small.
     """
-    tail = returns[-iterations:]
-    return len(tail) == iterations and all(r is not None and r < closer for r in tail)
+    tail = return_ratios[-iterations:]
+    return len(tail) == iterations and all(ratio is not None and ratio < limit for ratio in tail)
 
 
 @dataclass
-class RowLog:
-    """One request while its batch loops: its exit rule, and what was seen of it so far."""
+class LoopTracker:
+    """One request's loop while it runs.
+
+    Attributes:
+        rule: decides when the loop ends.
+        exit_reason: why it ended; ``None``: it has not.
+        kept_iterations: iterations whose result is decoded; fewer than were run after a divergence.
+        records: one per iteration.
+        return_ratios: per iteration |h_t - h_{t-2}| / |h_t - h_{t-1}|, ``None`` where undefined.
+        elapsed_s: seconds from the loop's start to the last iteration.
+    """
 
     rule: ExitRule
-    reason: ExitReason | None = None
+    exit_reason: ExitReason | None = None
     kept_iterations: int = 0
     records: list[IterationRecord] = field(default_factory=list)
-    returns: list[float | None] = field(default_factory=list)
+    return_ratios: list[float | None] = field(default_factory=list)
     elapsed_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rule.settings.max_iterations == 0:
-            self.reason = "max_iterations"
+            self.exit_reason = "max_iterations"
 
     def observe(
         self,
@@ -66,24 +82,24 @@ class RowLog:
         Args:
             t: the iteration, from 1.
             measured: the row's entries of :class:`slr_core.loop.convergence.Distances`, by name.
-            finite: whether the whole state is finite.
-            back: |h_t - h_{t-2}| / |h_t - h_{t-1}|, ``None`` where undefined.
-            adapter: the adapter that acted.
+            finite: whether all values of the state are finite.
+            return_ratio: |h_t - h_{t-2}| / |h_t - h_{t-1}|, ``None`` where undefined.
+            adapter: name of the active adapter; ``None``: the plain base model.
             duration_s: seconds of this iteration.
             elapsed_s: seconds since the loop began.
-            top_tokens: the likeliest tokens at the new state and their probabilities.
+            top_tokens: the most likely tokens at the new state and their probabilities.
         """
         clean = {name: finite_or_none(value) for name, value in measured.items()}
-        self.reason = self.rule.update(
+        self.exit_reason = self.rule.update(
             t,
             distance=clean.get(self.rule.settings.criterion),
             change=clean.get("change"),
             norm=measured["norm"],
             finite=finite,
         )
-        self.kept_iterations = self.rule.last_good(t, finite) if self.reason == "diverged" else t
+        self.kept_iterations = self.rule.last_good_iteration(t, finite) if self.exit_reason == "diverged" else t
         self.elapsed_s = elapsed_s
-        self.returns.append(finite_or_none(return_ratio))
+        self.return_ratios.append(finite_or_none(return_ratio))
         self.records.append(
             IterationRecord(
                 t=t,
@@ -101,7 +117,7 @@ class RowLog:
 
 
 def observe(
-    rows: Sequence[RowLog],
+    rows: Sequence[LoopTracker],
     t: int,
     distances: Distances,
     *,
@@ -112,12 +128,12 @@ def observe(
     duration_s: float,
     elapsed_s: float,
 ) -> None:
-    """Tell every row that still loops what iteration ``t`` did to it; the arguments are those of a row, batched."""
-    # One transfer per measure and iteration, none per row.
+    """Record iteration ``t`` in every row that still loops; arguments as in :meth:`LoopTracker.observe`, batched."""
+    # One transfer from the device per measure, not one per row.
     values = {name: x.tolist() for name, x in vars(distances).items() if x is not None}
     all_finite, returns = finite.tolist(), return_ratio.tolist() if return_ratio is not None else [None] * len(rows)
     for i, row in enumerate(rows):
-        if row.reason is None:
+        if row.exit_reason is None:
             row.observe(
                 t,
                 {name: x[i] for name, x in values.items()},

@@ -1,4 +1,4 @@
-"""The halting head: a loop that learns when to stop."""
+"""The halting head, which learns when the loop should stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class HaltingHead(nn.Module):
     """``p_halt`` from a workspace's states: a linear probe on their mean (adaptive computation time: Graves, 2016).
 
-    It starts at ``p_halt = 0.1`` whatever the state: an untrained head does not stop a loop.
+    Untrained, it gives ``p_halt = 0.1`` for every state, so that it does not stop a loop.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -24,7 +24,7 @@ class HaltingHead(nn.Module):
 
         Args:
             hidden: states ``[..., W, d]`` of a workspace.
-            own: ``[..., W]`` bool, its real positions, at least one; ``None``: all.
+            valid_mask: ``[..., W]`` bool, the positions that count, at least one; ``None``: all.
         """
         if valid_mask is None:
             mean = hidden.mean(-2)

@@ -10,11 +10,12 @@ from slr_core.loop.projection import rms_normalize
 
 
 class LatentDecoder(nn.Module):
-    """A small transformer decoder whose cross-attention reads the states of a loop (SIM-CoT's auxiliary decoder,
-    Wei et al., 2025, is the same idea: one latent state, one step in words).
+    """A small transformer decoder whose cross-attention reads the states of a loop.
 
-    Tokens come in through the base model's embeddings and leave through its LM head: this module maps
-    states and embeddings ``[..., d]`` of the base to states ``[..., d]`` that the head reads.
+    SIM-CoT's auxiliary decoder (Wei et al., 2025) decodes one latent state into one reasoning step in the same way.
+
+    Tokens are embedded by the base model and logits are computed by its LM head: this module maps latent states and
+    token embeddings ``[..., d]`` of the base to states ``[..., d]`` that the head reads.
     """
 
     def __init__(self, config: LatentDecoderConfig, hidden_size: int) -> None:
@@ -37,11 +38,11 @@ class LatentDecoder(nn.Module):
 
         Args:
             memory: latent states ``[B, S, d]`` in order.
-            present: ``[B, S]`` bool, the real ones, at least one a row.
+            present: ``[B, S]`` bool, the real ones, at least one per row.
             embeds: embeddings ``[B, n, d]`` of the tokens so far.
         """
         dtype = self.start.dtype
-        # Their length says how a base model scales its states, not what they mean.
+        # Normalized: the scale of the states depends on the base model and carries no meaning.
         latent = self.read(rms_normalize(memory).to(dtype))
         latent = latent + _positions(memory.shape[1], latent)
         tokens = torch.cat([self.start.expand(len(memory), 1, -1), self.embed(rms_normalize(embeds).to(dtype))], dim=1)
@@ -54,7 +55,7 @@ class LatentDecoder(nn.Module):
 
 
 def _positions(count: int, like: Tensor) -> Tensor:
-    # Sinusoidal: no length is the longest.
+    # Sinusoidal, so that the length is not bounded.
     half = like.shape[-1] // 2
     rates = torch.exp(-9.0 * torch.arange(half, device=like.device) / half)
     angles = torch.arange(count, device=like.device)[:, None] * rates

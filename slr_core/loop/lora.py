@@ -58,7 +58,7 @@ class LoopAdapters:
             layer._active_adapter = [] if name is None else [name]
 
 
-def fresh(loop: LoopConfig) -> dict[str, LoraConfig]:
+def new_adapter_configs(loop: LoopConfig) -> dict[str, LoraConfig]:
     """PEFT configs of untrained adapters, by adapter name: the loop's, and ``decode`` where there is one."""
     config = loop.lora
     ranks = list(config.rank) if isinstance(config.rank, tuple) else [config.rank] * len(loop.adapters)

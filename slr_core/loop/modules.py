@@ -1,4 +1,4 @@
-"""The loop's own modules, all that a config names beside the base and its adapters."""
+"""The loop's own modules: everything that a config describes besides the base model and its adapters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from slr_core.loop.latent_decoder import LatentDecoder
 from slr_core.loop.projection import Projection
 from slr_core.loop.residual import Residual
 from slr_core.loop.timestep import Timestep
-from slr_core.loop.workspace import Workspace
-from slr_core.loop.workspace import build as build_workspace
+from slr_core.loop.workspace import Workspace, build_workspace
 
 
 class LoopModules(NamedTuple):
@@ -26,7 +25,7 @@ class LoopModules(NamedTuple):
 
     @classmethod
     def build(cls, loop: LoopConfig, hidden_size: int) -> Self:
-        """Untrained parts for a base model of this hidden size."""
+        """Untrained modules for a base model of this hidden size."""
         latent = loop.decoder.latent_decoder
         return cls(
             workspace=build_workspace(loop, hidden_size),

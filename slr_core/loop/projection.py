@@ -11,10 +11,10 @@ from slr_core.config import ProjectionConfig
 class Projection(nn.Module):
     """Maps states ``[..., d]`` to inputs ``[..., d]`` of the same dtype.
 
-    Latent states are far longer than token embeddings (the norm of the final layer norm's output against
-    an embedding table initialised near 0.02), so feeding them back unscaled takes the model out of the
-    range that it knows; ``rms_match`` rescales each state to the RMS of the embedding table. ``pause`` is the
-    control of Goyal et al. (2023, arXiv 2310.02226) and Hao et al. (2024): a learned vector, no feedback.
+    The output of the final norm is much larger than a token embedding (embedding tables are initialised near 0.02),
+    so feeding it back unscaled gives the model inputs outside its training range. ``rms_match`` rescales each state
+    to the RMS of the embedding table. ``pause`` is the control of Goyal et al. (2023, arXiv 2310.02226) and Hao et
+    al. (2024): a learned vector in place of the state, so no feedback.
     """
 
     def __init__(self, config: ProjectionConfig, hidden_size: int) -> None:
@@ -34,7 +34,7 @@ class Projection(nn.Module):
             )
 
     def forward(self, hidden: Tensor, embedding_rms: Tensor) -> Tensor:
-        """Project ``hidden`` ``[..., d]``; ``embedding_rms`` is a scalar, used by ``rms_match`` alone."""
+        """Project ``hidden`` ``[..., d]``; ``embedding_rms`` is a scalar that only ``rms_match`` uses."""
         if self.kind == "pause":
             return self.vector.to(hidden.dtype).expand_as(hidden)
         if self.kind == "rms_match":
@@ -45,12 +45,12 @@ class Projection(nn.Module):
 
 def rms_normalize(x: Tensor) -> Tensor:
     """Scale ``x`` ``[..., d]`` to a root mean square of 1 over its last dimension."""
-    wide = x if x.dtype == torch.float64 else x.float()  # the squares of a long state overflow fp16
+    wide = x if x.dtype == torch.float64 else x.float()  # squares of large values overflow fp16
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def _near_identity(size: int) -> nn.Linear:
-    # Starting at the identity keeps an untrained loop close to plain feedback.
+    # Near the identity, so that an untrained loop is close to plain feedback.
     layer = nn.Linear(size, size)
     with torch.no_grad():
         layer.weight.copy_(torch.eye(size) + 1e-3 * torch.randn(size, size))

@@ -29,7 +29,7 @@ class Residual(nn.Module):
             self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, g: Tensor, previous: Tensor, initial: Tensor) -> Tensor:
-        """``h_t`` from g_t, h_{t-1} and h_0; all four share shape and dtype."""
+        """``h_t`` from g_t, h_{t-1} and h_0, all of the same shape ``[..., d]`` and dtype."""
         mixed = g if self.config.source == "none" else self._mix(g, previous, initial)
         return rms_normalize(mixed) * self.weight.to(mixed.dtype) if self.config.norm else mixed
 

@@ -1,4 +1,4 @@
-"""The timestep embedding ``e_t`` and ``combine``: how an iteration knows its number."""
+"""The timestep embedding ``e_t`` and ``combine``, which adds it to the input of an iteration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slr_core.config import TimestepConfig
 NOISE_WIDTH = 16
 """Width of the MLP that reads the noise level."""
 LEAST_CHANGE = 1e-6
-"""Relative changes are read between this and its inverse: the logarithm of a standstill has no end."""
+"""Relative changes are clamped to this and its inverse: the logarithm of 0 is infinite."""
 
 
 class Timestep(nn.Module):
@@ -20,11 +20,11 @@ class Timestep(nn.Module):
 
     ``sinusoidal`` embeds ``t`` as transformers embed positions and diffusion models embed time (Vaswani
     et al., 2017; Ho et al., 2020), then passes it through an MLP. ``learned`` is one vector per trained
-    iteration. Either is asked for trained iterations alone: past the last, the caller applies the policy.
+    iteration. Both are defined for trained iterations only: past the last, the caller applies ``past_end``.
 
-    With ``noise_level``, e_t also depends on how far the state still is from settled, as diffusion models
-    condition on the noise that is left (Karras et al., 2022): the log of the last relative change goes
-    through a small MLP, and what it gives is added to e_t. Where there is none yet, a learned value stands in.
+    With ``noise_level``, e_t also depends on the last relative change, as diffusion models are conditioned on the
+    remaining noise (Karras et al., 2022): its logarithm goes through a small MLP, whose output is added to e_t. A
+    learned value replaces the logarithm where there is no relative change yet.
     """
 
     def __init__(self, config: TimestepConfig, hidden_size: int, trained_iterations: int) -> None:
@@ -50,23 +50,23 @@ class Timestep(nn.Module):
 
     @property
     def acts(self) -> bool:
-        """Whether there is an embedding at all."""
+        """Whether the module changes its input."""
         return self.kind != "none" or self.noise_level
 
     def embedding(self, t: int) -> Tensor:
-        """The part of ``e_t`` that depends on the iteration alone: ``[d]`` for a 1-based ``t``; never for `none`."""
+        """The part of ``e_t`` ``[d]`` that depends on ``t`` (from 1) alone; undefined for the kind ``none``."""
         if self.kind == "learned":
             return self.table[t - 1]
         first = self.mlp[0].weight
         assert isinstance(first, Tensor)
         half = first.shape[1] // 2
-        # In fp32 whatever the model's dtype: coarse angles would blur neighbouring iterations.
+        # In fp32 whatever the model's dtype: rounded angles would make neighbouring iterations equal.
         angles = t * torch.exp(-log(10_000.0) * torch.arange(half, device=first.device) / half)
         embedding: Tensor = self.mlp(torch.cat([angles.sin(), angles.cos()]).to(first.dtype))
         return embedding
 
     def level(self, change: Tensor) -> Tensor:
-        """The part of ``e_t`` that depends on the last relative change ``[...]`` (NaN: none yet): ``[..., d]``."""
+        """The part of ``e_t`` ``[..., d]`` that depends on the last relative change ``[...]`` (NaN: none yet)."""
         known = change.detach().clamp(LEAST_CHANGE, 1 / LEAST_CHANGE).log().to(self.first_level.dtype)
         embedding: Tensor = self.level_mlp(torch.where(change.isnan(), self.first_level, known)[..., None])
         return embedding
@@ -78,14 +78,14 @@ class Timestep(nn.Module):
             x: ``[..., d]``.
             t: a trained iteration, from 1.
             change: the last relative change, of a shape that broadcasts against ``[...]``, NaN where there is
-                none yet; read by ``noise_level`` alone. ``None``: none yet anywhere.
+                none yet; only ``noise_level`` uses it. ``None``: none yet in any row.
         """
         if not self.acts:
             return x
         return self.combined(x, None if self.kind == "none" else self.embedding(t), change)
 
     def combined(self, x: Tensor, e_t: Tensor | None, change: Tensor | None) -> Tensor:
-        """Combine inputs ``[..., d]`` with an :meth:`embedding`, ``None`` for kind ``none``; both broadcast."""
+        """As :meth:`forward`, with ``e_t`` given: an :meth:`embedding` that broadcasts, ``None`` for kind ``none``."""
         part = torch.zeros((), dtype=x.dtype, device=x.device) if e_t is None else e_t.to(x.dtype)
         if self.noise_level:
             part = part + self.level(torch.full((), nan, device=x.device) if change is None else change).to(x.dtype)
@@ -96,7 +96,7 @@ class Timestep(nn.Module):
 
 
 def _small(layer: nn.Linear) -> nn.Linear:
-    # Embedding tables start near 0.02: e_t must not drown what it is added to.
+    # Embedding tables start near 0.02: e_t must be small beside the input that it is added to.
     nn.init.normal_(layer.weight, std=0.002)
     nn.init.zeros_(layer.bias)
     return layer

@@ -1,4 +1,4 @@
-"""The workspace: which positions a loop refines, what an iteration runs, and what stays when it ends.
+"""The workspace: which positions a loop refines, what an iteration runs, and what remains after the loop.
 
 |                  | ``append``                   | ``block``                      | ``prompt``                     |
 |------------------|------------------------------|--------------------------------|--------------------------------|
@@ -6,15 +6,15 @@
 |                  | prompt position              |                                |                                |
 | iteration t runs | one new position             | the K positions again, over    | all prompt positions again     |
 |                  |                              | the prompt's cache             |                                |
-| cache            | each thought stays           | the prompt alone               | nothing                        |
+| cache            | each thought stays           | only the prompt                | nothing                        |
 | after the loop   | nothing                      | one closing pass over          | the same                       |
 |                  |                              | project(h_t)                   |                                |
 
 ``append``: continuous thoughts (Coconut: Hao et al., 2024, arXiv 2412.06769). ``block``: latent positions refined
-in place and in parallel (PCCoT, LOTUS: arXiv 2606.31779). ``prompt``: the whole prompt again and again, as in
+in place and in parallel (PCCoT, LOTUS: arXiv 2606.31779). ``prompt``: the whole prompt in every iteration, as in
 recurrent-depth models (Huginn: Geiping et al., 2025, arXiv 2502.05171).
 
-A row whose loop ran no iteration is exactly the base model, in every workspace.
+In every workspace, a row with 0 iterations gives exactly the base model.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from slr_core.model.context import Context
+from slr_core.loop.context import Context
 
 if TYPE_CHECKING:
     from slr_core.config import LoopConfig
 
 
-class Runner(Protocol):
-    """What a workspace asks of the model around it; :class:`slr_core.model.reasoner.LatentReasoner` is one."""
+class WorkspaceModel(Protocol):
+    """The methods that a workspace calls; :class:`slr_core.model.reasoner.LatentReasoner` has them."""
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings ``[B, q, d]``."""
@@ -43,65 +43,69 @@ class Runner(Protocol):
         ...
 
     def forward_chunk(self, context: Context, embeds: Tensor, present: Tensor) -> Tensor:
-        """One pass with whatever adapter is active: states ``[B, q, d]``."""
+        """One pass with the active adapter: states ``[B, q, d]``."""
         ...
 
-    def write(self, context: Context, embeds: Tensor, present: Tensor, looped: Tensor) -> Tensor:
-        """One pass after the loop: with the adapter ``decode`` in ``looped`` rows, where there is one."""
+    def forward_after_loop(self, context: Context, embeds: Tensor, present: Tensor, looped: Tensor) -> Tensor:
+        """One pass after the loop: states ``[B, q, d]``, with the adapter ``decode``, if any, in ``looped`` rows."""
         ...
 
 
 class Workspace(nn.Module):
-    """A way of looping. Stateless but for learned vectors; what runs lies in the :class:`Context`."""
+    """Base of the workspaces. Holds learned vectors at most; the state of a run is in the :class:`Context`."""
 
     starts_from_state = False
-    """Whether h_0 is a state; where it is an input, no distance is defined at t = 1."""
+    """Whether h_0 is a state. If not, it is an input, and no distance is defined at t = 1."""
     prefills = True
-    """Whether the plain prompt is run before the loop."""
+    """Whether the base model runs the prompt before the loop."""
 
-    def begin(self, model: Runner, input_ids: Tensor, present: Tensor) -> Context:
-        """What there is before the first iteration, for prompts ``[B, L]`` and their mask."""
+    def begin(self, model: WorkspaceModel, input_ids: Tensor, present: Tensor) -> Context:
+        """The context before the first iteration, for prompt ids ``[B, L]`` and the mask ``[B, L]`` of real tokens."""
         raise NotImplementedError
 
-    def first(self, prompt: Tensor) -> Tensor:
-        """h_0 ``[W, d]`` of one row, from its state ``[d]`` after the prompt, or from its prompt's input embeddings
-        ``[P, d]`` where nothing is run before the loop."""
+    def initial_state(self, prompt: Tensor) -> Tensor:
+        """h_0 ``[W, d]`` of one row.
+
+        Args:
+            prompt: the state ``[d]`` after the prompt, or the prompt's input embeddings ``[P, d]`` if
+                :attr:`prefills` is false.
+        """
         raise NotImplementedError
 
-    def run(self, model: Runner, context: Context, u: Tensor, active: Tensor) -> Tensor:
+    def run(self, model: WorkspaceModel, context: Context, u: Tensor, active: Tensor) -> Tensor:
         """The forward pass of an iteration: g_t ``[B, W, d]`` from u_t ``[B, W, d]`` in ``active`` ``[B]`` rows."""
         raise NotImplementedError
 
-    def close(self, model: Runner, context: Context, states: Tensor, kept: Tensor) -> None:
-        """Make ``context`` ready to write the answer, as if each row's loop had ended after ``kept`` iterations.
+    def close(self, model: WorkspaceModel, context: Context, states: Tensor, kept_iterations: Tensor) -> None:
+        """Prepare ``context`` for the answer, as if each row's loop had ended after ``kept_iterations`` iterations.
 
         Args:
-            model: runs the closing pass, where there is one.
-            context: after the last iteration; it is changed in place.
+            model: runs the closing pass, if there is one.
+            context: after the last iteration; changed in place.
             states: ``[B, T + 1, W, d]``, h_0 first.
-            kept: ``[B]`` long.
+            kept_iterations: ``[B]`` long, iterations per row.
         """
         raise NotImplementedError
 
     def passes(self, t: int) -> int:
-        """Forward passes of a lone row until ``t`` iterations are done, those of its prompt included."""
+        """Forward passes of one row until iteration ``t`` is done, the prompt's included."""
         return 1 + t
 
-    def closing_passes(self, kept: int) -> int:
-        """Those from there to the first token."""
+    def closing_passes(self, kept_iterations: int) -> int:
+        """Forward passes between the loop and the first token, with ``kept_iterations`` iterations kept_iterations."""
         raise NotImplementedError
 
     def loop_positions(self, iterations: int) -> int:
-        """Positions beyond the prompt's that a loop of at most ``iterations`` takes."""
+        """Cache positions that a loop of at most ``iterations`` needs besides the prompt's."""
         raise NotImplementedError
 
     def width(self, prompt_tokens: int) -> int:
-        """W, the positions of one row with a prompt of so many tokens."""
+        """W, the workspace positions of one row with a prompt of ``prompt_tokens`` tokens."""
         raise NotImplementedError
 
-    def memory(self, states: Tensor, kept: int) -> Tensor:
-        """What the loop of one row leaves for the latent decoder: ``[S, d]`` from its states ``[t + 1, W, d]``."""
-        return states[kept]
+    def memory(self, states: Tensor, kept_iterations: int) -> Tensor:
+        """The states ``[S, d]`` that the latent decoder reads, from one row's states ``[t + 1, W, d]``."""
+        return states[kept_iterations]
 
 
 class Append(Workspace):
@@ -109,46 +113,46 @@ class Append(Workspace):
 
     starts_from_state = True
 
-    def begin(self, model: Runner, input_ids: Tensor, present: Tensor) -> Context:
+    def begin(self, model: WorkspaceModel, input_ids: Tensor, present: Tensor) -> Context:
         """Prefill; h_0 is the state at the last prompt position."""
         context = _prefill(model, input_ids, present)
         context.initial = context.hidden = context.state[:, None]
         return context
 
-    def first(self, prompt: Tensor) -> Tensor:
-        """The state itself."""
+    def initial_state(self, prompt: Tensor) -> Tensor:
+        """The state at the last prompt position."""
         return prompt[None]
 
-    def run(self, model: Runner, context: Context, u: Tensor, active: Tensor) -> Tensor:
-        """One new position; an inactive row's stays invisible."""
+    def run(self, model: WorkspaceModel, context: Context, u: Tensor, active: Tensor) -> Tensor:
+        """One new position, invisible in inactive rows."""
         return model.forward_chunk(context, u, active[:, None])
 
-    def close(self, model: Runner, context: Context, states: Tensor, kept: Tensor) -> None:
-        """Drop the thoughts after ``kept``; the first token is read at the last one that stays."""
+    def close(self, model: WorkspaceModel, context: Context, states: Tensor, kept_iterations: Tensor) -> None:
+        """Hide the thoughts after ``kept_iterations``; the first token is read at the last visible one."""
         iterations = states.shape[1] - 1
-        dropped = torch.arange(1, iterations + 1, device=kept.device) > kept[:, None]
+        dropped = torch.arange(1, iterations + 1, device=kept_iterations.device) > kept_iterations[:, None]
         start = context.visible.shape[1] - iterations
         ran = context.visible[:, start:]
         context.next_position = context.next_position - (ran & dropped).sum(-1)
         context.visible = torch.cat([context.visible[:, :start], ran & ~dropped], dim=1)
-        context.hidden = _at(states, kept)
+        context.hidden = _at(states, kept_iterations)
         context.state = context.hidden[:, 0]
 
-    def closing_passes(self, kept: int) -> int:
-        """None: the last thought is read as it is."""
+    def closing_passes(self, kept_iterations: int) -> int:
+        """0: the first token is read at the last thought."""
         return 0
 
     def loop_positions(self, iterations: int) -> int:
-        """One an iteration."""
+        """One per iteration."""
         return iterations
 
     def width(self, prompt_tokens: int) -> int:
-        """One."""
+        """1."""
         return 1
 
-    def memory(self, states: Tensor, kept: int) -> Tensor:
-        """All thoughts in order: ``[kept, d]``."""
-        return states[1 : kept + 1, 0]
+    def memory(self, states: Tensor, kept_iterations: int) -> Tensor:
+        """All thoughts in order: ``[kept_iterations, d]``."""
+        return states[1 : kept_iterations + 1, 0]
 
 
 class Block(Workspace):
@@ -159,37 +163,37 @@ class Block(Workspace):
         self.size = size
         self.vectors = nn.Parameter(0.02 * torch.randn(size, hidden_size))
 
-    def begin(self, model: Runner, input_ids: Tensor, present: Tensor) -> Context:
+    def begin(self, model: WorkspaceModel, input_ids: Tensor, present: Tensor) -> Context:
         """Prefill; h_0 is the learned vectors."""
         context = _prefill(model, input_ids, present)
         context.initial = context.hidden = self.vectors.expand(len(input_ids), -1, -1)
         context.valid_mask = present.new_ones(len(input_ids), self.size)
         return context
 
-    def first(self, prompt: Tensor) -> Tensor:
+    def initial_state(self, prompt: Tensor) -> Tensor:
         """The learned vectors."""
         return self.vectors
 
-    def run(self, model: Runner, context: Context, u: Tensor, active: Tensor) -> Tensor:
-        """The K positions over the prompt's cache, which they leave as it is."""
+    def run(self, model: WorkspaceModel, context: Context, u: Tensor, active: Tensor) -> Tensor:
+        """The K positions over the prompt's cache, which does not change."""
         return model.forward_chunk(context.fork(), u, context.valid_mask & active[:, None])
 
-    def close(self, model: Runner, context: Context, states: Tensor, kept: Tensor) -> None:
-        """The closing pass; rows that kept no iteration have no block at all."""
-        looped = kept > 0
-        context.hidden = _at(states, kept)
+    def close(self, model: WorkspaceModel, context: Context, states: Tensor, kept_iterations: Tensor) -> None:
+        """The closing pass; rows that kept_iterations no iteration have no block."""
+        looped = kept_iterations > 0
+        context.hidden = _at(states, kept_iterations)
         if not looped.any():
             return
         inputs = model.project_in(context.hidden)
-        written = model.write(context, inputs, context.valid_mask & looped[:, None], looped)
-        context.state = torch.where(looped[:, None], written[:, -1], context.state)
+        closed = model.forward_after_loop(context, inputs, context.valid_mask & looped[:, None], looped)
+        context.state = torch.where(looped[:, None], closed[:, -1], context.state)
 
-    def closing_passes(self, kept: int) -> int:
-        """One after a loop."""
-        return int(kept > 0)
+    def closing_passes(self, kept_iterations: int) -> int:
+        """1 after a loop, else 0."""
+        return int(kept_iterations > 0)
 
     def loop_positions(self, iterations: int) -> int:
-        """K, however often they are refined."""
+        """K, whatever the number of iterations; 0 without a loop."""
         return self.size if iterations else 0
 
     def width(self, prompt_tokens: int) -> int:
@@ -198,40 +202,40 @@ class Block(Workspace):
 
 
 class Prompt(Workspace):
-    """The prompt's own positions, refined again and again; no position is added."""
+    """The prompt's own positions, refined in place; no position is added."""
 
     prefills = False
 
-    def begin(self, model: Runner, input_ids: Tensor, present: Tensor) -> Context:
-        """No pass at all; h_0 is the input embeddings."""
+    def begin(self, model: WorkspaceModel, input_ids: Tensor, present: Tensor) -> Context:
+        """No pass; h_0 is the input embeddings."""
         return _empty(model.embed(input_ids), present)
 
-    def first(self, prompt: Tensor) -> Tensor:
-        """The embeddings themselves."""
+    def initial_state(self, prompt: Tensor) -> Tensor:
+        """The prompt's input embeddings."""
         return prompt
 
-    def run(self, model: Runner, context: Context, u: Tensor, active: Tensor) -> Tensor:
-        """All prompt positions, nothing kept."""
+    def run(self, model: WorkspaceModel, context: Context, u: Tensor, active: Tensor) -> Tensor:
+        """All prompt positions; the cache does not change."""
         return model.forward_chunk(context.fork(), u, context.valid_mask & active[:, None])
 
-    def close(self, model: Runner, context: Context, states: Tensor, kept: Tensor) -> None:
-        """The closing pass; rows that kept no iteration run the base model on their prompt."""
-        looped = kept > 0
-        context.hidden = _at(states, kept)
+    def close(self, model: WorkspaceModel, context: Context, states: Tensor, kept_iterations: Tensor) -> None:
+        """The closing pass; rows that kept_iterations no iteration run the base model on their prompt."""
+        looped = kept_iterations > 0
+        context.hidden = _at(states, kept_iterations)
         inputs = torch.where(looped[:, None, None], model.project_in(context.hidden), states[:, 0])
-        written = model.write(context, inputs, context.valid_mask, looped)
-        context.state = readout(written, context.valid_mask)
+        closed = model.forward_after_loop(context, inputs, context.valid_mask, looped)
+        context.state = readout(closed, context.valid_mask)
 
     def passes(self, t: int) -> int:
-        """The iterations alone: the prompt is not run before them."""
+        """``t``: the prompt is not run before the loop."""
         return t
 
-    def closing_passes(self, kept: int) -> int:
-        """One, with or without a loop before it."""
+    def closing_passes(self, kept_iterations: int) -> int:
+        """1, also without a loop."""
         return 1
 
     def loop_positions(self, iterations: int) -> int:
-        """None."""
+        """0."""
         return 0
 
     def width(self, prompt_tokens: int) -> int:
@@ -239,8 +243,8 @@ class Prompt(Workspace):
         return prompt_tokens
 
 
-def build(loop: LoopConfig, hidden_size: int) -> Workspace:
-    """The workspace that a config names."""
+def build_workspace(loop: LoopConfig, hidden_size: int) -> Workspace:
+    """The workspace that ``loop`` names, with untrained vectors."""
     match loop.workspace:
         case "append":
             return Append()
@@ -251,14 +255,22 @@ def build(loop: LoopConfig, hidden_size: int) -> Workspace:
 
 
 def readout(hidden: Tensor, valid_mask: Tensor | None) -> Tensor:
-    """The state at the last own position: ``[B, ..., d]`` from ``[B, ..., W, d]`` and ``[B, W]``; ``None``: all own."""
+    """The state at each row's last valid position.
+
+    Args:
+        hidden: ``[B, ..., W, d]``.
+        valid_mask: ``[B, W]`` bool; ``None``: all positions are valid.
+
+    Returns:
+        ``[B, ..., d]``.
+    """
     if valid_mask is None:
         return hidden[..., -1, :]
     last = (valid_mask * torch.arange(1, valid_mask.shape[1] + 1, device=valid_mask.device)).argmax(-1)
     return hidden[torch.arange(len(valid_mask), device=valid_mask.device), ..., last, :]
 
 
-def _prefill(model: Runner, input_ids: Tensor, present: Tensor) -> Context:
+def _prefill(model: WorkspaceModel, input_ids: Tensor, present: Tensor) -> Context:
     embeds = model.embed(input_ids)
     context = _empty(embeds, present)
     context.state = readout(model.forward_chunk(context, embeds, present), present)
@@ -280,5 +292,5 @@ def _empty(embeds: Tensor, present: Tensor) -> Context:
     )
 
 
-def _at(states: Tensor, kept: Tensor) -> Tensor:
-    return states[torch.arange(len(kept), device=kept.device), kept]
+def _at(states: Tensor, kept_iterations: Tensor) -> Tensor:
+    return states[torch.arange(len(kept_iterations), device=kept_iterations.device), kept_iterations]

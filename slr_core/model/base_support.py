@@ -1,4 +1,4 @@
-"""What the loop has to know of its base: any decoder-only model of ``transformers`` that it can run faithfully."""
+"""What the loop needs from its base model: which models it can run, masks, widths and end tokens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from slr_core.errors import ConfigError
 
 
 def check_supported(base: PreTrainedModel) -> None:
-    """Refuse what the loop's masks and its plain reading of the head would silently change.
+    """Refuse base models whose output would be wrong in a loop.
+
+    The loop sets its own attention masks and reads the LM head as a plain linear layer.
 
     Raises:
-        ConfigError: a layer does not attend to everything before it, or the head is not plainly linear.
+        ConfigError: a layer does not use full attention, or the logits are capped or scaled.
     """
     config = base.config
     windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
@@ -23,14 +25,14 @@ def check_supported(base: PreTrainedModel) -> None:
         if getattr(config, field, None) not in (None, 1, 1.0):
             raise ConfigError(f"{type(base).__name__}: {field} is not supported, the head must be plainly linear")
     if config._attn_implementation not in ("sdpa", "eager"):
-        base.set_attn_implementation("sdpa")  # the others do not take the masks that a loop needs
+        base.set_attn_implementation("sdpa")  # the other implementations do not take the loop's masks
 
 
 def attention_mask(base: PreTrainedModel, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask ``[B, q, S]`` bool in the form that the base's attention takes: ``[B, 1, q, S]``."""
+    """The mask ``[B, q, S]`` bool in the form that the base's attention takes: ``[B, 1, q, S]``, bool or ``dtype``."""
     if base.config._attn_implementation != "eager":
         return mask[:, None]
-    # Eager attention adds its mask to the scores.
+    # Eager attention adds the mask to the scores.
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[:, None]
 
 
@@ -40,7 +42,7 @@ def hidden_size(base: PreTrainedModel) -> int:
 
 
 def end_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's end token and those that the base generates with."""
+    """Ids that end a text: the tokenizer's end token and those of the base's generation config."""
     configured = base.generation_config.eos_token_id if base.generation_config else None
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in (tokenizer.eos_token_id, *listed) if isinstance(i, int))

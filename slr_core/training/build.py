@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from slr_core.checkpoint.folder import CONFIG, local_path
-from slr_core.checkpoint.init import load_base
+from slr_core.checkpoint.init import load_model_and_tokenizer
 from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.model.reasoner import LatentReasoner
@@ -68,7 +68,7 @@ def teacher_of(config: TrainConfig, student: LatentReasoner) -> LatentReasoner |
 def _from(config: TrainConfig, source: str) -> LatentReasoner:
     folder = local_path(source)
     if not (folder / CONFIG).is_file():
-        base, tokenizer = load_base(source)
+        base, tokenizer = load_model_and_tokenizer(source)
         return LatentReasoner(base, _padded(tokenizer), _settings(config.loop, config.text))
     loaded = LatentReasoner.from_pretrained(source)
     if config.loop is None:
@@ -77,7 +77,9 @@ def _from(config: TrainConfig, source: str) -> LatentReasoner:
         return loaded
     # Its base without its loop.
     inside = folder / loaded.config.base
-    base, _ = load_base(str(inside) if inside.is_dir() else loaded.config.base, tokenizer_from=str(folder))
+    base, _ = load_model_and_tokenizer(
+        str(inside) if inside.is_dir() else loaded.config.base, tokenizer_from=str(folder)
+    )
     return LatentReasoner(base, loaded.tokenizer, _settings(config.loop, config.text or loaded.config.text))
 
 

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from slr_core.checkpoint.folder import BUNDLED, SHIPPED
+from slr_core.checkpoint.folder import BUNDLED_FOLDER, DEFAULT_CHECKPOINT
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import METHODS, Settings
 from slr_core.evaluation.outcomes import Outcome
@@ -81,7 +81,7 @@ def test_relative_change_falls(answers: list[Outcome]) -> None:
 
 
 def test_no_iterations_is_the_base_model(reasoner: LatentReasoner, questions: list[Example]) -> None:
-    base = AutoModelForCausalLM.from_pretrained(BUNDLED / "base").eval()
+    base = AutoModelForCausalLM.from_pretrained(DEFAULT_CHECKPOINT / "base").eval()
     settings = LoopParams(max_iterations=0).resolve(reasoner.config.loop)
     for example in questions[:20]:
         request = prepare(reasoner, example.question, settings, max_new_tokens=4)
@@ -125,8 +125,8 @@ def test_first_iteration_is_pefts_own_adapter(reasoner: LatentReasoner, question
         u1 = reasoner.timestep(reasoner.project_in(context.hidden), 1)
         g1, _ = reasoner.iterate(context, 1)
 
-        plain = AutoModelForCausalLM.from_pretrained(BUNDLED / "base").eval()
-        peft = PeftModel.from_pretrained(plain, BUNDLED / "loops" / "loop_01").eval()
+        plain = AutoModelForCausalLM.from_pretrained(DEFAULT_CHECKPOINT / "base").eval()
+        peft = PeftModel.from_pretrained(plain, DEFAULT_CHECKPOINT / "loops" / "loop_01").eval()
         with peft.disable_adapter():
             cache = peft(input_ids=prompt, use_cache=True).past_key_values
         logits = peft(inputs_embeds=u1, past_key_values=cache, use_cache=True).logits
@@ -134,7 +134,7 @@ def test_first_iteration_is_pefts_own_adapter(reasoner: LatentReasoner, question
     torch.testing.assert_close(expected, logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shipped", sorted(SHIPPED.iterdir()), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("shipped", sorted(BUNDLED_FOLDER.iterdir()), ids=lambda folder: folder.name)
 def test_is_small_and_holds_nothing_that_can_run_code(shipped: Path) -> None:
     files = [path for path in shipped.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 10 * 2**20
@@ -142,7 +142,7 @@ def test_is_small_and_holds_nothing_that_can_run_code(shipped: Path) -> None:
 
 
 def test_card_quotes_the_committed_figures() -> None:
-    card = (BUNDLED / "README.md").read_text(encoding="utf-8")
+    card = (DEFAULT_CHECKPOINT / "README.md").read_text(encoding="utf-8")
     record = json.loads(RESULTS.read_text(encoding="utf-8"))
     figures, forced = record["figures"], record["forced"]
     for name, methods in figures.items():

@@ -1,6 +1,6 @@
 import pytest
 
-from slr_core.checkpoint.info import describe
+from slr_core.checkpoint.info import describe_model
 from tests import tiny
 
 K = 3
@@ -13,7 +13,7 @@ def reasoner(kind="llama", **loop):
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_model_is_the_sum_of_its_parts(kind):
     made = reasoner(kind)
-    facts = describe(made)
+    facts = describe_model(made)
     assert facts.base_parameters == sum(p.numel() for p in tiny.base(kind).parameters())
     assert facts.base_parameters + facts.added_parameters == sum(p.numel() for p in made.parameters())
     assert facts.architecture == type(tiny.base(kind)).__name__
@@ -24,10 +24,10 @@ def test_a_model_is_the_sum_of_its_parts(kind):
 def test_adapters_by_hand():
     # Of rank r, an adapter of an in x out layer has r * (in + out) weights.
     only_v = {"target_modules": ["v_proj"]}
-    assert describe(reasoner(lora={**only_v, "rank": 2})).adapter_parameters == 3 * 2 * 2 * (32 + 16)
-    assert describe(reasoner(lora={**only_v, "rank": [1, 4, 2]})).adapter_parameters == 7 * 2 * (32 + 16)
-    assert describe(reasoner(lora={**only_v, "decode_rank": 5})).adapter_parameters == (3 * 2 + 5) * 2 * (32 + 16)
-    assert describe(reasoner(lora={"kind": "none"})).adapter_parameters == 0
+    assert describe_model(reasoner(lora={**only_v, "rank": 2})).adapter_parameters == 3 * 2 * 2 * (32 + 16)
+    assert describe_model(reasoner(lora={**only_v, "rank": [1, 4, 2]})).adapter_parameters == 7 * 2 * (32 + 16)
+    assert describe_model(reasoner(lora={**only_v, "decode_rank": 5})).adapter_parameters == (3 * 2 + 5) * 2 * (32 + 16)
+    assert describe_model(reasoner(lora={"kind": "none"})).adapter_parameters == 0
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_adapters_by_hand():
     ids=str,
 )
 def test_every_part_counts(loop, more):
-    assert describe(reasoner(**loop)).module_parameters == describe(reasoner()).module_parameters + more
+    assert describe_model(reasoner(**loop)).module_parameters == describe_model(reasoner()).module_parameters + more
 
 
 def test_the_latent_decoder_counts():
@@ -51,7 +51,7 @@ def test_the_latent_decoder_counts():
     made = reasoner(decoder={"latent_decoder": latent})
     more = sum(p.numel() for p in made.decoder.parameters())
     assert more > 0
-    assert describe(made).module_parameters == describe(reasoner()).module_parameters + more
+    assert describe_model(made).module_parameters == describe_model(reasoner()).module_parameters + more
 
 
 # Layers, keys and values, key heads, channels a head, bytes.
@@ -60,22 +60,22 @@ CACHE = {"llama": 2 * 2 * 2 * 8 * 4, "qwen3": 2 * 2 * 2 * 8 * 4, "gpt2": 2 * 2 *
 
 @pytest.mark.parametrize("kind", CACHE)
 def test_the_cache_of_a_position_by_hand(kind):
-    assert describe(reasoner(kind)).cache_bytes_per_position == CACHE[kind]
+    assert describe_model(reasoner(kind)).cache_bytes_per_position == CACHE[kind]
 
 
 @pytest.mark.parametrize(("workspace", "positions"), [("append", 5), ("block", K), ("prompt", 0)])
 def test_a_request_reserves_its_prompt_its_loop_and_its_answer(workspace, positions):
-    facts = describe(reasoner(workspace=workspace))
+    facts = describe_model(reasoner(workspace=workspace))
     assert facts.loop_positions == positions
     assert facts.cache_bytes(10, 7) == (10 + positions + 7) * CACHE["llama"]
 
 
 def test_half_precision_halves_the_cache():
     made = tiny.reasoner(plain=tiny.base().bfloat16())
-    assert describe(made).cache_bytes_per_position == CACHE["llama"] // 2
+    assert describe_model(made).cache_bytes_per_position == CACHE["llama"] // 2
 
 
 def test_one_line():
-    facts = describe(reasoner())
+    facts = describe_model(reasoner())
     assert f"{facts.base_parameters:,} parameters, the loop adds {facts.added_parameters:,} (" in facts.sizes
     assert facts.sizes.endswith(f"({100 * facts.added_share:.1f}%)")

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from slr_core.checkpoint.info import describe
-from slr_core.checkpoint.init import InitConfig, initialize
-from slr_core.checkpoint.read import load
+from slr_core.checkpoint.info import describe_model
+from slr_core.checkpoint.init import InitConfig, init_checkpoint
+from slr_core.checkpoint.read import load_checkpoint
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.generation.reference import generate
 from tests import tiny
@@ -52,8 +52,8 @@ def is_the_base(made, plain):
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_the_folder_loads_and_without_iterations_is_the_base(kind, tmp_path):
     source = write_base(tmp_path / "plain", kind)
-    returned = initialize(source, tmp_path / "out", settings(tmp_path, "timestep: {kind: learned}\n"))
-    made = load(type(returned), tmp_path / "out")
+    returned = init_checkpoint(source, tmp_path / "out", settings(tmp_path, "timestep: {kind: learned}\n"))
+    made = load_checkpoint(type(returned), tmp_path / "out")
     assert not made.training
     assert made.config == returned.config.replace(slr_version=made.config.slr_version)
     assert is_the_base(made, tiny.base(kind))
@@ -64,14 +64,14 @@ def test_the_folder_loads_and_without_iterations_is_the_base(kind, tmp_path):
 
 
 def test_the_source_is_left_as_it_was(source, tmp_path):
-    initialize(source, tmp_path / "out")
+    init_checkpoint(source, tmp_path / "out")
     torch.testing.assert_close(
         AutoModelForCausalLM.from_pretrained(source).state_dict(), tiny.base().state_dict(), rtol=0, atol=0
     )
 
 
 def test_untrained_adapters_have_no_effect(source, tmp_path):
-    made = initialize(source, tmp_path / "out")
+    made = init_checkpoint(source, tmp_path / "out")
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), made.adapters.use("loop_02"):
         torch.testing.assert_close(made.base(input_ids=ids).logits, tiny.base()(input_ids=ids).logits)
@@ -80,7 +80,7 @@ def test_untrained_adapters_have_no_effect(source, tmp_path):
 def test_the_seed_makes_the_new_weights(source, tmp_path):
     block = settings(tmp_path, "workspace: block")
     vectors = [
-        initialize(source, tmp_path / f"out{i}", block, seed=seed).workspace.vectors.detach()
+        init_checkpoint(source, tmp_path / f"out{i}", block, seed=seed).workspace.vectors.detach()
         for i, seed in enumerate((1, 1, 2))
     ]
     assert torch.equal(vectors[0], vectors[1])
@@ -88,9 +88,9 @@ def test_the_seed_makes_the_new_weights(source, tmp_path):
 
 
 def test_the_card_tells_what_it_is(source, tmp_path):
-    made = initialize(source, tmp_path / "out", seed=7)
+    made = init_checkpoint(source, tmp_path / "out", seed=7)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert describe(made).sizes in card
+    assert describe_model(made).sizes in card
     assert "seed 7" in card
     assert "`plain`" in card
     assert str(tmp_path) not in card
@@ -112,7 +112,7 @@ def test_an_empty_file_is_all_defaults(text, tmp_path):
 
 def test_loop_and_texts_are_read(source, tmp_path):
     text = "lora: {rank: [1, 2], decode_rank: 3}\ntrained_iterations: 2\ntext: {stop: [w9], answer_prefix: w7}\n"
-    made = initialize(source, tmp_path / "out", settings(tmp_path, text))
+    made = init_checkpoint(source, tmp_path / "out", settings(tmp_path, text))
     assert (made.config.text.stop, made.config.text.answer_prefix) == (("w9",), "w7")
     folders = {path.name for path in (tmp_path / "out" / "loops").iterdir()}
     assert folders == {"loop_01", "loop_02", "decode"}
@@ -142,7 +142,7 @@ def test_what_is_wrong_with_the_settings_is_named_and_nothing_is_written(case, s
     text, named = WRONG[case]
     path = settings(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
-        initialize(source, tmp_path / "out", path)
+        init_checkpoint(source, tmp_path / "out", path)
     assert named in str(caught.value)
     assert "loop.yaml" in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -150,7 +150,7 @@ def test_what_is_wrong_with_the_settings_is_named_and_nothing_is_written(case, s
 
 def test_a_missing_file_is_named(source, tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
-        initialize(source, tmp_path / "out", tmp_path / "nowhere.yaml")
+        init_checkpoint(source, tmp_path / "out", tmp_path / "nowhere.yaml")
 
 
 # -- what is refused -------------------------------------------------------------------------------------
@@ -158,12 +158,12 @@ def test_a_missing_file_is_named(source, tmp_path):
 
 def test_a_folder_that_holds_something_is_left_alone(source, tmp_path):
     (tmp_path / "out").mkdir()
-    initialize(source, tmp_path / "out")
+    init_checkpoint(source, tmp_path / "out")
     with pytest.raises(ConfigError, match="expected a new or an empty folder"):
-        initialize(source, tmp_path / "out")
+        init_checkpoint(source, tmp_path / "out")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="expected a new or an empty folder"):
-        initialize(source, tmp_path / "file")
+        init_checkpoint(source, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -174,13 +174,13 @@ def test_a_sliding_window_is_refused(tmp_path):
     MistralForCausalLM(windowed).save_pretrained(tmp_path / "plain")
     tiny.tokenizer().save_pretrained(tmp_path / "plain")
     with pytest.raises(ConfigError, match="full attention"):
-        initialize(str(tmp_path / "plain"), tmp_path / "out")
+        init_checkpoint(str(tmp_path / "plain"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_target_that_the_base_does_not_have_is_refused(source, tmp_path):
     with pytest.raises(ConfigError, match="no_such_layer"):
-        initialize(source, tmp_path / "out", settings(tmp_path, "lora: {target_modules: [no_such_layer]}"))
+        init_checkpoint(source, tmp_path / "out", settings(tmp_path, "lora: {target_modules: [no_such_layer]}"))
     assert not (tmp_path / "out").exists()
 
 
@@ -209,14 +209,14 @@ def test_a_base_that_cannot_be_loaded_is_a_checkpoint_error(case, tmp_path):
     source = write_base(tmp_path / "plain")
     spoil(tmp_path / "plain", case)
     with pytest.raises(CheckpointError, match="cannot be loaded as a causal language model"):
-        initialize(source, tmp_path / "out")
+        init_checkpoint(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("base", ["/no/where", "no-such/model", "a b c", "", "/no/where.gguf"])
 def test_a_base_that_is_not_there_is_a_checkpoint_error(base, tmp_path):
     with pytest.raises(CheckpointError):
-        initialize(base, tmp_path / "out")
+        init_checkpoint(base, tmp_path / "out")
 
 
 def test_a_tokenizer_larger_than_the_base_is_refused(tmp_path):
@@ -226,7 +226,7 @@ def test_a_tokenizer_larger_than_the_base_is_refused(tmp_path):
     words.add_tokens(["w100"])
     words.save_pretrained(source)
     with pytest.raises(CheckpointError, match="the tokenizer has tokens up to 40, the model 40 embeddings"):
-        initialize(source, tmp_path / "out")
+        init_checkpoint(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -240,7 +240,7 @@ def test_a_base_with_gaps_is_refused(case, tmp_path):
         state["lm_head.weight"] = head[:-1].clone()
     save_file(state, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lm_head\.weight|cannot be loaded"):
-        initialize(source, tmp_path / "out")
+        init_checkpoint(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -314,8 +314,8 @@ def write_gguf(path):
 
 def test_a_gguf_file(tmp_path):
     plain = write_gguf(tmp_path / "plain.gguf")
-    initialize(str(tmp_path / "plain.gguf"), tmp_path / "out", settings(tmp_path, "workspace: prompt"))
-    made = load(type(tiny.reasoner()), tmp_path / "out")
+    init_checkpoint(str(tmp_path / "plain.gguf"), tmp_path / "out", settings(tmp_path, "workspace: prompt"))
+    made = load_checkpoint(type(tiny.reasoner()), tmp_path / "out")
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         torch.testing.assert_close(made.base(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
@@ -327,10 +327,10 @@ def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
     (tmp_path / "plain.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr("slr_core.checkpoint.init.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="extra `gguf`"):
-        initialize(str(tmp_path / "plain.gguf"), tmp_path / "out")
+        init_checkpoint(str(tmp_path / "plain.gguf"), tmp_path / "out")
 
 
 def test_a_file_that_is_no_gguf_is_a_checkpoint_error(tmp_path):
     (tmp_path / "plain.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(CheckpointError, match="cannot be loaded"):
-        initialize(str(tmp_path / "plain.gguf"), tmp_path / "out")
+        init_checkpoint(str(tmp_path / "plain.gguf"), tmp_path / "out")

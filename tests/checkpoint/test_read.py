@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slr_core.checkpoint.folder import BUNDLED, SHIPPED, local_path
-from slr_core.checkpoint.info import describe
-from slr_core.checkpoint.read import load, load_weights
-from slr_core.checkpoint.write import save
+from slr_core.checkpoint.folder import BUNDLED_FOLDER, DEFAULT_CHECKPOINT, local_path
+from slr_core.checkpoint.info import describe_model
+from slr_core.checkpoint.read import load_checkpoint, load_weights
+from slr_core.checkpoint.write import save_checkpoint
 from slr_core.errors import CheckpointError
 from slr_core.generation.reference import generate
+from slr_core.model.exits import loop_until_exit
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
 from tests import tiny
@@ -41,7 +42,7 @@ def folder(good, tmp_path):
 def states(made):
     settings = [LoopParams(max_iterations=5, criterion="fixed").resolve(made.config.loop)] * 2
     with torch.inference_mode():
-        return made.loop(made.encode(*tiny.batch(tiny.PROMPTS[2:4])), settings).states
+        return loop_until_exit(made, made.encode(*tiny.batch(tiny.PROMPTS[2:4])), settings).states
 
 
 # -- names -----------------------------------------------------------------------------------------------
@@ -49,14 +50,16 @@ def states(made):
 
 def test_the_bundled_checkpoint_has_a_name_and_a_folder_called_so_comes_first(good, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert local_path("prosqa") == local_path(None) == BUNDLED
-    assert {local_path(folder.name) for folder in SHIPPED.iterdir()} == set(SHIPPED.iterdir())
+    assert local_path("prosqa") == local_path(None) == DEFAULT_CHECKPOINT
+    assert {local_path(folder.name) for folder in BUNDLED_FOLDER.iterdir()} == set(BUNDLED_FOLDER.iterdir())
     assert local_path("") == Path()
     assert local_path("checkpoints/prosqa") == Path("checkpoints/prosqa")
-    assert describe(LatentReasoner.from_pretrained("prosqa")) == describe(LatentReasoner.from_pretrained())
+    assert describe_model(LatentReasoner.from_pretrained("prosqa")) == describe_model(LatentReasoner.from_pretrained())
     shutil.copytree(good, tmp_path / "prosqa")
-    assert describe(LatentReasoner.from_pretrained("prosqa")) == describe(LatentReasoner.from_pretrained(str(good)))
-    assert local_path(None) == BUNDLED
+    assert describe_model(LatentReasoner.from_pretrained("prosqa")) == describe_model(
+        LatentReasoner.from_pretrained(str(good))
+    )
+    assert local_path(None) == DEFAULT_CHECKPOINT
 
 
 # -- saving and loading ----------------------------------------------------------------------------------
@@ -65,10 +68,10 @@ def test_the_bundled_checkpoint_has_a_name_and_a_folder_called_so_comes_first(go
 def test_adapter_configs_are_the_same_whoever_saves_them(tmp_path):
     made = tiny.reasoner(loop={"lora": {"rank": 2, "alpha": 4, "target_modules": ["v_proj", "q_proj", "o_proj"]}})
     assert all(isinstance(adapter.target_modules, set) for adapter in made.adapter_configs.values())
-    save(made, tmp_path)
+    save_checkpoint(made, tmp_path)
     for path in (tmp_path / "loops").glob("*/adapter_config.json"):
         assert json.loads(path.read_text())["target_modules"] == ["o_proj", "q_proj", "v_proj"]
-    assert states(load(LatentReasoner, tmp_path))[0].equal(states(made)[0])
+    assert states(load_checkpoint(LatentReasoner, tmp_path))[0].equal(states(made)[0])
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -149,18 +152,18 @@ def test_weights_of_another_shape_are_refused(folder):
 
 
 def test_half_precision(good):
-    loaded = load(LatentReasoner, good, dtype=torch.bfloat16)
+    loaded = load_checkpoint(LatentReasoner, good, dtype=torch.bfloat16)
     assert {p.dtype for name, p in loaded.base.named_parameters() if "lora" not in name} == {torch.bfloat16}
     results = generate(loaded, [tiny.request(loaded, prompt) for prompt in tiny.PROMPTS])
     assert all(result.exit_reason != "diverged" for result in results)
 
 
 def test_a_path_may_be_a_path_or_a_string(good):
-    assert load(LatentReasoner, good).config == load(LatentReasoner, str(good)).config
+    assert load_checkpoint(LatentReasoner, good).config == load_checkpoint(LatentReasoner, str(good)).config
 
 
 def test_sizes_are_described(made):
-    sizes = describe(made)
+    sizes = describe_model(made)
     lora = sum(p.numel() for name, p in made.named_parameters() if "lora_" in name)
     own = sum(p.numel() for name, p in made.named_parameters() if not name.startswith("base."))
     plain = sum(p.numel() for p in tiny.base().parameters())
@@ -426,5 +429,5 @@ def test_code_in_the_base_folder_is_not_run(folder):
 
 
 def test_saving_into_a_new_folder_makes_it(tmp_path, made):
-    save(made, tmp_path / "a" / "b")
+    save_checkpoint(made, tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b" / "slr_config.json").is_file()

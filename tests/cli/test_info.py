@@ -2,12 +2,12 @@ import json
 
 import pytest
 
-from slr_core.checkpoint.info import describe
+from slr_core.checkpoint.info import describe_model
 
 
 def test_info(run, made, folder):
     code, out, _ = run("info", "--model", folder)
-    sizes = describe(made)
+    sizes = describe_model(made)
     assert code == 0
     assert "LlamaForCausalLM" in out
     assert f"{sizes.added_parameters:,} parameters, {sizes.added_share:.1%} of the base" in out

@@ -4,8 +4,8 @@ import shlex
 import pytest
 import yaml
 
-from slr_core.checkpoint.info import describe
-from slr_core.checkpoint.read import load
+from slr_core.checkpoint.info import describe_model
+from slr_core.checkpoint.read import load_checkpoint
 from slr_core.model.reasoner import LatentReasoner
 from tests import tiny
 
@@ -22,7 +22,7 @@ def test_folder_answers(run, plain, tmp_path):
     (tmp_path / "loop.yaml").write_text("workspace: block\n")
     options = ["--out", tmp_path / "out", "--config", tmp_path / "loop.yaml"]
     code, out, err = run("init", plain, *options)
-    sizes = describe(load(LatentReasoner, tmp_path / "out"))
+    sizes = describe_model(load_checkpoint(LatentReasoner, tmp_path / "out"))
     assert (code, err) == (0, "")
     assert f"{sizes.added_parameters:,} parameters, {sizes.added_share:.1%} of the base" in out
     assert "block of 8" in out

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from slr_core.checkpoint.read import load
+from slr_core.checkpoint.read import load_checkpoint
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.generation.reference import generate
+from slr_core.model.exits import loop_until_exit
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
 from tests import tiny
@@ -77,7 +78,7 @@ def test_a_base_with_a_sliding_window_is_refused(workspace, tmp_path):
     tiny.reasoner(loop=tiny.WORKSPACES[workspace]).save_pretrained(str(tmp_path))
     tiny.base("mistral").save_pretrained(tmp_path / "base")
     with pytest.raises(CheckpointError, match="without full attention"):
-        load(LatentReasoner, tmp_path)
+        load_checkpoint(LatentReasoner, tmp_path)
 
 
 SIZES = {"vocab_size": len(tiny.WORDS), "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
@@ -106,6 +107,6 @@ def test_the_same_architecture_without_its_window_runs(workspace):
     made = tiny.reasoner(loop=tiny.WORKSPACES[workspace], plain=MistralForCausalLM(config).eval())
     settings = LoopParams(max_iterations=3, criterion="fixed").resolve(made.config.loop)
     with torch.inference_mode():
-        output = made.loop(made.encode(*tiny.batch(tiny.PROMPTS)), [settings] * 8)
+        output = loop_until_exit(made, made.encode(*tiny.batch(tiny.PROMPTS)), [settings] * 8)
     assert output.iterations == [3] * 8
     assert output.exit_reasons == ["max_iterations"] * 8

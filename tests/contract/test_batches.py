@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slr_core.generation.reference import generate
+from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams, SamplingParams
 from tests import tiny
 from tests.contract.conftest import EVERY
@@ -70,9 +71,9 @@ def test_a_batch_gives_each_row_what_it_gets_alone(made, alone):
 def test_states_in_a_batch_are_those_of_rows_alone(made):
     settings = [LoopParams(**loop).resolve(made.config.loop) for loop in MIXED]
     with torch.inference_mode():
-        together = made.loop(made.encode(*tiny.batch(tiny.PROMPTS)), settings)
+        together = loop_until_exit(made, made.encode(*tiny.batch(tiny.PROMPTS)), settings)
         for i, prompt in enumerate(tiny.PROMPTS):
-            alone = made.loop(made.encode(*tiny.batch([prompt])), [settings[i]])
+            alone = loop_until_exit(made, made.encode(*tiny.batch([prompt])), [settings[i]])
             assert together.iterations[i] == alone.iterations[0]
             torch.testing.assert_close(together.states[i], alone.states[0], rtol=1e-5, atol=1e-5)
             width = made.workspace.width(len(tiny.ids(prompt)))
@@ -102,9 +103,9 @@ def test_left_padding_equals_right_padding(made):
     outputs, answers = [], []
     with torch.inference_mode():
         for side in ("left", "right"):
-            outputs.append(made.loop(made.encode(*tiny.batch(tiny.PROMPTS, side)), settings))
+            outputs.append(loop_until_exit(made, made.encode(*tiny.batch(tiny.PROMPTS, side)), settings))
             first = made.head(outputs[-1].context.state)
-            rest = made.answer(outputs[-1].context, tokens, present.bool(), looped)
+            rest = made.answer_logits(outputs[-1].context, tokens, present.bool(), looped)
             answers.append(torch.cat([first, rest[present.bool()]]))
     left, right = outputs
     assert (left.iterations, left.exit_reasons) == (right.iterations, right.exit_reasons)

@@ -24,7 +24,7 @@ def backward(made):
     assert not context.change.requires_grad  # the noise level is read, not trained through
     made.close(context, states, torch.full((4,), 3))
     tokens, present = tiny.batch([tiny.words(1, 2)] * 4)
-    answer = made.answer(context, tokens, present.bool(), torch.ones(4, dtype=torch.bool))
+    answer = made.answer_logits(context, tokens, present.bool(), torch.ones(4, dtype=torch.bool))
     loss = made.head(states).logsumexp(-1).sum() + made.head(context.state).logsumexp(-1).sum()
     loss = loss + answer.logsumexp(-1).sum()
     if made.halting is not None:
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_function(workspace):
         context = made.encode(input_ids, mask)
         states = made.unroll(context, 3)
         made.close(context, states, torch.tensor([3, 2]))
-        answer = made.answer(context, tokens, present.bool(), torch.ones(2, dtype=torch.bool))
+        answer = made.answer_logits(context, tokens, present.bool(), torch.ones(2, dtype=torch.bool))
         return states.sin().sum() + context.state.sin().sum() + answer.sin().sum()
 
     value().backward()

@@ -16,6 +16,7 @@ from slr_core.generation.reference import generate
 from slr_core.loop.convergence import ExitRule
 from slr_core.loop.lora import DECODE
 from slr_core.loop.timestep import Timestep
+from slr_core.model.exits import loop_until_exit
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
 from slr_core.types import Result
@@ -121,7 +122,7 @@ def facts(result: Result) -> tuple[Any, ...]:
 def looped(made: LatentReasoner, rows: list[str], asks: list[dict[str, Any]], side: str = "right"):
     with torch.inference_mode():
         resolved = [LoopParams(**ask).resolve(made.config.loop) for ask in asks]
-        return made.loop(made.encode(*tiny.batch(rows, side)), resolved)
+        return loop_until_exit(made, made.encode(*tiny.batch(rows, side)), resolved)
 
 
 @contextmanager
@@ -396,7 +397,7 @@ def test_gradients_reach_every_trainable_part_and_no_frozen_one(kind, loop, froz
         loss = loss + made.decode_latent(states.flatten(1, 2), seen, tokens[0]).logsumexp(-1).sum()
     everyone = torch.ones(len(states), dtype=torch.bool)
     made.close(context, states, torch.full((len(states),), loop["trained_iterations"]))
-    answer = made.answer(context, tokens[0], tokens[1].bool(), everyone)
+    answer = made.answer_logits(context, tokens[0], tokens[1].bool(), everyone)
     loss = loss + answer.logsumexp(-1).sum() + made.head(context.state).logsumexp(-1).sum()
     if not loss.requires_grad:
         assert not any(p.requires_grad for p in made.parameters())

@@ -108,7 +108,7 @@ def test_a_loop_that_leaves_the_numbers_ends_there_and_answers_from_its_last_goo
     expected = generate(made, [tiny.request(made, TARGET, **fixed(t - 1))])[0]
     with Load(made, target) as load:
         load.poison(Phase.LOOP, t)
-        load.engine.until(lambda: load.target is not None and load.target.row.reason is not None)
+        load.engine.until(lambda: load.target is not None and load.target.row.exit_reason is not None)
         cache, slot = load.engine._core.cache, load.target.slot
         assert cache.store[..., : cache.capacity, :].isfinite().all()
         assert not cache.store[:, :, slot, :, load.target.filled : cache.capacity].any()

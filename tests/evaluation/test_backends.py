@@ -6,7 +6,7 @@ from itertools import chain, islice
 import httpx
 import pytest
 
-from slr_core.checkpoint.folder import BUNDLED
+from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
 from slr_core.errors import ConfigError, EngineError, RequestError
 from slr_core.evaluation.backends import Ask, Local, Remote
 from slr_core.evaluation.methods import METHODS, Settings
@@ -149,7 +149,7 @@ def test_what_is_no_url_is_refused():
 def test_300_questions_have_identical_answers_and_iterations_in_process_and_through_the_server(tmp_path):
     questions = list(islice(make(GraphSpec(10, 2, 4, balanced=True), 31), 300))
     here = run_method(METHODS["slr"], Local(LatentReasoner.from_pretrained()), ProsQA(), questions, Settings({}))
-    for remote in _served(BUNDLED, tmp_path / "log"):
+    for remote in _served(DEFAULT_CHECKPOINT, tmp_path / "log"):
         there = run_method(METHODS["slr"], remote, ProsQA(), questions, Settings({}), batch_size=50)
     alike = [
         (mine.key, mine.text, mine.iterations, mine.exit_reason) == (its.key, its.text, its.iterations, its.exit_reason)

@@ -1,11 +1,14 @@
 """Interfering with thoughts: with an edit that changes nothing, nothing changes; and every edit does what it says."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from slr_core.errors import ConfigError, RequestError
 from slr_core.evaluation.interventions import foreign, noised, noisy, replaced, shuffled
 from slr_core.generation.reference import generate
+from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams
 from tests import tiny
 
@@ -71,7 +74,7 @@ def test_putting_back_a_loops_own_thoughts_changes_no_answer(made):
 
 @torch.inference_mode()
 def test_putting_back_a_loops_own_thoughts_changes_nothing_that_is_read(made):
-    own, again = looped(made, made.loop), looped(made, replaced(made, same))
+    own, again = looped(made, partial(loop_until_exit, made)), looped(made, replaced(made, same))
     for mine, its in zip(own.states, again.states, strict=True):
         torch.testing.assert_close(its, mine)
     if made.answers_from_states:
@@ -80,13 +83,13 @@ def test_putting_back_a_loops_own_thoughts_changes_nothing_that_is_read(made):
     assert again.context.next_position.tolist() == own.context.next_position.tolist()
     ids, present = torch.full((len(DEPTHS), 1), 7), torch.ones(len(DEPTHS), 1, dtype=torch.bool)
     kept = torch.tensor(own.kept_iterations) > 0
-    logits = [made.answer(output.context, ids, present, kept) for output in (own, again)]
+    logits = [made.answer_logits(output.context, ids, present, kept) for output in (own, again)]
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("workspace", tiny.WORKSPACES)
 def test_a_guarded_loop_drops_states(workspace):
-    own = looped(model(workspace, "guard"), model(workspace, "guard").loop)
+    own = looped(model(workspace, "guard"), partial(loop_until_exit, model(workspace, "guard")))
     assert any(kept < ran for kept, ran in zip(own.kept_iterations, own.iterations, strict=True))
 
 
@@ -108,15 +111,15 @@ def test_thoughts_are_put_where_the_model_would_have_put_them():
     edit = shuffled(SEEDS)
     output = looped(made, replaced(made, edit))
     for row, depth in enumerate(loop["max_iterations"] for loop in DEPTHS):
-        (states,) = shuffled([SEEDS[row]])([looped(made, made.loop).states[row]])
+        (states,) = shuffled([SEEDS[row]])([looped(made, partial(loop_until_exit, made)).states[row]])
         context = made.encode(*tiny.batch([tiny.PROMPTS[row]]))
         for t in range(1, depth + 1):
             context.hidden = states[None, t - 1]
             made.iterate(context, t)
         ids, present = torch.tensor([[7]]), torch.ones(1, 1, dtype=torch.bool)
-        alone = made.answer(context, ids, present, torch.tensor([depth > 0]))
+        alone = made.answer_logits(context, ids, present, torch.tensor([depth > 0]))
         torch.testing.assert_close(output.context.state[row], states[depth, 0])
-        many = made.answer(
+        many = made.answer_logits(
             output.context.fork(), torch.full((8, 1), 7), torch.ones(8, 1, dtype=torch.bool), torch.ones(8).bool()
         )
         torch.testing.assert_close(many[row], alone[0], atol=1e-4, rtol=1e-4)
@@ -187,7 +190,10 @@ def test_foreign_thoughts_need_workspaces_of_one_size():
 @pytest.mark.parametrize("start_only", [True, False])
 def test_noise_of_no_strength_changes_nothing(plain, start_only):
     assert answers(plain, noisy(plain, 0.0, SEEDS, start_only=start_only)) == answers(plain)
-    own, again = looped(plain, plain.loop), looped(plain, noisy(plain, 0.0, SEEDS, start_only=start_only))
+    own, again = (
+        looped(plain, partial(loop_until_exit, plain)),
+        looped(plain, noisy(plain, 0.0, SEEDS, start_only=start_only)),
+    )
     for mine, its in zip(own.states, again.states, strict=True):
         assert torch.equal(mine, its)
 
@@ -205,7 +211,7 @@ def test_noise_does_not_depend_on_the_batch(plain, start_only):
 
 
 def test_noise_is_a_share_of_the_states_size(plain):
-    own = looped(plain, plain.loop).states
+    own = looped(plain, partial(loop_until_exit, plain)).states
     for scale in (0.1, 1.0):
         starts = [looped(plain, noisy(plain, scale, [s + 100 * i for s in SEEDS])).states for i in range(5)]
         shares = [

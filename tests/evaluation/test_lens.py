@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slr_core import tasks
-from slr_core.checkpoint.folder import BUNDLED
+from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
 from slr_core.evaluation.inside import Inside
 from slr_core.evaluation.lens import EXAMPLES, movement, read, trajectories
 from slr_core.evaluation.probes import READOUT, Collected, Score, collect
@@ -144,7 +144,7 @@ def test_thoughts_are_put_into_words_where_there_is_a_latent_decoder():
 
 @pytest.fixture(scope="module")
 def bundled() -> LatentReasoner:
-    return LatentReasoner.from_pretrained(str(BUNDLED))
+    return LatentReasoner.from_pretrained(str(DEFAULT_CHECKPOINT))
 
 
 def prosqa(count: int) -> list[Example]:

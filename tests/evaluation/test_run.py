@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from slr_core.checkpoint.folder import BUNDLED
+from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import METHODS, NOISY_START, Settings, get
 from slr_core.evaluation.outcomes import key_of
@@ -213,6 +213,6 @@ def test_a_models_hash_is_that_of_its_files(tmp_path):
 
 def test_a_model_elsewhere_is_known_by_its_name():
     assert model_of("http://127.0.0.1:8000") == {"name": "http://127.0.0.1:8000"}
-    assert model_of(None) == model_of(str(BUNDLED))
+    assert model_of(None) == model_of(str(DEFAULT_CHECKPOINT))
     assert model_of(None)["name"] == "prosqa"
     assert model_of("prosqa") == model_of(None)

@@ -17,6 +17,7 @@ from slr_core.evaluation.statistics import summarize
 from slr_core.evaluation.store import Store
 from slr_core.generation.reference import generate
 from slr_core.loop.convergence import ExitRule
+from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams, ResolvedLoopParams
 from tests import tiny
 from tests.evaluation.asked import Words, questions
@@ -235,7 +236,7 @@ def test_a_diverging_loop_keeps_what_was_before_and_pays_for_what_it_ran():
     settings = LoopParams(criterion="fixed").resolve(made.config.loop)
     context = made.encode(*tiny.batch(prompts))
     with torch.inference_mode():
-        output = made.loop(context, [settings] * len(prompts))
+        output = loop_until_exit(made, context, [settings] * len(prompts))
     exits = [_exit(path, ExitRule(settings, made.config.loop.guard)) for path in distances(made, prompts, 6)]
     assert exits == list(zip(output.iterations, output.kept_iterations, strict=True))
     assert any(kept < ran < 6 for ran, kept in exits)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from slr_core.generation.decoding import DecodeState, decode_thoughts
 from slr_core.generation.prepare import prepare
-from slr_core.generation.reference import generate, passes
+from slr_core.generation.reference import count_passes, generate
+from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams
 from tests import tiny
 
@@ -62,9 +63,9 @@ def write_ids(made, ids, stop=(), limit=50):
     """The answer of so many tokens, and what was shown of it after each."""
     row, shown = DecodeState(made, tiny.request(made, "abc", stop=stop, max_new_tokens=limit)), []
     for token in ids:
-        row.push(token)
-        shown.append(row.fresh())
-        if row.finished:
+        row.add_token(token)
+        shown.append(row.new_text())
+        if row.finish_reason:
             break
     return row, shown
 
@@ -72,22 +73,22 @@ def write_ids(made, ids, stop=(), limit=50):
 def test_an_answer_ends_at_its_end_token_a_stop_string_or_its_length(bytewise):
     ids = bytewise.tokenizer("abcd").input_ids
     row, _ = write_ids(bytewise, [*ids, tiny.EOS, *ids])
-    assert (row.finished, row.text, row.tokens) == ("stop", "abcd", [*ids, tiny.EOS])
+    assert (row.finish_reason, row.text, row.tokens) == ("stop", "abcd", [*ids, tiny.EOS])
     row, _ = write_ids(bytewise, ids, stop=("cd", "bcd"))
-    assert (row.finished, row.text, row.tokens) == ("stop", "a", ids)
+    assert (row.finish_reason, row.text, row.tokens) == ("stop", "a", ids)
     row, _ = write_ids(bytewise, ids, limit=3)
-    assert (row.finished, row.text, row.tokens) == ("length", "abc", ids[:3])
+    assert (row.finish_reason, row.text, row.tokens) == ("length", "abc", ids[:3])
     row, _ = write_ids(bytewise, ids)
-    assert (row.finished, row.text) == (None, "abcd")
+    assert (row.finish_reason, row.text) == (None, "abcd")
     # The last token that there is room for may end it as well.
-    assert write_ids(bytewise, [ids[0], tiny.EOS], limit=2)[0].finished == "stop"
-    assert write_ids(bytewise, ids, stop=("d",), limit=4)[0].finished == "stop"
+    assert write_ids(bytewise, [ids[0], tiny.EOS], limit=2)[0].finish_reason == "stop"
+    assert write_ids(bytewise, ids, stop=("d",), limit=4)[0].finish_reason == "stop"
 
 
 def test_what_is_shown_is_shown_once(bytewise):
     row, shown = write_ids(bytewise, bytewise.tokenizer("ab c").input_ids)
     assert shown == ["a", "b", " ", "c"]
-    assert row.fresh() == ""
+    assert row.new_text() == ""
 
 
 def test_a_character_is_shown_when_it_is_whole(bytewise):
@@ -130,7 +131,7 @@ def test_nothing_that_was_shown_is_taken_back(bytewise, data):
     stop = tuple(data.draw(st.lists(st.text("abé😀", min_size=1, max_size=3), max_size=2)))
     row, shown = write_ids(bytewise, ids, stop, limit=data.draw(st.integers(1, 40)))
     so_far = "".join(shown)
-    if row.finished:
+    if row.finish_reason:
         assert so_far == row.text
         assert not any(stopping in row.text for stopping in stop)
     else:
@@ -164,9 +165,9 @@ def test_passes_after_a_divergence_are_those_run_and_those_from_the_state_that_w
     for workspace, expected in (("append", 1 + 3 + 4), ("block", 1 + 3 + 4), ("prompt", 3 + 1 + 4)):
         for loop in ({}, WRITES):
             made = reasoner(workspace, loop)
-            assert passes(made, tiny.request(made, tiny.PROMPTS[1]), 3, 0, 5) == expected
+            assert count_passes(made, tiny.request(made, tiny.PROMPTS[1]), 3, 0, 5) == expected
     made = reasoner("block", WRITES)
-    assert passes(made, tiny.request(made, tiny.PROMPTS[1]), 3, 2, 5) == 4
+    assert count_passes(made, tiny.request(made, tiny.PROMPTS[1]), 3, 2, 5) == 4
 
 
 # -- the answer prefix -----------------------------------------------------------------------------------
@@ -188,13 +189,13 @@ def test_a_prefix_is_what_a_forced_beginning_would_be(workspace):
     prefixed = answer(made, max_new_tokens=3)
     with torch.inference_mode():
         context = plain.encode(*tiny.batch([tiny.PROMPTS[1]]))
-        output = plain.loop(context, [LoopParams(**fixed(2)).resolve(plain.config.loop)])
+        output = loop_until_exit(plain, context, [LoopParams(**fixed(2)).resolve(plain.config.loop)])
         tokens, looped, one = tiny.ids("w7 w8"), torch.tensor([True]), torch.tensor([[True]])
         for token in tokens:
-            logits = plain.answer(output.context, torch.tensor([[token]]), one, looped)
+            logits = plain.answer_logits(output.context, torch.tensor([[token]]), one, looped)
         for token in prefixed.token_ids:
             assert token == int(logits[0, -1].argmax())
-            logits = plain.answer(output.context, torch.tensor([[token]]), one, looped)
+            logits = plain.answer_logits(output.context, torch.tensor([[token]]), one, looped)
     assert prefixed.token_ids != answer(plain, max_new_tokens=3).token_ids
 
 

@@ -123,13 +123,13 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_answer(made):
         head.base.get_output_embeddings().weight[5] = torch.nan
     with Engine(head, threads=1) as engine:
         future = engine.submit(tiny.request(head, PROMPT))
-        with pytest.raises(Exception, match="not numbers"):
+        with pytest.raises(Exception, match="not finite"):
             future.result()
 
 
 def test_parts_are_scored_like_the_whole(monkeypatch):
     head, states, ids = torch.nn.Linear(8, 11), torch.randn(7, 8), [1, 2, 3, 4, 5]
-    monkeypatch.setattr("slr_core.generation.logprobs._AT_ONCE", 2)
+    monkeypatch.setattr("slr_core.generation.logprobs._CHUNK", 2)
     with torch.no_grad():
         assert same(score_states(head, states, ids, 2), score(head(states[:5]), ids, 2))
         assert score_states(head, states, [], 2) == []

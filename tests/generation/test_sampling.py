@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from slr_core.errors import EngineError
 from slr_core.generation import sampling
-from slr_core.generation.sampling import choose
+from slr_core.generation.sampling import sample_token
 from slr_core.params import SamplingParams
 
 seeds = st.integers(0, 2**31)
@@ -27,7 +27,7 @@ ALMOST_ONE = 1 - 2**-53  # the highest random number
 def draw(logits, count=1, **options):
     settings = SamplingParams(**options)
     generator = settings.generator()
-    return [choose(logits, settings, generator) for _ in range(count)]
+    return [sample_token(logits, settings, generator) for _ in range(count)]
 
 
 def draw_at(number, logits, sizes=sampling._SIZES, **options):
@@ -36,7 +36,7 @@ def draw_at(number, logits, sizes=sampling._SIZES, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *_, **__: torch.tensor(number, dtype=torch.float64))
         patch.setattr(sampling, "_SIZES", sizes)
-        return choose(logits, settings, settings.generator())
+        return sample_token(logits, settings, settings.generator())
 
 
 def possible(logits, sizes=sampling._SIZES, **options):
@@ -98,7 +98,7 @@ def test_a_draw_takes_one_random_number(options, flat, seed):
     settings = SamplingParams(seed=seed, **options)
     generator, other = settings.generator(), settings.generator()
     for _ in range(3):
-        choose(logits, settings, generator)
+        sample_token(logits, settings, generator)
         torch.rand((), dtype=torch.float64, generator=other)
         assert torch.equal(generator.get_state(), other.get_state())
 
@@ -230,7 +230,7 @@ def test_the_dtype_does_not_matter(dtype):
 @pytest.mark.parametrize("logits", [[0.0, torch.nan], [torch.inf, 0.0], [-torch.inf, -torch.inf]])
 @pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_p": 0.5}, {"top_k": 2, "top_p": 0.5}])
 def test_what_is_no_distribution_is_an_error(logits, options):
-    with pytest.raises(EngineError, match="not numbers"):
+    with pytest.raises(EngineError, match="not finite"):
         draw(torch.tensor(logits), temperature=1.0, **options)
 
 

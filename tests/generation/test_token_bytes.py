@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from slr_core.checkpoint.folder import SHIPPED
+from slr_core.checkpoint.folder import BUNDLED_FOLDER
 from slr_core.generation.token_bytes import token_bytes
 from tests import tiny
 
@@ -52,8 +52,8 @@ TOKENIZERS = {
     ),
     "metaspace": lambda: fast(models.BPE(vocabulary("▁a", "b", "▁", "é"), []), decoders.Metaspace()),
     "suffix": lambda: fast(models.BPE(vocabulary("a</w>", "b", "é</w>"), []), decoders.BPEDecoder()),
-    "prosqa": lambda: AutoTokenizer.from_pretrained(SHIPPED / "prosqa"),
-    "prontoqa": lambda: AutoTokenizer.from_pretrained(SHIPPED / "prontoqa"),
+    "prosqa": lambda: AutoTokenizer.from_pretrained(BUNDLED_FOLDER / "prosqa"),
+    "prontoqa": lambda: AutoTokenizer.from_pretrained(BUNDLED_FOLDER / "prontoqa"),
 }
 
 

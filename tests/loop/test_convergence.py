@@ -13,7 +13,7 @@ from slr_core.config import (
     LoopLoraConfig,
 )
 from slr_core.errors import RequestError
-from slr_core.loop.convergence import ExitRule, measure, step
+from slr_core.loop.convergence import ExitRule, measure, measure_step
 from slr_core.params import LoopParams, ResolvedLoopParams
 
 CRITERIA = tuple(DEFAULT_THRESHOLDS)
@@ -88,7 +88,7 @@ def test_a_state_that_is_not_finite_always_diverges(settings, at, distance, at_o
     t, reason = play(rule, distances, finite=finite)
     if at <= settings.max_iterations:
         assert (t, reason) == (at, "diverged")
-        assert rule.last_good(t, finite=False) == at - 1
+        assert rule.last_good_iteration(t, finite=False) == at - 1
     else:
         assert (t, reason) == (settings.max_iterations, "max_iterations")
 
@@ -118,7 +118,7 @@ def test_expanding_and_far_away_is_divergence():
     changes, norms = [1, 2, 4, 8, 16], [1.0, 5.0, 9.0, 10.5, 99.0]
     assert play(rule, [1.0] * 5, changes, norms) == (4, "diverged")
     assert rule.contraction == 2
-    assert rule.last_good(4, finite=True) == 1
+    assert rule.last_good_iteration(4, finite=True) == 1
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_divergence_outranks_convergence():
 def test_a_loop_that_expands_from_the_start_falls_back_to_its_first_state():
     rule = ExitRule(settings_of(10), GuardConfig(expanding_iterations=2, norm_factor=2))
     assert play(rule, [1.0] * 3, [1, 2, 4], [1.0, 3.0, 9.0]) == (3, "diverged")
-    assert rule.last_good(3, finite=True) == 1
+    assert rule.last_good_iteration(3, finite=True) == 1
 
 
 # -- settings --------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_over_several_positions_the_norm_is_frobenius():
     assert d.change.item() == pytest.approx(3.0)
     assert d.relative_change.item() == pytest.approx(3 / 5)
     assert d.cosine.item() == pytest.approx(1 - (9 + 24) / (5 * math.sqrt(50)))
-    torch.testing.assert_close(step(h, previous, valid_mask), (d.change, d.relative_change))
+    torch.testing.assert_close(measure_step(h, previous, valid_mask), (d.change, d.relative_change))
 
 
 @pytest.mark.parametrize("filler", [0.0, 1e4, math.nan, math.inf])
@@ -277,15 +277,15 @@ def test_padding_is_no_part_of_a_distance(filler, left):
     def padded(x):
         return torch.full((1, 5, 5), filler).masked_scatter(valid_mask[..., None], x)
 
-    bare = measure(h, torch.ones(1, 3, dtype=torch.bool), previous=previous, moved=moved)
-    d = measure(padded(h), valid_mask, previous=padded(previous), moved=padded(moved))
+    bare = measure(h, torch.ones(1, 3, dtype=torch.bool), previous=previous, compared=moved)
+    d = measure(padded(h), valid_mask, previous=padded(previous), compared=padded(moved))
     for name in ("norm", "change", "relative_change", "cosine"):
         torch.testing.assert_close(getattr(d, name), getattr(bare, name), msg=name)
 
 
 def test_the_step_is_taken_from_what_moved():
     (previous, valid_mask), (h, _), (g, _) = one_each([1.0, 0.0]), one_each([1.0, 0.1]), one_each([1.0, 1.0])
-    d = measure(h, valid_mask, previous=previous, moved=g)
+    d = measure(h, valid_mask, previous=previous, compared=g)
     assert d.relative_change.item() == pytest.approx(1.0)
     assert d.norm.item() == pytest.approx(math.hypot(1, 0.1))
     assert d.cosine.item() == pytest.approx(1 - 1 / math.sqrt(2))
@@ -318,7 +318,7 @@ def test_without_an_earlier_state_only_the_new_one_is_measured():
     d = measure(
         h,
         valid_mask,
-        moved=h + 1,
+        compared=h + 1,
         head=logits.log_softmax(-1),
         head_before=logits.log_softmax(-1),
         p_halt=torch.tensor([0.9]),

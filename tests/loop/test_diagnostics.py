@@ -5,7 +5,7 @@ import torch
 
 from slr_core.config import GuardConfig
 from slr_core.loop.convergence import Distances, ExitRule
-from slr_core.loop.diagnostics import RowLog, is_oscillating, observe, stability
+from slr_core.loop.diagnostics import LoopTracker, is_oscillating, observe, summarize_loop
 from slr_core.params import ResolvedLoopParams
 from slr_core.types import IterationRecord
 
@@ -28,14 +28,14 @@ def records(*contractions):
 
 
 def test_the_rate_is_the_geometric_mean():
-    summary = stability(records(None, 0.5, 2.0, 0.125), [None] * 4, converged=True)
+    summary = summarize_loop(records(None, 0.5, 2.0, 0.125), [None] * 4, converged=True)
     assert summary.contraction_rate == pytest.approx((0.5 * 2.0 * 0.125) ** (1 / 3))
     assert summary.converged is True
 
 
 @pytest.mark.parametrize("contractions", [(), (None,), (None, None), (None, 0.0)])
 def test_without_contractions_there_is_no_rate(contractions):
-    assert stability(records(*contractions), [None] * len(contractions), converged=False).contraction_rate is None
+    assert summarize_loop(records(*contractions), [None] * len(contractions), converged=False).contraction_rate is None
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_without_contractions_there_is_no_rate(contractions):
 )
 def test_oscillation_is_coming_back_twice(returns, oscillating):
     assert is_oscillating(returns) is oscillating
-    assert stability(records(), returns, converged=False).oscillating is oscillating
+    assert summarize_loop(records(), returns, converged=False).oscillating is oscillating
 
 
 def test_a_period_of_two_oscillates_and_a_spiral_does_not():
@@ -68,11 +68,11 @@ def test_a_period_of_two_oscillates_and_a_spiral_does_not():
 
 
 def test_a_converged_loop_does_not_oscillate():
-    assert stability(records(), [0.0, 0.0], converged=True).oscillating is False
+    assert summarize_loop(records(), [0.0, 0.0], converged=True).oscillating is False
 
 
 def log(most=4, criterion="relative_change", threshold=0.1):
-    return RowLog(ExitRule(ResolvedLoopParams(most, 0, criterion, threshold, 1), GuardConfig()))
+    return LoopTracker(ExitRule(ResolvedLoopParams(most, 0, criterion, threshold, 1), GuardConfig()))
 
 
 def tell(rows, t, finite=True, return_ratio=None, tops=None, **measured):
@@ -95,7 +95,7 @@ def test_what_was_not_measured_is_none_and_settles_nothing():
     row = log(threshold=1e6)
     tell([row], 1, norm=2.0)
     (record,) = row.records
-    assert row.reason is None
+    assert row.exit_reason is None
     assert (record.norm, record.adapter, record.duration_s) == (2.0, "loop_01", 0.5)
     names = ("relative_change", "cosine", "contraction", "kl", "entropy", "thought")
     assert [getattr(record, name) for name in names] == [None] * 6
@@ -117,7 +117,7 @@ def test_each_criterion_reads_its_own_measure(criterion):
     settled, other = log(criterion=criterion), log(criterion=criterion)
     tell([settled], 1, norm=1.0, **measured)
     tell([other], 1, norm=1.0, **{name: 0.55 - value for name, value in measured.items()})
-    assert (settled.reason, other.reason) == ("converged", None)
+    assert (settled.exit_reason, other.exit_reason) == ("converged", None)
 
 
 def test_a_row_that_has_ended_is_told_nothing_more():
@@ -132,17 +132,17 @@ def test_a_row_that_has_ended_is_told_nothing_more():
             return_ratio=0.5,
             tops=[(("a", 1.0),), (("b", 1.0),)],
         )
-    assert (short.reason, long.reason) == ("max_iterations", None)
+    assert (short.exit_reason, long.exit_reason) == ("max_iterations", None)
     assert (len(short.records), len(long.records)) == (1, 2)
     assert (short.kept_iterations, long.kept_iterations, short.elapsed_s, long.elapsed_s) == (1, 2, 0.5, 1.0)
     assert long.records[0].top_tokens == (("b", 1.0),)
-    assert long.returns == [0.5, 0.5]
-    assert log(most=0).reason == "max_iterations"
+    assert long.return_ratios == [0.5, 0.5]
+    assert log(most=0).exit_reason == "max_iterations"
 
 
 def test_what_is_not_finite_is_recorded_as_undefined_and_not_kept():
     row = log()
     tell([row], 1, norm=1.0, change=1.0, relative_change=1.0)
     tell([row], 2, finite=False, norm=math.inf, change=math.nan, relative_change=math.nan, return_ratio=math.nan)
-    assert (row.reason, row.kept_iterations) == ("diverged", 1)
-    assert row.records[1].norm is row.records[1].relative_change is row.returns[1] is None
+    assert (row.exit_reason, row.kept_iterations) == ("diverged", 1)
+    assert row.records[1].norm is row.records[1].relative_change is row.return_ratios[1] is None

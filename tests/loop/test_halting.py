@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from slr_core.loop.halting import HaltingHead
+from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams
 from tests import tiny
 
@@ -50,7 +51,7 @@ def test_any_leading_dimensions_and_precisions():
 def run(made, prompts=tiny.PROMPTS[1:4], **loop):
     settings = [LoopParams(**loop).resolve(made.config.loop)] * len(prompts)
     with torch.no_grad():
-        return made.loop(made.encode(*tiny.batch(list(prompts))), settings)
+        return loop_until_exit(made, made.encode(*tiny.batch(list(prompts))), settings)
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)

@@ -8,7 +8,8 @@ from peft import LoraConfig
 
 from slr_core.config import LoopConfig, LoopLoraConfig
 from slr_core.errors import ConfigError, RequestError
-from slr_core.loop.lora import DECODE, LoopAdapters, attach, fresh, trained_index
+from slr_core.loop.lora import DECODE, LoopAdapters, attach, new_adapter_configs, trained_index
+from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams
 from tests import tiny
 
@@ -63,7 +64,7 @@ def test_kinds_name_their_adapters():
 def run(made, iterations):
     settings = LoopParams(max_iterations=iterations, criterion="fixed").resolve(made.config.loop)
     with torch.inference_mode():
-        return made.loop(made.encode(*tiny.batch([tiny.PROMPTS[1]])), [settings])
+        return loop_until_exit(made, made.encode(*tiny.batch([tiny.PROMPTS[1]])), [settings])
 
 
 # -- attaching and switching ---------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def test_an_error_inside_leaves_no_adapter_active():
 def test_nothing_is_frozen_that_was_not_before(plain):
     plain.model.norm.weight.requires_grad_(False)
     plain.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
-    attach(plain, fresh(tiny.config().loop))
+    attach(plain, new_adapter_configs(tiny.config().loop))
     frozen = {name for name, p in plain.named_parameters() if not p.requires_grad}
     assert frozen == {"model.norm.weight", "model.layers.0.self_attn.q_proj.base_layer.weight"}
     LoopAdapters(plain)
@@ -130,7 +131,7 @@ def test_nothing_is_frozen_that_was_not_before(plain):
 
 
 def test_default_targets_are_the_linear_layers_without_the_head(plain):
-    attach(plain, fresh(tiny.config().loop))
+    attach(plain, new_adapter_configs(tiny.config().loop))
     adapted = {name.rsplit(".", 1)[1] for name, module in plain.named_modules() if hasattr(module, "lora_A")}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     for name, module in plain.named_modules():
@@ -140,7 +141,7 @@ def test_default_targets_are_the_linear_layers_without_the_head(plain):
 
 def test_rank_and_alpha_reach_the_layers(plain):
     loop = tiny.config({"lora": {"rank": 5, "alpha": 20, "target_modules": ["v_proj"]}}).loop
-    attach(plain, fresh(loop))
+    attach(plain, new_adapter_configs(loop))
     layer = plain.model.layers[1].self_attn.v_proj
     assert layer.lora_A["loop_03"].weight.shape == (5, 32)
     assert layer.scaling["loop_03"] == 4.0
@@ -149,7 +150,7 @@ def test_rank_and_alpha_reach_the_layers(plain):
 
 def test_ranks_may_differ_by_iteration(plain):
     loop = tiny.config({"lora": {"rank": [1, 4, 2], "alpha": 8, "target_modules": ["v_proj"]}}).loop
-    attach(plain, fresh(loop))
+    attach(plain, new_adapter_configs(loop))
     layer = plain.model.layers[0].self_attn.v_proj
     assert [layer.lora_A[name].weight.shape for name in loop.adapters] == [(1, 32), (4, 32), (2, 32)]
     assert [layer.scaling[name] for name in loop.adapters] == [8, 2, 4]
@@ -158,7 +159,7 @@ def test_ranks_may_differ_by_iteration(plain):
 
 @pytest.mark.parametrize("kind", ["per_iteration", "shared", "none"])
 def test_the_adapter_decode_has_a_rank_of_its_own(kind):
-    configs = fresh(tiny.config({"lora": {"kind": kind, "decode_rank": 5}}).loop)
+    configs = new_adapter_configs(tiny.config({"lora": {"kind": kind, "decode_rank": 5}}).loop)
     loop_adapters = {"per_iteration": 3, "shared": 1, "none": 0}[kind]
     assert list(configs)[-1] == DECODE
     assert [config.r for config in configs.values()] == [2] * loop_adapters + [5]
@@ -169,7 +170,7 @@ def test_the_adapter_decode_has_a_rank_of_its_own(kind):
 
 def test_unknown_target_modules_are_a_config_error(plain):
     with pytest.raises(ConfigError, match=r"loop_01.*no_such_layer"):
-        attach(plain, fresh(tiny.config({"lora": {"target_modules": ["no_such_layer"]}}).loop))
+        attach(plain, new_adapter_configs(tiny.config({"lora": {"target_modules": ["no_such_layer"]}}).loop))
 
 
 REFUSED = {
@@ -208,5 +209,5 @@ def test_conv1d_layers_raise_no_warning():
     plain = tiny.base("gpt2")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attach(plain, fresh(tiny.config().loop))
+        attach(plain, new_adapter_configs(tiny.config().loop))
     assert isinstance(plain.transformer.h[0].attn.c_attn.lora_A["loop_01"], torch.nn.Linear)

@@ -5,6 +5,7 @@ import torch
 
 from slr_core.config import TimestepConfig
 from slr_core.loop.timestep import LEAST_CHANGE, Timestep
+from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams
 from tests import tiny
 
@@ -173,7 +174,7 @@ def test_each_iteration_reads_the_change_of_the_one_before(workspace, first, sou
     depths = (4, 2)
     settings = [LoopParams(max_iterations=n, criterion="fixed").resolve(made.config.loop) for n in depths]
     with torch.no_grad():
-        output = made.loop(made.encode(*tiny.batch(tiny.PROMPTS[:2])), settings)
+        output = loop_until_exit(made, made.encode(*tiny.batch(tiny.PROMPTS[:2])), settings)
     assert len(seen) == 4
     for row, depth in enumerate(depths):
         changes = [record.relative_change for record in output.records[row]]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from slr_core.config import LoopConfig
-from slr_core.loop.workspace import build, readout
+from slr_core.loop.workspace import build_workspace, readout
+from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams
 from tests import tiny
 
@@ -64,7 +65,7 @@ class Watch:
 def loop(made, prompts, *iterations, side="right"):
     settings = [LoopParams(max_iterations=n, criterion="fixed").resolve(made.config.loop) for n in iterations]
     with torch.no_grad():
-        return made.loop(made.encode(*tiny.batch(list(prompts), side)), settings)
+        return loop_until_exit(made, made.encode(*tiny.batch(list(prompts), side)), settings)
 
 
 def write(made, context, looped):
@@ -72,7 +73,7 @@ def write(made, context, looped):
     rows = len(context.state)
     with torch.no_grad():
         tokens, present = torch.full((rows, 1), 10), torch.ones(rows, 1, dtype=torch.bool)
-        return made.head(context.state), made.answer(context, tokens, present, torch.tensor(looped))[:, 0]
+        return made.head(context.state), made.answer_logits(context, tokens, present, torch.tensor(looped))[:, 0]
 
 
 # -- h_0 -------------------------------------------------------------------------------------------------
@@ -102,10 +103,10 @@ def test_h_0_of_one_row_is_that_of_a_batch(made, workspace):
     with torch.no_grad():
         context = model.encode(ids, mask)
         for row, prompt in enumerate((PROMPT, tiny.PROMPTS[3])):
-            valid_mask = torch.tensor([tiny.ids(prompt)])
-            before = tiny.base().base_model(input_ids=valid_mask).last_hidden_state[0, -1]
-            first = model.workspace.first(before if model.workspace.prefills else model.embed(valid_mask)[0])
-            assert first.shape[0] == model.workspace.width(valid_mask.shape[1])
+            ids = torch.tensor([tiny.ids(prompt)])
+            before = tiny.base().base_model(input_ids=ids).last_hidden_state[0, -1]
+            first = model.workspace.initial_state(before if model.workspace.prefills else model.embed(ids)[0])
+            assert first.shape[0] == model.workspace.width(ids.shape[1])
             torch.testing.assert_close(first, context.initial[row][context.valid_mask[row]], rtol=1e-4, atol=1e-5)
 
 
@@ -146,9 +147,9 @@ def test_the_passes_of_a_lone_request(made, workspace, iterations):
     first = FIRST_TOKEN.get((workspace, iterations), P)
     assert context.next_position.tolist() == [first]
     assert int(context.visible.sum()) == first
-    valid_mask, kept = model.workspace, int(iterations > 0)
-    assert valid_mask.passes(iterations) + valid_mask.closing_passes(iterations) == len(watch.passes)
-    assert valid_mask.closing_passes(iterations) == {"append": 0, "block": kept, "prompt": 1}[workspace]
+    looping, kept = model.workspace, int(iterations > 0)
+    assert looping.passes(iterations) + looping.closing_passes(iterations) == len(watch.passes)
+    assert looping.closing_passes(iterations) == {"append": 0, "block": kept, "prompt": 1}[workspace]
     with Watch(model) as watch:
         write(model, context, [iterations > 0])
     assert watch.shown == [([first], first, None)]
@@ -312,7 +313,7 @@ def test_without_iterations_it_is_the_base_model(workspace):
     ],
 )
 def test_sizes(workspace, positions, width, passes, closing):
-    made = build(LoopConfig(workspace=workspace, block_size=K), 8)
+    made = build_workspace(LoopConfig(workspace=workspace, block_size=K), 8)
     assert [made.loop_positions(t) for t in (0, 1, 6)] == positions
     assert made.width(11) == width
     assert [made.passes(t) for t in (0, 1, 6)] == passes
@@ -322,7 +323,7 @@ def test_sizes(workspace, positions, width, passes, closing):
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_a_chain_leaves_its_thoughts_and_the_others_their_last_states(workspace):
-    made = build(LoopConfig(workspace=workspace, block_size=K), 8)
+    made = build_workspace(LoopConfig(workspace=workspace, block_size=K), 8)
     states = torch.randn(5, made.width(4), 8)
     expected = states[1:4, 0] if workspace == "append" else states[3]
     assert torch.equal(made.memory(states, 3), expected)

@@ -6,6 +6,7 @@ import torch
 from slr_core.checkpoint.read import load_weights
 from slr_core.errors import RequestError
 from slr_core.generation.reference import generate
+from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams
 from tests import tiny
 
@@ -23,7 +24,9 @@ def settings(made, **loop):
 
 def run(made, prompts, *loops, **options):
     with torch.no_grad():
-        return made.loop(made.encode(*tiny.batch(prompts)), [settings(made, **loop) for loop in loops], **options)
+        return loop_until_exit(
+            made, made.encode(*tiny.batch(prompts)), [settings(made, **loop) for loop in loops], **options
+        )
 
 
 # -- records ---------------------------------------------------------------------------------------------
@@ -41,7 +44,7 @@ def test_records_are_measured_on_the_states(workspace, side):
     with torch.no_grad():
         # Beside a longer row, so that there is padding.
         context = made.encode(*tiny.batch([tiny.PROMPTS[1], tiny.PROMPTS[3]], side))
-        output = made.loop(context, [fixed] * 2, read_head=True)
+        output = loop_until_exit(made, context, [fixed] * 2, read_head=True)
         h, records = output.states[0], output.records[0]
         alpha, log_p = made.residual.gate.sigmoid(), made.head(h[:, -1]).log_softmax(-1)
     width = {"append": 1, "block": 3, "prompt": 5}[workspace]
@@ -186,7 +189,7 @@ def test_an_inactive_row_stays_as_it_is(workspace):
 
 
 def test_as_many_settings_as_rows(made):
-    with pytest.raises(RequestError, match="expected 2 loop settings, got 1"):
+    with pytest.raises(RequestError, match="loop parameters for 2 rows, got 1"):
         run(made, tiny.PROMPTS[:2], {})
 
 
@@ -246,7 +249,7 @@ def test_thoughts_never_run_in_one_pass():
         {"timestep": {"kind": "none", "noise_level": True}},
         {"lora": {"kind": "per_iteration", "rank": 2, "alpha": 4}},
     ):
-        assert not tiny.reasoner(loop={**PAUSE, **change})._states_stay_apart
+        assert not tiny.reasoner(loop={**PAUSE, **change})._independent_iterations
 
 
 def test_the_answer_in_one_pass_is_the_answer_token_by_token():
@@ -254,9 +257,9 @@ def test_the_answer_in_one_pass_is_the_answer_token_by_token():
     tokens, present = tiny.batch([tiny.words(7, 8, 9), tiny.words(1, 2), tiny.words(3, 4, 5)])
     looped = torch.tensor([True, False, True])
     loops = [{"max_iterations": n, "criterion": "fixed"} for n in (3, 0, 2)]
-    at_once = made.answer(run(made, tiny.PROMPTS[:3], *loops).context, tokens, present.bool(), looped)
+    at_once = made.answer_logits(run(made, tiny.PROMPTS[:3], *loops).context, tokens, present.bool(), looped)
     context = run(made, tiny.PROMPTS[:3], *loops).context
-    singly = [made.answer(context, tokens[:, [i]], present[:, [i]].bool(), looped) for i in range(3)]
+    singly = [made.answer_logits(context, tokens[:, [i]], present[:, [i]].bool(), looped) for i in range(3)]
     torch.testing.assert_close(at_once[present.bool()], torch.cat(singly, dim=1)[present.bool()], rtol=1e-4, atol=1e-4)
 
 
@@ -267,7 +270,9 @@ def test_the_decode_adapter_acts_after_a_loop_and_only_then():
     for iterations in (0, 2):
         for looped in (False, True):
             context = run(made, tiny.PROMPTS[:1], {"max_iterations": iterations, "criterion": "fixed"}).context
-            logits[iterations, looped] = made.answer(context, tokens, torch.tensor([[True]]), torch.tensor([looped]))
+            logits[iterations, looped] = made.answer_logits(
+                context, tokens, torch.tensor([[True]]), torch.tensor([looped])
+            )
     assert (logits[2, True] - logits[2, False]).abs().max() > 1e-3
     requests = [tiny.request(made, tiny.PROMPTS[1], {"max_iterations": 0}, max_new_tokens=10)]
     plain = generate(tiny.reasoner(), requests)

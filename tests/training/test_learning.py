@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from slr_core import tasks
-from slr_core.checkpoint.folder import BASE, BUNDLED
+from slr_core.checkpoint.folder import BASE, DEFAULT_CHECKPOINT
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import Settings, get
 from slr_core.evaluation.run import run_method
@@ -71,6 +71,6 @@ def test_adapters_on_a_frozen_base_learn_what_the_base_cannot_do(tmp_path):
     )
     assert plain < 0.62
     assert looped > 0.9
-    before, after = (load_file(path / BASE / "model.safetensors") for path in (BUNDLED, folder))
+    before, after = (load_file(path / BASE / "model.safetensors") for path in (DEFAULT_CHECKPOINT, folder))
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slr_core.loop.context import Context
 from slr_core.loop.projection import rms_normalize
-from slr_core.model.context import Context
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.data import IGNORE
 from slr_core.training.objectives.rollout import Mean, Rollout, mean_of

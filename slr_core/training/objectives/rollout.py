@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slr_core.loop.context import Context
 from slr_core.loop.workspace import readout
-from slr_core.model.context import Context
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import IGNORE, LoopPlan
@@ -161,6 +161,6 @@ def write(reasoner: LatentReasoner, context: Context, ids: Tensor, looped: Tenso
     """
     if looped is None:
         looped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    states = reasoner.write(context, reasoner.embed(ids.clamp_min(0)), ids != IGNORE, looped)
+    states = reasoner.forward_after_loop(context, reasoner.embed(ids.clamp_min(0)), ids != IGNORE, looped)
     before = torch.cat([context.state[:, None], states[:, :-1]], dim=1)
     return Written(reasoner.head(before), states, context.passes[-1] if context.passes else ())

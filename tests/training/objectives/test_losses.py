@@ -60,7 +60,7 @@ def test_the_answer_is_scored_token_by_token(graphs):
                     total += float(-logits.log_softmax(-1)[0, target])
                     count += 1
                     token, yes = target.view(1, 1), torch.tensor([True])
-                    logits = reasoner.answer(alone, token, yes[:, None], yes)[:, 0]
+                    logits = reasoner.answer_logits(alone, token, yes[:, None], yes)[:, 0]
         scored = graphs.terms(labels=labels, exits=exits)["answer"]
     assert float(scored.detach()) == pytest.approx(total / count, rel=1e-4)
     assert count == 11
@@ -143,7 +143,7 @@ def test_an_answer_prefix_is_fed_before_the_answer_is_read():
         reasoner.close(context, reasoner.unroll(context, 4), batch["exits"])
         looped = torch.ones(4, dtype=torch.bool)
         present = torch.ones(batch["answer_ids"][:, :-1].shape, dtype=torch.bool)
-        logits = reasoner.answer(context, batch["answer_ids"][:, :-1], present, looped)
+        logits = reasoner.answer_logits(context, batch["answer_ids"][:, :-1], present, looped)
         expected = F.cross_entropy(logits.flatten(0, 1), batch["answer_ids"][:, 1:].flatten(), ignore_index=IGNORE)
     torch.testing.assert_close(made.terms()["answer"], expected, rtol=1e-4, atol=1e-5)
 

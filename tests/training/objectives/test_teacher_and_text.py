@@ -43,7 +43,7 @@ def test_states_and_logits_are_compared_along_a_loop_of_the_same_length(taught):
             model.close(context, states, batch["exits"])
             first = model.head(context.state)[:, None]
             ids = batch["answer_ids"][:, :-1]
-            rest = model.answer(context, ids.clamp_min(0), ids != IGNORE, torch.ones(4, dtype=torch.bool))
+            rest = model.answer_logits(context, ids.clamp_min(0), ids != IGNORE, torch.ones(4, dtype=torch.bool))
             sides.append((states[:, 1:, 0], torch.cat([first, rest], dim=1).softmax(-1)))
         (wide, p), (own, q) = sides
         moved = own @ objective.bridge.weight.T

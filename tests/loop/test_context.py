@@ -17,7 +17,7 @@ def encoded(made):
 def step(made, context, token):
     one = torch.ones(2, 1, dtype=torch.bool)
     with torch.no_grad():
-        return made.answer(context, torch.full((2, 1), token), one, torch.zeros(2, dtype=torch.bool))
+        return made.answer_logits(context, torch.full((2, 1), token), one, torch.zeros(2, dtype=torch.bool))
 
 
 def test_a_fork_shares_what_has_run_and_copies_none_of_it(made):

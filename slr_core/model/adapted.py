@@ -1,0 +1,171 @@
+"""A base model with its loop adapters: embeddings, LM head, and single forward passes over a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slr_core.config import SLRConfig
+from slr_core.loop.context import Context
+from slr_core.loop.lora import LoopAdapters, attach, new_adapter_configs, trained_index
+from slr_core.model.base_support import attention_mask, check_supported, end_tokens
+
+
+class AdaptedModel(nn.Module):
+    """A base model with its loop adapters, of which at most one is active.
+
+    Args: see :class:`slr_core.model.reasoner.LatentReasoner`.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SLRConfig,
+        adapters: Mapping[str, LoraConfig] | None,
+    ) -> None:
+        super().__init__()
+        self.config, self.tokenizer, self.base = config, tokenizer, base
+        check_supported(base)
+        tokenizer.clean_up_tokenization_spaces = False
+        self.adapter_configs = dict(new_adapter_configs(config.loop) if adapters is None else adapters)
+        attach(base, self.adapter_configs)
+        self.adapters = LoopAdapters(base)
+        self._token_texts: dict[int, str] = {}
+        self._embedding_rms: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the base model."""
+        return self.base.device
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids that end an answer: those of the tokenizer, of the base's generation config and of the config."""
+        return end_tokens(self.base, self.tokenizer) | frozenset(self.config.text.stop_token_ids)
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the base model can address: prompt, loop and answer together."""
+        return int(getattr(self.base.config, "max_position_embeddings", 2**31))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token embeddings; valid token ids are below it."""
+        return len(self._embedding_table)
+
+    @property
+    def _embedding_table(self) -> Tensor:
+        table = self.base.get_input_embeddings().weight
+        assert isinstance(table, Tensor)
+        return table
+
+    def adapter_name(self, t: int) -> str | None:
+        """The adapter of iteration ``t``; ``None`` for t = 0 and if the loop has no adapters."""
+        names = self.config.loop.adapters
+        if t == 0 or not names:
+            return None
+        index = self._trained_index(t)
+        return names[0] if self.config.loop.lora.kind == "shared" else names[index - 1]
+
+    def _trained_index(self, t: int) -> int:
+        loop = self.config.loop
+        return trained_index(t, loop.trained_iterations, loop.lora.past_end)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings ``[B, q, d]`` of ids ``[B, q]``."""
+        embedded: Tensor = self.base.get_input_embeddings()(input_ids)
+        return embedded
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of states ``[..., d]``, by the LM head."""
+        head: nn.Module = self.base.get_output_embeddings()  # type: ignore[no-untyped-call]
+        logits: Tensor = head(hidden)
+        return logits
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities ``[..., V]`` fp32 of the next token, read by the LM head at states ``[..., d]``."""
+        return self.head(hidden).float().log_softmax(-1)
+
+    def top_tokens(self, log_probs: Tensor, count: int) -> list[tuple[tuple[str, float], ...]] | None:
+        """The most likely tokens and their probabilities, per row of ``[B, V]``; ``None`` for a count of 0."""
+        if count == 0:
+            return None
+        top = log_probs.exp().nan_to_num().topk(min(count, log_probs.shape[-1]))
+        return [
+            tuple((self._token_text(token), prob) for token, prob in zip(tokens, probs, strict=True))
+            for tokens, probs in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+
+    def _token_text(self, token: int) -> str:
+        # Cached: decoding one token takes longer than an iteration of a small model.
+        if token not in self._token_texts:
+            self._token_texts[token] = str(self.tokenizer.decode([token]))
+        return self._token_texts[token]
+
+    def embedding_rms(self) -> Tensor:
+        """Root mean square of the embedding table, a scalar in fp32 or fp64; cached in eval mode."""
+        if self.training:
+            return _rms(self._embedding_table)
+        if self._embedding_rms is None:
+            # A cached inference tensor could not take part in a later backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                self._embedding_rms = _rms(self._embedding_table)
+        return self._embedding_rms
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; also clears what eval mode caches."""
+        self._embedding_rms = None
+        return super().train(mode)
+
+    def forward_chunk(
+        self,
+        context: Context,
+        embeds: Tensor,
+        present: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """One forward pass of the base model with the active adapter: states ``[B, q, d]``.
+
+        Args:
+            context: gains ``q`` cache positions.
+            embeds: inputs ``[B, q, d]``.
+            present: ``[B, q]`` bool; absent inputs are invisible to all others and have no position id.
+            mask: attention mask ``[B, q, S + q]`` bool; ``None``: causal.
+            positions: position ids ``[B, q]``; ``None``: the next ones in order.
+        """
+        queries = embeds.shape[1]
+        counted = present.long().cumsum(-1)
+        if mask is None:
+            causal = torch.ones(queries, queries, dtype=torch.bool, device=embeds.device).tril() & present[:, None, :]
+            # An absent input attends to itself, so that no row of the mask is empty.
+            causal = causal | torch.eye(queries, dtype=torch.bool, device=embeds.device)
+            mask = torch.cat([context.visible[:, None, :].expand(-1, queries, -1), causal], dim=-1)
+        if positions is None:
+            positions = (context.next_position[:, None] + counted - 1).clamp_min(0)
+        output = self.base.base_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask(self.base, mask, embeds.dtype),
+            position_ids=positions,
+            past_key_values=context.cache,
+            use_cache=True,
+            output_hidden_states=context.passes is not None,
+        )
+        if context.passes is not None:
+            context.passes.append(output.hidden_states)
+        context.visible = torch.cat([context.visible, present], dim=1)
+        context.next_position = context.next_position + counted[:, -1]
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+
+def _rms(x: Tensor) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    return wide.pow(2).mean().sqrt()

@@ -1,0 +1,133 @@
+"""The loop of the reference with its exits: every row stops by its own criterion."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slr_core.errors import RequestError
+from slr_core.loop.context import Context
+from slr_core.loop.convergence import ExitRule, measure, measure_step
+from slr_core.loop.diagnostics import LoopTracker, observe, summarize_loop
+from slr_core.loop.workspace import readout
+from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import ResolvedLoopParams
+from slr_core.types import ExitReason, IterationRecord, Stability
+
+
+@dataclass
+class LoopOutput:
+    """A finished loop; every list has one entry per row.
+
+    Attributes:
+        context: ready for the answer: each row sees its prompt and the thoughts that its own loop kept.
+        states: h_0 ... h_t, ``[t + 1, W, d]`` with t the iterations of the row and W its valid workspace positions.
+        iterations: iterations run.
+        kept_iterations: iterations whose result is decoded; below ``iterations`` only after a divergence.
+        exit_reasons: why the loop ended.
+        records: one per iteration.
+        stability: summary of the records.
+        durations_s: seconds from the loop's start to the row's exit.
+    """
+
+    context: Context
+    states: list[Tensor]
+    iterations: list[int]
+    kept_iterations: list[int]
+    exit_reasons: list[ExitReason]
+    records: list[list[IterationRecord]]
+    stability: list[Stability]
+    durations_s: list[float]
+
+
+def loop_until_exit(
+    reasoner: LatentReasoner,
+    context: Context,
+    params: Sequence[ResolvedLoopParams],
+    *,
+    top_tokens: int = 0,
+    read_head: bool = False,
+) -> LoopOutput:
+    """Iterate until every row has met its own exit; rows stop at different iterations.
+
+    Args:
+        reasoner: the model.
+        context: from :meth:`LatentReasoner.encode`; changed in place.
+        params: one per row.
+        top_tokens: number of most likely tokens to record per iteration; implies ``read_head``.
+        read_head: record the measures of the LM head for every row, whatever its criterion.
+
+    Raises:
+        RequestError: the number of ``params`` is not the number of rows.
+    """
+    if len(params) != len(context.hidden):
+        raise RequestError(f"expected loop parameters for {len(context.hidden)} rows, got {len(params)}")
+    read_head = read_head or top_tokens > 0 or any(row.reads_head for row in params)
+    valid_mask = context.valid_mask
+    rows = [LoopTracker(ExitRule(row, reasoner.config.loop.guard)) for row in params]
+    states = [context.hidden]
+    head = reasoner.log_probs(readout(states[0], valid_mask)) if read_head and reasoner.is_state(0) else None
+    started, t = time.perf_counter(), 0
+    while any(row.exit_reason is None for row in rows):
+        t += 1
+        iteration_started = time.perf_counter()
+        active = torch.tensor([row.exit_reason is None for row in rows], device=reasoner.device)
+        g, h = reasoner.iterate(context, t, active)
+        states.append(h)
+        head_before, head = head, reasoner.log_probs(readout(h, valid_mask)) if read_head else None
+        distances = measure(
+            h,
+            valid_mask,
+            previous=states[-2] if reasoner.is_state(t - 1) else None,
+            compared=reasoner.compared_state(g, h),
+            head=head,
+            head_before=head_before,
+            p_halt=None if reasoner.halting is None else reasoner.halting(h, valid_mask),
+        )
+        return_ratio = None
+        if t > 1 and reasoner.is_state(t - 2):
+            return_ratio = measure_step(h, states[-3], valid_mask)[0] / measure_step(h, states[-2], valid_mask)[0]
+        tops = reasoner.top_tokens(head, top_tokens) if head is not None else None
+        now = time.perf_counter()
+        observe(
+            rows,
+            t,
+            distances,
+            finite=h.masked_fill(~valid_mask[..., None], 0).isfinite().flatten(1).all(-1),
+            return_ratio=return_ratio,
+            tops=tops,
+            adapter=reasoner.adapter_name(t),
+            duration_s=now - iteration_started,
+            elapsed_s=now - started,
+        )
+    return _finish(reasoner, context, rows, torch.stack(states, dim=1))
+
+
+def _finish(reasoner: LatentReasoner, context: Context, rows: list[LoopTracker], states: Tensor) -> LoopOutput:
+    kept_iterations = torch.tensor([row.kept_iterations for row in rows], device=states.device)
+    if not (reasoner.answers_from_states and all(kept_iterations)):
+        reasoner.close(context, states, kept_iterations)
+    for layer, keys, values in context.layers():
+        # A masked NaN still poisons attention: 0 * NaN is NaN.
+        if not (keys.isfinite().all() and values.isfinite().all()):
+            layer.keys = torch.nan_to_num(keys, 0.0, 0.0, 0.0)
+            layer.values = torch.nan_to_num(values, 0.0, 0.0, 0.0)
+    iterations = [len(row.records) for row in rows]
+    reasons: list[ExitReason] = [row.exit_reason or "max_iterations" for row in rows]
+    return LoopOutput(
+        context=context,
+        states=[states[i, : n + 1, context.valid_mask[i]] for i, n in enumerate(iterations)],
+        iterations=iterations,
+        kept_iterations=[row.kept_iterations for row in rows],
+        exit_reasons=reasons,
+        records=[row.records for row in rows],
+        stability=[
+            summarize_loop(row.records, row.return_ratios, reason == "converged")
+            for row, reason in zip(rows, reasons, strict=True)
+        ],
+        durations_s=[row.elapsed_s for row in rows],
+    )
