@@ -1,7 +1,7 @@
-"""The drawings of method.md: python docs/drawings.py writes append.svg, block.svg and prompt.svg beside this file.
+"""The drawings of method.md. `python docs/drawings.py` writes append.svg, block.svg and prompt.svg beside this file.
 
-Columns are positions, rows are forward passes from top to bottom. A full box is computed in that pass, an
-empty one is read from the cache, and an arrow carries a state to the next input.
+Columns are positions and rows are forward passes, from top to bottom. A filled box is computed in that pass, a dashed
+box is read from the cache, and an arrow leads from a state to the input that is made of it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Drawing:
         return TOP + row * ROW
 
     def boxes(self, row: int, kind: str, columns: range, text: str = "") -> None:
-        """Boxes of a kind in one pass, ``text`` in each."""
+        """Add boxes of one kind to a pass, with ``text`` in each."""
         for column in columns:
             self.parts.append(
                 f'<rect class="{kind}" x="{self.x(column)}" y="{self.y(row)}" width="{BOX}" height="{BOX}" rx="5"/>'
@@ -57,7 +57,7 @@ class Drawing:
                 self.parts.append(f'<text class="{style}" x="{middle}" y="{base}">{text}</text>')
 
     def arrow(self, row: int, start: int, end: int, label: str = "", lower: int = 1) -> None:
-        """From below a box to above one ``lower`` passes further down."""
+        """Add an arrow from a box to one that is ``lower`` passes further down."""
         x1, y1 = self.x(start) + BOX / 2, self.y(row) + BOX
         x2, y2 = self.x(end) + BOX / 2, self.y(row + lower) - 6
         middle = (y1 + y2) / 2
@@ -66,25 +66,25 @@ class Drawing:
         if label:
             self.parts.append(f'<text class="small" x="{x2 + 9}" y="{middle + 6}">{label}</text>')
 
-    def reads(self, row: int, column: int, text: str) -> None:
-        """What the LM head reads at a box."""
+    def label(self, row: int, column: int, text: str) -> None:
+        """Add a label to the right of a box: the token that the LM head reads there."""
         self.parts.append(f'<text class="out" x="{self.x(column) + BOX + 8}" y="{self.y(row) + 22}">{text}</text>')
 
     def save(self, name: str, title: str) -> None:
-        """Write the file."""
+        """Write the drawing to a file beside this one."""
         size = f'viewBox="0 0 {self.width} {self.height}" width="{self.width}" height="{self.height}"'
         head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n<title>{title}</title>\n'
         body = "\n".join(self.parts)
         Path(__file__).with_name(name).write_text(f"{head}<style>{STYLE}</style>\n{body}\n</svg>\n", encoding="utf-8")
 
 
-def append() -> None:
-    """A chain: every iteration adds a position."""
+def draw_append() -> None:
+    """Draw the workspace `append`: each iteration adds a position."""
     rows = [
         ("prompt", "base model"),
         ("iteration 1", "adapter L₁, embedding e₁"),
         ("iteration 2", "adapter L₂, embedding e₂"),
-        ("iteration 3: settled", "adapter L₃, embedding e₃"),
+        ("iteration 3: converged", "adapter L₃, embedding e₃"),
         ("first answer token", "adapter decode, if there is one"),
     ]
     drawing = Drawing(["1", "2", "…", "P", "P+1", "P+2", "P+3", "P+4"], rows)
@@ -93,19 +93,19 @@ def append() -> None:
         drawing.boxes(t, "cached", range(3 + t))
         drawing.boxes(t, "loop", range(3 + t, 4 + t), f"h{'₁₂₃'[t - 1]}")
         drawing.arrow(t - 1, 2 + t, 3 + t, f"u{'₁₂₃'[t - 1]}")
-    drawing.reads(3, 6, "→ token 1")
+    drawing.label(3, 6, "→ token 1")
     drawing.boxes(4, "cached", range(7))
     drawing.boxes(4, "decode", range(7, 8), "a₁")
-    drawing.reads(4, 7, "→ token 2")
-    drawing.save("append.svg", "append: each iteration adds one position, and earlier thoughts stay visible")
+    drawing.label(4, 7, "→ token 2")
+    drawing.save("append.svg", "append: each iteration adds one position and attends to the earlier ones")
 
 
-def block() -> None:
-    """K positions, again and again."""
+def draw_block() -> None:
+    """Draw the workspace `block`: each iteration runs the same K positions."""
     rows = [
         ("prompt", "base model"),
         ("iteration 1", "adapter L₁, embedding e₁"),
-        ("iteration 2: settled", "adapter L₂, embedding e₂"),
+        ("iteration 2: converged", "adapter L₂, embedding e₂"),
         ("closing pass", "adapter decode, if there is one"),
         ("first answer token", "adapter decode, if there is one"),
     ]
@@ -121,19 +121,19 @@ def block() -> None:
     drawing.boxes(3, "decode", range(4, 7))
     for column in range(4, 7):
         drawing.arrow(2, column, column, "project(h₂)" if column == 6 else "")
-    drawing.reads(3, 6, "→ token 1")
+    drawing.label(3, 6, "→ token 1")
     drawing.boxes(4, "cached", range(7))
     drawing.boxes(4, "decode", range(7, 8), "a₁")
-    drawing.reads(4, 7, "→ token 2")
+    drawing.label(4, 7, "→ token 2")
     drawing.save("block.svg", "block: K latent positions after the prompt, refined in place and in parallel")
 
 
-def prompt() -> None:
-    """The prompt's own positions, again and again."""
+def draw_prompt() -> None:
+    """Draw the workspace `prompt`: each iteration runs the positions of the prompt."""
     rows = [
         ("input embeddings", "no pass"),
         ("iteration 1", "adapter L₁, embedding e₁"),
-        ("iteration 2: settled", "adapter L₂, embedding e₂"),
+        ("iteration 2: converged", "adapter L₂, embedding e₂"),
         ("closing pass", "adapter decode, if there is one"),
         ("first answer token", "adapter decode, if there is one"),
     ]
@@ -146,14 +146,14 @@ def prompt() -> None:
     drawing.boxes(3, "decode", range(4))
     for column in range(4):
         drawing.arrow(2, column, column, "project(h₂)" if column == 3 else "")
-    drawing.reads(3, 3, "→ token 1")
+    drawing.label(3, 3, "→ token 1")
     drawing.boxes(4, "cached", range(4))
     drawing.boxes(4, "decode", range(4, 5), "a₁")
-    drawing.reads(4, 4, "→ token 2")
-    drawing.save("prompt.svg", "prompt: the prompt's own positions, refined again and again")
+    drawing.label(4, 4, "→ token 2")
+    drawing.save("prompt.svg", "prompt: the prompt's own positions, refined in place")
 
 
 if __name__ == "__main__":
-    append()
-    block()
-    prompt()
+    draw_append()
+    draw_block()
+    draw_prompt()

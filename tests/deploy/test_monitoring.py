@@ -62,25 +62,25 @@ def test_panel_layout():
 
 
 def test_metrics_exist(exposed):
-    asked = [*panel_expressions(), *((rule.get("record") or rule["alert"], rule["expr"]) for rule in rules())]
-    assert len(asked) > 60
-    for where, expression in asked:
+    queried = [*panel_expressions(), *((rule.get("record") or rule["alert"], rule["expr"]) for rule in rules())]
+    assert len(queried) > 60
+    for where, expression in queried:
         assert metrics_of(expression) <= exposed.keys(), where
         assert metrics_of(expression) or "instance:" in expression or "up{" in expression, where
 
 
 def test_recorded_names():
     recorded = {rule["record"] for rule in rules() if "record" in rule}
-    asked = {name for rule in rules() for name in re.findall(r"\binstance:[\w:]+", rule["expr"])}
-    assert asked <= recorded
-    assert recorded - asked <= {"instance:slr_loop_iterations:mean_rate5m"}, "recorded for people to look up"
+    queried = {name for rule in rules() for name in re.findall(r"\binstance:[\w:]+", rule["expr"])}
+    assert queried <= recorded
+    assert recorded - queried <= {"instance:slr_loop_iterations:mean_rate5m"}, "recorded for people to look up"
 
 
 def test_rates_of_counters_only(exposed):
     for where, expression in [*panel_expressions(), *((r.get("record"), r["expr"]) for r in rules())]:
         for name in metrics_of(expression):
-            asked_as_rate = re.search(rf"(?:rate|increase)\({name}\b", expression) is not None
-            assert asked_as_rate == (exposed[name] in ("counter", "histogram")), f"{where}: {name}"
+            queried_as_rate = re.search(rf"(?:rate|increase)\({name}\b", expression) is not None
+            assert queried_as_rate == (exposed[name] in ("counter", "histogram")), f"{where}: {name}"
 
 
 def test_units():
