@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import logging
 import signal
 import socket
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvicorn
 from pydantic import ValidationError
-from pydantic_settings import CliApp, SettingsError
+from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 from uvicorn.config import Config
 
+from slr_core._version import __version__
 from slr_core.errors import EngineError, SLRError
+from slr_core.suggest import did_you_mean
 
 from .settings import ServerSettings
 
@@ -69,13 +73,47 @@ def main(arguments: list[str] | None = None) -> None:
     # For a clean exit before the server has installed its own handler, and after it raises the signal again.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        settings = CliApp.run(ServerSettings, cli_args=arguments)
+        settings = read_settings(sys.argv[1:] if arguments is None else arguments)
     except (ValidationError, SettingsError) as error:
         _fail(_explain(error), 2)
     try:
         serve(settings)
     except KeyboardInterrupt:
         sys.exit(0)
+
+
+def read_settings(arguments: list[str]) -> ServerSettings:
+    """The settings from flags, the environment and a file. Exits after ``--help`` and ``--version``.
+
+    Raises:
+        ValidationError: a value is wrong.
+        SettingsError: a flag or a key is unknown, or the file cannot be read.
+    """
+    parser = _Parser(
+        prog="slr-serve",
+        description=inspect.getdoc(ServerSettings),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"slr-serve {__version__}")
+    source: CliSettingsSource[ServerSettings] = CliSettingsSource(
+        ServerSettings, root_parser=parser, parse_args_method=_Parser.parse_args
+    )
+    return CliApp.run(ServerSettings, arguments, cli_settings_source=source)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an unknown argument with the known flag that resembles it most."""
+
+    def parse_args(self, *arguments: Any) -> argparse.Namespace:  # type: ignore[override]
+        known, unknown = self.parse_known_args(*arguments)
+        if unknown:
+            flags = [option for action in self._actions for option in action.option_strings]
+            raise SettingsError(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].partition('=')[0], flags)}")
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message)
 
 
 def serve(settings: ServerSettings) -> None:

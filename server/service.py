@@ -299,6 +299,8 @@ class Service:
         settings = self.settings
         engine = Engine.from_pretrained(
             settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
             slots=settings.slots,
             cache_gib=settings.cache_gib,
             prefix_gib=settings.prefix_gib,

@@ -1,13 +1,18 @@
-"""Every setting of the server with its default and meaning: flags of ``slr-serve`` and ``SLR_`` variables."""
+"""Every setting of the server with its default and meaning: flags, ``SLR_`` variables, and keys of a YAML file."""
 
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import AfterValidator, Field, SecretStr
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+from slr_core.suggest import did_you_mean
 
 _MIN_KEY_LENGTH = 16
 
@@ -23,7 +28,11 @@ Keys = Annotated[SecretStr, AfterValidator(_check_keys)]
 
 
 class ServerSettings(BaseSettings):
-    """Serve a latent reasoner over HTTP. Each flag can also be set as the environment variable SLR_<NAME>."""
+    """Serve a latent reasoner over HTTP.
+
+    Each flag can also be set as the environment variable SLR_<NAME>, or as a key of the --config file: flags take
+    precedence over the environment, and the environment over the file.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="SLR_",
@@ -39,6 +48,18 @@ class ServerSettings(BaseSettings):
     model: str | None = Field(
         None,
         description="Checkpoint folder, hub id, or name of a bundled checkpoint (prosqa, prontoqa). Default: prosqa.",
+    )
+    served_model_name: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="Name of the model in requests, responses and metrics. Default: the last part of --model.",
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N. auto: a GPU if there is one.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Data type of the weights. auto: the checkpoint's own if the device computes it natively, "
+        "else float32.",
     )
     loop_sets: str | None = Field(
         None, description="Folder of checkpoints that the admin endpoints can load as further loop adapter sets."
@@ -119,13 +140,56 @@ class ServerSettings(BaseSettings):
         description="Collector for request spans (OTLP over HTTP, http://host:4318/v1/traces); needs the extra otel.",
     )
 
+    config: str | None = Field(None, description="YAML file of these settings, with underscores: max_queue: 64.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The sources of settings, in order of precedence."""
+        return init_settings, env_settings, _ConfigFile(settings_cls)
+
     @property
     def model_name(self) -> str:
-        """Name of the served model in responses and metrics: the last part of its folder or hub id."""
+        """Name of the served model in requests, responses and metrics."""
+        if self.served_model_name is not None:
+            return self.served_model_name
         # Imported here because it imports torch, which --help does not need.
         from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
 
         return os.path.basename(os.path.abspath(self.model or DEFAULT_CHECKPOINT))
+
+
+class _ConfigFile(PydanticBaseSettingsSource):
+    """The YAML file that the setting ``config`` names."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError("all values are read at once")
+
+    def __call__(self) -> dict[str, Any]:
+        path = self.current_state.get("config")
+        return {} if path is None else _read_config(Path(path))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SettingsError(f"config: cannot read {path}: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise SettingsError(f"config: {path} must hold settings as `name: value`")
+    known = ServerSettings.model_fields.keys() - {"config"}
+    for name in values:
+        if name not in known:
+            raise SettingsError(f"config: {path}: unknown setting {name}{did_you_mean(str(name), known)}")
+    return values
 
 
 def split_list(text: str) -> list[str]:

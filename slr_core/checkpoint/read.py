@@ -92,6 +92,10 @@ def _load_loop(reasoner: LatentReasoner, folder: Path, *, assign: bool = False) 
 def _config(folder: Path) -> SLRConfig:
     path = folder / CONFIG
     if not path.is_file():
+        if (folder / "config.json").is_file():
+            raise checkpoint_error(
+                folder, f"a plain transformers model: `slr init {folder} --out DIR` makes a latent reasoner of it"
+            )
         raise checkpoint_error(folder, f"not a latent-reasoning checkpoint, it has no {CONFIG}")
     data = read_json(path)
     version = data.get("format_version", FORMAT_VERSION) if isinstance(data, dict) else FORMAT_VERSION

@@ -4,8 +4,12 @@ import sys
 
 import pytest
 
+from slr_core._version import __version__
+from slr_core.engine import Engine
+from slr_core.errors import CheckpointError
 from slr_server import cli
 from slr_server.settings import ServerSettings
+from tests import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +41,63 @@ def test_flags_come_before_the_environment(monkeypatch):
     monkeypatch.setenv("SLR_HOST", "::1")
     cli.main()
     assert (served[0].port, served[0].slots, served[0].host) == (1, 2, "::1")
+
+
+def test_config_file(monkeypatch, tmp_path):
+    (tmp_path / "c.yaml").write_text("port: 1\nslots: 2\nmax_queue: 3\n")
+    monkeypatch.setenv("SLR_SLOTS", "4")
+    settings = cli.read_settings(["--config", str(tmp_path / "c.yaml"), "--port", "5"])
+    assert (settings.port, settings.slots, settings.max_queue) == (5, 4, 3)
+
+
+def test_version(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"slr-serve {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--prot", "1"], "unknown argument --prot; did you mean --port?"),
+        (["--max_queue=1"], "unknown argument --max_queue=1; did you mean --max-queue?"),
+        (["--mod", "x"], "unknown argument --mod; did you mean --model?"),
+        (["serve"], "unknown argument serve"),
+        (["--port"], "argument --port: expected one argument"),
+        (["--config", "nowhere.yaml"], "config: cannot read nowhere.yaml"),
+    ],
+)
+def test_wrong_arguments(monkeypatch, capsys, arguments, told):
+    assert run(monkeypatch, *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"slr-serve: error: {told}")
+
+
+def test_device_and_dtype(monkeypatch):
+    loaded = {}
+
+    def load(model, **options):
+        loaded.update(options)
+        raise CheckpointError("not now")
+
+    monkeypatch.setattr(Engine, "from_pretrained", load)
+    settings = cli.read_settings(["--port", "0", "--device", "cuda:1", "--dtype", "bfloat16", "--log-level", "error"])
+    with pytest.raises(SystemExit):
+        cli.serve(settings)
+    assert (loaded["device"], loaded["dtype"]) == ("cuda:1", "bfloat16")
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--device", "tpu"), ("--device", "cuda:99")])
+def test_a_device_that_is_not_there(monkeypatch, capsys, flag, value):
+    assert run(monkeypatch, "--port", "0", flag, value, "--log-level", "error") == 1
+    assert "slr-serve: error: device" in capsys.readouterr().err
+
+
+def test_a_plain_model(monkeypatch, capsys, tmp_path):
+    tiny.base().save_pretrained(tmp_path / "base")
+    assert run(monkeypatch, "--port", "0", "--model", str(tmp_path / "base"), "--log-level", "error") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a plain transformers model" in line
+    assert f"`slr init {tmp_path / 'base'} --out DIR`" in line
 
 
 @pytest.mark.parametrize("arguments", [["--port", "x"], ["--port", "70000"], ["--nope"], ["--log-level", "loud"]])

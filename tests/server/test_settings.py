@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from slr_server.settings import ServerSettings, settings_table
 
@@ -20,6 +21,57 @@ def test_environment(monkeypatch):
     assert (settings.port, settings.max_queue) == (8123, 3)
 
 
+@pytest.fixture
+def config(tmp_path):
+    """Writes a config file and returns its path."""
+
+    def write(text):
+        path = tmp_path / "server.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_config_file(config, monkeypatch):
+    path = config("port: 1\nslots: 2\nmax_queue: 3\nthreads: null\nstatic_shapes: false\n")
+    monkeypatch.setenv("SLR_SLOTS", "4")
+    monkeypatch.setenv("SLR_HOST", "::1")
+    settings = ServerSettings(config=path, port=5)
+    assert (settings.port, settings.slots, settings.max_queue, settings.host) == (5, 4, 3, "::1")
+    assert (settings.threads, settings.static_shapes) == (None, False)
+    monkeypatch.setenv("SLR_CONFIG", path)
+    assert ServerSettings().max_queue == 3
+    assert ServerSettings(config=config("")).max_queue == 256
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("prot: 1", "server.yaml: unknown setting prot; did you mean port?"),
+        ("max-queue: 1", "server.yaml: unknown setting max-queue; did you mean max_queue?"),
+        ("config: other.yaml", "server.yaml: unknown setting config"),
+        ("1: 2", "server.yaml: unknown setting 1"),
+        ("- port", "server.yaml must hold settings"),
+        ("port: [", "cannot read .*server.yaml"),
+    ],
+)
+def test_wrong_config_files(config, text, told):
+    with pytest.raises(SettingsError, match=f"config: .*{told}"):
+        ServerSettings(config=config(text))
+
+
+def test_wrong_values_in_config_files(config):
+    with pytest.raises(ValidationError, match="port") as error:
+        ServerSettings(config=config("port: 70000\nadmin_key: short-secret"))
+    assert "short-secret" not in str(error.value)
+
+
+def test_missing_config_file(tmp_path):
+    with pytest.raises(SettingsError, match=r"cannot read .*nowhere.yaml"):
+        ServerSettings(config=str(tmp_path / "nowhere.yaml"))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -32,6 +84,8 @@ def test_environment(monkeypatch):
         {"request_timeout_s": 0},
         {"request_timeout_s": float("inf")},
         {"log_level": "loud"},
+        {"dtype": "int8"},
+        {"served_model_name": ""},
         {"prot": 1},
     ],
 )
@@ -45,6 +99,10 @@ def test_wrong_settings(wrong):
 )
 def test_model_name(model, name):
     assert ServerSettings(model=model).model_name == name
+
+
+def test_served_model_name():
+    assert ServerSettings(model="some/tiny", served_model_name="org/other").model_name == "org/other"
 
 
 def test_the_name_of_this_folder(monkeypatch, tmp_path):
