@@ -17,7 +17,7 @@ from slr_core.engine import Engine
 from .auth import Auth
 from .errors import install_handlers
 from .middleware import REQUEST_ID, SERVER_TIMING, BodyLimit, HeaderLimit, RequestContext
-from .routes import admin, generate, health, metrics, openai
+from .routes import admin, generate, health, index, metrics, openai
 from .service import Service
 from .settings import ServerSettings, split_list
 
@@ -50,6 +50,7 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
         version=__version__,
         description=_DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         middleware=_middleware(settings, service),
@@ -61,6 +62,8 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
     for module in (generate, openai, metrics):
         app.include_router(module.router, dependencies=bearer if settings.api_keys else None)
     app.include_router(health.router)
+    app.include_router(index.router)
+    app.mount("/static", index.static_files())
     app.include_router(admin.router, dependencies=bearer)
     return app
 

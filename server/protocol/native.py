@@ -63,6 +63,7 @@ Prompts = Annotated[
     BeforeValidator(_as_list),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 LoopSetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -85,7 +86,7 @@ class GenerateRequest(RequestModel):
     seed: Seed | None = Field(None, description="sampling seed; answer i of a prompt samples with seed + i")
     stop: Stop | None = Field(None, description="strings that end an answer; they are not part of it")
     n: int | None = Field(None, ge=1, description="answers per prompt; default: 1")
-    loop_set: LoopSetName | None = Field(
+    loop_set: ModelName | None = Field(
         None, description="loop adapter set to run, as listed by /v1/models; default: the served model's own"
     )
     stream: bool | None = Field(None, description="send every iteration, token and result as server-sent events")
@@ -324,4 +325,5 @@ class Index(ResponseModel):
     name: str
     version: str
     model: str
+    docs: str = Field(description="path of the full documentation, with every field")
     endpoints: list[EndpointInfo]

@@ -56,7 +56,7 @@ async def models(service: ServiceDependency) -> ModelList:
     return ModelList(data=[_model(name, service) for name in service.model_names()])
 
 
-@router.get("/models/{model}", summary="Get a model", responses=document_errors(401, 404, 503))
+@router.get("/models/{model:path}", summary="Get a model", responses=document_errors(401, 404, 503))
 async def model(model: str, service: ServiceDependency) -> Model:
     """One of the models that `GET /v1/models` lists."""
     service.check_model(model)

@@ -3,6 +3,7 @@ import time
 import pytest
 from fastapi.testclient import TestClient
 
+from slr_core._version import __version__
 from slr_core.engine import Engine
 from slr_server.app import create_app
 from slr_server.settings import ServerSettings
@@ -13,10 +14,12 @@ def test_ready(client):
     assert client.get("/livez").json() == {"status": "alive"}
     assert client.get("/readyz").json() == {"status": "ready"}
     assert client.get("/startupz").json() == {"status": "started"}
+    assert client.get("/health").json() == {"status": "ready"}
+    assert client.get("/version").json() == {"version": __version__}
 
 
 def refused(client: TestClient, message: str, live: int = 200) -> None:
-    for response in (client.get("/readyz"), client.post("/generate", json={"prompt": "w1"})):
+    for response in (client.get("/readyz"), client.get("/health"), client.post("/generate", json={"prompt": "w1"})):
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "unavailable"
         assert message in response.json()["error"]["message"]

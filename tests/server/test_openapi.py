@@ -1,5 +1,9 @@
+import re
+from html.parser import HTMLParser
+
 import pytest
 
+from slr_core._version import __version__
 from slr_server.protocol import native as schemas
 from slr_server.protocol.schema import ErrorResponse
 
@@ -29,7 +33,7 @@ def test_document(document):
     assert document["openapi"].startswith("3.")
     assert set(document["paths"]) == {
         *("/generate", "/trace", "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model}"),
-        *("/livez", "/readyz", "/startupz", "/health", "/version"),
+        *("/", "/livez", "/readyz", "/startupz", "/health", "/version"),
         *("/metrics", "/admin/loop_sets", "/admin/loop_sets/{name}"),
     }
     names = set(document["components"]["schemas"])
@@ -76,7 +80,56 @@ def test_answers_are_as_documented(client):
     ErrorResponse.model_validate_json(client.post("/trace", json={}).content, strict=True)
 
 
-def test_page(client):
+class Page(HTMLParser):
+    """The URLs that a page loads, and its inline scripts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.urls, self.inline, self._in_script = [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.urls += [attrs[name] for name in ("src", "href") if name in attrs]
+        self._in_script = tag == "script"
+
+    def handle_data(self, data):
+        if self._in_script and data.strip():
+            self.inline.append(data)
+
+    def handle_endtag(self, tag):
+        self._in_script = False
+
+
+def test_docs_need_no_other_server(client):
     response = client.get("/docs")
     assert response.status_code == 200
     assert "text/html" in response.headers["content-type"]
+    page = Page(response.text)
+    assert page.inline == [], "the content security policy forbids inline scripts"
+    assert any(url.endswith("swagger-ui-bundle.js") for url in page.urls)
+    for url in page.urls:
+        assert "//" not in url
+        assert client.get(f"/{url}").status_code == 200, url
+    script = client.get("/static/docs.js")
+    assert "javascript" in script.headers["content-type"]
+    (spec,) = re.findall(r'url: "(.*?)"', script.text)
+    assert client.get(f"/{spec}").json()["openapi"].startswith("3.1")
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+
+
+@pytest.mark.parametrize("path", ["/static/../settings.py", "/static/%2e%2e/settings.py", "/static/nope", "/static"])
+def test_static_files_are_those_of_the_page(client, path):
+    response = client.get(path)
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_index_names_the_endpoints(client, document):
+    index = client.get("/").json()
+    assert (index["name"], index["version"], index["model"]) == ("Stable Latent Reasoning", __version__, "prosqa")
+    named = {(endpoint["method"], endpoint["path"]) for endpoint in index["endpoints"]}
+    assert named == {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert all(endpoint["summary"] for endpoint in index["endpoints"])
+    assert client.get(index["docs"]).status_code == 200
