@@ -29,7 +29,7 @@ async def readyz(service: ServiceDependency) -> HealthStatus:
     return HealthStatus(status="ready")
 
 
-@router.get("/health", summary="Readiness, under the name that other inference servers use", responses=_ERRORS)
+@router.get("/health", summary="Health", responses=_ERRORS)
 async def health(service: ServiceDependency) -> HealthStatus:
     """The same check as `/readyz`."""
     service.check()

@@ -1,5 +1,7 @@
 """Loop sets that come and go while requests run."""
 
+import copy
+
 import pytest
 from fastapi.testclient import TestClient
 
@@ -8,6 +10,7 @@ from slr_core.generation.reference import generate
 from slr_server.app import create_app
 from slr_server.settings import ServerSettings
 from tests import tiny
+from tests.server import events
 
 ADMIN = "a" * 20
 HEADERS = {"authorization": f"Bearer {ADMIN}"}
@@ -20,11 +23,22 @@ def folder(tmp_path_factory, reasoner):
     folder = tmp_path_factory.mktemp("loop_sets")
     other = tiny.twin(reasoner)
     tiny.shake(other, seed=7)
+    other.tokenizer = copy.deepcopy(other.tokenizer)
+    other.tokenizer.chat_template = "{{ messages[0].content }}"
     other.save_pretrained(str(folder / "other"))
     tiny.reasoner(seed=5).save_pretrained(str(folder / "stranger"))
     (folder / "junk").mkdir()
     (folder / "file").write_text("x")
     return folder
+
+
+@pytest.fixture(scope="module")
+def chatty(reasoner):
+    """The same model with a chat template."""
+    text = reasoner.config.text.model_copy(update={"chat_template": "{{ messages[0].content }}", "max_new_tokens": 2})
+    made = tiny.twin(reasoner)
+    made.config = made.config.model_copy(update={"text": text})
+    return made
 
 
 @pytest.fixture
@@ -63,6 +77,44 @@ def test_a_loop_set_is_loaded_served_and_removed(client, reasoner, folder):
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "loop_set")
     assert client.post("/v1/completions", json=completion).status_code == 404
     assert load(client, "other").status_code == 200, "and it may come back"
+
+
+def named(client, path, name=None, stream=False):
+    """The ``model`` of an answer, whole or in every chunk of a stream."""
+    field = "model" if path.startswith("/v1") else "loop_set"
+    prompt = {"messages": [{"role": "user", "content": "w1"}]} if "chat" in path else {"prompt": "w1"}
+    response = client.post(path, json={**prompt, field: name, "stream": stream})
+    assert response.status_code == 200, response.text
+    if not stream:
+        return response.json()["model"]
+    told = [event.data for event in events.of(response.text)]
+    (model,) = {data["model"] for data in told if "model" in data}
+    return model
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/generate", "/trace", "/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("served", ["prosqa", "org/name"])
+def test_answers_name_the_set_that_answered(chatty, folder, caplog, path, stream, served):
+    caplog.set_level("INFO", "slr.access")
+    settings = ServerSettings(admin_key=ADMIN, loop_sets=str(folder), served_model_name=served)
+    with Engine(chatty, threads=1) as engine, TestClient(create_app(settings, engine)) as client:
+        assert load(client, "other").status_code == 200
+        assert [named(client, path, name, stream) for name in (None, served, "other")] == [served, served, "other"]
+        assert client.get("/admin/loop_sets", headers=HEADERS).json()["loaded"] == [served, "other"]
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == [served, "other"]
+        assert client.get(f"/v1/models/{served}").json()["id"] == served
+    logged = [r.fields["loop_set"] for r in caplog.records if r.name == "slr.access" and "loop_set" in r.fields]
+    assert logged == [served, served, "other"]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/trace"])
+def test_unknown_sets_are_refused_with_the_known_names(client, path):
+    assert load(client, "other").status_code == 200
+    for name in ("default", "nope", "../other"):
+        error = client.post(path, json={"prompt": "w1", "loop_set": name}).json()["error"]
+        assert (error["param"], error["code"]) == ("loop_set", "invalid_value")
+        assert error["message"] == f"loop_set must be one of prosqa, other, got {name}"
 
 
 @pytest.mark.parametrize(
