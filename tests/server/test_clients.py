@@ -1,4 +1,4 @@
-"""The clients that people have: OpenAI's own, and lm-eval's local-completions, unchanged."""
+"""Common clients, unchanged: OpenAI's own, two wrappers of it, and lm-eval's local-completions."""
 
 import asyncio
 import json
@@ -113,6 +113,77 @@ def test_models_and_errors(client, server):
         pytest.raises(openai.AuthenticationError),
     ):
         stranger.models.list()
+
+
+def test_a_conversation_with_the_client(client, made):
+    question = MESSAGES[0]
+    first = client.chat.completions.create(model="tiny", messages=[question], max_tokens=5, temperature=0)
+    messages = [question, first.choices[0].message, question]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=5, temperature=0)
+    turns = [question, {"role": "assistant", "content": first.choices[0].message.content}, question]
+    assert answer.choices[0].message.content == expected(made, turns).text
+
+
+@pytest.fixture
+def litellm(monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    monkeypatch.setenv("LITELLM_TELEMETRY", "False")
+    return pytest.importorskip("litellm")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_litellm_chats(litellm, server, made):
+    options = {"base_url": f"{server.url}/v1", "api_key": KEY, "max_tokens": 5, "temperature": 0}
+    answer = litellm.completion("openai/tiny", messages=MESSAGES, user="me", **options)
+    text = expected(made, MESSAGES).text
+    assert answer.choices[0].message.content == text
+    assert answer.usage.completion_tokens == 5
+    streamed = litellm.completion(
+        "openai/tiny", messages=MESSAGES, stream=True, stream_options={"include_usage": True}, **options
+    )
+    parts = list(streamed)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == text
+    turns = [*MESSAGES, answer.choices[0].message, *MESSAGES]
+    again = litellm.completion("openai/tiny", messages=turns, **options)
+    assert (
+        again.choices[0].message.content
+        == expected(made, [*MESSAGES, {"role": "assistant", "content": text}, *MESSAGES]).text
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_litellm_completions(litellm, server, made):
+    options = {"base_url": f"{server.url}/v1", "api_key": KEY, "max_tokens": 5, "temperature": 0}
+    text = expected(made, raw(PROMPT)).text
+    answer = litellm.text_completion("text-completion-openai/tiny", prompt=PROMPT, **options)
+    assert answer.choices[0].text == text
+    parts = litellm.text_completion("text-completion-openai/tiny", prompt=PROMPT, stream=True, **options)
+    assert "".join(part.choices[0].text or "" for part in parts) == text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_langchain_chats(server, made):
+    langchain = pytest.importorskip("langchain_openai")
+    options = {"base_url": f"{server.url}/v1", "api_key": KEY, "model": "tiny", "max_tokens": 5, "temperature": 0}
+    chat = langchain.ChatOpenAI(**options, logprobs=True, top_logprobs=2)
+    text = expected(made, MESSAGES).text
+    answer = chat.invoke(PROMPT)
+    assert answer.content == text
+    assert b"".join(bytes(t["bytes"]) for t in answer.response_metadata["logprobs"]["content"]).decode() == text
+    parts = list(langchain.ChatOpenAI(**options, stream_usage=True).stream(PROMPT))
+    assert "".join(part.content for part in parts) == text
+    assert sum(part.usage_metadata["output_tokens"] for part in parts if part.usage_metadata) == 5
+    turns = [*MESSAGES, {"role": "assistant", "content": text}, *MESSAGES]
+    assert chat.invoke([("user", PROMPT), answer, ("user", PROMPT)]).content == expected(made, turns).text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_langchain_completions(server, made):
+    langchain = pytest.importorskip("langchain_openai")
+    options = {"base_url": f"{server.url}/v1", "api_key": KEY, "model": "tiny", "max_tokens": 5, "temperature": 0}
+    model, text = langchain.OpenAI(**options), expected(made, raw(PROMPT)).text
+    assert model.invoke(PROMPT) == text
+    assert "".join(model.stream(PROMPT)) == text
 
 
 QUESTIONS = [
