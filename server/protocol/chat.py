@@ -62,6 +62,7 @@ class ChatMessage(RequestModel):
     name: str | None = Field(None, description=IGNORED)
     id: str | None = Field(None, description=IGNORED)
     reasoning_content: str | None = Field(None, description="accepted and ignored: not part of the prompt")
+    provider_specific_fields: dict[str, Any] | None = Field(None, description="accepted and ignored; sent by litellm")
     refusal: None = None
     audio: None = None
     function_call: None = None

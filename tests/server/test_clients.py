@@ -155,9 +155,9 @@ def test_litellm_chats(litellm, server, made):
 def test_litellm_completions(litellm, server, made):
     options = {"base_url": f"{server.url}/v1", "api_key": KEY, "max_tokens": 5, "temperature": 0}
     text = expected(made, raw(PROMPT)).text
-    answer = litellm.text_completion("text-completion-openai/tiny", prompt=PROMPT, **options)
+    answer = litellm.text_completion(PROMPT, "text-completion-openai/tiny", **options)
     assert answer.choices[0].text == text
-    parts = litellm.text_completion("text-completion-openai/tiny", prompt=PROMPT, stream=True, **options)
+    parts = litellm.text_completion(PROMPT, "text-completion-openai/tiny", stream=True, **options)
     assert "".join(part.choices[0].text or "" for part in parts) == text
 
 

@@ -291,6 +291,7 @@ def test_an_answer_can_be_sent_back(chat):
     question = {"role": "user", "content": "w9 w8"}
     answer = chat.post("/v1/chat/completions", json={"messages": [question], **GREEDY}).json()["choices"][0]["message"]
     known = {"id": "msg_1", "name": "a", "reasoning_content": "w30 w31", "refusal": None, "audio": None}
+    known |= {"provider_specific_fields": {"refusal": None}}
     known |= {"function_call": None, "tool_calls": [], "annotations": []}
     texts = [
         text_of(chat.post("/v1/chat/completions", json={"messages": [question, message, question], **GREEDY}))
