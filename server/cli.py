@@ -106,6 +106,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports an unknown argument with the known flag that resembles it most."""
 
     def parse_args(self, *arguments: Any) -> argparse.Namespace:  # type: ignore[override]
+        known: argparse.Namespace
         known, unknown = self.parse_known_args(*arguments)
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
