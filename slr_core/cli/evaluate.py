@@ -17,6 +17,8 @@ from rich.table import Table
 from slr_core._version import __version__
 from slr_core.cli.options import (
     CriterionName,
+    Device,
+    Dtype,
     MaxIterations,
     MinIterations,
     Model,
@@ -108,6 +110,8 @@ def _dial(text: str) -> tuple[str, str]:
 
 def evaluate(
     model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     method: Annotated[str, typer.Option(help="how to answer; `slr compare --help` lists the methods")] = "slr",
     server: Server = None,
     task: TaskName = "prosqa",
@@ -147,7 +151,7 @@ def evaluate(
         "patience": patience,
     }
     settings = methods.Settings({name: value for name, value in loop.items() if value is not None}, seed=seed)
-    backend = _backend(model, server)
+    backend = _backend(model, server, device, dtype)
     store = Store(results)
     outcomes = _answer(how, backend, questions, settings, store, server or model, batch_size)
     levels, overall, rules = by_difficulty(outcomes), summarize(outcomes), baselines(questions)
@@ -163,6 +167,8 @@ def evaluate(
 
 def compare(
     model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     methods: Annotated[str, typer.Option(help="names with commas, or all")] = "all",
     weights: Weights = None,
     server: Server = None,
@@ -196,7 +202,7 @@ def compare(
     own = dict(_weight(text) for text in weights or ())
     questions = Questions(task, data, split, generate, generate_seed, dial, limit)
     settings = Settings({}, cot_tokens, samples, temperature, beams, noise, seed)
-    store, tested = Store(results), _backend(model, server)
+    store, tested = Store(results), _backend(model, server, device, dtype)
     outcomes: dict[str, list[Outcome]] = {}
     missing: dict[str, str] = {}
     for method in chosen:
@@ -204,7 +210,7 @@ def compare(
         if reason is not None:
             missing[method.name] = reason
             continue
-        backend = tested if method.weights is None else _backend(str(own[method.weights]), None)
+        backend = tested if method.weights is None else _backend(str(own[method.weights]), None, device, dtype)
         name = (server or model) if method.weights is None else str(own[method.weights])
         try:
             outcomes[method.name] = _answer(method, backend, questions, settings, store, name, batch_size)
@@ -244,10 +250,10 @@ def _weight(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def _backend(model: str | None, server: str | None) -> Backend:
+def _backend(model: str | None, server: str | None, device: str, dtype: str) -> Backend:
     from slr_core.evaluation.backends import Local, Remote
 
-    return Local(load_model(model)) if server is None else Remote(server)
+    return Local(load_model(model, device, dtype)) if server is None else Remote(server)
 
 
 def _answer(

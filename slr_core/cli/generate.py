@@ -10,6 +10,8 @@ import typer
 from slr_core.cli.options import (
     AsJson,
     CriterionName,
+    Device,
+    Dtype,
     MaxIterations,
     MaxNewTokens,
     MinIterations,
@@ -39,6 +41,8 @@ UseTemplate = Annotated[
 def generate(
     prompt: Prompt,
     model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     max_iterations: MaxIterations = None,
     min_iterations: MinIterations = None,
     criterion: CriterionName = None,
@@ -58,7 +62,7 @@ def generate(
     """
     from slr_core.params import SamplingParams
 
-    reasoner = load_model(model)
+    reasoner = load_model(model, device, dtype)
     loop = loop_settings(reasoner, max_iterations, min_iterations, criterion, threshold, patience)
     sampling = SamplingParams(temperature, top_k, top_p, seed)
     result = run_prompt(reasoner, read_prompt(prompt, chat), loop, max_new_tokens=max_new_tokens, sampling=sampling)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from slr_core.cli.options import AsJson, Model, console, load_model, print_json
+from slr_core.cli.options import AsJson, Device, Dtype, Model, console, load_model, print_json
 
 if TYPE_CHECKING:
     from slr_core.config import LoopConfig
@@ -18,12 +18,12 @@ EXAMPLE_PROMPT_TOKENS = 256
 """Length of the prompt for which cache memory is shown."""
 
 
-def info(model: Model = None, as_json: AsJson = False) -> None:
+def info(model: Model = None, device: Device = "auto", dtype: Dtype = "auto", as_json: AsJson = False) -> None:
     """Describe a checkpoint.
 
     Shows its sizes, the parameters that the loop adds, its settings and the cache memory of a request.
     """
-    reasoner = load_model(model)
+    reasoner = load_model(model, device, dtype)
     if as_json:
         print_json(description(reasoner))
     else:
@@ -48,6 +48,7 @@ def print_description(reasoner: LatentReasoner) -> None:
     example = sizes.cache_bytes(EXAMPLE_PROMPT_TOKENS, text.max_new_tokens)
     rows = {
         "base": f"{sizes.architecture}, {sizes.base_parameters:,} parameters",
+        "weights": f"{str(reasoner.base.dtype).removeprefix('torch.')} on {reasoner.device}",
         "loop adds": f"{sizes.added_parameters:,} parameters, {sizes.added_share:.1%} of the base",
         "workspace": loop.workspace + (f" of {loop.block_size}" if loop.workspace == "block" else ""),
         "iterations": f"{loop.min_iterations} to {loop.max_iterations}",

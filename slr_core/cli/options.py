@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -35,6 +35,21 @@ Model = Annotated[
         autocompletion=complete_model,
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Device: auto, cpu, cuda or cuda:N; auto uses a GPU if there is one.",
+        autocompletion=lambda incomplete: [name for name in ("auto", "cpu", "cuda") if name.startswith(incomplete)],
+    ),
+]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Annotated[
+    DtypeName,
+    typer.Option(
+        help="Number format of the weights; auto uses the checkpoint's own if the device computes it natively, and "
+        "float32 otherwise."
+    ),
+]
 Prompt = Annotated[str, typer.Argument(help="Prompt; - reads standard input.")]
 MaxIterations = Annotated[
     int | None, typer.Option(min=0, max=256, help="Maximum number of iterations; 0 runs the base model without a loop.")
@@ -57,14 +72,19 @@ Seed = Annotated[int | None, typer.Option(help="Sampling seed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def load_model(model: str | None) -> LatentReasoner:
-    """Load the checkpoint that ``--model`` names."""
+def load_model(model: str | None, device: str, dtype: str) -> LatentReasoner:
+    """Load the checkpoint that ``--model`` names, as ``--device`` and ``--dtype`` say.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded.
+        ConfigError: the device is unknown or not available.
+    """
     from transformers.utils import logging
 
-    from slr_core.model.reasoner import LatentReasoner
+    from slr_core.engine.runner.device import load_reasoner
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return LatentReasoner.from_pretrained(model)
+    return load_reasoner(model, device=device, dtype=dtype)
 
 
 def loop_settings(

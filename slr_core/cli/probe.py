@@ -27,7 +27,7 @@ from slr_core.cli.evaluate import (
     check_folder,
     versions,
 )
-from slr_core.cli.options import Model, console, load_model, number, progress_bars
+from slr_core.cli.options import Device, Dtype, Model, console, load_model, number, progress_bars
 from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 def probe(
     model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     task: TaskName = "prosqa",
     data: Data = None,
     split: Split = None,
@@ -72,7 +74,7 @@ def probe(
     store = Store(results)
     questions = Questions(task, data, split, generate, generate_seed, dial, limit)
     labels = LABELS.get(questions.task.name, ()) if kinds else ()
-    reasoner, name, rules = load_model(model), model_of(model), baselines(questions)
+    reasoner, name, rules = load_model(model, device, dtype), model_of(model), baselines(questions)
     iterations = reasoner.config.loop.max_iterations if iterations is None else iterations
     settings = {"iterations": iterations, "probes": kinds, "shuffles": shuffles, "seed": seed}
     spec = {**questions.spec, "model": name, "settings": settings}

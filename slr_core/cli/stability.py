@@ -27,7 +27,7 @@ from slr_core.cli.evaluate import (
     check_folder,
     versions,
 )
-from slr_core.cli.options import Model, console, load_model, number, progress_bars
+from slr_core.cli.options import Device, Dtype, Model, console, load_model, number, progress_bars
 
 if TYPE_CHECKING:
     from slr_core.evaluation.stability import Stability
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 def stability(
     model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     task: TaskName = "prosqa",
     data: Data = None,
     split: Split = None,
@@ -69,7 +71,7 @@ def stability(
             bar.advance(rows[run], answered)
             bar.update(rows[run], visible=not bar.tasks[rows[run]].finished)
 
-        local = Local(load_model(model))
+        local = Local(load_model(model, device, dtype))
         study = Study(local, questions.task, questions.loaded, name, store, batch_size=batch_size, progress=progress)
         found = study.run(past, seed)
     rules = baselines(questions)

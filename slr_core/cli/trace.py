@@ -13,6 +13,8 @@ from slr_core.cli.generate import UseTemplate, read_prompt, run_prompt, summary
 from slr_core.cli.options import (
     AsJson,
     CriterionName,
+    Device,
+    Dtype,
     MaxIterations,
     MaxNewTokens,
     MinIterations,
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 def trace(
     prompt: Prompt,
     model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     max_iterations: MaxIterations = None,
     min_iterations: MinIterations = None,
     criterion: CriterionName = None,
@@ -57,7 +61,7 @@ def trace(
     """
     if states is not None and not states.absolute().parent.is_dir():
         raise ConfigError(f"--states {states}: the folder does not exist")
-    reasoner = load_model(model)
+    reasoner = load_model(model, device, dtype)
     loop = loop_settings(reasoner, max_iterations, min_iterations, criterion, threshold, patience)
     result = run_prompt(
         reasoner,

@@ -11,6 +11,8 @@ from slr_core import __version__, cli
 from slr_core.config import Criterion
 from tests.cli.questions import QUESTION
 
+GROUP = typer.main.get_command(cli.app)
+
 WRONG = {
     "no-such-model": ["generate", "--model", "/no/where", "x"],
     "empty-prompt": ["generate", "--model", "FOLDER", " "],
@@ -62,9 +64,37 @@ def test_version(run):
     assert run("--version")[:2] == (0, f"slr {__version__}\n")
 
 
-# -- help and completion -----------------------------------------------------------------------------------
+LOADING = {
+    "generate": ["x"],
+    "trace": ["x"],
+    "info": [],
+    "eval": ["--generate", "1"],
+    "compare": ["--generate", "1"],
+    "stability": ["--generate", "1"],
+    "probe": ["--generate", "1"],
+}
+"""Commands that load a model, with the arguments that they need."""
 
-GROUP = typer.main.get_command(cli.app)
+
+@pytest.mark.parametrize("name", LOADING)
+def test_device_and_dtype(name, run, folder):
+    code, _, err = run(name, "--model", folder, "--device", "cuda:99", "--dtype", "bfloat16", *LOADING[name])
+    assert (code, err) == (1, "slr: device cuda:99 is not available here\n")
+
+
+def test_every_loading_command():
+    takes = {
+        option: {name for name, command in GROUP.commands.items() if option in flags(command)}
+        for option in ("--model", "--device", "--dtype")
+    }
+    assert takes["--device"] == takes["--dtype"] == takes["--model"] == LOADING.keys()
+
+
+def flags(command):
+    return {flag for parameter in command.params for flag in parameter.opts}
+
+
+# -- help and completion -----------------------------------------------------------------------------------
 
 
 def shown(*arguments):
@@ -132,4 +162,5 @@ def completions(line):
 def test_completion():
     assert completions("slr generate --model pro") == ["prontoqa", "prosqa"]
     assert completions("slr generate --criterion en") == ["entropy_change"]
+    assert completions("slr generate --device c") == ["cpu", "cuda"]
     assert completions("slr tr") == ["trace", "train"]
