@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from slr_core._version import __version__
-from slr_core.cli import evaluate, generate, info, init, load, probe, serve, stability, sweep, trace, train
+from slr_core.cli import chat, evaluate, generate, info, init, load, probe, serve, stability, sweep, trace, train
 from slr_core.errors import SLRError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate.generate)
+app.command()(chat.chat)
 app.command()(trace.trace)
 app.command()(init.init)
 app.command()(info.info)

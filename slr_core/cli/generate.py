@@ -27,6 +27,7 @@ from slr_core.cli.options import (
     loop_settings,
     print_json,
 )
+from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from slr_core.model.reasoner import LatentReasoner
@@ -54,6 +55,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = None,
     chat: UseTemplate = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is generated.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt.
@@ -62,15 +64,20 @@ def generate(
     """
     from slr_core.params import SamplingParams
 
+    if stream and as_json:
+        raise ConfigError("--stream and --json exclude each other")
     reasoner = load_model(model, device, dtype)
     loop = loop_settings(reasoner, max_iterations, min_iterations, criterion, threshold, patience)
-    sampling = SamplingParams(temperature, top_k, top_p, seed)
-    result = run_prompt(reasoner, read_prompt(prompt, chat), loop, max_new_tokens=max_new_tokens, sampling=sampling)
-    if as_json:
-        print_json(result.to_dict())
+    options = {"max_new_tokens": max_new_tokens, "sampling": SamplingParams(temperature, top_k, top_p, seed)}
+    if stream:
+        result = _stream(reasoner, read_prompt(prompt, chat), loop, options)
     else:
+        result = run_prompt(reasoner, read_prompt(prompt, chat), loop, **options)
+        if as_json:
+            print_json(result.to_dict())
+            return
         print(result.text)
-        print(f"[{summary(result)}]", file=sys.stderr)
+    print(f"[{summary(result)}]", file=sys.stderr)
 
 
 def read_prompt(prompt: str, chat: bool) -> str | Messages:
@@ -89,6 +96,16 @@ def run_prompt(reasoner: LatentReasoner, prompt: str | Messages, loop: ResolvedL
     from slr_core.generation.reference import generate
 
     return generate(reasoner, [prepare(reasoner, prompt, loop, **options)])[0]
+
+
+def _stream(
+    reasoner: LatentReasoner, prompt: str | Messages, loop: ResolvedLoopParams, options: dict[str, Any]
+) -> Result:
+    from slr_core.cli.streaming import print_stream
+    from slr_core.engine import Engine
+
+    with Engine(reasoner, slots=1) as engine:
+        return print_stream(engine, engine.prepare(prompt, loop, **options))
 
 
 def summary(result: Result) -> str:

@@ -19,6 +19,7 @@ WRONG = {
     "bounds": ["generate", "--model", "FOLDER", "--min-iterations", "4", "--max-iterations", "2", QUESTION],
     "chat": ["generate", "--model", "FOLDER", "--chat", QUESTION],
     "learned": ["generate", "--model", "FOLDER", "--criterion", "learned", QUESTION],
+    "stream": ["generate", "--model", "FOLDER", "--stream", "--json", QUESTION],
     "states": ["trace", "--model", "FOLDER", "--states", "/no/where/h.safetensors", QUESTION],
     "init-base": ["init", "/no/where", "--out", "/no/where/else"],
     "init-file": ["init", "/no/where.gguf", "--out", "/no/where/else"],
@@ -66,6 +67,7 @@ def test_version(run):
 
 LOADING = {
     "generate": ["x"],
+    "chat": [],
     "trace": ["x"],
     "info": [],
     "eval": ["--generate", "1"],

@@ -33,3 +33,19 @@ def test_seed(run, folder):
     assert run(*options, QUESTION)[1] == run(*options, QUESTION)[1]
     texts = {run(*options[:-1], seed, QUESTION)[1] for seed in range(5)}
     assert len(texts) > 1
+
+
+def test_stream(run, folder):
+    """The same answer as at once, written in pieces."""
+    plain = run("generate", "--model", folder, *LOOP, QUESTION)
+    code, out, err = run("generate", "--model", folder, *LOOP, "--stream", QUESTION)
+    assert (code, out) == plain[:2]
+    assert err.startswith("[3 iterations, max_iterations")
+
+
+def test_stream_is_incremental(run, folder, monkeypatch):
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *args, **options: pieces.append((args, options)))
+    run("generate", "--model", folder, *LOOP, "--stream", QUESTION)
+    written = [args[0] for args, options in pieces if options.get("end") == "" and args[0]]
+    assert len(written) > 1
