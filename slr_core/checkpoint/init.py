@@ -1,4 +1,4 @@
-"""``slr init``: an untrained latent reasoner around a base model."""
+"""``slr init``: add an untrained loop to a base model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from slr_core._install import missing_extra
 from slr_core._version import __version__
+from slr_core.checkpoint.folder import BASE, CONFIG, is_missing_folder, local_path
 from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.write import save_checkpoint
 from slr_core.config import LoopConfig, SLRConfig, TextConfig, validated
@@ -26,22 +27,22 @@ tags: [latent-reasoning, peft]
 
 # {name}
 
-An untrained latent reasoner around `{base}`, made by `slr init` {version} with seed {seed}: {sizes}.
-Its adapters have no effect yet. `slr info --model {name}` describes it.
+The base model `{base}` with an untrained loop, made by `slr init` {version} with seed {seed}: {sizes}.
+The adapters have no effect until `slr train` trains them. `slr info --model {name}` describes the checkpoint.
 """
 
 
 class InitConfig(LoopConfig):
-    """A ``loop.yaml``: the settings of a loop, and optionally those of its texts."""
+    """The file ``loop.yaml``: settings of the loop, and optionally of its texts."""
 
-    text: TextConfig = Field(TextConfig(), description="prompt and answer texts, stops, the default answer length")
+    text: TextConfig = Field(TextConfig(), description="prompt and answer texts, stop strings, default answer length")
 
     @classmethod
     def from_yaml(cls, path: Path) -> InitConfig:
-        """Read a file; an empty one is all defaults.
+        """Read a file. An empty file stands for the defaults.
 
         Raises:
-            ConfigError: it is not YAML, or a field is unknown or out of range.
+            ConfigError: the file is not YAML, or a field is unknown or out of range.
         """
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -53,27 +54,27 @@ class InitConfig(LoopConfig):
             raise ConfigError(f"{path}: {error}") from error
 
     def config(self) -> SLRConfig:
-        """The same as a checkpoint's config."""
+        """The config of a checkpoint with these settings."""
         data = self.model_dump(mode="json")
         return SLRConfig.from_dict({"text": data.pop("text"), "loop": data})
 
 
 def init_checkpoint(base: str, out: str | Path, config: str | Path | None = None, *, seed: int = 0) -> LatentReasoner:
-    """Write a checkpoint folder that holds a copy of ``base`` and untrained loop parts, and return what it holds.
+    """Write a checkpoint folder with a copy of ``base`` and an untrained loop, and return its reasoner.
 
     Args:
         base: a causal language model: a local folder, a hub id, or a GGUF file (dequantized).
-        out: the folder, new or empty.
-        config: a ``loop.yaml``; without one, all defaults.
-        seed: of the new weights.
+        out: the folder to write; it must be new or empty.
+        config: a ``loop.yaml``; ``None``: the defaults.
+        seed: seed of the new weights.
 
     Raises:
-        ConfigError: the settings are wrong, the folder is not empty, or the loop cannot run this base.
+        ConfigError: a setting is wrong, the folder is not empty, or the loop does not support this base.
         CheckpointError: the base cannot be loaded.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: expected a new or an empty folder")
+        raise ConfigError(f"{out}: expected a new or empty folder")
     settings = InitConfig.from_yaml(Path(config)) if config is not None else InitConfig()
     model, tokenizer = load_model_and_tokenizer(base)
     torch.manual_seed(seed)
@@ -81,7 +82,7 @@ def init_checkpoint(base: str, out: str | Path, config: str | Path | None = None
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{out}: cannot be made ({error})") from error
+        raise ConfigError(f"{out}: the folder cannot be created ({error})") from error
     save_checkpoint(reasoner, out)
     card = CARD.format(
         name=out.name, base=Path(base).name, version=__version__, seed=seed, sizes=describe_model(reasoner).sizes
@@ -93,32 +94,50 @@ def init_checkpoint(base: str, out: str | Path, config: str | Path | None = None
 def load_model_and_tokenizer(
     base: str, tokenizer_from: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base model and its tokenizer, which may lie elsewhere.
+    """Load a base model and its tokenizer.
+
+    Args:
+        base: a local folder, a hub id, or a GGUF file.
+        tokenizer_from: a folder or hub id with the tokenizer; ``None``: ``base``.
 
     Raises:
-        ConfigError: a GGUF file is named, and its extra is not installed.
-        CheckpointError: they cannot be loaded, are incomplete, or do not fit together.
+        ConfigError: ``base`` is a GGUF file and the extra `gguf` is not installed.
+        CheckpointError: ``base`` does not exist, is a latent reasoner, has no tokenizer, or cannot be loaded; its
+            weights are incomplete; or model and tokenizer do not fit together.
     """
+    if is_missing_folder(base):
+        raise CheckpointError(f"{base}: no such file or folder")
+    local = local_path(base)
+    if (local / CONFIG).is_file():
+        inside = f"; its base model is in {local / BASE}" if (local / BASE).is_dir() else ""
+        raise CheckpointError(f"{base}: already a latent reasoner, not a base model{inside}")
     source, options = base, {}
     weights: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa", "trust_remote_code": False}
     if base.endswith(".gguf"):
         if not Path(base).is_file():
-            raise CheckpointError(f"{base}: no such file")
+            raise CheckpointError(f"{base}: no such file or folder")
         if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
             raise missing_extra(f"reading {base}", "gguf", f"no module {', '.join(missing)}")
         source, options = str(Path(base).parent), {"gguf_file": Path(base).name}
-        # Left in its blocks, a weight could take no adapter.
+        # A weight that stays quantized cannot have an adapter.
         weights["quantization_config"] = GgufConfig(dequantize=True)
     else:
         weights["use_safetensors"] = True
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or source, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises most kinds
+        if local.is_dir() and tokenizer_from is None and not any(local.glob("tokenizer*")):
+            raise CheckpointError(
+                f"{base}: the folder has no tokenizer; copy tokenizer.json and "
+                "tokenizer_config.json of the model into it"
+            ) from error
+        raise _load_error(base, error) from error
+    try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **weights, **options)
-    except Exception as error:  # transformers raises most kinds, each of them a fault of the base
-        first = str(error).strip().splitlines()[:1]
-        raise CheckpointError(f"{base}: cannot be loaded as a causal language model ({''.join(first)})") from error
+    except Exception as error:  # as above
+        raise _load_error(base, error) from error
     model, info = loaded
-    # transformers would fill the gaps with random weights.
+    # transformers fills gaps with random weights.
     for fault in ("missing_keys", "mismatched_keys"):
         if info[fault]:
             raise CheckpointError(f"{base}: the model's weights have {fault}: {sorted(info[fault])[:3]}")
@@ -126,3 +145,8 @@ def load_model_and_tokenizer(
     if largest >= embeddings:
         raise CheckpointError(f"{base}: the tokenizer has tokens up to {largest}, the model {embeddings} embeddings")
     return model, tokenizer
+
+
+def _load_error(base: str, error: Exception) -> CheckpointError:
+    first = "".join(str(error).strip().splitlines()[:1])
+    return CheckpointError(f"{base}: cannot be loaded as a causal language model ({first})")

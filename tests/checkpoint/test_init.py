@@ -1,6 +1,8 @@
 """``slr init`` from Python: a base model in, a checkpoint folder out."""
 
 import json
+import re
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
+from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
 from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.init import InitConfig, init_checkpoint
 from slr_core.checkpoint.read import load_checkpoint
@@ -159,10 +162,10 @@ def test_a_missing_file_is_named(source, tmp_path):
 def test_a_folder_that_holds_something_is_left_alone(source, tmp_path):
     (tmp_path / "out").mkdir()
     init_checkpoint(source, tmp_path / "out")
-    with pytest.raises(ConfigError, match="expected a new or an empty folder"):
+    with pytest.raises(ConfigError, match="expected a new or empty folder"):
         init_checkpoint(source, tmp_path / "out")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="expected a new or an empty folder"):
+    with pytest.raises(ConfigError, match="expected a new or empty folder"):
         init_checkpoint(source, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -204,13 +207,42 @@ def spoil(folder, case):
             (folder / "config.json").unlink()
 
 
-@pytest.mark.parametrize("case", ["no-tokenizer", "no-weights", "pickled", "truncated", "unknown-model", "no-config"])
+@pytest.mark.parametrize("case", ["no-weights", "pickled", "truncated", "unknown-model", "no-config"])
 def test_a_base_that_cannot_be_loaded_is_a_checkpoint_error(case, tmp_path):
     source = write_base(tmp_path / "plain")
     spoil(tmp_path / "plain", case)
     with pytest.raises(CheckpointError, match="cannot be loaded as a causal language model"):
         init_checkpoint(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_no_tokenizer(source, tmp_path):
+    spoil(Path(source), "no-tokenizer")
+    with pytest.raises(CheckpointError, match=r"the folder has no tokenizer; copy tokenizer\.json"):
+        init_checkpoint(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("base", ["prosqa", DEFAULT_CHECKPOINT])
+def test_latent_reasoner_as_base(base, tmp_path):
+    """It is refused with the folder of its base model, which is accepted."""
+    with pytest.raises(
+        CheckpointError, match="already a latent reasoner, not a base model; its base model is in "
+    ) as e:
+        init_checkpoint(str(base), tmp_path / "out")
+    assert str(e.value).endswith(str(DEFAULT_CHECKPOINT / "base"))
+
+
+@pytest.mark.parametrize(
+    "base", ["{tmp}/nope", "./nope", "../nope", "models/nope", "a/b/c", "nope.gguf", "./nope.gguf"]
+)
+def test_mistyped_folder(base, tmp_path, monkeypatch):
+    """It is reported at once, without the hub."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("slr_core.checkpoint.init.AutoTokenizer", None)
+    base = base.format(tmp=tmp_path)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(base)}: no such file or folder$"):
+        init_checkpoint(base, tmp_path / "out")
 
 
 @pytest.mark.parametrize("base", ["/no/where", "no-such/model", "a b c", "", "/no/where.gguf"])

@@ -62,6 +62,16 @@ def test_the_bundled_checkpoint_has_a_name_and_a_folder_called_so_comes_first(go
     assert local_path(None) == DEFAULT_CHECKPOINT
 
 
+@pytest.mark.parametrize("name", ["{tmp}/nope", "./nope", "models/nope", "a/b/c"])
+def test_mistyped_folder(name, tmp_path, monkeypatch):
+    """It is reported at once, without the hub."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_checkpoint(LatentReasoner, name.format(tmp=tmp_path))
+
+
 # -- saving and loading ----------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ def test_folder_answers(run, plain, tmp_path):
     assert (code, json.loads(out)["usage"]["prompt_tokens"]) == (0, 2)
     code, out, err = run("init", plain, *options)
     assert (code, out) == (1, "")
-    assert "new or an empty folder" in err
+    assert "new or empty folder" in err
 
 
 def test_untrained_until_trained(run, plain, tmp_path):
