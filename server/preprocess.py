@@ -14,7 +14,7 @@ from typing import Any
 
 from slr_core.config import LoopConfig
 from slr_core.errors import RequestError
-from slr_core.generation.prepare import prepare
+from slr_core.generation.prepare import prepare, tokenize_text
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
 from slr_core.types import Messages, Request, Tokens
@@ -194,7 +194,7 @@ def _preprocess_prompt(
 ) -> Request:
     forced: tuple[int, ...] = ()
     if isinstance(prompt, RawText):
-        prompt = Tokens(tuple(reasoner.tokenizer(prompt.text).input_ids))
+        prompt = Tokens(tuple(tokenize_text(reasoner, prompt.text)))
     if isinstance(prompt, Tokens):
         _check_prompt_tokens(prompt.ids, settings)
         if job.loop_after is not None:

@@ -4,6 +4,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from slr_core.engine import Engine
+from slr_core.generation.logprobs import score
 from slr_core.types import TokenScore
 from slr_server.app import create_app
 from slr_server.protocol.completions import CompletionFormatter, CompletionRequest
@@ -36,23 +37,21 @@ def client(ids):
         TestClient(create_app(ServerSettings(), engine)) as client,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr("slr_core.generation.decoding.DecodeState.take", write(ids))
+        patch.setattr("slr_core.generation.decoding.DecodeState.choose_token", write(ids))
         yield client
 
 
 def write(ids):
-    """``DecodeState.take`` that writes these tokens."""
-    from slr_core.generation.decoding import DecodeState
-    from slr_core.generation.logprobs import score
+    """``DecodeState.choose_token`` that writes these tokens."""
 
-    def take(self: DecodeState, logits, likeliest=None):
+    def choose_token(self, logits, most_likely=None):
         token = [*self.request.forced_ids, *ids][len(self.tokens)]
         if self.request.logprobs is not None:
             self.scores += score(logits[None], (token,), self.request.logprobs)
-        self.push(token)
+        self.add_token(token)
         return token
 
-    return take
+    return choose_token
 
 
 def test_chat(client, ids):

@@ -1,7 +1,11 @@
+import copy
+
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from slr_core.errors import RequestError
-from slr_server.preprocess import check_limits, preprocess
+from slr_server.errors import NotFound
+from slr_server.preprocess import FieldNames, GenerationJob, RawText, check_limits, preprocess
 from slr_server.protocol.native import GenerateRequest, TraceRequest, to_job
 from slr_server.settings import ServerSettings
 from tests import tiny
@@ -110,3 +114,44 @@ def test_the_loops_own_policy_is_kept():
     with pytest.raises(RequestError) as error:
         planned(strict, {"prompt": "w1", "max_iterations": 4})
     assert error.value.param == "max_iterations"
+
+
+def test_a_first_token_that_a_text_already_holds_is_not_added_again():
+    made = tiny.reasoner()
+    made.tokenizer = copy.deepcopy(made.tokenizer)
+    made.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", tiny.EOS)]
+    )
+
+    def ids(text):
+        (request,) = preprocess(GenerationJob((RawText(text),)), ServerSettings(), made)
+        return request.prompt_ids
+
+    assert ids("w1 w2") == ids("<eos> w1 w2") == (tiny.EOS, *tiny.ids("w1 w2"))
+
+
+@pytest.mark.parametrize("option", ["enable_thinking", "messages", "thinking"])
+def test_template_options_that_the_template_reads_are_refused(option):
+    template = "{{ messages[0].content }}{% if enable_thinking %} w2{% endif %}"
+    made = tiny.reasoner(text={"chat_template": template})
+    job = GenerationJob(([{"role": "user", "content": "w1"}],), template_options={option: True})
+    if option == "thinking":
+        (request,) = preprocess(job, ServerSettings(), made)
+        assert request.prompt_ids == tuple(tiny.ids("w1"))
+        return
+    with pytest.raises(RequestError, match=f"template_options.{option} is not supported") as error:
+        preprocess(job, ServerSettings(), made)
+    assert error.value.param == "template_options"
+
+
+def test_errors_name_the_fields_of_the_body():
+    names = FieldNames({"n": "count", "stop": "stops"})
+    for error, param, message in (
+        (RequestError("n must be at most 2, n", "n"), "count", "count must be at most 2, n"),
+        (RequestError("seed is wrong", "seed"), "seed", "seed is wrong"),
+        (RequestError("n is wrong"), None, "n is wrong"),
+        (NotFound("no stop", "stop"), "stops", "no stops"),
+    ):
+        with pytest.raises(type(error)) as raised, names.in_errors():
+            raise error
+        assert (str(raised.value), raised.value.param) == (message, param)
