@@ -34,6 +34,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from slr_core.evaluation.load_generator import Plan, questions, run
@@ -197,7 +198,7 @@ def _heat(client: httpx.Client, axis: Axes, panel: dict[str, Any], start: float,
         np.arange(len(edges))[shown],
         counts[shown],
         cmap="Blues",
-        vmin=0,
+        norm=PowerNorm(0.4, vmin=0),  # so that phases with few requests are visible too
         rasterized=True,
     )
     labels = [f"{float(one['metric']['le']):g}" for one in edges][shown]
