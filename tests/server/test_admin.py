@@ -56,7 +56,7 @@ def text(client, **more):
     return client.post("/generate", json={**BODY, **more}).json()["results"][0]["text"]
 
 
-def test_a_loop_set_is_loaded_served_and_removed(client, reasoner, folder):
+def test_load_serve_remove(client, reasoner, folder):
     assert client.get("/admin/loop_sets", headers=HEADERS).json() == {
         "loaded": ["prosqa"],
         "available": ["junk", "other", "stranger"],
@@ -95,7 +95,7 @@ def named(client, path, name=None, stream=False):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["/generate", "/trace", "/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("served", ["prosqa", "org/name"])
-def test_answers_name_the_set_that_answered(chatty, folder, caplog, path, stream, served):
+def test_answers_name_their_loop_set(chatty, folder, caplog, path, stream, served):
     caplog.set_level("INFO", "slr.access")
     settings = ServerSettings(admin_key=ADMIN, loop_sets=str(folder), served_model_name=served)
     with Engine(chatty, threads=1) as engine, TestClient(create_app(settings, engine)) as client:
@@ -109,7 +109,7 @@ def test_answers_name_the_set_that_answered(chatty, folder, caplog, path, stream
 
 
 @pytest.mark.parametrize("path", ["/generate", "/trace"])
-def test_unknown_sets_are_refused_with_the_known_names(client, path):
+def test_unknown_loop_sets(client, path):
     assert load(client, "other").status_code == 200
     for name in ("default", "nope", "../other"):
         error = client.post(path, json={"prompt": "w1", "loop_set": name}).json()["error"]
@@ -124,7 +124,7 @@ def test_unknown_sets_are_refused_with_the_known_names(client, path):
         *(("nope", 404), ("file", 404), ("..", 400), ("../other", 400), ("/etc", 400), ("", 400), (3, 400)),
     ],
 )
-def test_what_cannot_be_loaded(client, folder, name, status):
+def test_refused_loads(client, folder, name, status):
     response = load(client, name)
     assert response.status_code == status, response.text
     assert str(folder) not in response.text
@@ -134,7 +134,7 @@ def test_what_cannot_be_loaded(client, folder, name, status):
 @pytest.mark.parametrize(
     ("name", "status"), [("default", 409), ("prosqa", 409), ("nope", 404), ("..%2fother", 404), ("a b", 400)]
 )
-def test_what_cannot_be_removed(client, name, status):
+def test_refused_removals(client, name, status):
     assert client.delete(f"/admin/loop_sets/{name}", headers=HEADERS).status_code == status
 
 
@@ -143,7 +143,7 @@ def test_twice(client):
     assert load(client, "other").status_code == 409
 
 
-def test_nothing_can_be_loaded_without_a_folder(engine):
+def test_load_without_folder(engine):
     with TestClient(create_app(ServerSettings(admin_key=ADMIN), engine)) as client:
         assert load(client, "other").status_code == 404
         assert client.get("/admin/loop_sets", headers=HEADERS).json()["available"] == []

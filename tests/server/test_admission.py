@@ -17,7 +17,7 @@ def retry_after(admission, count):
     return error.value.retry_after_s
 
 
-def test_all_or_nothing(admission):
+def test_reservation(admission):
     admission.waiting = 4
     with admission.reserve(4):
         with admission.reserve(2):
@@ -27,14 +27,14 @@ def test_all_or_nothing(admission):
         pass
 
 
-def test_a_failure_gives_its_room_back(admission):
+def test_reservation_ends_on_failure(admission):
     with pytest.raises(ZeroDivisionError), admission.reserve(10):
         raise ZeroDivisionError
     with admission.reserve(10):
         pass
 
 
-def test_retry_after_follows_queue_and_rate(admission):
+def test_retry_after(admission):
     admission.waiting = 10
     assert retry_after(admission, 1) == 1, "nothing is known yet"
     for _ in range(20):

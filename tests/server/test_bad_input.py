@@ -10,7 +10,7 @@ def client(shared_client):
 
 @pytest.mark.parametrize("path", ["/generate", "/trace"])
 @pytest.mark.parametrize(("content", "headers", "status", "param", "code"), CASES)
-def test_refused_and_still_answering(client, path, content, headers, status, param, code):
+def test_bad_input_is_refused(client, path, content, headers, status, param, code):
     response = client.post(path, content=content, headers=headers)
     assert response.status_code == status, response.text
     error = response.json()["error"]

@@ -141,7 +141,7 @@ BODY = {"prompt": "w1 w2 w3", "max_new_tokens": 30, "convergence": {"criterion":
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_client_that_dies_in_any_phase(start, hold, made, path, streamed):
+def test_disconnect_in_any_phase(start, hold, made, path, streamed):
     server = start()
     bystanders = Bystanders(made, server)
     bystanders.check(bystanders.ask())
@@ -171,7 +171,7 @@ def test_a_client_that_dies_in_any_phase(start, hold, made, path, streamed):
     assert "Traceback" not in server.log.read_text()
 
 
-def test_a_client_that_dies_while_it_is_told(start, hold, made):
+def test_disconnect_while_streaming(start, hold, made):
     server = start()
     bystanders = Bystanders(made, server)
     hold.freeze("decode")
@@ -188,7 +188,7 @@ def test_a_client_that_dies_while_it_is_told(start, hold, made):
     assert server.metrics()["slr_requests_total{/generate,cancelled}"] == 1
 
 
-def test_a_slow_reader_holds_nobody_up_and_is_dropped(start, made):
+def test_slow_reader_is_dropped(start, made):
     server = start("--write-timeout-s", "1", "--max-prompts", "64")
     bystanders = Bystanders(made, server)
     connection = connect(
@@ -211,7 +211,7 @@ def test_a_slow_reader_holds_nobody_up_and_is_dropped(start, made):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_an_exception_in_a_step_is_its_requests_alone(start, hold, made, phase):
+def test_fault_in_step(start, hold, made, phase):
     server = start()
     bystanders = Bystanders(made, server)
     hold.freeze(phase)
@@ -234,7 +234,7 @@ def collect(response, parts):
         parts.append(part)
 
 
-def test_a_fault_in_the_middle_of_a_stream_is_told_and_the_stream_is_cut(start, hold):
+def test_fault_in_stream(start, hold):
     server = start()
     hold.freeze("decode")
     with httpx.stream("POST", f"{server.url}/generate", json={**BODY, "stream": True}, timeout=60) as response:
@@ -248,7 +248,7 @@ def test_a_fault_in_the_middle_of_a_stream_is_told_and_the_stream_is_cut(start, 
     server.idle()
 
 
-def test_a_loop_set_that_yields_no_numbers(start, made):
+def test_non_finite_loop_set(start, made):
     server = start()
     headers = {"authorization": f"Bearer {ADMIN}"}
     loaded = httpx.post(f"{server.url}/admin/loop_sets", json={"name": "poisoned"}, headers=headers, timeout=60)
@@ -302,7 +302,7 @@ def test_sigterm_under_load(start, hold, made):
     assert "Traceback" not in server.log.read_text()
 
 
-def test_an_engine_that_is_stuck_is_not_alive_and_one_that_waits_is(start, hold):
+def test_stalled_engine_fails_livez(start, hold):
     server = start("--stall-timeout-s", "1")
     time.sleep(1.5)
     assert httpx.get(f"{server.url}/livez").status_code == 200, "idle is not stuck"
@@ -315,7 +315,7 @@ def test_an_engine_that_is_stuck_is_not_alive_and_one_that_waits_is(start, hold)
     connection.close()
 
 
-def test_an_engine_beyond_help_ends_the_process(start, hold):
+def test_dead_engine_ends_process(start, hold):
     server = start()
     (hold.folder / "die").touch()
     answer = httpx.post(f"{server.url}/generate", json=BODY, timeout=60)

@@ -33,7 +33,7 @@ def test_help_names_every_setting(monkeypatch, capsys):
         assert f"--{name.replace('_', '-')} " in shown
 
 
-def test_flags_come_before_the_environment(monkeypatch):
+def test_flags_before_environment(monkeypatch):
     served = []
     monkeypatch.setattr(cli, "serve", served.append)
     monkeypatch.setattr(sys, "argv", ["slr-serve", "--port", "1", "--slots", "2"])
@@ -87,12 +87,12 @@ def test_device_and_dtype(monkeypatch):
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--device", "tpu"), ("--device", "cuda:99")])
-def test_a_device_that_is_not_there(monkeypatch, capsys, flag, value):
+def test_unavailable_device(monkeypatch, capsys, flag, value):
     assert run(monkeypatch, "--port", "0", flag, value, "--log-level", "error") == 1
     assert "slr-serve: error: device" in capsys.readouterr().err
 
 
-def test_a_plain_model(monkeypatch, capsys, tmp_path):
+def test_plain_model(monkeypatch, capsys, tmp_path):
     tiny.base().save_pretrained(tmp_path / "base")
     assert run(monkeypatch, "--port", "0", "--model", str(tmp_path / "base"), "--log-level", "error") == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -106,7 +106,7 @@ def test_wrong_flags(monkeypatch, capsys, arguments):
     assert "slr-serve: error: " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_port_that_is_taken(monkeypatch, capsys):
+def test_port_in_use(monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert run(monkeypatch, "--port", port, "--log-level", "error") == 1
@@ -114,7 +114,7 @@ def test_a_port_that_is_taken(monkeypatch, capsys):
     assert line.startswith(f"slr-serve: error: cannot listen on 127.0.0.1:{port}")
 
 
-def test_a_checkpoint_that_is_none(monkeypatch, capsys, tmp_path):
+def test_not_a_checkpoint(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "--port", "0", "--model", str(tmp_path), "--log-level", "error") == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()

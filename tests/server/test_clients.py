@@ -115,7 +115,7 @@ def test_models_and_errors(client, server):
         stranger.models.list()
 
 
-def test_a_conversation_with_the_client(client, made):
+def test_conversation(client, made):
     question = MESSAGES[0]
     first = client.chat.completions.create(model="tiny", messages=[question], max_tokens=5, temperature=0)
     messages = [question, first.choices[0].message, question]
@@ -229,7 +229,7 @@ def evaluate(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lm_eval_scores_what_the_base_model_scores(evaluate, made):
+def test_lm_eval_scores(evaluate, made):
     details = 'doc_to_choice: choices\ndoc_to_target: answer\nmetric_list: [{metric: acc}]\ntarget_delimiter: " "'
     samples = evaluate("multiple_choice", details)
     assert len(samples) == 3
@@ -247,7 +247,7 @@ def test_lm_eval_scores_what_the_base_model_scores(evaluate, made):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lm_eval_reads_answers_after_the_loop(evaluate, made):
+def test_lm_eval_generates(evaluate, made):
     details = (
         'doc_to_target: "w1"\ngeneration_kwargs: {until: ["w99"], max_gen_toks: 5, temperature: 0}\n'
         "metric_list: [{metric: exact_match}]"

@@ -27,7 +27,7 @@ def code(caller):
     return caller.sent[0]["status"]
 
 
-def test_what_runs_ends_and_what_waits_is_refused(reasoner, gate):
+def test_drain(reasoner, gate):
     async def scenario(engine):
         app, life = await served(engine)
         async with life:
@@ -59,7 +59,7 @@ def test_what_runs_ends_and_what_waits_is_refused(reasoner, gate):
         asyncio.run(scenario(engine))
 
 
-def test_what_outlasts_the_grace_period_is_told_so(reasoner, gate):
+def test_grace_period_ends(reasoner, gate):
     async def scenario(engine):
         app, life = await served(engine, grace_s=0.05)
         async with life:
@@ -79,7 +79,7 @@ def test_what_outlasts_the_grace_period_is_told_so(reasoner, gate):
         asyncio.run(scenario(engine))
 
 
-def test_a_stream_that_runs_is_streamed_to_its_end(engine):
+def test_running_stream_finishes(engine):
     async def scenario():
         app, life = await served(engine)
         async with life:

@@ -29,7 +29,7 @@ def test_depth_is_monotonic_and_bounded(limit, waiting, floor):
 
 
 @given(st.integers(0, 50), st.data(), st.floats(0.01, 1))
-def test_a_shallower_request_keeps_its_minimum(most, data, share):
+def test_reduced_budget_keeps_minimum(most, data, share):
     least = data.draw(st.integers(0, most))
     request = tiny.request(REASONER, "w1", {"max_iterations": most, "min_iterations": least})
     given_ = reduce_budget(request, share)
@@ -43,7 +43,7 @@ REASONER = tiny.reasoner()
 BODY = {"prompt": "w1 w2", "max_new_tokens": 2, "max_iterations": 8, "convergence": {"criterion": "fixed"}}
 
 
-def test_under_pressure_answers_are_shallower_and_say_so(gated, gate):
+def test_budget_reduced_under_load(gated, gate):
     client = gated(max_queue=4)
     engine = client.app.state.service.check()
     with ThreadPoolExecutor() as pool:
@@ -62,7 +62,7 @@ def test_under_pressure_answers_are_shallower_and_say_so(gated, gate):
     assert sample(client, "slr_budget_reductions_total") == 1
 
 
-def test_it_can_be_turned_off(gated, gate):
+def test_elastic_depth_off(gated, gate):
     client = gated(max_queue=4, elastic_floor=1.0)
     engine = client.app.state.service.check()
     with ThreadPoolExecutor() as pool:

@@ -47,7 +47,7 @@ def agrees(shown, result) -> bool:
 
 
 @pytest.mark.parametrize(("body", "loop", "options"), SETTINGS)
-def test_answers_are_those_of_the_reference(client, reference, body, loop, options):
+def test_answers_match_reference(client, reference, body, loop, options):
     response = client.post("/generate", json={"prompt": tiny.PROMPTS[1], "max_new_tokens": 6, **body})
     assert response.status_code == 200, response.text
     (shown,) = response.json()["results"]
@@ -84,7 +84,7 @@ def test_several_prompts_in_order(client, reference):
         assert agrees(result, alone(reference, prompt, {"threshold": 0.5}, {}))
 
 
-def test_samples_are_prompt_major_and_seeded_in_turn(client):
+def test_sample_order_and_seeds(client):
     body = {"max_new_tokens": 6, "temperature": 1.5}
 
     def texts(**more):
@@ -98,12 +98,12 @@ def test_samples_are_prompt_major_and_seeded_in_turn(client):
     assert len(set(one_by_one)) > 3
 
 
-def test_the_largest_seed(client):
+def test_largest_seed(client):
     body = {"prompt": "w1", "seed": 2**63 - 1, "temperature": 1, "n": 3, "max_new_tokens": 2}
     assert client.post("/generate", json=body).status_code == 200
 
 
-def test_concurrent_requests_get_what_they_get_alone(client, reference):
+def test_concurrent_answers_match_reference(client, reference):
     jobs = [(prompt, *settings) for prompt in tiny.PROMPTS for settings in SETTINGS]
 
     def ask(job):
@@ -148,7 +148,7 @@ def test_trace_answers_as_generate(client):
     assert all(traced[name] == plain[name] for name in ("text", "iterations", "exit_reason", "usage"))
 
 
-def test_a_state_that_is_not_finite_is_shown_as_null(client, monkeypatch, engine):
+def test_non_finite_norm_is_null(client, monkeypatch, engine):
     def explode(g, *_):
         return g * float("inf")
 

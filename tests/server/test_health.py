@@ -26,14 +26,14 @@ def refused(client: TestClient, message: str, live: int = 200) -> None:
     assert client.get("/livez").status_code == live
 
 
-def test_a_stopped_engine_is_not_ready(reasoner):
+def test_stopped_engine(reasoner):
     engine = Engine(tiny.twin(reasoner), threads=1)
     with TestClient(create_app(ServerSettings(), engine)) as client:
         engine.close()
         refused(client, "stopped")
 
 
-def test_a_stuck_engine_is_not_ready(gated, gate):
+def test_stalled_engine(gated, gate):
     client = gated(request_timeout_s=0.2, stall_timeout_s=0.3)
     assert client.post("/generate", json={"prompt": "w1"}).status_code == 504
     assert client.get("/livez").status_code == 200
@@ -68,7 +68,7 @@ def test_loading(monkeypatch, reasoner, gate):
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
-def test_a_model_that_cannot_be_loaded(monkeypatch, kind):
+def test_failed_load(monkeypatch, kind):
     def load(*_, **__):
         raise kind("nope")
 
@@ -79,7 +79,7 @@ def test_a_model_that_cannot_be_loaded(monkeypatch, kind):
         assert isinstance(client.app.state.service.failure, kind)
 
 
-def test_the_owner_closes_an_engine_that_was_given(client, engine):
+def test_given_engine_stays_open(client, engine):
     with TestClient(create_app(ServerSettings(), engine)):
         pass
     assert engine.alive

@@ -156,7 +156,7 @@ def test_openai_default_of_max_tokens(post, engine, monkeypatch, path, stream):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_traces_alone_have_top_tokens_and_states(post, path):
+def test_top_tokens_in_traces_only(post, path):
     limits = {"max_top_tokens": 1, "max_state_values": 10**6}
     answer = post(path, body(path), **limits).json()
     if path == "/trace":

@@ -114,7 +114,7 @@ def test_labels_are_unique():
     assert unlisted.top_logprobs[0] == {"token_id:6": -0.5, "<eos>": -1.0, "<unk>": -2.0, "x": -9.0}
 
 
-def test_labels_of_every_token_differ(vocabulary):
+def test_labels_differ(vocabulary):
     ids = range(len(tiny.WORDS))
     labels = {vocabulary.label(i, vocabulary.unchosen_bytes(i, [3], 1)) for i in ids}
     assert len(labels) == len(ids)

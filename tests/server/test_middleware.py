@@ -8,23 +8,23 @@ from tests.server.conftest import sample
 
 
 @pytest.mark.parametrize("given", ["abc-1.2:3_4", "x" * 128])
-def test_a_sane_request_id_is_kept(client, given):
+def test_valid_request_id_is_kept(client, given):
     assert client.get("/livez", headers={"x-request-id": given}).headers["x-request-id"] == given
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "<script>", "a\tb"])
-def test_another_is_replaced(client, given):
+def test_invalid_request_id_is_replaced(client, given):
     made = client.get("/livez", headers={"x-request-id": given}).headers["x-request-id"]
     assert len(made) == 32
     assert made != client.get("/livez", headers={"x-request-id": given}).headers["x-request-id"]
 
 
-def test_errors_carry_the_id_too(client):
+def test_request_id_of_errors(client):
     response = client.post("/generate", content=b"x" * (2 << 20), headers={"x-request-id": "big"})
     assert (response.status_code, response.headers["x-request-id"]) == (413, "big")
 
 
-def test_one_log_line_a_request(client, caplog):
+def test_log_line(client, caplog):
     caplog.set_level(logging.INFO, "slr.access")
     client.post("/generate", json={"prompt": "w1"}, headers={"x-request-id": "one"})
     client.get("/a%0Ab", headers={"x-request-id": "two"})
@@ -36,7 +36,7 @@ def test_one_log_line_a_request(client, caplog):
     assert (two["path"], two["status"], two["error"]) == ("/a%0Ab", 404, "not_found")
 
 
-def test_a_body_that_does_not_say_its_length(client):
+def test_body_without_length(client):
     def chunks(size):
         for _ in range(size >> 16):
             yield b" " * (1 << 16)
@@ -48,7 +48,7 @@ def test_a_body_that_does_not_say_its_length(client):
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
 
 
-def test_what_nobody_foresaw(client, monkeypatch, caplog):
+def test_unexpected_error(client, monkeypatch, caplog):
     monkeypatch.setattr("slr_server.routes.common.check_limits", lambda *_: 1 / 0)
     response = client.post("/generate", json={"prompt": "w1"}, headers={"x-request-id": "odd"})
     assert response.status_code == 500
@@ -62,7 +62,7 @@ def test_what_nobody_foresaw(client, monkeypatch, caplog):
     assert client.post("/generate", json={"prompt": "w1"}).status_code == 200
 
 
-def test_plain_asgi_throughout():
+def test_plain_asgi():
     # Starlette's own base class answers from another task: a handler behind it never sees its client leave.
     sources = [path.read_text() for path in Path(slr_server.__file__).parent.rglob("*.py")]
     assert not any("BaseHTTPMiddleware" in source or '.middleware("http")' in source for source in sources)

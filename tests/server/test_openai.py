@@ -58,11 +58,11 @@ def test_completion(client, reference):
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, [PROMPT], IDS, [IDS]])
-def test_texts_and_token_ids_are_the_same_prompt(client, reference, prompt):
+def test_prompt_forms(client, reference, prompt):
     assert complete(client, prompt=prompt).choices[0].text == expected(reference).text
 
 
-def test_batches_and_samples_are_prompt_major(client, reference):
+def test_batches_and_samples(client, reference):
     answer = complete(client, prompt=[IDS, tiny.ids("w1 w2")], n=2)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     texts = [choice.text for choice in answer.choices]
@@ -92,7 +92,7 @@ def plain(reference, ids):
         return reference.base(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
 
 
-def test_echo_scores_the_base_model(client, reference):
+def test_echo_logprobs(client, reference):
     (choice,) = complete(client, echo=True, logprobs=1, max_tokens=1).choices
     result = expected(reference, max_new_tokens=1)
     assert choice.text == f"{PROMPT}{result.text}"
@@ -112,7 +112,7 @@ def test_echo_scores_the_base_model(client, reference):
     assert logprobs.text_offset[6] == len(PROMPT)
 
 
-def test_echo_with_a_loop_inside_scores_what_follows_as_its_answer(client, reference):
+def test_echo_with_loop_at(client, reference):
     (choice,) = complete(client, echo=True, logprobs=0, max_tokens=0, slr={"loop_at": 4}).choices
     request = tiny.request(
         reference, Tokens(tuple(IDS[:4])), max_new_tokens=1, logprobs=0, score_prompt=True, forced_ids=tuple(IDS[4:])
@@ -129,7 +129,7 @@ def test_echo_with_a_loop_inside_scores_what_follows_as_its_answer(client, refer
     assert still.logprobs.token_logprobs[4] == pytest.approx(float(base[3, IDS[4]]), abs=1e-4)
 
 
-def test_echo_of_token_ids_with_a_loop_inside_and_an_answer(client):
+def test_echo_of_token_ids_with_loop_at(client):
     answer = complete(client, prompt=IDS, echo=True, slr={"loop_at": 4}, max_tokens=2, logprobs=0)
     (choice,) = answer.choices
     assert choice.text.startswith(PROMPT)
@@ -137,12 +137,12 @@ def test_echo_of_token_ids_with_a_loop_inside_and_an_answer(client):
     assert answer.usage.model_dump() == {"prompt_tokens": 6, "completion_tokens": 2, "total_tokens": 8}
 
 
-def test_echo_without_log_probabilities(client):
+def test_echo_without_logprobs(client):
     (choice,) = complete(client, echo=True, max_tokens=0).choices
     assert (choice.text, choice.logprobs, choice.finish_reason) == (PROMPT, None, "length")
 
 
-def test_logprobs_of_what_is_written(client, reference):
+def test_logprobs(client, reference):
     (choice,) = complete(client, logprobs=3).choices
     result = expected(reference, logprobs=3)
     assert choice.logprobs.token_logprobs == pytest.approx([s.logprob for s in result.scores], abs=1e-4)
@@ -156,7 +156,7 @@ def chunks(response, kind):
 
 
 @pytest.mark.parametrize("options", [{}, {"echo": True}, {"echo": True, "slr": {"loop_at": 3}}, {"logprobs": 2}])
-def test_a_streamed_completion_is_the_whole_one(client, options):
+def test_streamed_completion(client, options):
     body = {**GREEDY, "prompt": [PROMPT, "w1 w2 w3 w4"], "n": 2, **options}
     whole = complete(client, **body)
     response = client.post("/v1/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}})
@@ -174,7 +174,7 @@ def test_a_streamed_completion_is_the_whole_one(client, options):
     assert len({part.id for part in parts}) == 1
 
 
-def test_a_chat(chat, chatty):
+def test_chat(chat, chatty):
     body = {"messages": [{"role": "user", "content": PROMPT}], **GREEDY}
     response = chat.post("/v1/chat/completions", json={**body, "logprobs": True, "top_logprobs": 2})
     answer = ChatCompletion.model_validate_json(response.content, strict=True)
@@ -191,7 +191,7 @@ def test_a_chat(chat, chatty):
     assert answer.usage.completion_tokens == result.completion_tokens
 
 
-def test_parts_of_a_message_and_developers(chat):
+def test_message_parts_and_developer_role(chat):
     parts = [{"type": "text", "text": "w9 w8 w7 "}, {"type": "text", "text": "w6 w5 w4"}]
     bodies = [
         {"messages": [{"role": "developer", "content": parts}], **GREEDY},
@@ -201,7 +201,7 @@ def test_parts_of_a_message_and_developers(chat):
     assert texts[0] == texts[1]
 
 
-def test_a_streamed_chat(chat):
+def test_streamed_chat(chat):
     body = {"messages": [{"role": "user", "content": PROMPT}], **GREEDY, "n": 2, "logprobs": True}
     whole = chat.post("/v1/chat/completions", json=body).json()
     parts = chunks(chat.post("/v1/chat/completions", json={**body, "stream": True}), ChatChunk)
@@ -222,7 +222,7 @@ def test_models(client):
     assert client.post("/v1/completions", json={"prompt": "w1", "model": "gpt-5"}).status_code == 404
 
 
-def test_temperature_is_openais_by_default(client):
+def test_default_temperature(client):
     asked = {"temperature": None, "max_tokens": 12}
     texts = {complete(client, seed=seed, **asked).choices[0].text for seed in range(4)}
     assert len(texts) > 1
@@ -266,7 +266,7 @@ def text_of(response):
 
 @pytest.mark.parametrize("fields", IGNORED, ids=str)
 @pytest.mark.parametrize("stream", [False, True])
-def test_fields_that_change_nothing_in_completions(client, fields, stream):
+def test_ignored_fields_in_completions(client, fields, stream):
     if not stream and "stream_options" in fields:
         fields = {"stream_options": None}
     body = {"prompt": PROMPT, **GREEDY, "stream": stream}
@@ -277,7 +277,7 @@ def test_fields_that_change_nothing_in_completions(client, fields, stream):
 
 @pytest.mark.parametrize("fields", [*IGNORED, *IGNORED_IN_CHATS], ids=str)
 @pytest.mark.parametrize("stream", [False, True])
-def test_fields_that_change_nothing_in_chats(chat, fields, stream):
+def test_ignored_fields_in_chats(chat, fields, stream):
     if not stream and "stream_options" in fields:
         fields = {"stream_options": None}
     body = {"messages": [{"role": "user", "content": PROMPT}], **GREEDY}
@@ -287,7 +287,7 @@ def test_fields_that_change_nothing_in_chats(chat, fields, stream):
     assert chat.post("/v1/chat/completions", json={**body, **null}).status_code == 200
 
 
-def test_an_answer_can_be_sent_back(chat):
+def test_answer_as_message(chat):
     question = {"role": "user", "content": "w9 w8"}
     answer = chat.post("/v1/chat/completions", json={"messages": [question], **GREEDY}).json()["choices"][0]["message"]
     known = {"id": "msg_1", "name": "a", "reasoning_content": "w30 w31", "refusal": None, "audio": None}
@@ -388,7 +388,7 @@ def test_bad_chats(chat, body, param):
     refused(chat.post("/v1/chat/completions", json={**good, **body}), param)
 
 
-def test_a_chat_without_a_template(client):
+def test_chat_without_template(client):
     refused(client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "w1"}]}), "messages")
 
 

@@ -101,7 +101,7 @@ class Page(HTMLParser):
         self._in_script = False
 
 
-def test_docs_need_no_other_server(client):
+def test_docs_page(client):
     response = client.get("/docs")
     assert response.status_code == 200
     assert "text/html" in response.headers["content-type"]
@@ -121,12 +121,12 @@ def test_docs_need_no_other_server(client):
 
 
 @pytest.mark.parametrize("path", ["/static/../settings.py", "/static/%2e%2e/settings.py", "/static/nope", "/static"])
-def test_static_files_are_those_of_the_page(client, path):
+def test_static_files(client, path):
     response = client.get(path)
     assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
 
 
-def test_index_names_the_endpoints(client, document):
+def test_index(client, document):
     index = client.get("/").json()
     assert (index["name"], index["version"], index["model"]) == ("Stable Latent Reasoning", __version__, "prosqa")
     named = {(endpoint["method"], endpoint["path"]) for endpoint in index["endpoints"]}

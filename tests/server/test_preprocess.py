@@ -20,7 +20,7 @@ def test_defaults_are_the_checkpoints(reference):
     assert request == tiny.request(reference, "w1 w2", max_new_tokens=None)
 
 
-def test_defaults_give_way_to_the_operators_limits(reference):
+def test_limits_bound_defaults(reference):
     (request,) = planned(reference, {"prompt": "w1"}, max_iterations=2, max_new_tokens=3)
     assert (request.loop.max_iterations, request.max_new_tokens) == (2, 3)
     (request,) = planned(reference, {"prompt": "w1"}, max_iterations=0)
@@ -29,7 +29,7 @@ def test_defaults_give_way_to_the_operators_limits(reference):
     assert request.top_tokens == 2
 
 
-def test_prompts_are_held_to_the_operators_limit(reference):
+def test_max_prompt_tokens(reference):
     assert planned(reference, {"prompt": "w1 w2"}, max_prompt_tokens=2)
     with pytest.raises(RequestError, match="has 3 tokens, this server takes at most 2") as error:
         planned(reference, {"prompt": "w1 w2 w3"}, max_prompt_tokens=2)
@@ -64,7 +64,7 @@ def test_limits(body, settings, param):
     assert error.value.param == param
 
 
-def test_states_are_asked_for_by_traces(reference):
+def test_include_states(reference):
     def asked(**body):
         (request,) = preprocess(to_job(TraceRequest(prompt="w1", **body)), ServerSettings(), reference)
         return request.include_states
@@ -78,7 +78,7 @@ def test_states_are_asked_for_by_traces(reference):
 
 
 @pytest.mark.parametrize(("workspace", "values"), [("append", 2 * 3), ("block", 2 * 3 * 4), ("prompt", (1 + 3) * 3)])
-def test_the_size_of_the_states_is_capped(workspace, values):
+def test_max_state_values(workspace, values):
     # Two prompts of 1 and 3 tokens and 3 iterations; a block has 4 positions, a state 32 numbers.
     made = tiny.reasoner(loop={"workspace": workspace, "block_size": 4})
     body = TraceRequest(prompt=["w1", "w1 w2 w3"], max_iterations=3, include_states=True)
@@ -100,7 +100,7 @@ def test_the_size_of_the_states_is_capped(workspace, values):
     )
 
 
-def test_a_criterion_that_the_checkpoint_cannot_serve_is_named_as_the_body_names_it(reference):
+def test_unsupported_criterion(reference):
     with pytest.raises(RequestError) as error:
         planned(reference, {"prompt": "w1", "convergence": {"criterion": "learned"}})
     assert error.value.param == "convergence.criterion"
@@ -109,14 +109,14 @@ def test_a_criterion_that_the_checkpoint_cannot_serve_is_named_as_the_body_names
     assert (request.loop.criterion, request.loop.threshold) == ("learned", 0.5)
 
 
-def test_the_loops_own_policy_is_kept():
+def test_past_end_policy():
     strict = tiny.reasoner(loop={"max_iterations": 3, "lora": {"past_end": "error"}})
     with pytest.raises(RequestError) as error:
         planned(strict, {"prompt": "w1", "max_iterations": 4})
     assert error.value.param == "max_iterations"
 
 
-def test_a_first_token_that_a_text_already_holds_is_not_added_again():
+def test_first_token_not_added_twice():
     made = tiny.reasoner()
     made.tokenizer = copy.deepcopy(made.tokenizer)
     made.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -131,7 +131,7 @@ def test_a_first_token_that_a_text_already_holds_is_not_added_again():
 
 
 @pytest.mark.parametrize("option", ["enable_thinking", "messages", "thinking"])
-def test_template_options_that_the_template_reads_are_refused(option):
+def test_template_options(option):
     template = "{{ messages[0].content }}{% if enable_thinking %} w2{% endif %}"
     made = tiny.reasoner(text={"chat_template": template})
     job = GenerationJob(([{"role": "user", "content": "w1"}],), template_options={option: True})
@@ -144,7 +144,7 @@ def test_template_options_that_the_template_reads_are_refused(option):
     assert error.value.param == "template_options"
 
 
-def test_errors_name_the_fields_of_the_body():
+def test_field_names_in_errors():
     names = FieldNames({"n": "count", "stop": "stops"})
     for error, param, message in (
         (RequestError("n must be at most 2, n", "n"), "count", "count must be at most 2, n"),

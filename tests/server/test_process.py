@@ -47,7 +47,7 @@ def test_generate_and_trace(http, reference):
     assert len(result["trace"]) == expected.iterations
 
 
-def test_responses_do_not_wait_for_acknowledgements(http):
+def test_no_nagle_delay(http):
     http.get("/livez")
     durations = sorted(http.get("/livez").elapsed.total_seconds() for _ in range(9))
     assert durations[4] < 0.03
@@ -62,7 +62,7 @@ def test_bad_input(http):
     assert http.post("/generate", json={"prompt": "w1"}).status_code == 200
 
 
-def test_a_body_that_never_ends_is_refused(http):
+def test_endless_body(http):
     def chunks():
         for _ in range(64):
             yield b" " * (1 << 16)
@@ -72,7 +72,7 @@ def test_a_body_that_never_ends_is_refused(http):
 
 
 @pytest.mark.parametrize("size", [40_000, 200_000])
-def test_a_flood_of_headers_is_refused(http, size):
+def test_too_large_headers(http, size):
     response = http.get("/livez", headers={"x-flood": "x" * size})
     assert response.status_code in (431, 400), "by the application, or by the parser before it"
     assert http.get("/livez").status_code == 200
@@ -89,7 +89,7 @@ def test_concurrent_requests(http, reference):
     assert texts == [expected[prompt] for prompt in prompts]
 
 
-def test_a_client_that_gives_up_harms_nobody(http):
+def test_client_timeouts(http):
     for _ in range(5):
         with pytest.raises(httpx.ReadTimeout):
             http.post("/generate", json={"prompt": list(tiny.PROMPTS) * 2}, timeout=0.01)
@@ -103,7 +103,7 @@ def test_a_client_that_gives_up_harms_nobody(http):
     assert 'slr_requests_total{endpoint="/generate",status="error"} 0.0' in metrics
 
 
-def test_sigterm_answers_what_runs_and_exits_cleanly(server, http):
+def test_sigterm_drains(server, http):
     prompts = list(tiny.PROMPTS) * 8
 
     with ThreadPoolExecutor() as pool:

@@ -13,7 +13,7 @@ from tests.server.conftest import sample
 BODY = {"prompt": "w1 w2", "max_new_tokens": 2}
 
 
-def test_a_full_queue(gated, gate):
+def test_full_queue(gated, gate):
     client = gated(max_queue=3)
     engine = client.app.state.service.check()
     with ThreadPoolExecutor() as pool:
@@ -52,7 +52,7 @@ def test_timeout(gated, gate):
     assert sample(client, "slr_loop_iterations_count") < 5, "what had not begun was dropped"
 
 
-def test_a_failing_engine_fails_its_request_and_goes_on(gated, gate, caplog):
+def test_failing_request(gated, gate, caplog):
     client = gated()
     gate.opened.set()
     gate.fail_next = True
@@ -66,7 +66,7 @@ def test_a_failing_engine_fails_its_request_and_goes_on(gated, gate, caplog):
     assert sample(client, "slr_requests_total", endpoint="/generate", status="error") == 1
 
 
-def test_stopping_refuses_what_waits(gated, gate):
+def test_stopping_engine(gated, gate):
     client = gated()
     engine = client.app.state.service.check()
     with ThreadPoolExecutor() as pool:
@@ -81,7 +81,7 @@ def test_stopping_refuses_what_waits(gated, gate):
     assert client.post("/generate", json=BODY).status_code == 503
 
 
-def test_tokenizing_holds_up_nobody_else(client, monkeypatch):
+def test_tokenizing_does_not_block(client, monkeypatch):
     begun, ended = threading.Event(), threading.Event()
     preprocess = service.preprocess
 
@@ -101,7 +101,7 @@ def test_tokenizing_holds_up_nobody_else(client, monkeypatch):
         assert slow.result(20).status_code == 200
 
 
-def test_the_deadline_counts_while_others_are_tokenized(engine, monkeypatch):
+def test_timeout_while_tokenizing(engine, monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(service, "preprocess", lambda *_: ended.wait(20))
     with TestClient(create_app(ServerSettings(request_timeout_s=0.05), engine)) as client:

@@ -105,19 +105,19 @@ def test_served_model_name():
     assert ServerSettings(model="some/tiny", served_model_name="org/other").model_name == "org/other"
 
 
-def test_the_name_of_this_folder(monkeypatch, tmp_path):
+def test_model_name_of_current_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert ServerSettings(model=".").model_name == tmp_path.name
 
 
-def test_the_documented_table_is_current():
+def test_documented_table():
     text = (ROOT / "docs" / "server.md").read_text()
     written = re.search(r"<!-- settings: .*? -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
     assert written is not None
     assert written[1] == settings_table(), "put the output of `python -m slr_server.settings` there"
 
 
-def test_every_complaint_has_its_test():
+def test_documented_tests_exist():
     text = (ROOT / "docs" / "server.md").read_text()
     named = re.findall(r"`(server/[\w/]*test_\w+\.py)::(test_\w+)`", text)
     assert len(named) == 10

@@ -30,7 +30,7 @@ def of(told, name, index=0):
 
 
 @pytest.mark.parametrize("path", ["/generate", "/trace"])
-def test_a_stream_tells_what_the_whole_answer_says(client, path):
+def test_stream_equals_whole(client, path):
     whole = client.post(path, json={**BODY, "stream": False}).json()["results"][0]
     response, told = stream(client, path)
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -50,7 +50,7 @@ def test_a_stream_tells_what_the_whole_answer_says(client, path):
         assert shown[0]["top_tokens"]
 
 
-def test_several_answers_share_a_stream_by_index(client, reference):
+def test_stream_of_several_answers(client, reference):
     prompts = list(tiny.PROMPTS[:3])
     _, told = stream(client, prompt=prompts, n=2, max_new_tokens=6)
     for index in range(6):
@@ -63,14 +63,14 @@ def test_several_answers_share_a_stream_by_index(client, reference):
 
 
 @pytest.mark.parametrize("stop", [["w16"], []])
-def test_a_stop_string_is_never_shown(client, stop):
+def test_stop_strings_in_streams(client, stop):
     _, told = stream(client, stop=stop, max_new_tokens=12)
     (result,) = of(told, "result")
     assert "".join(token["text"] for token in of(told, "token")) == result["text"]
     assert not stop or stop[0] not in result["text"]
 
 
-def test_a_refusal_keeps_its_status(gated, gate):
+def test_refused_stream_status(gated, gate):
     client = gated(max_queue=2)
     assert client.post("/generate", json={**BODY, "n": 3}).status_code == 400
     with ThreadPoolExecutor() as pool:
@@ -86,7 +86,7 @@ def test_a_refusal_keeps_its_status(gated, gate):
             future.result(20)
 
 
-def test_an_error_before_the_first_event_has_its_status(gated, gate):
+def test_error_before_first_event(gated, gate):
     client = gated()
     gate.opened.set()
     gate.fail_next = True
@@ -94,7 +94,7 @@ def test_an_error_before_the_first_event_has_its_status(gated, gate):
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
 
 
-def test_a_stream_that_fails_ends_with_an_error_and_no_end(reasoner, caplog):
+def test_failed_stream_has_no_end(reasoner, caplog):
     calls = 0
 
     def fail_later(*_):
@@ -126,7 +126,7 @@ def test_a_stream_that_fails_ends_with_an_error_and_no_end(reasoner, caplog):
     assert value("slr_requests_total", {"endpoint": "/generate", "status": "error"}) == 1
 
 
-def test_a_deadline_in_the_middle_of_a_stream(gated, gate):
+def test_timeout_in_stream(gated, gate):
     client = gated(request_timeout_s=0.5)
     made = []
 
@@ -148,7 +148,7 @@ def test_a_deadline_in_the_middle_of_a_stream(gated, gate):
 
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("path", ["/generate", "/trace"])
-def test_a_client_that_leaves_frees_its_slot_at_the_next_step(reasoner, gate, path, streamed):
+def test_disconnect_frees_slot(reasoner, gate, path, streamed):
     body = {**BODY, "stream": streamed, "n": 3, "max_new_tokens": 40}
 
     async def scenario(engine):
@@ -173,7 +173,7 @@ def test_a_client_that_leaves_frees_its_slot_at_the_next_step(reasoner, gate, pa
         asyncio.run(scenario(engine))
 
 
-def test_a_client_that_leaves_in_the_middle_of_a_stream(engine):
+def test_disconnect_from_stream(engine):
     async def scenario():
         app = create_app(ServerSettings(), engine)
         async with app.router.lifespan_context(app):
@@ -191,7 +191,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream(engine):
     asyncio.run(scenario())
 
 
-def test_a_client_that_does_not_read_is_let_go(engine):
+def test_slow_reader(engine):
     async def scenario():
         app = create_app(ServerSettings(write_timeout_s=0.05), engine)
         async with app.router.lifespan_context(app):
@@ -212,7 +212,7 @@ def test_a_client_that_does_not_read_is_let_go(engine):
     asyncio.run(scenario())
 
 
-def test_silence_is_filled_with_comments(monkeypatch):
+def test_pings(monkeypatch):
     monkeypatch.setattr(sse, "PING_S", 0.01)
 
     async def scenario():

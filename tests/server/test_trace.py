@@ -49,7 +49,7 @@ def test_states_of_every_iteration(workspace, width):
     torch.testing.assert_close(states, expected.states[1:], rtol=1e-4, atol=1e-4)
 
 
-def test_each_prompt_has_the_states_of_its_own_positions():
+def test_states_per_prompt():
     made = tiny.reasoner(loop={"workspace": "prompt"})
     with serving(made) as client:
         results = trace(client, list(tiny.PROMPTS[:4]), include_states=True)
@@ -58,13 +58,13 @@ def test_each_prompt_has_the_states_of_its_own_positions():
 
 
 @pytest.mark.parametrize("asked", [{}, {"include_states": False}, {"include_states": None}], ids=str)
-def test_states_are_shown_to_whom_asks(client, asked):
+def test_states_on_request(client, asked):
     (shown,) = trace(client, **asked)
     assert shown["trace"]
     assert all("state" not in step for step in shown["trace"])
 
 
-def test_without_iterations_there_are_no_states(client):
+def test_no_states_without_iterations(client):
     (shown,) = trace(client, max_iterations=0, include_states=True)
     assert shown["trace"] == []
 
@@ -72,7 +72,7 @@ def test_without_iterations_there_are_no_states(client):
 @pytest.mark.parametrize(
     ("limit", "status"), [(3 * 32, 200), (3 * 32 - 1, 400), (0, 400)], ids=["enough", "short", "none"]
 )
-def test_their_size_is_capped(engine, limit, status):
+def test_states_size_limit(engine, limit, status):
     body = {"prompt": "w1", "max_iterations": 3, "max_new_tokens": 1, "include_states": True}
     with TestClient(create_app(ServerSettings(max_state_values=limit), engine)) as client:
         response = client.post("/trace", json=body)
@@ -97,7 +97,7 @@ def test_states_belong_to_traces(client):
     assert response.json()["error"]["code"] == "unknown_field"
 
 
-def test_what_is_not_finite_in_a_state_is_null(client, monkeypatch, engine):
+def test_non_finite_state_values_are_null(client, monkeypatch, engine):
     real = engine.reasoner.residual.forward
 
     def spoil(g, *others):
@@ -115,7 +115,7 @@ def test_what_is_not_finite_in_a_state_is_null(client, monkeypatch, engine):
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
-def test_thoughts_where_the_model_has_a_latent_decoder(workspace):
+def test_thoughts(workspace):
     loop = {"workspace": workspace, "block_size": 3, "decoder": {"latent_decoder": LATENT}}
     made = tiny.reasoner(loop=loop)
     request = tiny.request(made, tiny.PROMPTS[1], {"max_iterations": 3, "criterion": "fixed"}, trace=True)
@@ -127,13 +127,13 @@ def test_thoughts_where_the_model_has_a_latent_decoder(workspace):
     assert "thought" not in plain.text
 
 
-def test_no_thoughts_where_it_has_none(client):
+def test_no_thoughts_without_decoder(client):
     (shown,) = trace(client)
     assert all("thought" not in step for step in shown["trace"])
 
 
 @pytest.mark.parametrize("workspace", ["block", "prompt"])
-def test_what_an_input_cannot_be_compared_with_is_null(workspace):
+def test_undefined_measures_are_null(workspace):
     with serving(tiny.reasoner(loop={"workspace": workspace, "halting_head": True})) as client:
         (shown,) = trace(client, convergence={"criterion": "learned", "threshold": 1.0})
     first, second = shown["trace"]
@@ -144,7 +144,7 @@ def test_what_an_input_cannot_be_compared_with_is_null(workspace):
     assert first["entropy"] > 0
 
 
-def test_both_are_documented(client):
+def test_thoughts_and_states_are_documented(client):
     schema = client.get("/openapi.json").json()["components"]["schemas"]
     for name in ("thought", "state"):
         shown = schema["Iteration"]["properties"][name]
@@ -156,7 +156,7 @@ def test_both_are_documented(client):
     assert "include_states" not in schema["GenerateRequest"]["properties"]
 
 
-def test_every_field_is_documented_in_requests(client):
+def test_request_fields_are_documented(client):
     schema = client.get("/openapi.json").json()["components"]["schemas"]
     for name in ("GenerateRequest", "TraceRequest", "Convergence"):
         for field, value in schema[name]["properties"].items():

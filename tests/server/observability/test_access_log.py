@@ -40,7 +40,7 @@ def lines(capsys):
     root.setLevel(level)
 
 
-def test_one_line_of_json_a_request(client, lines):
+def test_json_log_line(client, lines):
     read = lines(log_format="json")
     client.post("/generate", json=BODY, headers={"x-request-id": "one"})
     client.post("/generate", json={"prompt": ""}, headers={"x-request-id": "two"})
@@ -52,7 +52,7 @@ def test_one_line_of_json_a_request(client, lines):
     assert (two["request_id"], two["status"], two["error"]) == ("two", 400, "invalid_value")
 
 
-def test_one_line_of_text_a_request(client, lines):
+def test_text_log_line(client, lines):
     read = lines()
     client.post("/generate", json={**BODY, "stream": True}, headers={"x-request-id": "one"})
     client.get("/a%0Ab%20c")
@@ -63,7 +63,7 @@ def test_one_line_of_text_a_request(client, lines):
     assert "path=/a%0Ab%20c status=404" in two
 
 
-def test_an_error_is_one_line_too(lines):
+def test_error_is_one_line(lines):
     read = lines(log_format="json")
     try:
         raise ValueError("a\nb")
@@ -126,7 +126,7 @@ def test_spans_of_errors(traced, monkeypatch):
     assert failed.status.status_code is StatusCode.ERROR
 
 
-def test_spans_of_streams_that_do_not_end(traced, engine, caplog):
+def test_spans_of_failed_streams(traced, engine, caplog):
     client, spans = traced
     calls = 0
 

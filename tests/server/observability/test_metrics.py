@@ -35,7 +35,7 @@ def values(metrics):
     return {(s.name, *sorted(s.labels.items())): s.value for f in metrics.registry.collect() for s in f.samples}
 
 
-def test_every_label_is_there_from_the_start():
+def test_initial_series():
     metrics = Metrics("tiny")
     samples = values(metrics)
     iterations = (*map(str, range(1, 17)), "over_16")
@@ -72,13 +72,13 @@ def test_every_label_is_there_from_the_start():
     assert {name for name, _ in build[0]} == {"version", "torch", "model"}
 
 
-def test_names_follow_the_conventions(client):
+def test_metric_names(client):
     for name, *_ in scrape(client):
         if not name.startswith("process_"):
             assert re.fullmatch(r"slr_[a-z_]+", name)
 
 
-def test_requests_are_counted_over_http(client):
+def test_request_counts(client):
     body = {"prompt": ["w1 w2", "w3"], "max_iterations": 3, "max_new_tokens": 4, "convergence": {"criterion": "fixed"}}
     before = scrape(client)
     results = client.post("/generate", json=body).json()["results"]
@@ -120,7 +120,7 @@ def assert_holds(metrics, name, observed, **labels):
     assert buckets == {le: sum(value <= float(le) for value in observed) for le in buckets}
 
 
-def test_histograms_hold_exactly_what_was_observed(reasoner):
+def test_histograms(reasoner):
     metrics, steps = Metrics("tiny"), []
 
     def hear(step):
@@ -178,7 +178,7 @@ def fixed(depth):
     return {"max_iterations": depth, "criterion": "fixed"}
 
 
-def test_a_loop_that_meets_no_number_counts_once_as_diverged(reasoner):
+def test_non_finite_loop_counts_once(reasoner):
     broken = tiny.twin(reasoner)
     with torch.no_grad():
         broken.timestep.table[2].fill_(float("nan"))  # acts in iteration 3
@@ -197,7 +197,7 @@ def test_a_loop_that_meets_no_number_counts_once_as_diverged(reasoner):
     assert samples["slr_hidden_state_norm_count", ("iteration", "3")] == 0
 
 
-def test_what_is_given_up_counts_once(reasoner):
+def test_cancelled_counts_once(reasoner):
     metrics, shown = Metrics("tiny"), {}
     ready, gone = threading.Event(), threading.Event()
 
@@ -230,7 +230,7 @@ def test_what_is_given_up_counts_once(reasoner):
     assert (samples["slr_slots_in_use",], samples["slr_requests_queued",]) == (0, 0)
 
 
-def test_the_cache_fills_and_empties(reasoner):
+def test_cache_usage(reasoner):
     metrics, seen = Metrics("tiny"), []
 
     def hear(step):
@@ -245,7 +245,7 @@ def test_the_cache_fills_and_empties(reasoner):
     assert values(metrics)["slr_kv_slots_tokens_ratio",] == 0
 
 
-def test_http_requests_in_flight_and_their_answers_are_told_apart(gated, gate):
+def test_requests_in_flight(gated, gate):
     client = gated()
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(client.post, "/generate", json={"prompt": "w1", "n": 3, "max_new_tokens": 2})
@@ -267,7 +267,7 @@ def test_outcomes(http_status, status):
     assert outcome(http_status) == status
 
 
-def test_openmetrics_for_those_who_ask(client):
+def test_openmetrics(client):
     accept = {"accept": "application/openmetrics-text; version=1.0.0"}
     response = client.get("/metrics", headers=accept)
     assert response.headers["content-type"].startswith("application/openmetrics-text")
