@@ -1,10 +1,10 @@
-"""What recording metrics costs a step of the engine, as a share of the step.
+"""Cost of recording metrics, as a share of an engine step.
 
     python -m benchmarks.metrics
 
-One answer after another, and a full house, on the bundled checkpoint, whose steps are as short as steps get. A step is
-measured without metrics; what was to be recorded is kept, and then recorded on its own. Both take turns, in processor
-time of one thread, and the best turn of each counts: how busy the machine is else makes no difference.
+On the bundled checkpoint, whose steps are very short: with one answer at a time, and with 32. Steps are timed without
+metrics, and recording their metrics is timed afterwards. Both are in CPU time of one thread, repeated, and the best of
+each counts, so that other load on the machine does not matter.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ from slr_core.tasks.prosqa import GraphSpec, generate
 from slr_core.types import Request, Result
 from slr_server.observability.metrics import Metrics
 
-MOST = 0.02
-"""The share of a step that recording may take."""
+MAX_SHARE = 0.02
+"""Maximum share of a step that recording may take."""
 ANSWERS, TURNS = 64, 10
 
 
 def main() -> None:
-    """Measure, and print a line per load."""
+    """Run the benchmark."""
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     reasoner = LatentReasoner.from_pretrained()
-    print("| answers at once | a step | recorded in a step | share |", "|---|---|---|---|", sep="\n")
+    print("| answers at once | step | recording | share |", "|---|---|---|---|", sep="\n")
     for at_once in (1, 32):
         step_s, recording_s = measure(reasoner, at_once)
         share = recording_s / step_s
-        mark = "" if share <= MOST else f" (over {MOST:.0%})"
+        mark = "" if share <= MAX_SHARE else f" (over {MAX_SHARE:.0%})"
         print(f"| {at_once} | {1e6 * step_s:.0f} µs | {1e6 * recording_s:.1f} µs | {share:.2%}{mark} |")
 
 
 def measure(reasoner: LatentReasoner, at_once: int) -> tuple[float, float]:
-    """Seconds of a step without metrics, and seconds that recording adds to it."""
+    """Seconds of a step without metrics, and of recording the metrics of a step."""
     steps: list[Step] = []
     ends: list[float] = []
 
-    def hear(step: Step) -> None:
+    def record(step: Step) -> None:
         steps.append(step)
         ends.append(time.thread_time())
 
     turns: list[tuple[float, float]] = []
     questions = [example.question for example in islice(generate(GraphSpec(10, 2, 4, True), 0), ANSWERS)]
-    with Engine(reasoner, slots=at_once, prefix_gib=0, threads=1, on_step=hear) as engine:
+    with Engine(reasoner, slots=at_once, prefix_gib=0, threads=1, on_step=record) as engine:
         loop = LoopParams().resolve(reasoner.config.loop)
         requests = [engine.prepare(question, loop) for question in questions]
-        _run(engine, requests[:at_once], at_once)  # warm
+        _run(engine, requests[:at_once], at_once)  # warm-up
         for _ in range(TURNS):
             steps.clear()
             ends.clear()

@@ -1,13 +1,13 @@
-"""Far more load than a server can take: what becomes of its memory, of those it takes in and of those it refuses.
+"""Overload: memory, latency of accepted requests and time of refusals under four times the saturating load.
 
     python -m benchmarks.overload [--seconds 60] [--out benchmarks/results/overload]
 
-A server of its own, one engine thread. Loops are made long enough to matter: an untrained model of 10 million
-parameters with the bundled checkpoint's tokenizer, criterion ``fixed``, so that every loop runs to its budget of 32
-iterations, and answers of at most 4 tokens. (On the bundled checkpoint itself an iteration costs less than HTTP does,
-and a load of 4 times the saturating rate measures the machine's sockets.) First a closed load
-of as many clients as slots and queue hold finds the saturating rate and its latencies; then requests arrive at
-random, at 4 times that rate, whatever became of those before; with elastic depth off, and again with it on.
+The server runs in its own process with one engine thread. The model is untrained, with 10 million parameters and the
+bundled checkpoint's tokenizer; with the criterion ``fixed``, every loop runs all of its 32 iterations, and answers have
+at most 4 tokens. (With the bundled checkpoint, an iteration costs less than HTTP does, and the benchmark would measure
+the machine's sockets.) First, a closed load with as many clients as slots and queue hold measures the saturating rate
+and its latencies. Then requests arrive at random at 4 times that rate, independent of earlier answers; with elastic
+depth off, and again with it on.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ HEAD = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\
 
 @dataclass
 class Tally:
-    """What became of the requests of a phase."""
+    """Outcomes of the requests of a phase; times in seconds."""
 
     seconds: float = 0.0
     answered: list[float] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Tally:
     reduced: int = 0
 
     def row(self) -> dict[str, Any]:
-        """As figures: rates in 1/s, times in ms."""
+        """Rates in 1/s and times in ms."""
         return {
             "answered_per_s": round(len(self.answered) / self.seconds, 1),
             "refused_per_s": round(len(self.refused) / self.seconds, 1),
@@ -72,20 +72,20 @@ class Tally:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """The value below which ``share`` of them lie."""
+    """The quantile of the values at ``share``."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
 
 
 class Connections:
-    """Kept connections to one server, as few bytes and as little work each as possible."""
+    """Keep-alive connections to one server, with as little work per request as possible."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self.host, self.port = str(parts.hostname), int(parts.port or 80)
         self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def ask(self, tally: Tally) -> None:
-        """One request, from its beginning to its answer."""
+    async def request(self, tally: Tally) -> None:
+        """Send a request and record its outcome."""
         began = time.perf_counter()
         try:
             reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection(self.host, self.port)
@@ -113,12 +113,12 @@ class Connections:
 
 
 async def closed_load(url: str, clients: int, seconds: float) -> Tally:
-    """As many clients as given, each asking again once it is answered."""
+    """A number of clients, each of which sends its next request after the answer to the last."""
     tally, connections, ends = Tally(seconds), Connections(url), time.perf_counter() + seconds
 
     async def client() -> None:
         while time.perf_counter() < ends:
-            await connections.ask(tally)
+            await connections.request(tally)
 
     await asyncio.gather(*(client() for _ in range(clients)))
     connections.close()
@@ -126,12 +126,12 @@ async def closed_load(url: str, clients: int, seconds: float) -> Tally:
 
 
 async def open_load(url: str, rate: float, seconds: float) -> Tally:
-    """Requests that arrive at random, ``rate`` a second."""
+    """Requests that arrive at random, ``rate`` per second."""
     tally, connections, random_ = Tally(seconds), Connections(url), random.Random(0)
     began, at, tasks = time.perf_counter(), 0.0, set()
     while (at := at + random_.expovariate(rate)) < seconds:
         await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
-        task = asyncio.create_task(connections.ask(tally))
+        task = asyncio.create_task(connections.request(tally))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
     await asyncio.gather(*tasks)
@@ -140,7 +140,7 @@ async def open_load(url: str, rate: float, seconds: float) -> Tally:
 
 
 def build(folder: Path) -> None:
-    """The model: random weights, for what it says does not matter here."""
+    """Save a model with random weights."""
     torch.manual_seed(0)
     bundled = LatentReasoner.from_pretrained()
     shape = LlamaConfig(
@@ -158,7 +158,7 @@ def build(folder: Path) -> None:
 
 
 def serve(model: Path, floor: float) -> tuple[subprocess.Popen[str], str]:
-    """A server, and where it listens."""
+    """Start a server; returns its process and URL."""
     flags = {
         "model": model,
         "port": "0",
@@ -175,12 +175,12 @@ def serve(model: Path, floor: float) -> tuple[subprocess.Popen[str], str]:
 
 
 def resident_mib(pid: int) -> float:
-    """Memory of a process."""
+    """Resident memory of a process, in MiB."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def measure(model: Path, floor: float, seconds: float, rate: float | None) -> dict[str, Any]:
-    """One server from its start to its end."""
+    """Measure one server, from start to shutdown."""
     process, url = serve(model, floor)
     try:
         asyncio.run(closed_load(url, SLOTS, min(5.0, seconds)))
@@ -207,7 +207,7 @@ def measure(model: Path, floor: float, seconds: float, rate: float | None) -> di
 
 
 def report(off: dict[str, Any], on: dict[str, Any], seconds: float) -> str:
-    """The figures as Markdown, with what is asked of them."""
+    """The figures as Markdown, with their targets."""
     lines = [
         f"# Overload: {OVERLOAD:g}x the saturating rate for {seconds:g} s",
         "",
@@ -230,26 +230,28 @@ def report(off: dict[str, Any], on: dict[str, Any], seconds: float) -> str:
     crashes = sum(f["exit_code"] != 0 or f["overloaded"]["failed"] > 0 for f in (off, on))
     lines += [
         "",
-        "| asked | measured | |",
+        "| target | measured | |",
         "|---|---|---|",
-        f"| no crash, no failed request | {crashes} | {_met(crashes == 0)} |",
-        f"| memory within 10 % of its warm value | {100 * growth:.1f} % | {_met(growth <= 0.1)} |",
+        f"| no crash, no failed request | {crashes} | {_verdict(crashes == 0)} |",
+        f"| memory within 10 % of its warm value | {100 * growth:.1f} % | {_verdict(growth <= 0.1)} |",
         f"| p99 of accepted requests at most 2x that at saturation | {over['p99_ms'] / calm['p99_ms']:.2f}x "
-        f"| {_met(over['p99_ms'] <= 2 * calm['p99_ms'])} |",
-        f"| refusals under 50 ms at the median | {refusal:.1f} ms | {_met(refusal < 50)} |",
-        f"| elastic depth: at least 1.3x as many answered | {gain:.2f}x | {_met(gain >= 1.3)} |",
+        f"| {_verdict(over['p99_ms'] <= 2 * calm['p99_ms'])} |",
+        f"| refusals under 50 ms at the median | {refusal:.1f} ms | {_verdict(refusal < 50)} |",
+        f"| elastic depth: at least 1.3x the answers | {gain:.2f}x | {_verdict(gain >= 1.3)} |",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _met(fine: bool) -> str:
-    return "met" if fine else "**missed**"
+def _verdict(met: bool) -> str:
+    return "met" if met else "**missed**"
 
 
 def main() -> None:
-    """Measure, print, and write where asked."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--seconds", type=float, default=12.0, help="of overload; 60 for the committed figures")
+    parser.add_argument(
+        "--seconds", type=float, default=12.0, help="seconds of overload (60 for the committed figures)"
+    )
     parser.add_argument("--out", type=Path, help="write <out>.md and <out>.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

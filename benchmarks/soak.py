@@ -1,12 +1,12 @@
-"""A long day for a server: thousands of mixed requests, a sample of them compared with the reference.
+"""Soak test: thousands of mixed requests, a sample of them compared with the reference.
 
     python -m benchmarks.soak [--requests 20000] [--out benchmarks/results/soak]
 
-Requests of every kind come from 24 clients at once: single prompts and lists, every criterion, traces, streams,
-OpenAI's endpoint, sampled ones, wrong ones, and clients that leave in the middle. A sample of the greedy answers is
-compared with what the reference gives for each prompt alone; where an iteration's measure lies within a relative 1e-3
-of its threshold the exit may differ by one, and the answer is left out. Memory and descriptors are read from the
-process once it is warm and at the end.
+24 concurrent clients send requests of every kind: single prompts and lists, every criterion, traces, streams, OpenAI's
+endpoint, sampling, invalid requests, and disconnects from streams. A sample of the greedy answers is compared with what
+the reference gives for each prompt alone. Answers with an iteration whose measure is within a relative 1e-3 of its
+threshold are left out, because their exit may differ by one iteration. Memory and descriptors of the process are read
+after a warm-up and at the end.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ MEASURES = {"relative_change": "relative_change", "cosine": "cosine", "kl": "kl"
 CRITERIA = ({}, *({"criterion": name} for name in MEASURES), {"criterion": "fixed"}, {"threshold": 0.3, "patience": 2})
 
 
-def mixed(random_: random.Random, prompts: list[str]) -> tuple[str, str, dict[str, Any]]:
-    """A request: its kind, its path and its body."""
+def random_request(random_: random.Random, prompts: list[str]) -> tuple[str, str, dict[str, Any]]:
+    """A request: its kind, path and body."""
     body: dict[str, Any] = {"prompt": random_.choice(prompts), "max_new_tokens": 8, "max_iterations": 8}
     body["convergence"] = random_.choice(CRITERIA)
     kind = random_.choices(
-        ("plain", "traced", "list", "streamed", "sampled", "completion", "wrong", "gone"), (40, 10, 10, 15, 5, 8, 5, 7)
+        ("plain", "traced", "list", "streamed", "sampled", "completion", "invalid", "disconnect"),
+        (40, 10, 10, 15, 5, 8, 5, 7),
     )[0]
     match kind:
         case "list":
@@ -53,32 +54,32 @@ def mixed(random_: random.Random, prompts: list[str]) -> tuple[str, str, dict[st
             body |= {"temperature": 1.2, "n": 2, "seed": random_.randrange(1000)}
         case "completion":
             return kind, "/v1/completions", {"prompt": body["prompt"], "max_tokens": 4, "echo": True, "logprobs": 1}
-        case "wrong":
+        case "invalid":
             body |= random_.choice([{"max_iterations": -1}, {"prompt": ""}, {"speed": 1}, {"n": 1000}])
-        case "streamed" | "gone":
+        case "streamed" | "disconnect":
             body["stream"] = True
     return kind, "/trace" if kind == "traced" else "/generate", body
 
 
 class Soak:
-    """The clients, and what they saw."""
+    """The clients and their results."""
 
     def __init__(self, url: str, total: int, prompts: list[str]) -> None:
         self.url, self.left, self.prompts = url, total, prompts
         self.random = random.Random(0)
         self.kinds: Counter[str] = Counter()
         self.statuses: Counter[str] = Counter()
-        self.kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.answers: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     async def run(self) -> None:
-        """All of them."""
+        """Run all clients."""
         async with httpx.AsyncClient(base_url=self.url, timeout=120, limits=httpx.Limits(max_connections=64)) as http:
             await asyncio.gather(*(self._client(http) for _ in range(CLIENTS)))
 
     async def _client(self, http: httpx.AsyncClient) -> None:
         while self.left > 0:
             self.left -= 1
-            kind, path, body = mixed(self.random, self.prompts)
+            kind, path, body = random_request(self.random, self.prompts)
             self.kinds[kind] += 1
             if body.get("stream"):
                 await self._stream(http, kind, path, body)
@@ -86,7 +87,7 @@ class Soak:
             response = await http.post(path, json=body)
             self.statuses[f"{kind} {response.status_code}"] += 1
             if kind in ("plain", "traced"):
-                self.kept.append((body, response.json()["results"][0]))
+                self.answers.append((body, response.json()["results"][0]))
 
     async def _stream(self, http: httpx.AsyncClient, kind: str, path: str, body: dict[str, Any]) -> None:
         stop, name = self.random.randrange(1, 5), ""
@@ -94,42 +95,44 @@ class Soak:
             async for line in response.aiter_lines():
                 name = line.removeprefix("event: ") if line.startswith("event: ") else name
                 if name == "result" and line.startswith("data: "):
-                    self.kept.append((body, json.loads(line.removeprefix("data: "))))
-                stop -= bool(line.startswith("data: ") and kind == "gone")
+                    self.answers.append((body, json.loads(line.removeprefix("data: "))))
+                stop -= bool(line.startswith("data: ") and kind == "disconnect")
                 if stop == 0:
                     break
-        self.statuses[f"{kind} {response.status_code}" + ("" if name == "done" or kind == "gone" else " cut")] += 1
+        self.statuses[
+            f"{kind} {response.status_code}" + ("" if name == "done" or kind == "disconnect" else " cut")
+        ] += 1
 
 
-def compared(kept: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, int]:
-    """The sample against the reference."""
+def compare(answers: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, int]:
+    """Compare a sample of answers with the reference."""
     reasoner = LatentReasoner.from_pretrained()
-    sample = random.Random(1).sample(kept, min(SAMPLE, len(kept)))
-    near = wrong = 0
-    for body, told in sample:
+    sample = random.Random(1).sample(answers, min(SAMPLE, len(answers)))
+    near = mismatches = 0
+    for body, answer in sample:
         loop = LoopParams(max_iterations=8, **body["convergence"]).resolve(reasoner.config.loop)
         (alone,) = generate(reasoner, [prepare(reasoner, body["prompt"], loop, max_new_tokens=8)])
         measured = [getattr(record, MEASURES.get(loop.criterion, "norm")) for record in alone.records]
         if any(x is not None and abs(x - loop.threshold) <= NEAR * loop.threshold for x in measured):
             near += 1
             continue
-        same = (told["text"], told["iterations"], told["exit_reason"]) == (
+        same = (answer["text"], answer["iterations"], answer["exit_reason"]) == (
             alone.text,
             alone.iterations,
             alone.exit_reason,
         )
-        wrong += not same
-    return {"compared": len(sample) - near, "near_threshold": near, "mismatches": wrong}
+        mismatches += not same
+    return {"compared": len(sample) - near, "near_threshold": near, "mismatches": mismatches}
 
 
-def held(pid: int) -> tuple[float, int]:
-    """Memory in MiB and open descriptors of a process, once it has seen that its clients are gone."""
+def resources(pid: int) -> tuple[float, int]:
+    """Memory in MiB and open descriptors of a process, after it has noticed disconnects."""
     time.sleep(2)
     return resident_mib(pid), len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def main() -> None:
-    """Run it, print, and write where asked."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--out", type=Path, help="write <out>.md and <out>.json")
@@ -144,10 +147,10 @@ def main() -> None:
     try:
         url = process.stdout.readline().split()[-1]
         asyncio.run(Soak(url, options.requests // 10, prompts).run())
-        warm = held(process.pid)
+        warm = resources(process.pid)
         soak = Soak(url, options.requests, prompts)
         asyncio.run(soak.run())
-        after = held(process.pid)
+        after = resources(process.pid)
         metrics = httpx.get(f"{url}/metrics").text.splitlines()
     finally:
         process.send_signal(signal.SIGTERM)
@@ -163,7 +166,7 @@ def main() -> None:
         "requests": options.requests,
         "kinds": dict(sorted(soak.kinds.items())),
         "statuses": dict(sorted(soak.statuses.items())),
-        **compared(soak.kept),
+        **compare(soak.answers),
         "memory_mib": {"warm": round(warm[0], 1), "after": round(after[0], 1)},
         "descriptors": {"warm": warm[1], "after": after[1]},
         "left": gauges,

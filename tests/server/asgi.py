@@ -1,4 +1,4 @@
-"""A client in process that can leave whenever it likes, which the test client cannot."""
+"""An in-process client that can disconnect at any time, which Starlette's test client cannot."""
 
 import asyncio
 import json
@@ -8,13 +8,13 @@ from fastapi import FastAPI
 
 
 class Caller:
-    """One request to an application. ``sent`` are the messages that it answered with."""
+    """One request to an application. ``sent`` holds the messages of its response."""
 
     def __init__(self, app: FastAPI, path: str, body: Any) -> None:
         self.app, self.path, self.body = app, path, json.dumps(body).encode()
         self.sent: list[dict[str, Any]] = []
         self.heard = asyncio.Event()
-        """Set when a part of a body was sent."""
+        """Set when a part of the response body was sent."""
         self._left = asyncio.Event()
         self._asked = False
 

@@ -1,4 +1,4 @@
-"""Requests that no server should run, each with the status, the field and the code it must get."""
+"""Invalid requests, each with the status, the field and the code of its error."""
 
 import json
 from typing import Any
@@ -76,7 +76,7 @@ CASES = [
     fields("minute top_p", "top_p", top_p=5e-324),
     fields("no room for the answer", "max_new_tokens", max_new_tokens=500),
     fields("more minimum than maximum", "min_iterations", max_iterations=2, min_iterations=3),
-    # the rest
+    # other fields
     fields("a loop set that nobody loaded", "loop_set", loop_set="other"),
     *(
         fields(f"loop set {name!r}", "loop_set", loop_set=name)
@@ -90,7 +90,7 @@ CASES = [
     fields("negative threshold", "convergence.threshold", convergence={"threshold": -0.1}),
     fields("boolean threshold", "convergence.threshold", convergence={"threshold": True}),
     fields("no patience", "convergence.patience", convergence={"patience": 0}),
-    # what carries it
+    # sizes and content types
     case("2 MiB", {"prompt": "w" * (2 << 20)}, 413, None, "body_too_large"),
     *(
         case(f"content type {kind}", {"prompt": "w1"}, 415, None, "unsupported_media_type", {"content-type": kind})

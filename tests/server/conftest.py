@@ -1,4 +1,4 @@
-"""A tiny engine behind the application, in process."""
+"""A tiny engine and the application around it, in process."""
 
 import os
 import threading
@@ -21,7 +21,7 @@ for name in [name for name in os.environ if name.startswith("SLR_")]:
 
 @pytest.fixture(scope="session")
 def reasoner() -> LatentReasoner:
-    """The engine's model; tests that run a model themselves take ``reference``."""
+    """The engine's model. Tests that run a model themselves use ``reference``."""
     return tiny.reasoner()
 
 
@@ -49,14 +49,14 @@ def client(app) -> Iterator[TestClient]:
 
 @pytest.fixture(scope="module")
 def shared_client(engine) -> Iterator[TestClient]:
-    """One client for a module whose tests look at no metrics."""
+    """One client for a module whose tests do not read metrics."""
     with TestClient(create_app(ServerSettings(), engine)) as made:
         yield made
 
 
 @dataclass
 class Gate:
-    """Stops a model before each forward pass while it is shut, and can make a pass fail."""
+    """Blocks a model before each forward pass until it is opened; can make a pass fail."""
 
     opened: threading.Event = field(default_factory=threading.Event)
     reached: threading.Event = field(default_factory=threading.Event)
@@ -77,7 +77,7 @@ def gate() -> Gate:
 
 @pytest.fixture
 def gated(reasoner, gate) -> Iterator[Callable[..., TestClient]]:
-    """Makes clients of a server whose engine stands at ``gate``; settings are arguments."""
+    """Creates clients of a server whose engine is blocked by ``gate``; arguments are settings."""
     made = tiny.twin(reasoner)
     with Engine(made, slots=2, threads=1) as engine:
         engine.model.base_model.register_forward_pre_hook(gate)
@@ -94,5 +94,5 @@ def gated(reasoner, gate) -> Iterator[Callable[..., TestClient]]:
 
 
 def sample(client: TestClient, name: str, **labels: str) -> float | None:
-    """One value of a client's metrics."""
+    """One sample of a server's metrics."""
     return client.app.state.service.metrics.registry.get_sample_value(name, labels)

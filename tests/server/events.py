@@ -1,4 +1,4 @@
-"""Reading server-sent events."""
+"""Parsing of server-sent events."""
 
 import json
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ class Event(NamedTuple):
 
 
 def parse(lines: Iterable[str]) -> Iterable[Event]:
-    """Events as they come; comments are skipped."""
+    """The events in these lines, without comments."""
     name = "message"
     for line in lines:
         if line.startswith("event: "):
@@ -24,5 +24,5 @@ def parse(lines: Iterable[str]) -> Iterable[Event]:
 
 
 def of(text: str) -> list[Event]:
-    """Those of a whole stream."""
+    """The events of a whole stream."""
     return list(parse(text.split("\n")))

@@ -1,8 +1,8 @@
-"""``slr-serve`` whose engine can be made to stand still in a phase, or to fail in it: for tests, and nowhere else.
+"""``slr-serve`` whose engine can be blocked in a phase, or made to fail in it: for tests only.
 
-``SLR_TEST_FREEZE`` names a folder. While it holds a file ``freeze-<phase>``, the engine stands before its next pass
-of a request in that phase, and says so with a file ``reached-<phase>``. A file ``fail-<phase>`` makes that pass raise,
-once. ``die`` ends the engine's thread.
+``SLR_TEST_FREEZE`` names a folder. While it has a file ``freeze-<phase>``, the engine waits before its next pass of a
+request in that phase, and creates a file ``reached-<phase>``. A file ``fail-<phase>`` makes that pass raise, once.
+``die`` ends the engine's thread.
 """
 
 import os

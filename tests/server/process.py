@@ -1,4 +1,4 @@
-"""A real server: its own process, a checkpoint from a folder, sockets."""
+"""A server in its own process, with a checkpoint from a folder, over sockets."""
 
 import os
 import signal
@@ -12,20 +12,20 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 class Server:
-    """A server that runs until it is stopped.
+    """A server process.
 
     Args:
-        folder: its checkpoint.
-        log: where its standard error goes.
+        folder: the checkpoint.
+        log: file for standard error.
         flags: of ``slr-serve``.
-        module: what is run in place of ``server.cli``.
-        environment: variables besides our own.
+        module: the module to run.
+        environment: additional environment variables.
     """
 
     def __init__(
         self, folder: Path, log: Path, *flags: str, module: str = "slr_server.cli", **environment: str
     ) -> None:
-        # A file, because a pipe that nobody reads would fill up and stop the server.
+        # A file, because an unread pipe fills up and blocks the server.
         self.log = log
         with log.open("w") as stderr:
             self.process = subprocess.Popen(
@@ -48,7 +48,7 @@ class Server:
         self.process.stdout.close()
 
     def metrics(self) -> dict[str, float]:
-        """Samples without labels by name, those with labels as ``name{value,...}``."""
+        """Samples by name; with labels, by ``name{value,...}``."""
         text = httpx.get(f"{self.url}/metrics", timeout=30).text
         return {
             s.name + (f"{{{','.join(s.labels.values())}}}" if s.labels else ""): s.value
@@ -57,14 +57,14 @@ class Server:
         }
 
     def until(self, condition) -> None:
-        """Wait for something that ends by itself."""
+        """Wait until a condition holds; fails after a minute."""
         deadline = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.005)
 
     def idle(self) -> None:
-        """Wait until nothing is left of any request; what stays is a leak, and fails."""
+        """Wait until no request is left; fails if one is leaked."""
         gauges = ("slr_slots_in_use", "slr_requests_queued", "slr_requests_in_flight")
         self.until(lambda: not any(map(self.metrics().__getitem__, gauges)))
 

@@ -1,4 +1,4 @@
-"""Loop sets that come and go while requests run."""
+"""Loop adapter sets that are loaded and removed while requests run."""
 
 import copy
 
@@ -19,7 +19,7 @@ BODY = {"prompt": tiny.PROMPTS[1], "max_new_tokens": 6}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, reasoner):
-    """Another loop on the same base, one on another base, and something that is no checkpoint."""
+    """A set on the same base, one on another base, an empty folder and a file."""
     folder = tmp_path_factory.mktemp("loop_sets")
     other = tiny.twin(reasoner)
     tiny.shake(other, seed=7)
@@ -76,7 +76,7 @@ def test_load_serve_remove(client, reasoner, folder):
     refused = client.post("/generate", json={**BODY, "loop_set": "other"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "loop_set")
     assert client.post("/v1/completions", json=completion).status_code == 404
-    assert load(client, "other").status_code == 200, "and it may come back"
+    assert load(client, "other").status_code == 200, "it can be loaded again"
 
 
 def named(client, path, name=None, stream=False):

@@ -36,10 +36,10 @@ def test_reservation_ends_on_failure(admission):
 
 def test_retry_after(admission):
     admission.waiting = 10
-    assert retry_after(admission, 1) == 1, "nothing is known yet"
+    assert retry_after(admission, 1) == 1, "the rate is unknown"
     for _ in range(20):
         admission.record_finished()
         admission.now += 0.5
     assert retry_after(admission, 1) == 1
-    assert retry_after(admission, 8) == 4, "two a second"
+    assert retry_after(admission, 8) == 4, "the rate is two per second"
     assert retry_after(admission, 10_000) == 60

@@ -1,4 +1,4 @@
-"""Clients that die, an engine that fails, a server that is told to stop: nothing leaks, and no bystander notices."""
+"""Disconnects, engine faults, shutdown: nothing leaks, and other requests are not affected."""
 
 import json
 import socket
@@ -32,7 +32,7 @@ def _closed():
 
 
 class Hold:
-    """The engine's freezer."""
+    """Controls the engine of ``tests/server/frozen.py``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +54,7 @@ class Hold:
 
 @pytest.fixture(scope="module")
 def made():
-    # Blocks also close, so that every phase of the engine comes up.
+    # The workspace `block` has a closing pass too, so every phase of the engine occurs.
     return tiny.reasoner(loop=tiny.WORKSPACES["block"])
 
 
@@ -66,7 +66,7 @@ def folders(tmp_path_factory, made):
     with torch.no_grad():
         for name, parameter in poisoned.named_parameters():
             if "lora_B" in name:
-                parameter.fill_(1e38)  # finite, but nothing that it makes is
+                parameter.fill_(1e38)  # finite, but its products are not
     (root / "sets").mkdir()
     poisoned.save_pretrained(str(root / "sets" / "poisoned"))
     return root
@@ -105,7 +105,7 @@ def start(folders, hold, tmp_path):
 
 
 def connect(server, body, path="/generate"):
-    """A request over a bare socket, which can be cut at any time."""
+    """A request over a plain socket, which can be closed at any time."""
     url = urlsplit(server.url)
     connection = socket.create_connection((url.hostname, url.port), timeout=60)
     CONNECTIONS.append(connection)
@@ -118,7 +118,7 @@ def connect(server, body, path="/generate"):
 
 
 class Bystanders:
-    """Ordinary requests beside the chaos, whose answers must be those of the reference."""
+    """Concurrent requests whose answers must be those of the reference."""
 
     def __init__(self, made, server) -> None:
         self.server = server
@@ -180,7 +180,7 @@ def test_disconnect_while_streaming(start, hold, made):
     while b"event: iteration" not in heard:
         heard += connection.recv(4096)
     asked = bystanders.ask()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # a reset, as a crash leaves
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # a reset, as after a crash
     connection.close()
     hold.thaw()
     bystanders.check(asked)
@@ -263,7 +263,7 @@ def test_non_finite_loop_set(start, made):
     assert answer.status_code == 200
     assert {result["exit_reason"] for result in answer.json()["results"]} == {"diverged"}
     for _ in range(3):
-        bystanders.check(bystanders.ask())  # in the slots that the poison had
+        bystanders.check(bystanders.ask())  # in the slots of the poisoned requests
     server.idle()
     assert server.metrics()["slr_loop_exits_total{diverged}"] == 3
 
@@ -295,7 +295,7 @@ def test_sigterm_under_load(start, hold, made):
     assert server.process.wait(60) == 0
     statuses = [answer.status_code for answer in answers + refused] + [int(first.split()[1])]
     assert sorted(set(statuses)) == [200, 503]
-    assert statuses.count(200) == in_slots, "what had a slot was answered, and nothing else"
+    assert statuses.count(200) == in_slots, "exactly the requests with a slot are answered"
     for prompt, answer in zip(bystanders.expected, answers, strict=False):
         if answer.status_code == 200:
             assert answer.json()["results"][0]["text"] == bystanders.expected[prompt]
@@ -305,7 +305,7 @@ def test_sigterm_under_load(start, hold, made):
 def test_stalled_engine_fails_livez(start, hold):
     server = start("--stall-timeout-s", "1")
     time.sleep(1.5)
-    assert httpx.get(f"{server.url}/livez").status_code == 200, "idle is not stuck"
+    assert httpx.get(f"{server.url}/livez").status_code == 200, "an idle engine is not stalled"
     hold.freeze("loop")
     connection = connect(server, BODY)
     server.until(lambda: httpx.get(f"{server.url}/livez").status_code == 503)
@@ -320,7 +320,7 @@ def test_dead_engine_ends_process(start, hold):
     (hold.folder / "die").touch()
     answer = httpx.post(f"{server.url}/generate", json=BODY, timeout=60)
     assert answer.status_code == 503
-    assert server.process.wait(60) == 1, "so that somebody starts it again"
+    assert server.process.wait(60) == 1, "so that a supervisor restarts it"
     assert "slr-serve: error: the engine has failed" in server.log.read_text()
 
 

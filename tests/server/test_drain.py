@@ -1,4 +1,4 @@
-"""The end of a server: what runs ends within the grace period, what waits and what comes hears 503."""
+"""Shutdown: running requests finish within the grace period, waiting and new ones get 503."""
 
 import asyncio
 
@@ -32,7 +32,7 @@ def test_drain(reasoner, gate):
         app, life = await served(engine)
         async with life:
             service = app.state.service
-            running = Caller(app, "/generate", {**BODY, "n": 3})  # one of them waits: it belongs to what runs
+            running = Caller(app, "/generate", {**BODY, "n": 3})  # one of the three waits, but its request has started
             streaming = Caller(app, "/trace", {**BODY, "stream": True})
             waiting = Caller(app, "/generate", BODY)
             tasks = [asyncio.create_task(running.call())]

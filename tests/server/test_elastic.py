@@ -1,4 +1,4 @@
-"""Elastic depth: the iteration budget shrinks with the queue, to a floor, before anyone is refused."""
+"""Elastic depth: the iteration budget shrinks with the queue, down to a floor, before requests are refused."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +19,7 @@ def depth(waiting, floor=0.5, limit=10):
 def test_depth_follows_the_queue():
     assert [depth(waiting) for waiting in range(6)] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
     assert depth(10) == depth(5) == 0.5, "the floor is reached when the queue is half full"
-    assert depth(10, floor=1.0) == 1.0, "and a floor of 1 turns it off"
+    assert depth(10, floor=1.0) == 1.0, "a floor of 1 turns it off"
 
 
 @given(st.integers(1, 500), st.integers(0, 500), st.floats(0.01, 1))

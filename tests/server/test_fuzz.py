@@ -1,4 +1,4 @@
-"""Whatever JSON arrives, the answer is an answer or a refusal, never a failure."""
+"""Any JSON gets an answer or a client error, never a server error."""
 
 import json
 
@@ -11,7 +11,7 @@ from slr_server.app import create_app
 from slr_server.protocol.schema import ErrorResponse
 from slr_server.settings import ServerSettings
 
-# Lone surrogates do not survive encoding; they are in the table of bad input.
+# Lone surrogates cannot be encoded; tests/server/bad_input.py has them.
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 junk = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text,

@@ -9,7 +9,7 @@ from slr_core.generation.reference import generate
 from slr_core.params import SamplingParams
 from tests import tiny
 
-# Each with what ResolvedLoopParams.resolve and prepare are given for the same.
+# A body, and the arguments of LoopParams and prepare that mean the same.
 SETTINGS = [
     ({}, {}, {}),
     ({"max_iterations": 0}, {"max_iterations": 0}, {}),

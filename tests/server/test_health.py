@@ -61,10 +61,10 @@ def test_loading(monkeypatch, reasoner, gate):
         gate.opened.set()
         service = client.app.state.service
         client.portal.call(lambda: service.loading)
-        assert engine.counters.tokens == 1, "it has given an answer"
+        assert engine.counters.tokens == 1, "it has generated a first answer"
         assert client.get("/startupz").status_code == 200
         assert client.get("/readyz").status_code == 200
-    assert not engine.alive, "an engine of the application's own is closed with it"
+    assert not engine.alive, "the application closes its own engine"
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, MemoryError])

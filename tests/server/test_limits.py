@@ -20,7 +20,7 @@ FIXED = {"convergence": {"criterion": "fixed"}}
 
 
 def body(path, *, prompt=PROMPT, tokens=2, loop=None, **fields):
-    """A request for an endpoint in its own names; the loop runs to its maximum."""
+    """A body in the endpoint's own field names; its loop runs to its maximum."""
     loop = FIXED | (loop or {})
     if path in NATIVE:
         return {"prompt": prompt, **({} if tokens is None else {"max_new_tokens": tokens}), **loop, **fields}
@@ -46,7 +46,7 @@ def _endless(monkeypatch):
 
 @pytest.fixture
 def post(engine):
-    """Asks a server with the given settings."""
+    """Sends a request to a server with the given settings."""
     clients = {}
 
     def ask(path, given, stream=False, **settings):

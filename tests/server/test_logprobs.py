@@ -1,4 +1,4 @@
-"""Tokens of log-probabilities: their bytes are the text's, and each has a label of its own."""
+"""Tokens of log-probabilities: their bytes form the text, and their labels are unique."""
 
 import pytest
 from fastapi.testclient import TestClient
@@ -29,7 +29,7 @@ def ids():
 
 @pytest.fixture(scope="module")
 def client(ids):
-    """Answers with a text whose characters are split over tokens, whatever is asked."""
+    """Always answers with TEXT, whose characters are split over tokens."""
     made = tiny.reasoner(text={"chat_template": "{{ messages[0].content }}"})
     made.tokenizer = tiny.byte_tokenizer()
     with (

@@ -63,6 +63,6 @@ def test_unexpected_error(client, monkeypatch, caplog):
 
 
 def test_plain_asgi():
-    # Starlette's own base class answers from another task: a handler behind it never sees its client leave.
+    # Starlette's own base class runs the handler in another task, which never sees a disconnect.
     sources = [path.read_text() for path in Path(slr_server.__file__).parent.rglob("*.py")]
     assert not any("BaseHTTPMiddleware" in source or '.middleware("http")' in source for source in sources)

@@ -1,4 +1,4 @@
-"""OpenAI's endpoints: prompts of every kind, echo and log-probabilities against the base model by hand, streams."""
+"""OpenAI's endpoints: forms of prompts, echo and log-probabilities against the base model, streams, ignored fields."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_settings_of_the_loop(client, reference):
 
 
 def plain(reference, ids):
-    """Log-probabilities by hand."""
+    """Log-probabilities of the base model."""
     with torch.inference_mode(), reference.adapters.use(None):
         return reference.base(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
 
@@ -107,7 +107,7 @@ def test_echo_logprobs(client, reference):
         top = logprobs.top_logprobs[i + 1]
         top = {token.strip(): value for token, value in top.items()}
         assert top[tiny.WORDS[best]] == pytest.approx(float(by_hand[i, best]), abs=1e-4)
-        assert set(top) == {tiny.WORDS[best], PROMPT.split()[i + 1]}, "the token itself is always told"
+        assert set(top) == {tiny.WORDS[best], PROMPT.split()[i + 1]}, "the token itself is always included"
     assert logprobs.text_offset[:3] == [0, 2, 5]
     assert logprobs.text_offset[6] == len(PROMPT)
 
@@ -123,8 +123,8 @@ def test_echo_with_loop_at(client, reference):
     assert choice.logprobs.token_logprobs[1:] == pytest.approx(by_hand[1:], abs=1e-4)
     assert choice.logprobs.token_logprobs[:4] == pytest.approx(by_hand[:4], abs=1e-4)
     base = plain(reference, IDS)
-    assert abs(choice.logprobs.token_logprobs[4] - float(base[3, IDS[4]])) > 1e-2, "the loop makes a difference"
-    # Without iterations it makes none.
+    assert abs(choice.logprobs.token_logprobs[4] - float(base[3, IDS[4]])) > 1e-2, "the loop changes the score"
+    # Without iterations there is no difference.
     (still,) = complete(client, echo=True, logprobs=0, max_tokens=0, slr={"loop_at": 4, "max_iterations": 0}).choices
     assert still.logprobs.token_logprobs[4] == pytest.approx(float(base[3, IDS[4]]), abs=1e-4)
 

@@ -1,4 +1,4 @@
-"""A real server: its own process, a checkpoint from a folder, sockets."""
+"""A server in its own process, with a checkpoint from a folder, over sockets."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,7 @@ def test_start(server, http):
     assert server.line.startswith("slr-serve: tiny ready at http://127.0.0.1:")
     for probe in ("/livez", "/readyz", "/startupz"):
         assert http.get(probe).status_code == 200
-    # The environment is read as well.
+    # A setting from the environment.
     error = http.post("/generate", json={"prompt": "w1", "max_new_tokens": 41}).json()["error"]
     assert error["param"] == "max_new_tokens"
 
@@ -74,7 +74,7 @@ def test_endless_body(http):
 @pytest.mark.parametrize("size", [40_000, 200_000])
 def test_too_large_headers(http, size):
     response = http.get("/livez", headers={"x-flood": "x" * size})
-    assert response.status_code in (431, 400), "by the application, or by the parser before it"
+    assert response.status_code in (431, 400), "refused by the application, or by the HTTP parser"
     assert http.get("/livez").status_code == 200
 
 

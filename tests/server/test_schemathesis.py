@@ -1,7 +1,7 @@
-"""Whatever the description of the API allows, or forbids, is answered as it says: all of schemathesis' checks.
+"""All of schemathesis' checks of the API against its description.
 
-One check is told more than its default: of bodies that the description allows it accepts a 400 too. That a prompt
-is all blanks or does not fit, that a minimum lies above a maximum, that a criterion needs a head: no schema says so.
+A body that matches the schema may still get 400: a schema cannot express that a prompt must not be blank and must fit,
+that a minimum must not exceed a maximum, or that a criterion needs a halting head.
 """
 
 import pytest
@@ -23,12 +23,12 @@ SETTINGS = ServerSettings(api_keys="k" * 20, admin_key=ADMIN)
 
 
 class Served:
-    """The application: until there is an engine, one that can only describe itself."""
+    """The application. Until there is an engine, it only serves its description."""
 
     app = create_app(SETTINGS)
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] == "lifespan":  # which every single call begins and ends
+        if scope["type"] == "lifespan":  # each call starts and ends one
             for event in ("startup", "shutdown"):
                 await receive()
                 await send({"type": f"lifespan.{event}.complete"})

@@ -1,4 +1,4 @@
-"""Keys, CORS, header and body limits, paths: who may ask, and what is never opened."""
+"""Keys, CORS, header and body limits, path traversal."""
 
 import asyncio
 import hashlib
@@ -56,7 +56,7 @@ def test_keys_required(served):
 def test_body_unread_without_key(served):
     def chunks():
         yield b"{"
-        raise AssertionError("nobody should read on")
+        raise AssertionError("the body must not be read")
 
     with served(api_keys=KEY) as client:
         assert client.post("/generate", content=b"x" * (2 << 20)).status_code == 401
@@ -84,7 +84,7 @@ def test_key_hashes(monkeypatch):
     monkeypatch.setattr("slr_server.auth.hmac.compare_digest", lambda a, b: compared.append(len(a)) or a == b)
     assert keys.matches(KEY.encode())
     assert not keys.matches(KEY[:-1].encode())
-    assert compared == [64] * 4, "every hash, whatever matched"
+    assert compared == [64] * 4, "all hashes are compared, also after a match"
 
 
 @pytest.mark.parametrize("keys", ["short", "", ",", f"{KEY},short"])
@@ -168,7 +168,7 @@ def test_body_timeout():
     "path", ["/../etc/passwd", "/%2e%2e/etc/passwd", "/generate/..%2f..", "/v1/models/..%2f..%2fetc", "//generate"]
 )
 def test_path_traversal(client, path):
-    response = client.get(f"http://testserver{path}")  # whole: a path with two slashes alone would name a host
+    response = client.get(f"http://testserver{path}")  # absolute: a relative URL with two slashes would name a host
     assert response.status_code == 404
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert "root:" not in response.text

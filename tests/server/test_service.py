@@ -24,7 +24,7 @@ def test_full_queue(gated, gate):
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "queue_full"
         assert 1 <= int(refused.headers["retry-after"]) <= 60
-        assert engine.queued == 2, "nothing of a refused request is queued"
+        assert engine.queued == 2, "a refused request is not queued at all"
         last = pool.submit(client.post, "/generate", json=BODY)
         gate.opened.set()
         assert first.result(20).status_code == last.result(20).status_code == 200
@@ -45,11 +45,11 @@ def test_timeout(gated, gate):
         "code": "timeout",
     }
     gate.opened.set()
-    while client.get("/readyz").status_code == 503:  # the batch that stood has to end
+    while client.get("/readyz").status_code == 503:  # until the blocked batch has finished
         time.sleep(0.001)
     assert client.post("/generate", json=BODY).status_code == 200
     assert sample(client, "slr_requests_total", endpoint="/generate", status="timeout") == 1
-    assert sample(client, "slr_loop_iterations_count") < 5, "what had not begun was dropped"
+    assert sample(client, "slr_loop_iterations_count") < 5, "requests that had not started were dropped"
 
 
 def test_failing_request(gated, gate, caplog):

@@ -114,7 +114,7 @@ def test_documented_table():
     text = (ROOT / "docs" / "server.md").read_text()
     written = re.search(r"<!-- settings: .*? -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
     assert written is not None
-    assert written[1] == settings_table(), "put the output of `python -m slr_server.settings` there"
+    assert written[1] == settings_table(), "replace it by the output of `python -m slr_server.settings`"
 
 
 def test_documented_tests_exist():

@@ -1,4 +1,4 @@
-"""Server-sent events: what a stream tells, how it begins, how it breaks off, and what a client that leaves frees."""
+"""Server-sent events: contents, start, failure, disconnects."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -121,7 +121,7 @@ def test_failed_stream_has_no_end(reasoner, caplog):
     ErrorResponse.model_validate(told[-1].data)
     assert "secret" not in caller.text
     assert "secret" in caplog.text
-    assert all(message["more_body"] for message in caller.sent[1:]), "nothing says that this is the end"
+    assert all(message["more_body"] for message in caller.sent[1:]), "the final chunk is missing"
     value = service.metrics.registry.get_sample_value
     assert value("slr_requests_total", {"endpoint": "/generate", "status": "error"}) == 1
 
@@ -200,7 +200,7 @@ def test_slow_reader(engine):
             async def send(message):
                 await Caller._send(caller, message)
                 if message["type"] == "http.response.body":
-                    await asyncio.Event().wait()  # the connection is full
+                    await asyncio.Event().wait()  # as if the connection's buffer were full
 
             caller._send = send
             bystander = Caller(app, "/generate", BODY)

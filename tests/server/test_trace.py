@@ -1,4 +1,4 @@
-"""What a trace shows besides the numbers: states and thoughts."""
+"""States and thoughts in traces."""
 
 import json
 from contextlib import contextmanager

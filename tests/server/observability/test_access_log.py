@@ -1,4 +1,4 @@
-"""The log's lines, and the spans that say the same to a collector."""
+"""Log lines and spans."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ BODY = {"prompt": ["w1", "w2 w3"], "max_new_tokens": 2}
 
 @pytest.fixture
 def lines(capsys):
-    """What a logger set up by the settings writes."""
+    """Installs the log handler of some settings; returns what reads its lines."""
     root, made = logging.getLogger(), []
     level = root.level
 

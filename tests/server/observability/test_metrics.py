@@ -31,7 +31,7 @@ def scrape(client):
 
 
 def values(metrics):
-    """Every sample, by name and labels."""
+    """All samples, by name and labels."""
     return {(s.name, *sorted(s.labels.items())): s.value for f in metrics.registry.collect() for s in f.samples}
 
 
@@ -92,7 +92,7 @@ def test_request_counts(client):
     assert samples["slr_loop_exits_total", ("reason", "max_iterations")] == 2
     assert samples["slr_prompt_tokens_total",] == 3
     for name, grown in (("loop_row_iterations", 6), ("generated_tokens", written(results))):
-        # The engine outlives a client here, and so does its count.
+        # The engine, and so its counters, outlive the client here.
         assert samples[f"slr_{name}_total",] - before[f"slr_{name}_total",] == grown
     total = sum(result["timings"]["total_s"] for result in results)
     assert samples["slr_request_total_duration_seconds_sum",] == pytest.approx(total)
@@ -108,7 +108,7 @@ def written(results):
 
 
 def assert_holds(metrics, name, observed, **labels):
-    """A histogram's count, sum and every bucket are those of the values observed."""
+    """Check a histogram's count, sum and buckets against the observed values."""
     samples, wanted = values(metrics), sorted(labels.items())
     assert samples[(f"{name}_count", *wanted)] == len(observed)
     assert samples[(f"{name}_sum", *wanted)] == pytest.approx(math.fsum(observed))
@@ -169,7 +169,7 @@ def test_histograms(reasoner):
     prompts = sum(result.prompt_tokens for result in results)
     assert samples["slr_prompt_tokens_total",] == prompts
     assert samples["slr_prefill_tokens_total",] + samples["slr_prefix_reused_tokens_total",] == prompts
-    assert samples["slr_prefix_reused_tokens_total",] > 0, "nine requests had one prompt"
+    assert samples["slr_prefix_reused_tokens_total",] > 0, "nine requests share a prompt"
     assert samples["slr_engine_last_step_timestamp_seconds",] > 1.7e9
     assert [samples["slr_loop_exits_total", ("reason", r)] for r in get_args(ExitReason)] == [1, 9, 0, 0]
 
@@ -201,7 +201,7 @@ def test_cancelled_counts_once(reasoner):
     metrics, shown = Metrics("tiny"), {}
     ready, gone = threading.Event(), threading.Event()
 
-    def give_up_in_the_loop(event):
+    def cancel_in_loop(event):
         if isinstance(event, IterationEvent) and event.record.t == 2:
             assert ready.wait(20)
             shown.update(values(metrics))
@@ -212,7 +212,7 @@ def test_cancelled_counts_once(reasoner):
     with Engine(tiny.twin(reasoner), slots=1, on_step=metrics.record_step) as engine:
         metrics.watch(engine)
         request = tiny.request(engine.reasoner, "w1 w2", fixed(5))
-        running = engine.submit(request, on_event=give_up_in_the_loop)
+        running = engine.submit(request, on_event=cancel_in_loop)
         waiting = engine.submit(request)
         overdue = engine.submit(request, deadline=time.monotonic())
         for future in (running, waiting, overdue):
@@ -222,7 +222,7 @@ def test_cancelled_counts_once(reasoner):
             overdue.result(20)
         assert gone.wait(20)
     assert (shown["slr_slots",], shown["slr_slots_in_use",]) == (1, 1)
-    assert shown["slr_requests_queued",] in (1, 2), "the overdue one goes with the next step"
+    assert shown["slr_requests_queued",] in (1, 2), "the overdue request is dropped by the next step"
     samples = values(metrics)
     assert samples["slr_loop_exits_total", ("reason", "cancelled")] == 2
     assert samples["slr_loop_iterations_count",] == samples["slr_prompt_tokens_total",] == 0
