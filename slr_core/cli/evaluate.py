@@ -6,9 +6,10 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from rich.markup import escape
@@ -30,6 +31,7 @@ from slr_core.cli.options import (
     progress_bars,
 )
 from slr_core.errors import ConfigError, RequestError
+from slr_core.tasks import TASKS
 
 if TYPE_CHECKING:
     from slr_core.evaluation.backends import Backend
@@ -40,26 +42,89 @@ if TYPE_CHECKING:
     from slr_core.evaluation.tables import Table as Figures
     from slr_core.tasks.base import Task
 
-TaskName = Annotated[str, typer.Option("--task", help="what to ask and how to grade: prosqa, gsm8k, math, ...")]
-Data = Annotated[Path | None, typer.Option(help="a .jsonl or .jsonl.gz file of questions")]
-Split = Annotated[str | None, typer.Option(help="a split of the public data set, from the hub, instead")]
-Generate = Annotated[int | None, typer.Option(min=1, help="generate this many questions instead")]
-GenerateSeed = Annotated[int, typer.Option(help="of the generated questions")]
+MethodName = Literal[
+    "no_cot",
+    "cot",
+    "self_consistency",
+    "beam",
+    "best_of_n",
+    "pause",
+    "slr",
+    "slr_fixed",
+    "slr_vote",
+    "no_thought",
+    "pause_as_thought",
+    "multipass_pause",
+    "shuffled_thoughts",
+    "noised_thoughts",
+    "foreign_thoughts",
+]
+
+
+def _complete_task(incomplete: str) -> list[str]:
+    return [name for name in TASKS if name.startswith(incomplete)]
+
+
+def _complete_split(context: typer.Context, incomplete: str) -> list[str]:
+    names = [split for task in _tasks_of(context) for split in task.hub]
+    return [name for name in dict.fromkeys(names) if name.startswith(incomplete)]
+
+
+def _complete_dial(context: typer.Context, incomplete: str) -> list[str]:
+    names = [f"{dial}=" for task in _tasks_of(context) for dial in task.dials]
+    return [name for name in dict.fromkeys(names) if name.startswith(incomplete)]
+
+
+def _complete_methods(incomplete: str) -> list[str]:
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in ("all", *get_args(MethodName)) if name.startswith(last)]
+
+
+def _tasks_of(context: typer.Context) -> list[Task]:
+    named = TASKS.get(context.params.get("task") or "")
+    return list(TASKS.values()) if named is None else [named]
+
+
+def _list_by_task(names: Callable[[Task], Iterable[str]]) -> str:
+    listed = {task.name: ", ".join(names(task)) for task in TASKS.values()}
+    return "; ".join(f"{task}: {values}" for task, values in listed.items() if values)
+
+
+TaskName = Annotated[
+    str,
+    typer.Option("--task", help=f"Task, which grades the answers: {', '.join(TASKS)}.", autocompletion=_complete_task),
+]
+Data = Annotated[Path | None, typer.Option(help="File of questions, .jsonl or .jsonl.gz.")]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Split of the task's public data set on the hub. {_list_by_task(lambda task: task.hub)}.",
+        autocompletion=_complete_split,
+    ),
+]
+Generate = Annotated[int | None, typer.Option(min=1, help="Generate this many questions.")]
+GenerateSeed = Annotated[int, typer.Option(help="Seed of the generated questions.")]
 Dials = Annotated[
-    list[str] | None, typer.Option("--dial", help="of the generator, name=value, such as nodes=10; repeatable")
+    list[str] | None,
+    typer.Option(
+        "--dial",
+        help="Generator option, as name=value; repeatable. " + _list_by_task(lambda task: task.dials) + ".",
+        autocompletion=_complete_dial,
+    ),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="the first questions only")]
-Server = Annotated[str | None, typer.Option(help="ask a running server at this URL instead of a model in this process")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first questions, this many.")]
+Server = Annotated[str | None, typer.Option(help="Evaluate a running server at this URL instead of loading --model.")]
 Results = Annotated[
-    Path | None, typer.Option(help="keep every outcome in this .jsonl file, and go on from what it holds")
+    Path | None,
+    typer.Option(help="File (.jsonl) that stores every answer; a repeated command continues from it."),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="of everything random in the methods")]
-BatchSize = Annotated[int, typer.Option(min=1, help="questions at a time")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all random choices of the methods.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of questions per batch.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="File to write the figures to, as JSON.")]
 Weights = Annotated[
     list[str] | None,
     typer.Option(
-        help="a checkpoint for a method that needs its own, method=DIR, such as no_thought=runs/x; repeatable"
+        help="Checkpoint of a method that needs its own, as method=DIR, such as no_thought=runs/x; repeatable."
     ),
 ]
 
@@ -112,7 +177,7 @@ def evaluate(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    method: Annotated[str, typer.Option(help="how to answer; `slr compare --help` lists the methods")] = "slr",
+    method: Annotated[MethodName, typer.Option(help="Method that answers the questions.")] = "slr",
     server: Server = None,
     task: TaskName = "prosqa",
     data: Data = None,
@@ -169,7 +234,13 @@ def compare(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    methods: Annotated[str, typer.Option(help="names with commas, or all")] = "all",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help=f"Methods, separated by commas, or all: {', '.join(get_args(MethodName))}.",
+            autocompletion=_complete_methods,
+        ),
+    ] = "all",
     weights: Weights = None,
     server: Server = None,
     task: TaskName = "prosqa",
@@ -179,11 +250,15 @@ def compare(
     generate_seed: GenerateSeed = 0,
     dial: Dials = None,
     limit: Limit = None,
-    samples: Annotated[int, typer.Option(min=1, help="rollouts of the methods that vote or choose")] = 5,
-    temperature: Annotated[float, typer.Option(min=0.001, help="of sampled chains of thought")] = 0.7,
-    beams: Annotated[int, typer.Option(min=1, help="of the beam search")] = 4,
-    noise: Annotated[float, typer.Option(min=0.0, help="in the states of slr_vote, as a share of their RMS")] = 0.1,
-    cot_tokens: Annotated[int, typer.Option(min=1, help="longest chain of thought")] = 256,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Number of samples of self_consistency, best_of_n and slr_vote.")
+    ] = 5,
+    temperature: Annotated[float, typer.Option(min=0.001, help="Sampling temperature of the chains of thought.")] = 0.7,
+    beams: Annotated[int, typer.Option(min=1, help="Number of beams of the method beam.")] = 4,
+    noise: Annotated[
+        float, typer.Option(min=0.0, help="Noise in the states of slr_vote, as a share of their RMS.")
+    ] = 0.1,
+    cot_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a chain of thought, in tokens.")] = 256,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     results: Results = None,
@@ -285,8 +360,10 @@ def _answer(
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="a results file of eval, compare, stability or probe", exists=True)],
-    out: Annotated[Path, typer.Option(help="folder for report.html, report.md and the plots")] = Path("report"),
+    results: Annotated[
+        Path, typer.Argument(help="Results file of eval, compare, stability, probe or sweep.", exists=True)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.md and the plots.")] = Path("report"),
 ) -> None:
     """Write a report from a results file.
 

@@ -17,24 +17,26 @@ _BAR = 40
 
 
 def load(
-    url: Annotated[str, typer.Argument(help="where the server listens, as http://127.0.0.1:8000")],
-    duration: Annotated[float, typer.Option(min=0.1, help="seconds in which requests are sent")] = 30.0,
-    concurrency: Annotated[int, typer.Option(min=1, help="clients, each asking again once it was answered")] = 8,
+    url: Annotated[str, typer.Argument(help="URL of the server, such as http://127.0.0.1:8000.")],
+    duration: Annotated[float, typer.Option(min=0.1, help="Time in seconds during which requests are sent.")] = 30.0,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Number of clients; each sends its next request when it has an answer.")
+    ] = 8,
     rate: Annotated[
         float | None,
         typer.Option(
-            min=0.001, help="requests a second, arriving at random whatever the server does, in place of clients"
+            min=0.001, help="Requests per second at random times, independent of the answers; replaces --concurrency."
         ),
     ] = None,
     hops: Annotated[
         list[int] | None,
-        typer.Option(min=1, max=18, help="difficulty of the ProsQA questions; repeat for a mix  [default: 2, 3 and 4]"),
+        typer.Option(
+            min=1, max=18, help="Hops of the ProsQA questions; repeat the option for a mix. Default: 2, 3 and 4."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="of questions and arrivals")] = 0,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="SLR_API_KEY", help="bearer key, if the server wants one")
-    ] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="seconds that an answer is waited for")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Seed of questions and arrival times.")] = 0,
+    api_key: Annotated[str | None, typer.Option(envvar="SLR_API_KEY", help="API key of the server.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Maximum time in seconds to wait for an answer.")] = 60.0,
     as_json: AsJson = False,
 ) -> None:
     """Measure a running server under load.

@@ -50,15 +50,20 @@ def probe(
     dial: Dials = None,
     limit: Limit = None,
     iterations: Annotated[
-        int | None, typer.Option(min=1, max=256, help="how far every loop runs  [default: the checkpoint's most]")
+        int | None,
+        typer.Option(min=1, max=256, help="Number of iterations of every loop. Default: the checkpoint's maximum."),
     ] = None,
-    probes: Annotated[str, typer.Option(help="kinds with commas, or none: the lens alone")] = "linear,mlp",
-    shuffles: Annotated[int, typer.Option(min=1, help="trainings on shuffled labels, per probe")] = 3,
-    seed: Annotated[int, typer.Option(min=0, help="of the split, the shuffles and the probes")] = 0,
+    probes: Annotated[
+        str, typer.Option(help="Kinds of probes, separated by commas: linear, mlp, or none for the logit lens only.")
+    ] = "linear,mlp",
+    shuffles: Annotated[
+        int, typer.Option(min=1, help="Number of control probes trained on shuffled labels, per probe.")
+    ] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the data split, the shuffled labels and the probes.")] = 0,
     batch_size: BatchSize = 64,
     results: Results = None,
     json_file: JsonFile = None,
-    plots: Annotated[Path | None, typer.Option(help="write the figures to this folder, as .svg")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder to write the plots to, as .svg files.")] = None,
 ) -> None:
     """Analyse the hidden states of a loop.
 

@@ -44,7 +44,7 @@ def stability(
     generate_seed: GenerateSeed = 0,
     dial: Dials = None,
     limit: Limit = None,
-    past: Annotated[int, typer.Option(min=1, max=32, help="force loops to this many times their trained depth")] = 4,
+    past: Annotated[int, typer.Option(min=1, max=32, help="Force loops to this many times their trained depth.")] = 4,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     results: Results = None,

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    spec: Annotated[Path, typer.Argument(help="what to vary and how to judge, in YAML", exists=True, dir_okay=False)],
+    spec: Annotated[
+        Path,
+        typer.Argument(
+            help="Sweep file in YAML: the settings to vary and the evaluation.", exists=True, dir_okay=False
+        ),
+    ],
     json_file: JsonFile = None,
 ) -> None:
     """Train and compare variants of a recipe.

@@ -8,7 +8,10 @@ import typer
 from typer.testing import CliRunner
 
 from slr_core import __version__, cli
+from slr_core.cli.evaluate import MethodName
 from slr_core.config import Criterion
+from slr_core.evaluation.methods import METHODS
+from slr_core.tasks import TASKS
 from tests.cli.questions import QUESTION
 
 GROUP = typer.main.get_command(cli.app)
@@ -130,6 +133,19 @@ def test_help_is_whole(name):
         assert letters(max(parameter.opts, key=len)) in output
 
 
+def test_methods_are_listed():
+    assert get_args(MethodName) == tuple(METHODS)
+    assert letters(", ".join(METHODS)) in letters(shown("compare"))
+
+
+def test_tasks_are_listed():
+    output = letters(shown("eval"))
+    assert letters(", ".join(TASKS)) in output
+    for task in TASKS.values():
+        for names in (task.dials, task.hub):
+            assert not names or letters(f"{task.name}: {', '.join(names)}") in output
+
+
 def test_choices_are_listed():
     assert letters("<" + "|".join(get_args(Criterion)) + ">") in letters(shown("generate"))
     error = CliRunner().invoke(cli.app, ["generate", "--criterion", "vibes", "x"]).output
@@ -165,4 +181,9 @@ def test_completion():
     assert completions("slr generate --model pro") == ["prontoqa", "prosqa"]
     assert completions("slr generate --criterion en") == ["entropy_change"]
     assert completions("slr generate --device c") == ["cpu", "cuda"]
+    assert completions("slr eval --task pro") == ["prosqa", "prontoqa"]
+    assert completions("slr eval --method slr_") == ["slr_fixed", "slr_vote"]
+    assert completions("slr compare --methods slr,no_") == ["slr,no_cot", "slr,no_thought"]
+    assert completions("slr eval --task math --split t") == ["train", "test", "test500"]
+    assert completions("slr eval --task prontoqa --dial ") == ["hops=", "balanced="]
     assert completions("slr tr") == ["trace", "train"]
