@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -65,8 +66,8 @@ def chat(
     with Engine(reasoner, slots=1) as engine:
         engine.prepare([*first, {"role": "user", "content": "Hello"}], loop, **options)  # checks template and options
         if sys.stdin.isatty():
-            import readline  # noqa: F401  # gives input() line editing and a history
-
+            with suppress(ImportError):  # not on every platform
+                import readline  # noqa: F401  # gives input() line editing and a history
             print("Type a message, or /help for the commands.", file=sys.stderr)
         messages = list(first)
         while (line := _read_line()) is not None:

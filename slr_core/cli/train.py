@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,4 +27,6 @@ def train(
         raise missing_extra("training", "train", error) from error
     from slr_core.training.config import TrainConfig
 
-    print(run(TrainConfig.from_yaml(config, tuple(overrides or ())), resume=resume))
+    folder = run(TrainConfig.from_yaml(config, tuple(overrides or ())), resume=resume)
+    print(folder)
+    print(f"Next, serve it:\n    slr-serve --model {shlex.quote(str(folder))}", file=sys.stderr)

@@ -139,3 +139,19 @@ def test_terminal(block, thinking):
             os.close(master)
     assert "\r\x1b[K[iteration 1, change -]\r\x1b[K[iteration 2, change " in shown
     assert f"\r\x1b[K{answer(thinking, FIRST).text}\r\n" in shown
+
+
+BUNDLED = {
+    "prosqa": ("Max is a impus. Every impus is a rompus. Is Max a rompus or lempus?", "Max is a rompus."),
+    "prontoqa": ("Max is a wumpus. Wumpuses are cold. True or false: Max is cold.", "True"),
+}
+
+
+@pytest.mark.parametrize("model", BUNDLED)
+def test_bundled(run, monkeypatch, model):
+    """The bundled checkpoints have a template: of a chat, they answer the last user message."""
+    question, text = BUNDLED[model]
+    assert run("generate", "--model", model, question)[1] == f"{text}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"Hello\n{question}\n"))
+    code, out, _ = run("chat", "--model", model)
+    assert (code, out.splitlines()[1]) == (0, text)
