@@ -76,7 +76,7 @@ class EventStream(Response):
 
     @classmethod
     async def start(
-        cls, receive: Receive, frames: AsyncGenerator[bytes], *, write_timeout_s: float, error_event: str | None = None
+        cls, receive: Receive, frames: AsyncGenerator[bytes], *, write_timeout_s: float, error_event: str | None
     ) -> EventStream:
         """Wait for the first frame. An error until then is an ordinary error response with its own status.
 
