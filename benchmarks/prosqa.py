@@ -19,10 +19,10 @@ from typing import Any
 from transformers.utils import logging
 
 from slr_core.evaluation.backends import Local
-from slr_core.evaluation.methods import METHODS, Method, Settings
+from slr_core.evaluation.methods import METHODS, Method, MethodSettings
 from slr_core.evaluation.outcomes import Outcome
 from slr_core.evaluation.run import run_method
-from slr_core.evaluation.statistics import by_difficulty, summarize
+from slr_core.evaluation.statistics import summarize, summarize_by_difficulty
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Example, read_jsonl
 from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate
@@ -107,7 +107,7 @@ def _hashes(folder: Path | None) -> dict[str, str]:
 
 
 def _answer(backend: Local, method: Method, examples: list[Example]) -> list[Outcome]:
-    return run_method(method, backend, ProsQA(), examples, Settings({}))
+    return run_method(method, backend, ProsQA(), examples, MethodSettings({}))
 
 
 def _forced(backend: Local, sets: dict[str, list[Example]]) -> dict[str, dict[int, float]]:
@@ -119,7 +119,7 @@ def _forced(backend: Local, sets: dict[str, list[Example]]) -> dict[str, dict[in
     for name, examples in sets.items():
         accuracies[name] = {}
         for t in DEPTHS:
-            settings = Settings({"max_iterations": t, "min_iterations": t})
+            settings = MethodSettings({"max_iterations": t, "min_iterations": t})
             outcomes = run_method(METHODS["slr_fixed"], backend, ProsQA(), examples, settings)
             accuracies[name][t] = summarize(outcomes).accuracy
         print(f"| {name} |", *(f"{accuracy:.3f} |" for accuracy in accuracies[name].values()))
@@ -133,7 +133,7 @@ def _diverged(backend: Local, count: int) -> int:
 
 
 def _figures(outcomes: list[Outcome]) -> dict[str, Any]:
-    levels = {level: asdict(summary) for level, summary in by_difficulty(outcomes).items()}
+    levels = {level: asdict(summary) for level, summary in summarize_by_difficulty(outcomes).items()}
     return {"overall": asdict(summarize(outcomes)), "by_difficulty": levels}
 
 
@@ -147,7 +147,7 @@ def _print_levels(name: str, outcomes: list[Outcome]) -> None:
     print(f"\n{name}, with its loop, by hops:\n")
     head = "| hops | n | accuracy | mean iterations | converged | passes | relative change at t = 1, 2, ... |"
     print(head + "\n|---|---|---|---|---|---|---|")
-    for hops, summary in {**by_difficulty(outcomes), "all": summarize(outcomes)}.items():
+    for hops, summary in {**summarize_by_difficulty(outcomes), "all": summarize(outcomes)}.items():
         changes = " ".join("-" if change is None else f"{change:.2f}" for change in summary.relative_change)
         print(
             f"| {hops} | {summary.questions} | {summary.accuracy:.3f} | {summary.iterations:.2f} "

@@ -37,7 +37,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from slr_core.evaluation.load_generator import Plan, questions, run
+from slr_core.evaluation.load_generator import LoadPlan, questions, run_load
 
 HERE = Path(__file__).parent
 DASHBOARDS = HERE.parent / "deploy/grafana/dashboards"
@@ -105,11 +105,13 @@ def start_prometheus(server: str, folder: Path) -> Iterator[str]:
 
 async def send_traffic(server: str) -> None:
     """The five phases of traffic that docs/operations.md describes."""
-    await run(Plan(server, duration_s=70, rate=8, hops=(2, 3, 4)))
-    await run(Plan(server, duration_s=50, concurrency=16, hops=(2, 3, 4)))
-    await run(Plan(server, duration_s=50, rate=15, hops=(4,)))
-    await asyncio.gather(run(Plan(server, duration_s=60, rate=16 / 3)), send_deep(server, duration_s=60, rate=8 / 3))
-    await run(Plan(server, duration_s=40, rate=8, hops=(2,)))
+    await run_load(LoadPlan(server, duration_s=70, rate=8, hops=(2, 3, 4)))
+    await run_load(LoadPlan(server, duration_s=50, concurrency=16, hops=(2, 3, 4)))
+    await run_load(LoadPlan(server, duration_s=50, rate=15, hops=(4,)))
+    await asyncio.gather(
+        run_load(LoadPlan(server, duration_s=60, rate=16 / 3)), send_deep(server, duration_s=60, rate=8 / 3)
+    )
+    await run_load(LoadPlan(server, duration_s=40, rate=8, hops=(2,)))
 
 
 async def send_deep(server: str, duration_s: float, rate: float) -> None:

@@ -11,7 +11,22 @@ from typing import Annotated
 import typer
 
 from slr_core._version import __version__
-from slr_core.cli import chat, evaluate, generate, info, init, load, probe, serve, stability, sweep, trace, train
+from slr_core.cli import (
+    chat,
+    compare,
+    evaluate,
+    generate,
+    info,
+    init,
+    load,
+    probe,
+    report,
+    serve,
+    stability,
+    sweep,
+    trace,
+    train,
+)
 from slr_core.errors import SLRError
 
 app = typer.Typer(
@@ -32,11 +47,11 @@ app.command(add_help_option=False, context_settings={"allow_extra_args": True, "
 )
 app.command()(train.train)
 app.command(name="eval")(evaluate.evaluate)
-app.command()(evaluate.compare)
+app.command()(compare.compare)
 app.command()(stability.stability)
 app.command()(probe.probe)
 app.command()(sweep.sweep)
-app.command()(evaluate.report)
+app.command()(report.report)
 app.command()(load.load)
 
 

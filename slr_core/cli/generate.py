@@ -16,6 +16,7 @@ from slr_core.cli.options import (
     MaxNewTokens,
     MinIterations,
     Model,
+    Output,
     Patience,
     Prompt,
     Seed,
@@ -25,7 +26,7 @@ from slr_core.cli.options import (
     TopP,
     load_model,
     loop_settings,
-    print_json,
+    show_results,
 )
 from slr_core.errors import ConfigError
 
@@ -57,6 +58,7 @@ def generate(
     chat: UseTemplate = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is generated.")] = False,
     as_json: AsJson = False,
+    output: Output = None,
 ) -> None:
     """Answer a prompt.
 
@@ -69,15 +71,15 @@ def generate(
     reasoner = load_model(model, device, dtype)
     loop = loop_settings(reasoner, max_iterations, min_iterations, criterion, threshold, patience)
     options = {"max_new_tokens": max_new_tokens, "sampling": SamplingParams(temperature, top_k, top_p, seed)}
-    if stream:
-        result = _stream(reasoner, read_prompt(prompt, chat), loop, options)
-    else:
-        result = run_prompt(reasoner, read_prompt(prompt, chat), loop, **options)
-        if as_json:
-            print_json(result.to_dict())
-            return
-        print(result.text)
-    print(f"[{summary(result)}]", file=sys.stderr)
+    answer = _stream if stream else run_prompt
+    result = answer(reasoner, read_prompt(prompt, chat), loop, **options)
+
+    def print_text() -> None:
+        if not stream:
+            print(result.text)
+        print(f"[{summary(result)}]", file=sys.stderr)
+
+    show_results(result.to_dict(), print_text, as_json, output)
 
 
 def read_prompt(prompt: str, chat: bool) -> str | Messages:
@@ -98,9 +100,7 @@ def run_prompt(reasoner: LatentReasoner, prompt: str | Messages, loop: ResolvedL
     return generate(reasoner, [prepare(reasoner, prompt, loop, **options)])[0]
 
 
-def _stream(
-    reasoner: LatentReasoner, prompt: str | Messages, loop: ResolvedLoopParams, options: dict[str, Any]
-) -> Result:
+def _stream(reasoner: LatentReasoner, prompt: str | Messages, loop: ResolvedLoopParams, **options: Any) -> Result:
     from slr_core.cli.streaming import print_stream
     from slr_core.engine import Engine
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from slr_core.cli.options import AsJson, Device, Dtype, Model, console, load_model, print_json
+from slr_core.cli.options import AsJson, Device, Dtype, Model, Output, console, load_model, show_results
 
 if TYPE_CHECKING:
     from slr_core.config import LoopConfig
@@ -18,16 +18,19 @@ EXAMPLE_PROMPT_TOKENS = 256
 """Length of the prompt for which cache memory is shown."""
 
 
-def info(model: Model = None, device: Device = "auto", dtype: Dtype = "auto", as_json: AsJson = False) -> None:
+def info(
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+    output: Output = None,
+) -> None:
     """Describe a checkpoint.
 
     Shows its sizes, the parameters that the loop adds, its settings and the cache memory of a request.
     """
     reasoner = load_model(model, device, dtype)
-    if as_json:
-        print_json(description(reasoner))
-    else:
-        print_description(reasoner)
+    show_results(description(reasoner), lambda: print_description(reasoner), as_json, output)
 
 
 def description(reasoner: LatentReasoner) -> dict[str, Any]:

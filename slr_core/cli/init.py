@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from slr_core.cli.info import description, print_description
-from slr_core.cli.options import AsJson, print_json
+from slr_core.cli.options import AsJson, show_results
 
 
 def init(
@@ -29,9 +29,10 @@ def init(
     from slr_core.checkpoint.init import init_checkpoint
 
     reasoner = init_checkpoint(base, out, config, seed=seed)
-    if as_json:
-        print_json(description(reasoner))
-        return
-    print_description(reasoner)
-    source = shlex.quote(f"base.from={out}")
-    print(f"\nNext, train the loop (docs/training.md has recipes):\n    slr train RECIPE.yaml --set {source}")
+
+    def print_text() -> None:
+        print_description(reasoner)
+        source = shlex.quote(f"base.from={out}")
+        print(f"\nNext, train the loop (docs/training.md has recipes):\n    slr train RECIPE.yaml --set {source}")
+
+    show_results(description(reasoner), print_text, as_json)

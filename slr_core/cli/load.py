@@ -8,10 +8,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from slr_core.cli.options import AsJson, console, print_json, progress_bars
+from slr_core.cli.options import ApiKey, AsJson, Output, console, progress_bars, show_results
 
 if TYPE_CHECKING:
-    from slr_core.evaluation.load_generator import Asked, Report
+    from slr_core.evaluation.load_generator import LoadReport, RequestOutcome
 
 _BAR = 40
 
@@ -35,9 +35,10 @@ def load(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of questions and arrival times.")] = 0,
-    api_key: Annotated[str | None, typer.Option(envvar="SLR_API_KEY", help="API key of the server.")] = None,
+    api_key: ApiKey = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Maximum time in seconds to wait for an answer.")] = 60.0,
     as_json: AsJson = False,
+    output: Output = None,
 ) -> None:
     """Measure a running server under load.
 
@@ -45,9 +46,9 @@ def load(
     """
     import asyncio
 
-    from slr_core.evaluation.load_generator import Plan, run
+    from slr_core.evaluation.load_generator import LoadPlan, run_load
 
-    plan = Plan(
+    plan = LoadPlan(
         url,
         duration_s=duration,
         concurrency=concurrency,
@@ -61,19 +62,16 @@ def load(
         row = bars.add_task("asking", total=round(duration))
         answers = 0
 
-        def progress(elapsed_s: float, asked: Asked) -> None:
+        def progress(elapsed_s: float, asked: RequestOutcome) -> None:
             nonlocal answers
             answers += 1
             bars.update(row, completed=min(elapsed_s, duration), description=f"{answers} ended")
 
-        report = asyncio.run(run(plan, progress))
-    if as_json:
-        print_json(report.to_json())
-    else:
-        _print(report, url)
+        report = asyncio.run(run_load(plan, progress))
+    show_results(report.to_json(), lambda: _print(report, url), as_json, output)
 
 
-def _print(report: Report, url: str) -> None:
+def _print(report: LoadReport, url: str) -> None:
     found = report.to_json()
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in found["outcomes"].items())
     console.print(

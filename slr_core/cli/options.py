@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from slr_core.config import Criterion
+from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from slr_core.model.reasoner import LatentReasoner
@@ -69,7 +71,21 @@ TopP = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens whose probabilities add up to this.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Sampling seed.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="SLR_API_KEY", help="API key of the server.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
+
+
+def _check_folder(path: Path | None) -> Path | None:
+    # Before the work, not after it.
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"--output {path}: the folder does not exist")
+    return path
+
+
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", help="File to write the results to, as JSON.", dir_okay=False, callback=_check_folder),
+]
 
 
 def load_model(model: str | None, device: str, dtype: str) -> LatentReasoner:
@@ -113,6 +129,19 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def print_json(value: Any) -> None:
-    """Print ``value`` as indented JSON."""
-    print(json.dumps(value, indent=2))
+def show_results(results: Any, print_text: Callable[[], None], as_json: bool, output: Path | None = None) -> None:
+    """Print the results of a command, as ``--json`` says, and write them to the file of ``--output``.
+
+    Args:
+        results: what can be written as JSON.
+        print_text: prints the results for a reader.
+        as_json: print ``results`` as JSON instead.
+        output: file to write ``results`` to, as JSON.
+    """
+    text = json.dumps(results, indent=2)
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        print(text)
+    else:
+        print_text()

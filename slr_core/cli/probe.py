@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,30 +10,27 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from slr_core.cli.evaluate import (
-    BatchSize,
-    Data,
-    Dials,
-    Generate,
-    GenerateSeed,
-    JsonFile,
-    Limit,
-    Questions,
-    Results,
-    Split,
-    TaskName,
-    baselines,
-    check_folder,
-    versions,
+from slr_core.cli.answering import BatchSize, Results, versions
+from slr_core.cli.options import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Output,
+    console,
+    load_model,
+    number,
+    progress_bars,
+    show_results,
 )
-from slr_core.cli.options import Device, Dtype, Model, console, load_model, number, progress_bars
+from slr_core.cli.questions import Data, Generate, GenerateSeed, GeneratorOptions, Limit, QuestionSet, Split, TaskName
 from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from slr_core.evaluation.inside import Inside
     from slr_core.evaluation.labels import Label
     from slr_core.evaluation.lens import Lens
     from slr_core.evaluation.probes import Probe, Score
+    from slr_core.evaluation.state_analysis import StateAnalysis
     from slr_core.model.reasoner import LatentReasoner
 
 
@@ -47,7 +43,7 @@ def probe(
     split: Split = None,
     generate: Generate = None,
     generate_seed: GenerateSeed = 0,
-    dial: Dials = None,
+    generator_option: GeneratorOptions = None,
     limit: Limit = None,
     iterations: Annotated[
         int | None,
@@ -62,57 +58,59 @@ def probe(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the data split, the shuffled labels and the probes.")] = 0,
     batch_size: BatchSize = 64,
     results: Results = None,
-    json_file: JsonFile = None,
+    as_json: AsJson = False,
+    output: Output = None,
     plots: Annotated[Path | None, typer.Option(help="Folder to write the plots to, as .svg files.")] = None,
 ) -> None:
     """Analyse the hidden states of a loop.
 
     Reads tokens from every state (logit lens), trains probes on the states, and measures how they move.
     """
-    from slr_core.evaluation.inside import Inside
     from slr_core.evaluation.labels import LABELS
     from slr_core.evaluation.run import model_of
+    from slr_core.evaluation.state_analysis import StateAnalysis
     from slr_core.evaluation.store import Store
 
-    check_folder(json_file)
     kinds = _kinds(probes)
     store = Store(results)
-    questions = Questions(task, data, split, generate, generate_seed, dial, limit)
+    questions = QuestionSet(task, data, split, generate, generate_seed, generator_option, limit)
     labels = LABELS.get(questions.task.name, ()) if kinds else ()
-    reasoner, name, rules = load_model(model, device, dtype), model_of(model), baselines(questions)
+    reasoner, name, baselines = load_model(model, device, dtype), model_of(model), questions.baselines()
     iterations = reasoner.config.loop.max_iterations if iterations is None else iterations
     settings = {"iterations": iterations, "probes": kinds, "shuffles": shuffles, "seed": seed}
     spec = {**questions.spec, "model": name, "settings": settings}
     kept = store.kept("probe", spec)
     if kept is None:
-        found = _look(reasoner, questions, labels, iterations, kinds, seed, shuffles, batch_size)
-        store.keep("baselines", questions.spec, rules, {})
+        found = _analyse(reasoner, questions, labels, iterations, kinds, seed, shuffles, batch_size)
+        store.keep("baselines", questions.spec, baselines, {})
         store.keep("probe", spec, found.to_json(), versions())
     else:
-        found = Inside.from_json(kept)
-    _print(found, questions, labels)
-    if kinds and not labels:
-        console.print(f"no probes: no labels are known for the task {questions.task.name}", highlight=False)
-    if json_file is not None:
-        record = {"manifest": {**spec, **versions()}, "baselines": rules, **found.to_json()}
-        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        found = StateAnalysis.from_json(kept)
+
+    def print_text() -> None:
+        _print(found, questions, labels)
+        if kinds and not labels:
+            console.print(f"no probes: the task {questions.task.name} has no labels", highlight=False)
+
+    record = {"manifest": {**spec, **versions()}, "baselines": baselines, **found.to_json()}
+    show_results(record, print_text, as_json, output)
     if plots is not None:
         _draw(plots, found)
 
 
-def _look(
+def _analyse(
     reasoner: LatentReasoner,
-    questions: Questions,
+    questions: QuestionSet,
     labels: Sequence[Label],
     iterations: int,
     kinds: Sequence[Probe],
     seed: int,
     shuffles: int,
     batch_size: int,
-) -> Inside:
+) -> StateAnalysis:
     from slr_core.evaluation import lens
-    from slr_core.evaluation.inside import Inside
     from slr_core.evaluation.probes import collect, places_to_look, probe
+    from slr_core.evaluation.state_analysis import StateAnalysis
 
     task, examples = questions.task, questions.examples
     with progress_bars() as bar:
@@ -137,7 +135,7 @@ def _look(
                 shuffles=shuffles,
                 progress=lambda: bar.advance(probing),
             )
-    return Inside(
+    return StateAnalysis(
         iterations=collected.iterations,
         accuracy=sum(collected.right) / len(examples),
         lens=lens.read(reasoner, task, examples, collected),
@@ -159,16 +157,16 @@ def _kinds(probes: str) -> list[Probe]:
     return kinds
 
 
-def _draw(folder: Path, found: Inside) -> None:
+def _draw(folder: Path, found: StateAnalysis) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--plots {folder}: {error}") from error
-    for name, plot in found.drawn().items():
+    for name, plot in found.plots().items():
         (folder / f"{name}.svg").write_text(plot.svg, encoding="utf-8")
 
 
-def _print(found: Inside, questions: Questions, labels: Sequence[Label]) -> None:
+def _print(found: StateAnalysis, questions: QuestionSet, labels: Sequence[Label]) -> None:
     console.print(
         f"{questions.task.name}: {questions.source}; {len(questions.examples)} questions, "
         f"{found.iterations} iterations each, {found.accuracy:.1%} answered right",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,27 +9,23 @@ from rich.markup import escape
 from rich.progress import TaskID
 from rich.table import Table
 
-from slr_core.cli.evaluate import (
-    BatchSize,
-    Data,
-    Dials,
-    Generate,
-    GenerateSeed,
-    JsonFile,
-    Limit,
-    Questions,
-    Results,
-    Seed,
-    Split,
-    TaskName,
-    baselines,
-    check_folder,
-    versions,
+from slr_core.cli.answering import BatchSize, Results, Seed, versions
+from slr_core.cli.options import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Output,
+    console,
+    load_model,
+    number,
+    progress_bars,
+    show_results,
 )
-from slr_core.cli.options import Device, Dtype, Model, console, load_model, number, progress_bars
+from slr_core.cli.questions import Data, Generate, GenerateSeed, GeneratorOptions, Limit, QuestionSet, Split, TaskName
 
 if TYPE_CHECKING:
-    from slr_core.evaluation.stability import Stability
+    from slr_core.evaluation.stability import StabilityReport
 
 
 def stability(
@@ -42,13 +37,14 @@ def stability(
     split: Split = None,
     generate: Generate = None,
     generate_seed: GenerateSeed = 0,
-    dial: Dials = None,
+    generator_option: GeneratorOptions = None,
     limit: Limit = None,
     past: Annotated[int, typer.Option(min=1, max=32, help="Force loops to this many times their trained depth.")] = 4,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     results: Results = None,
-    json_file: JsonFile = None,
+    as_json: AsJson = False,
+    output: Output = None,
 ) -> None:
     """Test how stable a loop is.
 
@@ -56,11 +52,10 @@ def stability(
     """
     from slr_core.evaluation.backends import Local
     from slr_core.evaluation.run import model_of
-    from slr_core.evaluation.stability import Study
+    from slr_core.evaluation.stability import StabilityStudy
     from slr_core.evaluation.store import Store
 
-    check_folder(json_file)
-    questions = Questions(task, data, split, generate, generate_seed, dial, limit)
+    questions = QuestionSet(task, data, split, generate, generate_seed, generator_option, limit)
     store, name = Store(results), model_of(model)
     with progress_bars() as bar:
         rows: dict[str, TaskID] = {}
@@ -72,29 +67,20 @@ def stability(
             bar.update(rows[run], visible=not bar.tasks[rows[run]].finished)
 
         local = Local(load_model(model, device, dtype))
-        study = Study(local, questions.task, questions.loaded, name, store, batch_size=batch_size, progress=progress)
+        study = StabilityStudy(
+            local, questions.task, questions.loaded, name, store, batch_size=batch_size, progress=progress
+        )
         found = study.run(past, seed)
-    rules = baselines(questions)
-    store.keep("baselines", questions.spec, rules, {})
+    baselines = questions.baselines()
+    store.keep("baselines", questions.spec, baselines, {})
     spec = {**questions.spec, "model": name, "settings": {"past": past, "seed": seed}}
     store.keep("stability", spec, found.to_json(), versions())
-    _print_stability(found, questions)
-    if json_file is not None:
-        record = {"manifest": {**spec, **versions()}, "baselines": rules, **found.to_json()}
-        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    record = {"manifest": {**spec, **versions()}, "baselines": baselines, **found.to_json()}
+    show_results(record, lambda: _print(found, questions.title), as_json, output)
 
 
-def _print_stability(found: Stability, questions: Questions) -> None:
-    title = f"{questions.task.name}: {questions.source}, {len(questions.examples)} questions"
-    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("forced to", "accuracy", "95 % interval", "diverged", "oscillating", "contraction"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for t, s in found.by_depth.items():
-        low, high = s.interval
-        mark = " (trained)" if t == found.trained else ""
-        cells = (f"{s.accuracy:.3f}", f"{low:.3f} to {high:.3f}", f"{s.diverged:.1%}", f"{s.oscillating:.1%}")
-        table.add_row(f"{t}{mark}", *cells, number(s.contraction_rate))
-    console.print(table)
+def _print(found: StabilityReport, title: str) -> None:
+    console.print(_depth_table(found, title))
     default = found.default
     correlation = "-" if found.correlation is None else f"{found.correlation:.3f}"
     console.print(
@@ -107,3 +93,33 @@ def _print_stability(found: Stability, questions: Questions) -> None:
         console.print(
             f"noise {scale:g} in h_0: accuracy {s.accuracy:.3f}, {changed:.1%} of answers change", highlight=False
         )
+    if found.exits:
+        console.print(_frontier_table(found))
+
+
+def _depth_table(found: StabilityReport, title: str) -> Table:
+    table = _table(title, "iterations", "accuracy", "95 % interval", "diverged", "oscillating", "contraction rate")
+    for t, s in found.by_depth.items():
+        low, high = s.interval
+        mark = " (trained)" if t == found.trained else ""
+        cells = (f"{s.accuracy:.3f}", f"{low:.3f} to {high:.3f}", f"{s.diverged:.1%}", f"{s.oscillating:.1%}")
+        table.add_row(f"{t}{mark}", *cells, number(s.contraction_rate))
+    return table
+
+
+def _frontier_table(found: StabilityReport) -> Table:
+    from slr_core.evaluation.stability import best_exits
+
+    title = "\nexit criteria: thresholds with the best accuracy for their mean number of iterations"
+    table = _table(title, "criterion", "threshold", "mean iterations", "accuracy", "excess iterations")
+    for point in best_exits(found.exits):
+        figures = (f"{point.threshold:.3g}", f"{point.iterations:.2f}", f"{point.accuracy:.3f}", f"{point.excess:+.2f}")
+        table.add_row(point.criterion, *figures)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "criterion" else "right", no_wrap=True)
+    return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -14,11 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from slr_core._install import missing_extra
-from slr_core.cli.evaluate import JsonFile, check_folder, versions
-from slr_core.cli.options import console
+from slr_core.cli.answering import versions
+from slr_core.cli.options import AsJson, Output, console, show_results
 
 if TYPE_CHECKING:
-    from slr_core.evaluation.sweep import Row
+    from slr_core.evaluation.sweep import SweepRow
 
 
 def sweep(
@@ -28,7 +27,8 @@ def sweep(
             help="Sweep file in YAML: the settings to vary and the evaluation.", exists=True, dir_okay=False
         ),
     ],
-    json_file: JsonFile = None,
+    as_json: AsJson = False,
+    output: Output = None,
 ) -> None:
     """Train and compare variants of a recipe.
 
@@ -36,20 +36,17 @@ def sweep(
     to continue an interrupted sweep. `slr report` writes a report from its results.jsonl.
     """
     try:
-        from slr_core.evaluation.sweep import run
+        from slr_core.evaluation.sweep import run_sweep
     except ImportError as error:
         raise missing_extra("training", "train", error) from error
-    check_folder(json_file)
     status = Console(stderr=True)
-    rows = run(spec, about=versions(), progress=lambda doing: status.print(escape(doing)))
-    _print(rows)
-    if json_file is not None:
-        record = {"manifest": {"spec": str(spec), **versions()}, "rows": [row.to_json() for row in rows]}
-        json_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    rows = run_sweep(spec, about=versions(), progress=lambda doing: status.print(escape(doing)))
+    record = {"manifest": {"spec": str(spec), **versions()}, "rows": [row.to_json() for row in rows]}
+    show_results(record, lambda: _print(rows), as_json, output)
 
 
-def _print(rows: list[Row]) -> None:
-    groups: dict[tuple[str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+def _print(rows: list[SweepRow]) -> None:
+    groups: dict[tuple[str, str], dict[str, list[SweepRow]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         values = row.variant.label or "as it is"
         groups[row.questions, row.method][values].append(row)

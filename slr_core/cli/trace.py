@@ -19,6 +19,7 @@ from slr_core.cli.options import (
     MaxNewTokens,
     MinIterations,
     Model,
+    Output,
     Patience,
     Prompt,
     Threshold,
@@ -26,7 +27,7 @@ from slr_core.cli.options import (
     load_model,
     loop_settings,
     number,
-    print_json,
+    show_results,
 )
 from slr_core.errors import ConfigError
 
@@ -54,6 +55,7 @@ def trace(
         typer.Option(help="Write the states h_0 ... h_t to this .safetensors file, shape [t + 1, positions, width]."),
     ] = None,
     as_json: AsJson = False,
+    output: Output = None,
 ) -> None:
     """Show every iteration of a loop.
 
@@ -76,11 +78,12 @@ def trace(
         from safetensors.torch import save_file
 
         save_file({"states": result.states.contiguous()}, states)
-    if as_json:
-        print_json(result.to_dict(trace=True))
-        return
-    console.print(_table(result))
-    print(f"\n{result.text}\n[{summary(result)}]\n[{_stability(result.stability)}]")
+
+    def print_text() -> None:
+        console.print(_table(result))
+        print(f"\n{result.text}\n[{summary(result)}]\n[{_stability(result.stability)}]")
+
+    show_results(result.to_dict(trace=True), print_text, as_json, output)
 
 
 def _table(result: Result) -> Table:

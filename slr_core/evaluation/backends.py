@@ -26,7 +26,7 @@ SLOTS = 64
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationOptions:
     """What a method wants of every prompt.
 
     Attributes:
@@ -51,7 +51,7 @@ class Backend(Protocol):
 
     batches_at_once: int
 
-    def answer(self, prompts: Sequence[str], ask: Ask, seeds: Sequence[int]) -> list[list[Answered]]:
+    def answer(self, prompts: Sequence[str], ask: GenerationOptions, seeds: Sequence[int]) -> list[list[Answered]]:
         """``ask.samples`` answers per prompt; prompt i draws from ``seeds[i]`` on."""
         ...
 
@@ -84,7 +84,7 @@ class Local:
         return engine
 
     def answer(
-        self, prompts: Sequence[str], ask: Ask, seeds: Sequence[int], run_loop: RunLoop | None = None
+        self, prompts: Sequence[str], ask: GenerationOptions, seeds: Sequence[int], run_loop: RunLoop | None = None
     ) -> list[list[Answered]]:
         """As :class:`Backend`; ``think`` interferes with the loops, which come prompt by prompt, sample by sample:
         that is the reference's work, and it must have the model alone."""
@@ -101,7 +101,7 @@ class Local:
         answered = [Answered.of(r, cost(r.prompt_tokens, r.iterations, r.completion_tokens), added) for r in results]
         return _grouped(answered, ask.samples)
 
-    def request(self, prompt: str, ask: Ask, seed: int) -> Request:
+    def request(self, prompt: str, ask: GenerationOptions, seed: int) -> Request:
         """One answer's request, its length cut to what fits.
 
         Raises:
@@ -129,16 +129,17 @@ class Remote:
 
     batches_at_once = 1
 
-    def __init__(self, url: str, *, timeout_s: float = 600.0) -> None:
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
         self.url = url.rstrip("/")
         try:
             # Connections are not kept: nobody would close them, and a batch takes longer than to connect.
             limits = httpx.Limits(max_keepalive_connections=0)
-            self.client = httpx.Client(base_url=self.url, timeout=timeout_s, limits=limits)
+            headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+            self.client = httpx.Client(base_url=self.url, timeout=timeout_s, limits=limits, headers=headers)
         except httpx.InvalidURL as error:
             raise ConfigError(f"{url}: not a URL ({error})") from error
 
-    def answer(self, prompts: Sequence[str], ask: Ask, seeds: Sequence[int]) -> list[list[Answered]]:
+    def answer(self, prompts: Sequence[str], ask: GenerationOptions, seeds: Sequence[int]) -> list[list[Answered]]:
         """As :class:`Backend`. Greedy prompts go together, sampled ones one by one: each has its own seed.
 
         Raises:
@@ -149,7 +150,7 @@ class Remote:
             return _grouped(self._post({"prompt": list(prompts)}, ask), 1)
         return [self._post({"prompt": p, "seed": s}, ask) for p, s in zip(prompts, seeds, strict=True)]
 
-    def _post(self, body: dict[str, Any], ask: Ask) -> list[Answered]:
+    def _post(self, body: dict[str, Any], ask: GenerationOptions) -> list[Answered]:
         convergence = {k: v for k, v in ask.loop.items() if k in ("criterion", "threshold", "patience")}
         limits = {k: v for k, v in ask.loop.items() if k not in convergence}
         options = {"max_new_tokens": ask.max_new_tokens, "temperature": ask.temperature, "n": ask.samples}

@@ -59,7 +59,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Told:
+class QuestionReadings:
     """One question, iteration by iteration.
 
     Attributes:
@@ -91,7 +91,7 @@ class Lens:
 
     readings: tuple[Reading, ...]
     by_difficulty: dict[int, tuple[Reading, ...]]
-    examples: tuple[Told, ...]
+    examples: tuple[QuestionReadings, ...]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def read(reasoner: LatentReasoner, task: Task, examples: Sequence[Example], coll
     return Lens(
         readings=_readings(reasoner, collected, raw, everyone),
         by_difficulty={level: _readings(reasoner, collected, raw, rows) for level, rows in of_level.items()},
-        examples=tuple(_told(reasoner, collected, raw, examples, i) for i in everyone[:EXAMPLES]),
+        examples=tuple(_question_readings(reasoner, collected, raw, examples, i) for i in everyone[:EXAMPLES]),
     )
 
 
@@ -205,9 +205,11 @@ def _word(reasoner: LatentReasoner, token: int) -> str:
     return str(reasoner.tokenizer.decode([token]))
 
 
-def _told(reasoner: LatentReasoner, collected: Collected, raw: _Raw, examples: Sequence[Example], row: int) -> Told:
+def _question_readings(
+    reasoner: LatentReasoner, collected: Collected, raw: _Raw, examples: Sequence[Example], row: int
+) -> QuestionReadings:
     times = raw.usable[row].nonzero()[:, 0].tolist()
-    return Told(
+    return QuestionReadings(
         question=examples[row].question,
         text=collected.texts[row],
         right=collected.right[row],

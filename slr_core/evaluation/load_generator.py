@@ -27,7 +27,7 @@ OK, NO_ANSWER, UNREACHABLE = "200", "no answer", "unreachable"
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """What a server is to be asked.
 
     Attributes:
@@ -68,7 +68,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestOutcome:
     """One request and what came of it.
 
     Attributes:
@@ -87,7 +87,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Report:
+class LoadReport:
     """What came of all of them.
 
     Attributes:
@@ -96,10 +96,10 @@ class Report:
     """
 
     elapsed_s: float
-    asked: Sequence[Asked] = field(repr=False)
+    asked: Sequence[RequestOutcome] = field(repr=False)
 
     @property
-    def answered(self) -> list[Asked]:
+    def answered(self) -> list[RequestOutcome]:
         """Those that got an answer."""
         return [asked for asked in self.asked if asked.outcome == OK]
 
@@ -123,7 +123,7 @@ class Report:
         }
 
 
-def _by_hops(answered: list[Asked]) -> dict[str, float]:
+def _by_hops(answered: list[RequestOutcome]) -> dict[str, float]:
     count = len(answered)
     return {
         "answers": count,
@@ -151,8 +151,10 @@ def questions(hops: Sequence[int], seed: int) -> Iterator[tuple[int, Example]]:
         yield chosen, next(streams[chosen])
 
 
-async def run(plan: Plan, progress: Callable[[float, Asked], None] = lambda elapsed_s, asked: None) -> Report:
-    """Ask as planned.
+async def run_load(
+    plan: LoadPlan, progress: Callable[[float, RequestOutcome], None] = lambda elapsed_s, asked: None
+) -> LoadReport:
+    """Send requests to a server as planned.
 
     Args:
         plan: what to ask.
@@ -162,7 +164,7 @@ async def run(plan: Plan, progress: Callable[[float, Asked], None] = lambda elap
         ConfigError: there are no such questions.
         EngineError: the server could not be reached at all.
     """
-    asked: list[Asked] = []
+    asked: list[RequestOutcome] = []
     source = questions(plan.hops, plan.seed)
     headers = {} if plan.api_key is None else {"authorization": f"Bearer {plan.api_key}"}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=plan.concurrency)
@@ -178,10 +180,10 @@ async def run(plan: Plan, progress: Callable[[float, Asked], None] = lambda elap
         await (_closed(plan, ask, began) if plan.rate is None else _open(plan, plan.rate, ask, began))
     if asked and all(one.outcome == UNREACHABLE for one in asked):
         raise EngineError(f"{plan.url}: cannot be reached")
-    return Report(time.perf_counter() - began, asked)
+    return LoadReport(time.perf_counter() - began, asked)
 
 
-async def _closed(plan: Plan, ask: Callable[[float], Any], began: float) -> None:
+async def _closed(plan: LoadPlan, ask: Callable[[float], Any], began: float) -> None:
     async def one_client() -> None:
         while time.perf_counter() - began < plan.duration_s:
             await ask(time.perf_counter())
@@ -189,7 +191,7 @@ async def _closed(plan: Plan, ask: Callable[[float], Any], began: float) -> None
     await asyncio.gather(*(one_client() for _ in range(plan.concurrency)))
 
 
-async def _open(plan: Plan, rate: float, ask: Callable[[float], Any], began: float) -> None:
+async def _open(plan: LoadPlan, rate: float, ask: Callable[[float], Any], began: float) -> None:
     rng = random.Random(plan.seed)
     due = began + rng.expovariate(rate)
     async with asyncio.TaskGroup() as under_way:
@@ -199,13 +201,13 @@ async def _open(plan: Plan, rate: float, ask: Callable[[float], Any], began: flo
             due += rng.expovariate(rate)
 
 
-async def _ask(client: httpx.AsyncClient, hops: int, example: Example, due: float) -> Asked:
+async def _ask(client: httpx.AsyncClient, hops: int, example: Example, due: float) -> RequestOutcome:
     try:
         response = await client.post("/generate", json={"prompt": example.question})
         if response.status_code != httpx.codes.OK:
-            return Asked(hops, str(response.status_code), time.perf_counter() - due)
+            return RequestOutcome(hops, str(response.status_code), time.perf_counter() - due)
         result = response.json()["results"][0]
-        return Asked(
+        return RequestOutcome(
             hops=hops,
             outcome=OK,
             latency_s=time.perf_counter() - due,
@@ -214,6 +216,6 @@ async def _ask(client: httpx.AsyncClient, hops: int, example: Example, due: floa
             correct=ProsQA().grade(example, result["text"]),
         )
     except (httpx.ConnectError, httpx.ConnectTimeout):
-        return Asked(hops, UNREACHABLE, time.perf_counter() - due)
+        return RequestOutcome(hops, UNREACHABLE, time.perf_counter() - due)
     except (httpx.HTTPError, ValueError, KeyError, TypeError, IndexError):
-        return Asked(hops, NO_ANSWER, time.perf_counter() - due)
+        return RequestOutcome(hops, NO_ANSWER, time.perf_counter() - due)

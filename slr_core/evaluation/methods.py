@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from slr_core.errors import ConfigError
-from slr_core.evaluation.backends import Ask, Backend, Local
+from slr_core.evaluation.backends import Backend, GenerationOptions, Local
 from slr_core.evaluation.interventions import foreign, noised, noisy, replaced, shuffled
 from slr_core.evaluation.outcomes import Answered
 from slr_core.generation.decoding import pad_ids
@@ -24,7 +24,7 @@ from slr_core.tasks.base import Task
 
 
 @dataclass(frozen=True)
-class Settings:
+class MethodSettings:
     """What the methods have in common.
 
     Attributes:
@@ -64,13 +64,13 @@ class Batch:
     task: Task
     prompts: Sequence[str]
     seeds: Sequence[int]
-    settings: Settings
+    settings: MethodSettings
     before: str | None = None
 
     def local(self, method: str) -> Local:
         """The backend, where the method reaches into the model."""
         if not isinstance(self.backend, Local):
-            raise ConfigError(f"{method} reaches into the model, which a server does not allow")
+            raise ConfigError(f"{method} needs the model in this process, not a server")
         return self.backend
 
 
@@ -97,25 +97,25 @@ class Method:
 
 def _loop(**changes: Any) -> Callable[[Batch], list[Answered]]:
     def run(batch: Batch) -> list[Answered]:
-        ask = Ask({**batch.settings.loop, **changes})
+        ask = GenerationOptions({**batch.settings.loop, **changes})
         return [answers[0] for answers in batch.backend.answer(batch.prompts, ask, batch.seeds)]
 
     return run
 
 
 def _plain(batch: Batch) -> list[Answered]:
-    answers = batch.backend.answer(batch.prompts, Ask({"max_iterations": 0}), batch.seeds)
+    answers = batch.backend.answer(batch.prompts, GenerationOptions({"max_iterations": 0}), batch.seeds)
     return [own[0] for own in answers]
 
 
 def _cot(batch: Batch) -> list[Answered]:
-    ask = Ask({"max_iterations": 0}, max_new_tokens=batch.settings.cot_tokens)
+    ask = GenerationOptions({"max_iterations": 0}, max_new_tokens=batch.settings.cot_tokens)
     return [answers[0] for answers in batch.backend.answer(batch.prompts, ask, batch.seeds)]
 
 
 def _self_consistency(batch: Batch) -> list[Answered]:
     s = batch.settings
-    ask = Ask({"max_iterations": 0}, s.cot_tokens, s.temperature, s.samples)
+    ask = GenerationOptions({"max_iterations": 0}, s.cot_tokens, s.temperature, s.samples)
     return [_vote(batch.task, answers) for answers in batch.backend.answer(batch.prompts, ask, batch.seeds)]
 
 
@@ -133,7 +133,7 @@ def _slr_vote(batch: Batch) -> list[Answered]:
     rollouts = []
     for sample in range(s.samples):
         run_loop = noisy(local.reasoner, s.noise, [seed + sample for seed in batch.seeds])
-        answers = local.answer(batch.prompts, Ask(s.loop), batch.seeds, run_loop)
+        answers = local.answer(batch.prompts, GenerationOptions(s.loop), batch.seeds, run_loop)
         rollouts.append([own[0] for own in answers])
     return [_vote(batch.task, own) for own in zip(*rollouts, strict=True)]
 
@@ -141,14 +141,16 @@ def _slr_vote(batch: Batch) -> list[Answered]:
 def _noisy_start(batch: Batch) -> list[Answered]:
     local = batch.local("noise in h_0")
     run_loop = noisy(local.reasoner, batch.settings.noise, batch.seeds, start_only=True)
-    return [own[0] for own in local.answer(batch.prompts, Ask(batch.settings.loop), batch.seeds, run_loop)]
+    return [
+        own[0] for own in local.answer(batch.prompts, GenerationOptions(batch.settings.loop), batch.seeds, run_loop)
+    ]
 
 
 def _replaced(run_loop: Callable[[LatentReasoner, Sequence[int]], RunLoop]) -> Callable[[Batch], list[Answered]]:
     def run(batch: Batch) -> list[Answered]:
         local = batch.local("replacing thoughts")
         answers = local.answer(
-            batch.prompts, Ask(batch.settings.loop), batch.seeds, run_loop(local.reasoner, batch.seeds)
+            batch.prompts, GenerationOptions(batch.settings.loop), batch.seeds, run_loop(local.reasoner, batch.seeds)
         )
         return [own[0] for own in answers]
 
@@ -161,7 +163,7 @@ def _foreign(batch: Batch) -> list[Answered]:
         raise ConfigError("thoughts of another question need another question")
     # The question before comes along to lend its thoughts: whose thoughts a question gets is no matter of the batch.
     prompts, seeds = [batch.before, *batch.prompts], [0, *batch.seeds]
-    answers = local.answer(prompts, Ask(batch.settings.loop), seeds, replaced(local.reasoner, foreign))
+    answers = local.answer(prompts, GenerationOptions(batch.settings.loop), seeds, replaced(local.reasoner, foreign))
     return [own[0] for own in answers[1:]]
 
 
@@ -189,7 +191,7 @@ def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[Answered]
     for prompt, seed in zip(batch.prompts, batch.seeds, strict=True):
         # Sampling draws from torch's global generator, so one prompt at a time: its batch must not matter.
         torch.manual_seed(seed)
-        request = local.request(prompt, Ask({"max_iterations": 0}, max_new_tokens), seed)
+        request = local.request(prompt, GenerationOptions({"max_iterations": 0}, max_new_tokens), seed)
         ids = [*request.prompt_ids, *request.answer_prefix_ids]
         padded, present = pad_ids([ids], reasoner.device)
         base: Any = reasoner.base
@@ -280,7 +282,7 @@ NOISY_START = Method("noisy_start", "the latent loop from a disturbed h_0", _noi
 """Not compared: its noise is what varies, in :mod:`slr_core.evaluation.stability`."""
 
 
-def get(name: str) -> Method:
+def get_method(name: str) -> Method:
     """A method by name.
 
     Raises:

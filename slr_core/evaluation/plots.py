@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from slr_core.evaluation.lens import Lens, Movement, Point, Spread, Told, Trajectories
+    from slr_core.evaluation.lens import Lens, Movement, Point, QuestionReadings, Spread, Trajectories
     from slr_core.evaluation.probes import Score
-    from slr_core.evaluation.stability import Exit
+    from slr_core.evaluation.stability import ExitPoint
     from slr_core.evaluation.statistics import Summary
 
 GREY = "#7b7b7b"
@@ -98,7 +98,7 @@ def accuracy_by_depth(by_depth: Mapping[int, Summary], trained: int, rules: Mapp
     return svg()
 
 
-def exit_frontier(exits: Sequence[Exit], default: Summary | None = None) -> str:
+def exit_frontier(exits: Sequence[ExitPoint], default: Summary | None = None) -> str:
     """Accuracy against mean iterations: one line per criterion over its thresholds, and the loop as configured."""
     with _drawing("Accuracy against mean iterations, by exit criterion") as (figure, svg):
         axes = _axes(figure)
@@ -234,7 +234,7 @@ def lens_curves(lens: Lens) -> str:
     return svg()
 
 
-def readings(told: Sequence[Told]) -> str:
+def readings(told: Sequence[QuestionReadings]) -> str:
     """A column per question: the top token of every state, the darker the likelier, and the thought in words."""
     rows = max((question.first + len(question.readings) for question in told), default=1)
     thinks = any(thought for question in told for thought in question.thoughts)

@@ -13,13 +13,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from slr_core.errors import DataError, SLRError
 from slr_core.evaluation import plots, tables
-from slr_core.evaluation.inside import Inside
 from slr_core.evaluation.methods import METHODS, NOISY_START
 from slr_core.evaluation.plots import Plot
-from slr_core.evaluation.stability import Stability
-from slr_core.evaluation.statistics import Summary, by_difficulty, paired, summarize
-from slr_core.evaluation.store import Figure, Run, Store
-from slr_core.evaluation.tables import Table
+from slr_core.evaluation.stability import StabilityReport
+from slr_core.evaluation.state_analysis import StateAnalysis
+from slr_core.evaluation.statistics import Summary, paired, summarize, summarize_by_difficulty
+from slr_core.evaluation.store import MethodRun, Store, StoredFigure
+from slr_core.evaluation.tables import FigureTable
 
 _ASIDE = ("baselines", "missing")
 """Kinds of figures that say something about others and are nothing to show by themselves."""
@@ -42,13 +42,13 @@ class Section:
     title: str
     questions: int
     rules: dict[str, float]
-    methods: Table
-    levels: Table
+    methods: FigureTable
+    levels: FigureTable
     missing: dict[str, str]
     plots: list[Plot]
 
 
-def write(store: Store, out: str | Path) -> list[Path]:
+def write_report(store: Store, out: str | Path) -> list[Path]:
     """Write ``report.html``, self-contained, and ``report.md`` with its plots beside it, below ``out``.
 
     Raises:
@@ -100,13 +100,13 @@ def _inked(svg: str) -> str:
     return svg.replace(plots.GREY, "currentColor")
 
 
-def _finished(run: Run) -> bool:
+def _finished(run: MethodRun) -> bool:
     return len(run.outcomes) == int(run.spec["questions"])
 
 
-def _by_questions(store: Store) -> dict[tuple[str, str], tuple[list[Run], list[Figure]]]:
+def _by_questions(store: Store) -> dict[tuple[str, str], tuple[list[MethodRun], list[StoredFigure]]]:
     """Runs and figures by task and questions: two tasks may read the same file."""
-    groups: dict[tuple[str, str], tuple[list[Run], list[Figure]]] = defaultdict(lambda: ([], []))
+    groups: dict[tuple[str, str], tuple[list[MethodRun], list[StoredFigure]]] = defaultdict(lambda: ([], []))
     for run in store.runs.values():
         if _finished(run):
             groups[run.spec["task"], run.spec["questions_sha256"]][0].append(run)
@@ -115,7 +115,7 @@ def _by_questions(store: Store) -> dict[tuple[str, str], tuple[list[Run], list[F
     return dict(groups)
 
 
-def _section(runs: Sequence[Run], own: Sequence[Figure]) -> Section | None:
+def _section(runs: Sequence[MethodRun], own: Sequence[StoredFigure]) -> Section | None:
     """``None`` where there is nothing but what says something about others."""
     compared = _labelled([run for run in runs if run.spec["method"] != NOISY_START.name and not _forced(run)])
     shown = [figure for figure in own if figure.kind not in _ASIDE]
@@ -128,7 +128,7 @@ def _section(runs: Sequence[Run], own: Sequence[Figure]) -> Section | None:
     if against is not None:
         loop = list(against.outcomes.values())
         others = {name: list(run.outcomes.values()) for name, run in compared.items() if run is not against}
-        tests, levels = {name: paired(loop, other).p for name, other in others.items()}, by_difficulty(loop)
+        tests, levels = {name: paired(loop, other).p for name, other in others.items()}, summarize_by_difficulty(loop)
     named = {figure.kind: figure.data for figure in own}
     rules: dict[str, float] = named.get("baselines", {})
     found = {run.spec["method"] for run in compared.values()}
@@ -137,8 +137,8 @@ def _section(runs: Sequence[Run], own: Sequence[Figure]) -> Section | None:
         title=f"{spec['task']}: {spec['source']}",
         questions=int(spec["questions"]),
         rules=rules,
-        methods=tables.by_method(summaries, tests),
-        levels=tables.by_difficulty(levels),
+        methods=tables.method_table(summaries, tests),
+        levels=tables.difficulty_table(levels),
         missing={name: why for name, why in named.get("missing", {}).items() if name not in found},
         plots=[
             *_plots(summaries, rules, controls),
@@ -147,7 +147,7 @@ def _section(runs: Sequence[Run], own: Sequence[Figure]) -> Section | None:
     )
 
 
-def _forced(run: Run) -> bool:
+def _forced(run: MethodRun) -> bool:
     """Whether a stability study forced this run to a depth: it is a point of a plot, not a method."""
     changed = set(run.spec["settings"]["loop"])
     return run.spec["method"] == "slr_fixed" and changed == {"criterion", "max_iterations", "min_iterations"}
@@ -157,9 +157,9 @@ def _is_control(method: str) -> bool:
     return method in METHODS and METHODS[method].control
 
 
-def _labelled(runs: Sequence[Run]) -> dict[str, Run]:
+def _labelled(runs: Sequence[MethodRun]) -> dict[str, MethodRun]:
     """Runs by their method, and by what tells those of one method apart."""
-    by_method: dict[str, list[Run]] = defaultdict(list)
+    by_method: dict[str, list[MethodRun]] = defaultdict(list)
     for run in runs:
         by_method[run.spec["method"]].append(run)
     return {
@@ -187,7 +187,7 @@ def _facts(spec: dict[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items()}
 
 
-def _reference(compared: dict[str, Run]) -> Run | None:
+def _reference(compared: dict[str, MethodRun]) -> MethodRun | None:
     """The loop that others are tested against: the only one, or the only one as its checkpoint has it."""
     loops = [run for run in compared.values() if run.spec["method"] == "slr"]
     plain = [run for run in loops if not run.spec["settings"]["loop"]]
@@ -201,7 +201,7 @@ def _plots(summaries: dict[str, Summary], rules: dict[str, float], controls: Seq
     return [Plot("Methods", caption, plots.methods(summaries, controls=controls, rules=rules))]
 
 
-def _told_apart(figures: Sequence[Figure]) -> list[tuple[Figure, str]]:
+def _told_apart(figures: Sequence[StoredFigure]) -> list[tuple[StoredFigure, str]]:
     """Figures in order, with what tells each from the others of its kind."""
     told: dict[int, str] = {}
     for kind in {figure.kind for figure in figures}:
@@ -210,13 +210,13 @@ def _told_apart(figures: Sequence[Figure]) -> list[tuple[Figure, str]]:
     return [(figure, told[i]) for i, figure in enumerate(figures)]
 
 
-def _figure_plots(figure: Figure, rules: dict[str, float], what: str) -> list[Plot]:
+def _figure_plots(figure: StoredFigure, rules: dict[str, float], what: str) -> list[Plot]:
     drawn = _stability_plots(figure, rules) if figure.kind == "stability" else _inside_plots(figure)
     return [replace(plot, title=f"{plot.title} ({what})") for plot in drawn] if what else drawn
 
 
-def _stability_plots(figure: Figure, rules: dict[str, float]) -> list[Plot]:
-    study = Stability.from_json(figure.data)
+def _stability_plots(figure: StoredFigure, rules: dict[str, float]) -> list[Plot]:
+    study = StabilityReport.from_json(figure.data)
     correlation = "not defined" if study.correlation is None else f"{study.correlation:.2f}"
     return [
         Plot(
@@ -239,13 +239,13 @@ def _stability_plots(figure: Figure, rules: dict[str, float]) -> list[Plot]:
     ]
 
 
-def _inside_plots(figure: Figure) -> list[Plot]:
-    return list(Inside.from_json(figure.data).drawn().values())
+def _inside_plots(figure: StoredFigure) -> list[Plot]:
+    return list(StateAnalysis.from_json(figure.data).plots().values())
 
 
 def _manifest(store: Store) -> list[dict[str, Any]]:
     # The runs below a study have no facts of their own: the study has them.
-    made: list[Run | Figure] = [*filter(_finished, store.runs.values()), *store.figures]
+    made: list[MethodRun | StoredFigure] = [*filter(_finished, store.runs.values()), *store.figures]
     entries = {}
     for item in (item for item in made if item.about):
         spec, about = item.spec, item.about

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from slr_core._version import __version__
 from slr_core.checkpoint.folder import local_path
 from slr_core.evaluation.backends import Backend
-from slr_core.evaluation.methods import Batch, Method, Settings
+from slr_core.evaluation.methods import Batch, Method, MethodSettings
 from slr_core.evaluation.outcomes import Answered, Outcome, key_of
-from slr_core.evaluation.store import Run, Store
+from slr_core.evaluation.store import MethodRun, Store
 from slr_core.tasks.base import Example, Task
 from slr_core.tasks.sources import Questions
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def spec_of(
-    method: Method, settings: Settings, task: Task, questions: Questions, model: dict[str, Any]
+    method: Method, settings: MethodSettings, task: Task, questions: Questions, model: dict[str, Any]
 ) -> dict[str, Any]:
     """All that decides the outcomes of a run: see :class:`slr_core.evaluation.store.Run`."""
     return {
@@ -56,10 +56,10 @@ def run_method(
     backend: Backend,
     task: Task,
     examples: Sequence[Example],
-    settings: Settings,
+    settings: MethodSettings,
     *,
     store: Store | None = None,
-    run: Run | None = None,
+    run: MethodRun | None = None,
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda answered: None,
 ) -> list[Outcome]:
@@ -83,7 +83,7 @@ def run_method(
     Raises:
         RequestError: a question does not fit the model.
     """
-    store, run = store or Store(), run or Run({})
+    store, run = store or Store(), run or MethodRun({})
     keys = [key_of(index, example) for index, example in enumerate(examples)]
 
     def answer(chunk: list[tuple[int, Example]]) -> list[Answered]:

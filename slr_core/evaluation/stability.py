@@ -15,7 +15,7 @@ import torch
 
 from slr_core.config import Criterion
 from slr_core.evaluation.backends import Local
-from slr_core.evaluation.methods import METHODS, NOISY_START, Method, Settings
+from slr_core.evaluation.methods import METHODS, NOISY_START, Method, MethodSettings
 from slr_core.evaluation.outcomes import Outcome
 from slr_core.evaluation.run import run_method, spec_of
 from slr_core.evaluation.statistics import Summary, rank_correlation, summarize
@@ -41,7 +41,7 @@ Distance = dict[str, float | None]
 
 
 @dataclass(frozen=True)
-class Exit:
+class ExitPoint:
     """One criterion at one threshold.
 
     Attributes:
@@ -60,7 +60,7 @@ class Exit:
 
 
 @dataclass(frozen=True)
-class Stability:
+class StabilityReport:
     """The outcome of :func:`study`.
 
     Attributes:
@@ -79,7 +79,7 @@ class Stability:
     default: Summary
     excess: float
     correlation: float | None
-    exits: list[Exit]
+    exits: list[ExitPoint]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -95,8 +95,19 @@ class Stability:
             default=_summary(data["default"]),
             excess=data["excess"],
             correlation=data["correlation"],
-            exits=[Exit(**exit) for exit in data["exits"]],
+            exits=[ExitPoint(**exit) for exit in data["exits"]],
         )
+
+
+def best_exits(exits: Sequence[ExitPoint]) -> list[ExitPoint]:
+    """Per criterion, in order of the iterations: the points with a higher accuracy than all points with fewer."""
+    best: list[ExitPoint] = []
+    for criterion in dict.fromkeys(exit.criterion for exit in exits):
+        points = sorted((e for e in exits if e.criterion == criterion), key=lambda e: (e.iterations, -e.accuracy))
+        for number, point in enumerate(points):
+            if all(point.accuracy > earlier.accuracy for earlier in points[:number]):
+                best.append(point)
+    return best
 
 
 def _summary(figures: dict[str, Any]) -> Summary:
@@ -104,7 +115,7 @@ def _summary(figures: dict[str, Any]) -> Summary:
     return Summary(**{**figures, "interval": (low, high), "relative_change": tuple(figures["relative_change"])})
 
 
-class Study:
+class StabilityStudy:
     """A model on a set of questions.
 
     Args:
@@ -131,10 +142,10 @@ class Study:
         self.local, self.task, self.questions = local, task, questions
         self.model, self.store, self.batch_size, self.progress = model, store, batch_size, progress
 
-    def run(self, past: int = PAST, seed: int = 0) -> Stability:
+    def run(self, past: int = PAST, seed: int = 0) -> StabilityReport:
         """Every measure; the loop is forced to ``past`` times its trained depth."""
         loop = self.local.reasoner.config.loop
-        plain = Settings({}, seed=seed)
+        plain = MethodSettings({}, seed=seed)
         depths = [
             self._answers(METHODS["slr_fixed"], replace(plain, loop=_forced(t)), f"depth {t}")
             for t in range(past * loop.trained_iterations + 1)
@@ -147,7 +158,7 @@ class Study:
         settled = [
             _settled([depth[i].text for depth in depths[: loop.max_iterations + 1]]) for i in range(len(default))
         ]
-        return Stability(
+        return StabilityReport(
             trained=loop.trained_iterations,
             by_depth={t: summarize(outcomes) for t, outcomes in enumerate(depths)},
             noise=noise,
@@ -157,7 +168,7 @@ class Study:
             exits=self._exits(depths[: loop.max_iterations + 1], settled),
         )
 
-    def _answers(self, method: Method, settings: Settings, name: str) -> list[Outcome]:
+    def _answers(self, method: Method, settings: MethodSettings, name: str) -> list[Outcome]:
         spec = spec_of(method, settings, self.task, self.questions, self.model)
         return run_method(
             method,
@@ -171,14 +182,14 @@ class Study:
             progress=lambda count: self.progress(name, count),
         )
 
-    def _exits(self, depths: list[list[Outcome]], settled: list[int]) -> list[Exit]:
+    def _exits(self, depths: list[list[Outcome]], settled: list[int]) -> list[ExitPoint]:
         most = len(depths) - 1
         if most == 0:
             return []
         paths: list[list[Distance]] = []
         for start in range(0, len(self.questions.examples), self.batch_size):
             texts = [self.task.prompt(example) for example in self.questions.examples[start : start + self.batch_size]]
-            paths += distances(self.local.reasoner, texts, most)
+            paths += measure_distances(self.local.reasoner, texts, most)
             self.progress("distances", len(texts))
         guard = self.local.reasoner.config.loop.guard
         exits = []
@@ -188,12 +199,12 @@ class Study:
                 at = [_exit(path, ExitRule(settings, guard)) for path in paths]
                 right = [depths[kept][i].correct for i, (_, kept) in enumerate(at)]
                 excess = fmean(ran - first for (ran, _), first in zip(at, settled, strict=True))
-                exits.append(Exit(criterion, threshold, fmean(ran for ran, _ in at), fmean(right), excess))
+                exits.append(ExitPoint(criterion, threshold, fmean(ran for ran, _ in at), fmean(right), excess))
         return exits
 
 
 @torch.inference_mode()
-def distances(reasoner: LatentReasoner, prompts: Sequence[str], iterations: int) -> list[list[Distance]]:
+def measure_distances(reasoner: LatentReasoner, prompts: Sequence[str], iterations: int) -> list[list[Distance]]:
     """Every measure of every iteration, prompt by prompt, of loops that run to ``iterations``."""
     text = reasoner.config.text
     ids = [reasoner.tokenizer(text.prompt_prefix + prompt + text.prompt_suffix).input_ids for prompt in prompts]

@@ -76,7 +76,7 @@ def summarize(outcomes: Sequence[Outcome]) -> Summary:
     )
 
 
-def by_difficulty(outcomes: Sequence[Outcome]) -> dict[int, Summary]:
+def summarize_by_difficulty(outcomes: Sequence[Outcome]) -> dict[int, Summary]:
     """The same per number of reasoning steps, ascending."""
     levels = sorted({o.difficulty for o in outcomes})
     return {level: summarize([o for o in outcomes if o.difficulty == level]) for level in levels}

@@ -14,7 +14,7 @@ from slr_core.evaluation.outcomes import Outcome
 
 
 @dataclass
-class Run:
+class MethodRun:
     """One method on one set of questions.
 
     Attributes:
@@ -35,12 +35,12 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Figure:
+class StoredFigure:
     """Something computed beyond single outcomes: a stability study, probes.
 
     Attributes:
         kind: of figure, which a report knows how to show.
-        spec: all that decides it, as for a :class:`Run`.
+        spec: all that decides it, as for a :class:`MethodRun`.
         data: the figures, as JSON.
         about: further facts for the manifest.
     """
@@ -65,28 +65,28 @@ class Store:
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
-        self.runs: dict[str, Run] = {}
-        self.figures: list[Figure] = []
+        self.runs: dict[str, MethodRun] = {}
+        self.figures: list[StoredFigure] = []
         self._whole: int | None = None
         if self.path is not None and self.path.exists():
             self._read(self.path)
 
-    def open(self, spec: dict[str, Any], about: dict[str, Any] | None = None) -> Run:
+    def open(self, spec: dict[str, Any], about: dict[str, Any] | None = None) -> MethodRun:
         """The run of this spec: what was done of it before, or a new one."""
-        run = Run(spec, about or {})
+        run = MethodRun(spec, about or {})
         if run.id not in self.runs:
             self.runs[run.id] = run
             self._append({"run": run.id, "spec": run.spec, "about": run.about})
         return self.runs[run.id]
 
-    def add(self, run: Run, outcome: Outcome) -> None:
+    def add(self, run: MethodRun, outcome: Outcome) -> None:
         """Keep an outcome, on disk before this returns."""
         run.outcomes[outcome.key] = outcome
         self._append({"of": run.id, **outcome.to_json()})
 
     def keep(self, kind: str, spec: dict[str, Any], data: dict[str, Any], about: dict[str, Any]) -> None:
         """Keep what was computed beyond single outcomes, in place of an earlier figure of the same kind and spec."""
-        figure = Figure(kind, spec, data, about)
+        figure = StoredFigure(kind, spec, data, about)
         self._replace(figure)
         self._append({"figure": kind, "spec": spec, "data": data, "about": about})
 
@@ -96,7 +96,7 @@ class Store:
         spec = json.loads(json.dumps(spec))
         return next((f.data for f in self.figures if f.kind == kind and json.loads(json.dumps(f.spec)) == spec), None)
 
-    def _replace(self, figure: Figure) -> None:
+    def _replace(self, figure: StoredFigure) -> None:
         self.figures = [f for f in self.figures if (f.kind, f.spec) != (figure.kind, figure.spec)] + [figure]
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -126,10 +126,10 @@ class Store:
                 record = json.loads(line)
                 if "run" in record:
                     # Two processes may both have opened it: what came in between is not lost.
-                    self.runs.setdefault(record["run"], Run(_object(record, "spec"), _object(record, "about")))
+                    self.runs.setdefault(record["run"], MethodRun(_object(record, "spec"), _object(record, "about")))
                 elif "figure" in record:
                     facts = (_object(record, name) for name in ("spec", "data", "about"))
-                    self._replace(Figure(str(record["figure"]), *facts))
+                    self._replace(StoredFigure(str(record["figure"]), *facts))
                 else:
                     outcome = Outcome.from_json(record)
                     self.runs[record["of"]].outcomes[outcome.key] = outcome

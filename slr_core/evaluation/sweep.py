@@ -17,7 +17,7 @@ from slr_core import tasks
 from slr_core.config import validated
 from slr_core.errors import ConfigError
 from slr_core.evaluation.backends import Local
-from slr_core.evaluation.methods import Settings, get
+from slr_core.evaluation.methods import MethodSettings, get_method
 from slr_core.evaluation.run import model_of, run_method, spec_of
 from slr_core.evaluation.statistics import Summary, summarize
 from slr_core.evaluation.store import Store
@@ -119,7 +119,7 @@ def variants(sweep: SweepConfig, folder: Path) -> Iterator[Variant]:
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """One model's figures on one set of questions by one method.
 
     Attributes:
@@ -145,9 +145,9 @@ class Row:
         }
 
 
-def run(
+def run_sweep(
     spec: str | Path, *, about: dict[str, Any] | None = None, progress: Callable[[str], None] = lambda doing: None
-) -> list[Row]:
+) -> list[SweepRow]:
     """Train and evaluate what is not done yet; a sweep that was interrupted goes on where it was.
 
     Args:
@@ -173,7 +173,7 @@ def run(
                 dials=judge.dials,
                 limit=judge.limit,
             ),
-            [get(name) for name in judge.methods],
+            [get_method(name) for name in judge.methods],
         )
         for judge in sweep.evaluate
     ]
@@ -193,11 +193,11 @@ def run(
         backend = Local(LatentReasoner.from_pretrained(str(place)))
         model = {**model_of(str(place)), "name": variant.name}
         for judge, questions, methods in asked:
-            task, settings = tasks.get(judge.task), Settings(dict(judge.loop))
+            task, settings = tasks.get(judge.task), MethodSettings(dict(judge.loop))
             for method in methods:
                 opened = store.open(spec_of(method, settings, task, questions, model), about)
                 outcomes = run_method(method, backend, task, questions.examples, settings, store=store, run=opened)
-                rows.append(Row(variant, _asked(judge, questions.source), method.name, summarize(outcomes)))
+                rows.append(SweepRow(variant, _asked(judge, questions.source), method.name, summarize(outcomes)))
     return rows
 
 

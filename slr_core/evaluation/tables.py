@@ -11,7 +11,7 @@ NOTHING = "-"
 
 
 @dataclass(frozen=True)
-class Table:
+class FigureTable:
     """Columns by name, and rows of as many cells. A column that says nothing in any row is left out."""
 
     columns: tuple[str, ...]
@@ -37,7 +37,7 @@ _LOOP: dict[str, Callable[[Summary], str]] = {
 }
 
 
-def by_method(summaries: Mapping[str, Summary], p: Mapping[str, float]) -> Table:
+def method_table(summaries: Mapping[str, Summary], p: Mapping[str, float]) -> FigureTable:
     """One row a method; ``p`` has the paired tests against the loop."""
     figures: dict[str, Callable[[str, Summary], str]] = {
         "method": lambda name, _: name,
@@ -50,7 +50,7 @@ def by_method(summaries: Mapping[str, Summary], p: Mapping[str, float]) -> Table
     return _table(figures, summaries)
 
 
-def by_difficulty(levels: Mapping[int, Summary], overall: Summary | None = None) -> Table:
+def difficulty_table(levels: Mapping[int, Summary], overall: Summary | None = None) -> FigureTable:
     """One row a number of reasoning steps, and one of all questions if it is given."""
     figures: dict[str, Callable[[str, Summary], str]] = {
         "steps": lambda level, _: level,
@@ -65,7 +65,7 @@ def _of(figure: Callable[[Summary], str]) -> Callable[[str, Summary], str]:
     return lambda _, summary: figure(summary)
 
 
-def _table(figures: Mapping[str, Callable[[str, Summary], str]], summaries: Mapping[str, Summary]) -> Table:
+def _table(figures: Mapping[str, Callable[[str, Summary], str]], summaries: Mapping[str, Summary]) -> FigureTable:
     columns = {column: [cell(name, s) for name, s in summaries.items()] for column, cell in figures.items()}
     said = {column: cells for column, cells in columns.items() if any(cell != NOTHING for cell in cells)}
-    return Table(tuple(said), tuple(zip(*said.values(), strict=True)))
+    return FigureTable(tuple(said), tuple(zip(*said.values(), strict=True)))

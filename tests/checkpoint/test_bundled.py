@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from slr_core.checkpoint.folder import BUNDLED_FOLDER, DEFAULT_CHECKPOINT
 from slr_core.evaluation.backends import Local
-from slr_core.evaluation.methods import METHODS, Settings
+from slr_core.evaluation.methods import METHODS, MethodSettings
 from slr_core.evaluation.outcomes import Outcome
 from slr_core.evaluation.run import run_method
-from slr_core.evaluation.statistics import by_difficulty, summarize
+from slr_core.evaluation.statistics import summarize, summarize_by_difficulty
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
@@ -43,7 +43,7 @@ def questions() -> list[Example]:
 
 @pytest.fixture(scope="module")
 def answers(reasoner: LatentReasoner, questions: list[Example]) -> list[Outcome]:
-    return run_method(METHODS["slr"], Local(reasoner), ProsQA(), questions, Settings({}))
+    return run_method(METHODS["slr"], Local(reasoner), ProsQA(), questions, MethodSettings({}))
 
 
 def test_answers_balanced_questions(answers: list[Outcome], questions: list[Example]) -> None:
@@ -52,7 +52,7 @@ def test_answers_balanced_questions(answers: list[Outcome], questions: list[Exam
 
 
 def test_needs_its_loop(reasoner: LatentReasoner, questions: list[Example], answers: list[Outcome]) -> None:
-    without = run_method(METHODS["no_cot"], Local(reasoner), ProsQA(), questions, Settings({}))
+    without = run_method(METHODS["no_cot"], Local(reasoner), ProsQA(), questions, MethodSettings({}))
     assert summarize(without).accuracy < summarize(answers).accuracy - 0.2
 
 
@@ -60,7 +60,7 @@ def test_stops_by_itself_and_later_on_longer_paths(answers: list[Outcome]) -> No
     overall = summarize(answers)
     assert overall.converged > 0.95
     assert overall.diverged == 0
-    iterations = [summary.iterations for summary in by_difficulty(answers).values()]
+    iterations = [summary.iterations for summary in summarize_by_difficulty(answers).values()]
     assert iterations == sorted(iterations)
     assert iterations[-1] - iterations[0] > 1
 
@@ -68,14 +68,14 @@ def test_stops_by_itself_and_later_on_longer_paths(answers: list[Outcome]) -> No
 def test_going_on_past_its_depth_makes_no_answer_worse(reasoner: LatentReasoner, questions: list[Example]) -> None:
     few, forced = questions[:100], {}
     for t in (8, 16, 24, 32):
-        settings = Settings({"max_iterations": t, "min_iterations": t})
+        settings = MethodSettings({"max_iterations": t, "min_iterations": t})
         forced[t] = summarize(run_method(METHODS["slr_fixed"], Local(reasoner), ProsQA(), few, settings)).accuracy
     assert min(forced.values()) >= max(forced.values()) - 0.01
     assert max(forced.values()) >= 0.95
 
 
 def test_relative_change_falls(answers: list[Outcome]) -> None:
-    for summary in by_difficulty(answers).values():
+    for summary in summarize_by_difficulty(answers).values():
         first, *_, last = summary.relative_change
         assert last < first / 2
 
@@ -157,12 +157,12 @@ def test_card_quotes_the_committed_figures() -> None:
 def test_prontoqa_proves_step_by_step_and_stays_where_it_is() -> None:
     questions = list(islice(prontoqa.generate(5, False, SEED), 100))
     backend = Local(LatentReasoner.from_pretrained("prontoqa"))
-    own = run_method(METHODS["slr"], backend, ProntoQA(), questions, Settings({}))
+    own = run_method(METHODS["slr"], backend, ProntoQA(), questions, MethodSettings({}))
     assert summarize(own).accuracy >= 0.97
     assert summarize(own).converged > 0.95
-    forced = Settings({"max_iterations": 24, "min_iterations": 24})
+    forced = MethodSettings({"max_iterations": 24, "min_iterations": 24})
     assert summarize(run_method(METHODS["slr_fixed"], backend, ProntoQA(), questions, forced)).accuracy >= 0.96
-    without = run_method(METHODS["no_cot"], backend, ProntoQA(), questions, Settings({}))
+    without = run_method(METHODS["no_cot"], backend, ProntoQA(), questions, MethodSettings({}))
     assert summarize(without).accuracy < 0.7
 
 

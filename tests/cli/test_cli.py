@@ -95,6 +95,19 @@ def test_every_loading_command():
     assert takes["--device"] == takes["--dtype"] == takes["--model"] == LOADING.keys()
 
 
+def test_json_means_one_thing():
+    """``--json`` is a flag and ``--output`` takes a file, wherever they are; ``slr init`` has a folder to write."""
+    options = {
+        flag: {
+            name: option for name, command in GROUP.commands.items() for option in command.params if flag in option.opts
+        }
+        for flag in ("--json", "--output")
+    }
+    assert all(option.is_flag for option in options["--json"].values())
+    assert not any(option.is_flag for option in options["--output"].values())
+    assert options["--output"].keys() == options["--json"].keys() - {"init"}
+
+
 def flags(command):
     return {flag for parameter in command.params for flag in parameter.opts}
 
@@ -185,5 +198,5 @@ def test_completion():
     assert completions("slr eval --method slr_") == ["slr_fixed", "slr_vote"]
     assert completions("slr compare --methods slr,no_") == ["slr,no_cot", "slr,no_thought"]
     assert completions("slr eval --task math --split t") == ["train", "test", "test500"]
-    assert completions("slr eval --task prontoqa --dial ") == ["hops=", "balanced="]
+    assert completions("slr eval --task prontoqa --generator-option ") == ["hops=", "balanced="]
     assert completions("slr tr") == ["trace", "train"]

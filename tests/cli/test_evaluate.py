@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 
 from slr_core import __version__, cli
 from slr_core.evaluation.backends import Local
-from slr_core.evaluation.methods import METHODS, Settings
+from slr_core.evaluation.methods import METHODS, MethodSettings
 from slr_core.evaluation.run import model_of, run_method
+from slr_core.evaluation.stability import ExitPoint, best_exits
 from slr_core.evaluation.statistics import summarize, wilson
 from slr_core.evaluation.store import Store
 from slr_core.tasks.base import read_jsonl
@@ -17,8 +18,9 @@ from slr_core.tasks.prosqa import GraphSpec, ProsQA
 from slr_core.tasks.prosqa import generate as make
 from tests.server.test_process import Server
 
-SMALL = ["--generate", "6", "--generate-seed", "1", "--dial", "nodes=8", "--dial", "balanced=true"]
-SMALL += ["--dial", "min_hops=1", "--dial", "max_hops=3"]
+OPTION = "--generator-option"
+SMALL = ["--generate", "6", "--generate-seed", "1", OPTION, "nodes=8", OPTION, "balanced=true"]
+SMALL += [OPTION, "min_hops=1", OPTION, "max_hops=3"]
 FORCED = ["--criterion", "fixed", "--max-iterations", "3"]
 
 
@@ -42,9 +44,9 @@ def outcomes(path):
 
 def test_eval_of_generated_questions(run, folder, tmp_path):
     figures = tmp_path / "figures.json"
-    code, out, _ = run("eval", "--model", folder, *SMALL, "--json", figures)
+    code, out, _ = run("eval", "--model", folder, *SMALL, "--output", figures)
     assert code == 0
-    assert "shortcut depth_rule, which never looks at the model: 0.500" in out
+    assert "shortcut rule depth_rule (needs no reasoning): 0.500" in out
     record = json.loads(figures.read_text())
     assert record["method"] == "slr"
     assert record["overall"]["questions"] == 6
@@ -54,16 +56,28 @@ def test_eval_of_generated_questions(run, folder, tmp_path):
     assert "seed 1, nodes=8" in manifest["source"]
     assert (manifest["questions"], manifest["slr"]) == (6, __version__)
     assert manifest["model"] == model_of(folder)
-    assert manifest["command"] == shlex.join(["slr", "eval", "--model", folder, *SMALL, "--json", str(figures)])
+    assert manifest["command"] == shlex.join(["slr", "eval", "--model", folder, *SMALL, "--output", str(figures)])
     assert {"python", "torch", "transformers"} <= set(manifest)
+
+
+@pytest.mark.parametrize("command", ["eval", "compare", "stability", "probe"])
+def test_json_is_all_that_is_printed(run, folder, tmp_path, command):
+    options = {"compare": ["--methods", "slr"], "stability": ["--past", 1], "probe": ["--probes", "none"]}
+    file = tmp_path / "figures.json"
+    code, out, _ = run(
+        command, "--model", folder, *SMALL, "--limit", 2, *options.get(command, []), "--json", "--output", file
+    )
+    assert code == 0
+    assert json.loads(out) == json.loads(file.read_text())
+    assert json.loads(out)["manifest"]["questions"] == 2
 
 
 def test_eval_of_a_file(run, made, folder, data, tmp_path):
     figures = tmp_path / "figures.json"
-    arguments = ["--data", data, "--limit", 3, *FORCED, "--method", "slr", "--json", figures]
+    arguments = ["--data", data, "--limit", 3, *FORCED, "--method", "slr", "--output", figures]
     code, out, _ = run("eval", "--model", folder, *arguments)
     record = json.loads(figures.read_text())
-    settings = Settings({"criterion": "fixed", "max_iterations": 3})
+    settings = MethodSettings({"criterion": "fixed", "max_iterations": 3})
     expected = summarize(run_method(METHODS["slr"], Local(made), ProsQA(), read_jsonl(data)[:3], settings))
     assert code == 0
     assert (record["overall"]["questions"], record["overall"]["iterations"]) == (3, 3.0)
@@ -77,25 +91,25 @@ def test_eval_of_a_file(run, made, folder, data, tmp_path):
 @pytest.mark.parametrize(("method", "iterations"), [("no_cot", 0.0), ("slr_fixed", 4.0), ("no_thought", 0.0)])
 def test_eval_by_another_method(run, folder, tmp_path, method, iterations):
     figures = tmp_path / "figures.json"
-    assert run("eval", "--model", folder, *SMALL, "--method", method, "--json", figures)[0] == 0
+    assert run("eval", "--model", folder, *SMALL, "--method", method, "--output", figures)[0] == 0
     record = json.loads(figures.read_text())
     assert (record["method"], record["overall"]["iterations"]) == (method, iterations)
 
 
 def test_loop_options_hold_for_a_model_trained_for_its_method(run, folder, tmp_path):
     figures = tmp_path / "figures.json"
-    assert run("eval", "--model", folder, *SMALL, "--method", "pause", *FORCED, "--json", figures)[0] == 0
+    assert run("eval", "--model", folder, *SMALL, "--method", "pause", *FORCED, "--output", figures)[0] == 0
     assert json.loads(figures.read_text())["overall"]["iterations"] == 3.0
 
 
 def test_eval_goes_on_with_its_results(run, folder, tmp_path):
     results, first, second = tmp_path / "results.jsonl", tmp_path / "first.json", tmp_path / "second.json"
-    assert run("eval", "--model", folder, *SMALL, "--results", results, "--json", first)[0] == 0
+    assert run("eval", "--model", folder, *SMALL, "--results", results, "--output", first)[0] == 0
     before = outcomes(results)
     lines = results.read_text().splitlines(keepends=True)
     # Killed while it wrote the fifth answer.
     results.write_text("".join(lines[:5]) + lines[5][:50])
-    assert run("eval", "--model", folder, *SMALL, "--results", results, "--json", second)[0] == 0
+    assert run("eval", "--model", folder, *SMALL, "--results", results, "--output", second)[0] == 0
     after = outcomes(results)
     assert after[:4] == before[:4]
     assert len(after) == len(before) == 6
@@ -111,10 +125,10 @@ def test_eval_goes_on_with_its_results(run, folder, tmp_path):
 
 def test_eval_through_a_server(run, folder, tmp_path):
     here, there = tmp_path / "here.json", tmp_path / "there.json"
-    assert run("eval", "--model", folder, *SMALL, "--json", here)[0] == 0
+    assert run("eval", "--model", folder, *SMALL, "--output", here)[0] == 0
     server = Server(folder, tmp_path / "log")
     try:
-        assert run("eval", "--server", server.url, *SMALL, "--json", there)[0] == 0
+        assert run("eval", "--server", server.url, *SMALL, "--output", there)[0] == 0
         code, out, err = run("eval", "--server", server.url, *SMALL, "--method", "slr_vote")
         compared = run("compare", "--server", server.url, *SMALL, "--methods", "slr,no_cot,noised_thoughts")
     finally:
@@ -127,9 +141,9 @@ def test_eval_through_a_server(run, folder, tmp_path):
     assert its["overall"]["flops"] is None
     assert its["manifest"]["model"] == {"name": server.url}
     assert (code, out) == (1, "")
-    assert "reaches into the model" in err
+    assert "needs the model in this process" in err
     assert compared[0] == 0
-    assert "noised_thoughts: no figure, it reaches into the model" in compared[1]
+    assert "noised_thoughts: no figure, it needs the model in this process" in compared[1]
 
 
 # -- compare, stability and report -----------------------------------------------------------------------
@@ -138,7 +152,7 @@ def test_eval_through_a_server(run, folder, tmp_path):
 def test_compare_has_a_figure_or_a_reason_for_every_method(run, folder, tmp_path):
     results, figures = tmp_path / "results.jsonl", tmp_path / "figures.json"
     weights = ["--weights", f"no_thought={folder}", "--weights", f"cot={folder}", "--cot-tokens", 3]
-    arguments = [*SMALL, *weights, "--samples", 2, "--beams", 2, "--results", results, "--json", figures]
+    arguments = [*SMALL, *weights, "--samples", 2, "--beams", 2, "--results", results, "--output", figures]
     code, out, _ = run("compare", "--model", folder, *arguments)
     record = json.loads(figures.read_text())
     assert code == 0
@@ -163,7 +177,7 @@ def test_compare_has_a_figure_or_a_reason_for_every_method(run, folder, tmp_path
 
 
 def test_questions_that_do_not_fit_the_model_cost_a_method_its_figure_and_no_more(run, folder):
-    long = ["--generate", 2, "--dial", "nodes=40"]
+    long = ["--generate", 2, OPTION, "nodes=40"]
     weights = ["--weights", f"cot={folder}"]
     code, out, _ = run("compare", "--model", folder, *long, "--methods", "cot,beam,slr", *weights)
     assert code == 0
@@ -174,11 +188,15 @@ def test_questions_that_do_not_fit_the_model_cost_a_method_its_figure_and_no_mor
 def test_a_study_its_figures_and_the_report_of_all(run, folder, tmp_path):
     results, figures, page = tmp_path / "results.jsonl", tmp_path / "figures.json", tmp_path / "deep" / "report"
     options = ["--model", folder, *SMALL, "--results", results]
-    code, out, _ = run("stability", *options, "--past", 2, "--json", figures)
+    code, out, _ = run("stability", *options, "--past", 2, "--output", figures)
     record = json.loads(figures.read_text())
     assert code == 0
     assert "4 (trained)" in out
     assert "as configured: accuracy" in out
+    shown = [line.split()[:4] for line in out.split("exit criteria")[1].splitlines()[2:]]
+    best = best_exits([ExitPoint(**point) for point in record["exits"]])
+    assert len({point.criterion for point in best}) == 5
+    assert shown == [[p.criterion, f"{p.threshold:.3g}", f"{p.iterations:.2f}", f"{p.accuracy:.3f}"] for p in best]
     assert out.count("in h_0: accuracy") == len(record["noise"]) == 5
     assert list(record["by_depth"]) == [str(t) for t in range(9)]
     assert record["manifest"]["settings"] == {"past": 2, "seed": 0}
@@ -205,15 +223,15 @@ WRONG = {
     "file": ["eval", "--model", "FOLDER", "--data", "/no/where.jsonl"],
     "task": ["eval", "--model", "FOLDER", "--task", "chess", "--generate", "3"],
     "split": ["eval", "--model", "FOLDER", "--split", "test"],
-    "dials": ["eval", "--model", "FOLDER", "--generate", "3", "--dial", "nodes=3"],
-    "dial": ["eval", "--model", "FOLDER", "--generate", "3", "--dial", "nodes"],
-    "unknown-dial": ["eval", "--model", "FOLDER", "--generate", "3", "--dial", "colour=3"],
+    "generator-options": ["eval", "--model", "FOLDER", "--generate", "3", OPTION, "nodes=3"],
+    "generator-option": ["eval", "--model", "FOLDER", "--generate", "3", OPTION, "nodes"],
+    "unknown-generator-option": ["eval", "--model", "FOLDER", "--generate", "3", OPTION, "colour=3"],
     "methods": ["compare", "--model", "FOLDER", "--generate", "3", "--methods", "slr,thinking"],
     "server": ["eval", "--server", "http://127.0.0.1:9", *SMALL],
     "weights": ["compare", "--model", "FOLDER", *SMALL, "--weights", "cot"],
     "no-weights": ["compare", "--model", "FOLDER", *SMALL, "--weights", "cot=/no/where", "--methods", "cot"],
     "model": ["stability", "--model", "/no/where", *SMALL],
-    "output": ["eval", "--model", "FOLDER", "--generate", "1", "--json", "/no/where/figures.json"],
+    "output": ["eval", "--model", "FOLDER", "--generate", "1", "--output", "/no/where/figures.json"],
     "results": ["eval", "--model", "FOLDER", *SMALL, "--results", "GARBAGE"],
     "results-folder": ["eval", "--model", "FOLDER", *SMALL, "--results", "FOLDER"],
     "report": ["report", "GARBAGE"],

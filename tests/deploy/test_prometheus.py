@@ -13,8 +13,7 @@ import httpx
 import pytest
 import yaml
 
-from slr_core.evaluation.load_generator import Plan
-from slr_core.evaluation.load_generator import run as put_under_load
+from slr_core.evaluation.load_generator import LoadPlan, run_load
 from tests.deploy.monitoring import PROMETHEUS, alerts, metrics_of, panel_expressions, rules
 
 pytestmark = pytest.mark.slow
@@ -125,7 +124,7 @@ def loaded(server, prometheus):
         client.post("/generate", json={"prompt": "Is Max a rompus or lempus?", **deep})
     assert refused == [400, 400, 400]
     assert traced.status_code == 200
-    report = asyncio.run(put_under_load(Plan(server, duration_s=LOAD_S, concurrency=12)))
+    report = asyncio.run(run_load(LoadPlan(server, duration_s=LOAD_S, concurrency=12)))
     assert report.to_json()["outcomes"].keys() == {"200"}
     count = len(report.asked) + 2
     until(lambda: value(query(prometheus, "sum(slr_loop_iterations_count)")) == count)

@@ -8,8 +8,8 @@ import pytest
 
 from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
 from slr_core.errors import ConfigError, EngineError, RequestError
-from slr_core.evaluation.backends import Ask, Local, Remote
-from slr_core.evaluation.methods import METHODS, Settings
+from slr_core.evaluation.backends import GenerationOptions, Local, Remote
+from slr_core.evaluation.methods import METHODS, MethodSettings
 from slr_core.evaluation.run import run_method
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
@@ -20,10 +20,12 @@ from tests.server.test_process import Server
 
 SEEDS = [1000 * i for i in range(len(tiny.PROMPTS))]
 ASKS = {
-    "default": Ask(),
-    "no loop": Ask({"max_iterations": 0}),
-    "loop": Ask({"max_iterations": 4, "min_iterations": 2, "criterion": "kl", "threshold": 0.3, "patience": 2}),
-    "sampled": Ask({}, max_new_tokens=5, temperature=1.5, samples=3),
+    "default": GenerationOptions(),
+    "no loop": GenerationOptions({"max_iterations": 0}),
+    "loop": GenerationOptions(
+        {"max_iterations": 4, "min_iterations": 2, "criterion": "kl", "threshold": 0.3, "patience": 2}
+    ),
+    "sampled": GenerationOptions({}, max_new_tokens=5, temperature=1.5, samples=3),
 }
 
 
@@ -73,7 +75,7 @@ def test_a_server_answers_as_the_model_in_this_process(local, remote, ask):
 def test_the_model_answers_as_its_requests_say(local):
     made = local.reasoner
     loop = {"max_iterations": 4, "criterion": "fixed"}
-    answers = local.answer(tiny.PROMPTS, Ask(loop, max_new_tokens=3), SEEDS)
+    answers = local.answer(tiny.PROMPTS, GenerationOptions(loop, max_new_tokens=3), SEEDS)
     results = [generate(made, [tiny.request(made, p, loop, max_new_tokens=3)])[0] for p in tiny.PROMPTS]
     assert [(own.text, own.iterations, own.tokens) for (own,) in answers] == [
         (result.text, 4, result.completion_tokens) for result in results
@@ -101,14 +103,14 @@ def answering(handler):
 
 def test_what_the_server_refuses_is_a_request_error_that_names_it(remote):
     with pytest.raises(RequestError, match=rf"{remote.url}: 400, .*max_new_tokens must be at most 40"):
-        remote.answer(tiny.PROMPTS, Ask(max_new_tokens=41), SEEDS)
+        remote.answer(tiny.PROMPTS, GenerationOptions(max_new_tokens=41), SEEDS)
     with pytest.raises(RequestError, match=remote.url):
-        remote.answer(["", "w1"], Ask(), [0, 1])
+        remote.answer(["", "w1"], GenerationOptions(), [0, 1])
 
 
 def test_a_server_that_is_not_there_is_an_engine_error_that_names_it():
     with pytest.raises(EngineError, match=r"http://127.0.0.1:9: no usable answer .*Connect"):
-        Remote("http://127.0.0.1:9").answer(["w1"], Ask(), [0])
+        Remote("http://127.0.0.1:9").answer(["w1"], GenerationOptions(), [0])
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_a_server_that_is_not_there_is_an_engine_error_that_names_it():
 )
 def test_every_failing_answer_is_an_error_that_names_the_server(status, body, kind):
     with pytest.raises(kind, match=r"http://server\.test:") as caught:
-        answering(lambda _: httpx.Response(status, text=body)).answer(["w1"], Ask(), [0])
+        answering(lambda _: httpx.Response(status, text=body)).answer(["w1"], GenerationOptions(), [0])
     for said in ("shutting down", "queue is full"):
         assert (said in body) == (said in str(caught.value))
     if status != 200:
@@ -139,7 +141,7 @@ def test_what_is_no_url_is_refused():
     with pytest.raises(ConfigError, match="not a URL"):
         Remote("http://[::1:8000")
     with pytest.raises(EngineError, match=r"server\.test"):
-        Remote("server.test").answer(["w1"], Ask(), [0])
+        Remote("server.test").answer(["w1"], GenerationOptions(), [0])
 
 
 # -- at size ---------------------------------------------------------------------------------------------
@@ -148,9 +150,9 @@ def test_what_is_no_url_is_refused():
 @pytest.mark.slow
 def test_300_questions_have_identical_answers_and_iterations_in_process_and_through_the_server(tmp_path):
     questions = list(islice(make(GraphSpec(10, 2, 4, balanced=True), 31), 300))
-    here = run_method(METHODS["slr"], Local(LatentReasoner.from_pretrained()), ProsQA(), questions, Settings({}))
+    here = run_method(METHODS["slr"], Local(LatentReasoner.from_pretrained()), ProsQA(), questions, MethodSettings({}))
     for remote in _served(DEFAULT_CHECKPOINT, tmp_path / "log"):
-        there = run_method(METHODS["slr"], remote, ProsQA(), questions, Settings({}), batch_size=50)
+        there = run_method(METHODS["slr"], remote, ProsQA(), questions, MethodSettings({}), batch_size=50)
     alike = [
         (mine.key, mine.text, mine.iterations, mine.exit_reason) == (its.key, its.text, its.iterations, its.exit_reason)
         for mine, its in zip(here, there, strict=True)

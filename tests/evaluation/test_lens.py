@@ -9,9 +9,9 @@ import torch
 
 from slr_core import tasks
 from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
-from slr_core.evaluation.inside import Inside
 from slr_core.evaluation.lens import EXAMPLES, movement, read, trajectories
 from slr_core.evaluation.probes import READOUT, Collected, Score, collect
+from slr_core.evaluation.state_analysis import StateAnalysis
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
@@ -246,15 +246,15 @@ def test_everything_goes_through_a_file_and_is_drawn_alike():
     score = Score("answer", "readout", "mlp", 1, "accuracy", 0.5, (0.25, 0.75), 0.125, 0.25, 7, 3)
     lens, paths = read(made, Steps(), ASKED, collected), trajectories(collected, Steps(), ASKED)
     for found in (
-        Inside(3, 0.5, lens, movement(collected), paths, (score,)),
-        Inside(3, 0.5, lens, movement(collected), None, ()),
+        StateAnalysis(3, 0.5, lens, movement(collected), paths, (score,)),
+        StateAnalysis(3, 0.5, lens, movement(collected), None, ()),
     ):
-        again = Inside.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
+        again = StateAnalysis.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
         assert again == found
-        assert again.drawn() == found.drawn()
-        assert ("trajectories" in found.drawn(), "probes" in found.drawn()) == (found.trajectories is paths,) * 2
+        assert again.plots() == found.plots()
+        assert ("trajectories" in found.plots(), "probes" in found.plots()) == (found.trajectories is paths,) * 2
 
 
 def test_what_was_not_found_inside_is_refused():
     with pytest.raises(ValueError, match="lens"):
-        Inside.from_json({"iterations": 3, "accuracy": 0.5})
+        StateAnalysis.from_json({"iterations": 3, "accuracy": 0.5})

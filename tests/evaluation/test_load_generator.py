@@ -9,7 +9,7 @@ import pytest
 
 from slr_core.errors import ConfigError, EngineError
 from slr_core.evaluation import load_generator as load
-from slr_core.evaluation.load_generator import Asked, Plan, Report, quantile, questions
+from slr_core.evaluation.load_generator import LoadPlan, LoadReport, RequestOutcome, quantile, questions
 from slr_core.tasks.prosqa import ProsQA
 
 
@@ -48,7 +48,7 @@ def good(iterations=4):
 def under(answer, **plan):
     async def ask():
         async with server(answer) as (url, seen):
-            return await load.run(Plan(url, **plan)), seen
+            return await load.run_load(LoadPlan(url, **plan)), seen
 
     return asyncio.run(ask())
 
@@ -87,7 +87,7 @@ def test_the_key_is_sent():
 
 def test_a_server_that_is_not_there():
     with pytest.raises(EngineError, match="cannot be reached"):
-        asyncio.run(load.run(Plan("http://127.0.0.1:9", duration_s=0.1)))
+        asyncio.run(load.run_load(LoadPlan("http://127.0.0.1:9", duration_s=0.1)))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_server_that_is_not_there():
 )
 def test_a_plan_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ConfigError):
-        Plan(**{"url": "http://x", **wrong})
+        LoadPlan(**{"url": "http://x", **wrong})
 
 
 def test_questions_have_the_hops_that_they_say():
@@ -118,11 +118,14 @@ def test_questions_have_the_hops_that_they_say():
 
 def test_a_report_adds_up():
     asked = [
-        *(Asked(2, "200", n / 100, iterations=4, exit_reason="converged", correct=n % 2 == 0) for n in range(1, 100)),
-        Asked(3, "200", 5.0, iterations=6, exit_reason="diverged", correct=True),
-        Asked(3, "429", 0.001),
+        *(
+            RequestOutcome(2, "200", n / 100, iterations=4, exit_reason="converged", correct=n % 2 == 0)
+            for n in range(1, 100)
+        ),
+        RequestOutcome(3, "200", 5.0, iterations=6, exit_reason="diverged", correct=True),
+        RequestOutcome(3, "429", 0.001),
     ]
-    assert Report(10.0, asked).to_json() == {
+    assert LoadReport(10.0, asked).to_json() == {
         "elapsed_s": 10.0,
         "requests": 101,
         "outcomes": {"200": 100, "429": 1},
@@ -143,7 +146,7 @@ def test_quantiles():
 
 
 def test_the_command(run, monkeypatch):
-    report = Report(2.0, [Asked(2, "200", 0.25, iterations=4, exit_reason="converged", correct=True)])
+    report = LoadReport(2.0, [RequestOutcome(2, "200", 0.25, iterations=4, exit_reason="converged", correct=True)])
     plans = []
 
     async def pretend(plan, progress):
@@ -151,13 +154,13 @@ def test_the_command(run, monkeypatch):
         progress(1.0, report.asked[0])
         return report
 
-    monkeypatch.setattr(load, "run", pretend)
+    monkeypatch.setattr(load, "run_load", pretend)
     code, out, _ = run("load", "http://x", "--duration", "2", "--rate", "5", "--hops", "2", "--hops", "6")
     assert code == 0
-    assert plans[0] == Plan("http://x", duration_s=2.0, rate=5.0, hops=[2, 6])
+    assert plans[0] == LoadPlan("http://x", duration_s=2.0, rate=5.0, hops=[2, 6])
     assert "1 requests in 2.0 s (1 200), 0.5 answers a second" in out
     assert "p99 250.0 ms" in out
     assert "converged 1" in out
     code, out, _ = run("load", "http://x", "--json")
     assert json.loads(out) == report.to_json()
-    assert plans[1] == Plan("http://x")
+    assert plans[1] == LoadPlan("http://x")

@@ -7,7 +7,7 @@ from slr_core.errors import ConfigError, RequestError
 from slr_core.evaluation.backends import Local, Remote
 from slr_core.evaluation.cost import Cost
 from slr_core.evaluation.interventions import noised, noisy, replaced, shuffled
-from slr_core.evaluation.methods import METHODS, NOISY_START, Batch, Settings, get
+from slr_core.evaluation.methods import METHODS, NOISY_START, Batch, MethodSettings, get_method
 from slr_core.evaluation.outcomes import Answered
 from slr_core.generation.reference import generate
 from tests import tiny
@@ -23,7 +23,7 @@ def local():
 
 
 def batch(backend, prompts=tiny.PROMPTS, before=tiny.PROMPTS[-1], **settings):
-    given = Settings(**{"loop": {}, "cot_tokens": 6, "samples": 3, **settings})
+    given = MethodSettings(**{"loop": {}, "cot_tokens": 6, "samples": 3, **settings})
     return Batch(backend, Words(), prompts, SEEDS[: len(prompts)], given, before)
 
 
@@ -264,6 +264,6 @@ def test_every_control_of_the_issue_is_there():
 
 
 def test_a_method_that_there_is_not_is_refused():
-    assert get("slr") is METHODS["slr"]
+    assert get_method("slr") is METHODS["slr"]
     with pytest.raises(ConfigError, match=r"one of no_cot, cot, .*got guess"):
-        get("guess")
+        get_method("guess")

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from slr_core.cli.probe import probe as command
 from slr_core.errors import ConfigError
 from slr_core.evaluation import plots, report
-from slr_core.evaluation.lens import Lens, Movement, Reading, Spread, Told, Trajectories
+from slr_core.evaluation.lens import Lens, Movement, QuestionReadings, Reading, Spread, Trajectories
 from slr_core.evaluation.probes import Score
-from slr_core.evaluation.stability import Exit
+from slr_core.evaluation.stability import ExitPoint
 from slr_core.evaluation.statistics import Summary, wilson
 from slr_core.evaluation.store import Store
 
@@ -55,13 +55,13 @@ def score(label: str, kind: str, t: int, place: str = "readout") -> Score:
 
 READINGS = tuple(reading(t, 0.9 if t < 3 else None) for t in range(5))
 TOLD = (
-    Told("q", "w1 w2", True, 1, (("w7", 0.5), ("w8" * 20, 1.0)), ("a thought", None)),
-    Told("r", "w3", False, 0, (("w9", 0.25),), ()),
+    QuestionReadings("q", "w1 w2", True, 1, (("w7", 0.5), ("w8" * 20, 1.0)), ("a thought", None)),
+    QuestionReadings("r", "w3", False, 0, (("w9", 0.25),), ()),
 )
 FIGURES: dict[str, Callable[[], str]] = {
     "depth": lambda: plots.accuracy_by_depth({t: summary(50 + 5 * t) for t in range(9)}, 4, {"depth_rule": 0.5}),
     "exits": lambda: plots.exit_frontier(
-        [Exit(c, 0.1 * i, i + 1.0, 0.5 + 0.1 * i, 0.2) for c in ("relative_change", "kl") for i in range(4)],
+        [ExitPoint(c, 0.1 * i, i + 1.0, 0.5 + 0.1 * i, 0.2) for c in ("relative_change", "kl") for i in range(4)],
         summary(90),
     ),
     "noise": lambda: plots.noise_sensitivity(
@@ -187,7 +187,7 @@ def test_higher_accuracy_is_drawn_higher():
 
 def test_a_rule_and_the_default_are_left_out_where_there_is_none():
     assert not any("shortcut" in text for text in texts(plots.accuracy_by_depth({0: summary(5), 1: summary(50)}, 1)))
-    assert "as configured" not in texts(plots.exit_frontier([Exit("kl", 0.1, 1.0, 0.5, 0.0)]))
+    assert "as configured" not in texts(plots.exit_frontier([ExitPoint("kl", 0.1, 1.0, 0.5, 0.0)]))
     assert "accuracy without noise" not in texts(plots.noise_sensitivity({0.1: (summary(5), 0.1)}))
 
 
@@ -248,14 +248,18 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
 def run(*arguments: str) -> Any:
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(command)
-    dials = [part for dial in ("nodes=8", "min_hops=2", "max_hops=3", "balanced=true") for part in ("--dial", dial)]
-    return CliRunner().invoke(app, ["--generate", "40", *dials, *arguments])
+    options = [
+        part
+        for option in ("nodes=8", "min_hops=2", "max_hops=3", "balanced=true")
+        for part in ("--generator-option", option)
+    ]
+    return CliRunner().invoke(app, ["--generate", "40", *options, *arguments])
 
 
 def test_the_command_prints_tables_and_writes_figures_and_json(tmp_path):
     file, folder = tmp_path / "out.json", tmp_path / "made" / "figures"
     result = run(
-        "--iterations", "1", "--probes", "linear", "--shuffles", "1", "--json", str(file), "--plots", str(folder)
+        "--iterations", "1", "--probes", "linear", "--shuffles", "1", "--output", str(file), "--plots", str(folder)
     )
     assert result.exit_code == 0, result.output
     assert "40 questions, 1 iterations each" in result.output
@@ -278,7 +282,7 @@ def test_the_command_keeps_what_it_found_and_does_not_look_twice(tmp_path, monke
     monkeypatch.setattr("slr_core.evaluation.probes.collect", None)
     assert run(*asked).output == first.output
     assert results.read_bytes() == kept
-    pages = report.write(Store(results), tmp_path / "report")
+    pages = report.write_report(Store(results), tmp_path / "report")
     assert [path.name for path in pages[2:]] == [f"figure_1_{i}.svg" for i in (1, 2, 3, 4)]
     assert "depth\\_rule" in pages[1].read_text()
 

@@ -10,9 +10,9 @@ import pytest
 
 from slr_core.errors import DataError
 from slr_core.evaluation import plots, report
-from slr_core.evaluation.inside import Inside
 from slr_core.evaluation.lens import Lens, Movement
-from slr_core.evaluation.stability import Exit, Stability
+from slr_core.evaluation.stability import ExitPoint, StabilityReport
+from slr_core.evaluation.state_analysis import StateAnalysis
 from slr_core.evaluation.statistics import paired, summarize, wilson
 from slr_core.evaluation.store import Store
 from tests.evaluation.asked import outcome, spec
@@ -64,9 +64,9 @@ def fill(store, method="slr", right=1, about=ABOUT, changes=None, **fields):
 
 def study():
     right = {t: replace(summarize(answers(t, 20)), iterations=float(t)) for t in range(9)}
-    exits = [Exit(c, 0.1 * i, 1.0 + i, 0.1 * i, 0.5) for c in ("relative_change", "kl") for i in range(4)]
+    exits = [ExitPoint(c, 0.1 * i, 1.0 + i, 0.1 * i, 0.5) for c in ("relative_change", "kl") for i in range(4)]
     noise = {0.01: (right[8], 0.0), 1.0: (right[2], 0.75)}
-    return Stability(4, right, noise, right[8], 1.625, 0.8125, exits)
+    return StabilityReport(4, right, noise, right[8], 1.625, 0.8125, exits)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def store(tmp_path):
 
 
 def written(store, out):
-    paths = report.write(store, out)
+    paths = report.write_report(store, out)
     assert sorted(paths) == sorted(out.iterdir())
     return (out / "report.html").read_text(), (out / "report.md").read_text()
 
@@ -243,13 +243,13 @@ def test_a_figure_without_runs_is_shown(tmp_path):
     store = Store()
     asked = {name: spec()[name] for name in ("task", "source", "questions", "questions_sha256")}
     for name in ("one", "two"):
-        found = Inside(1, 0.5, Lens((), {}, ()), Movement((None,), (None,)), None, ())
+        found = StateAnalysis(1, 0.5, Lens((), {}, ()), Movement((None,), (None,)), None, ())
         store.keep("probe", {**asked, "model": {"name": name}}, found.to_json(), {"command": "slr probe"})
     html, text = written(store, tmp_path / "out")
     assert html.count("<svg") == 6
     assert "### Logit lens (model one)" in text
     assert "### Logit lens (model two)" in text
-    assert (tmp_path / "out" / "figure_1_4.svg").read_text() == found.drawn()["lens"].svg
+    assert (tmp_path / "out" / "figure_1_4.svg").read_text() == found.plots()["lens"].svg
 
 
 def test_a_figure_of_another_program_is_refused(tmp_path):
@@ -257,7 +257,7 @@ def test_a_figure_of_another_program_is_refused(tmp_path):
     asked = {name: spec()[name] for name in ("task", "source", "questions", "questions_sha256")}
     store.keep("probe", asked, {"plots": [{"title": "x", "caption": "y", "svg": "<script>alert(1)</script>"}]}, {})
     with pytest.raises(DataError, match="another version"):
-        report.write(store, tmp_path / "out")
+        report.write_report(store, tmp_path / "out")
 
 
 # -- of one piece ----------------------------------------------------------------------------------------
@@ -329,11 +329,11 @@ def test_names_are_shown_and_never_run(tmp_path):
 def test_without_a_finished_run_there_is_nothing_to_report(tmp_path):
     store = Store()
     with pytest.raises(DataError, match="nothing to report"):
-        report.write(store, tmp_path / "out")
+        report.write_report(store, tmp_path / "out")
     store.add(store.open(spec()), outcome())
     store.keep("missing", spec(), {"cot": "why"}, {})
     with pytest.raises(DataError, match="nothing to report"):
-        report.write(store, tmp_path / "out")
+        report.write_report(store, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -346,7 +346,7 @@ def test_results_of_another_program_are_refused(tmp_path, field):
     del head["spec"][field]
     path.write_text("\n".join([json.dumps(head), *lines[1:]]) + "\n")
     with pytest.raises(DataError, match="another version"):
-        report.write(Store(path), tmp_path / "out")
+        report.write_report(Store(path), tmp_path / "out")
 
 
 def test_templates_go_with_the_package():

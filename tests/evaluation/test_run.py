@@ -8,7 +8,7 @@ import pytest
 
 from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
 from slr_core.evaluation.backends import Local
-from slr_core.evaluation.methods import METHODS, NOISY_START, Settings, get
+from slr_core.evaluation.methods import METHODS, NOISY_START, MethodSettings, get_method
 from slr_core.evaluation.outcomes import key_of
 from slr_core.evaluation.run import model_of, run_method, spec_of
 from slr_core.evaluation.statistics import summarize
@@ -19,7 +19,7 @@ from tests import tiny
 from tests.evaluation.asked import Words, examples, questions
 
 ALL = {**METHODS, NOISY_START.name: NOISY_START}
-SETTINGS = Settings({"threshold": 0.45}, cot_tokens=3, samples=2, beams=2, noise=0.5, temperature=1.0, seed=3)
+SETTINGS = MethodSettings({"threshold": 0.45}, cot_tokens=3, samples=2, beams=2, noise=0.5, temperature=1.0, seed=3)
 QUESTIONS = examples(10)
 
 
@@ -177,7 +177,7 @@ def test_a_spec_tells_everything_apart_that_decides_outcomes():
     three = questions(3)
 
     def spec(method="slr", asked=three, model="tiny", **settings):
-        return json.dumps(spec_of(get(method), Settings({}, **settings), Words(), asked, {"name": model}))
+        return json.dumps(spec_of(get_method(method), MethodSettings({}, **settings), Words(), asked, {"name": model}))
 
     others = [
         spec(method="slr_fixed"),
@@ -186,7 +186,7 @@ def test_a_spec_tells_everything_apart_that_decides_outcomes():
         spec(model="other"),
         spec(seed=1),
         spec(noise=0.2),
-        json.dumps(spec_of(get("slr"), Settings({"max_iterations": 3}), Words(), three, {"name": "tiny"})),
+        json.dumps(spec_of(get_method("slr"), MethodSettings({"max_iterations": 3}), Words(), three, {"name": "tiny"})),
     ]
     assert spec() == spec()
     assert len({spec(), *others}) == 1 + len(others)

@@ -10,9 +10,18 @@ import torch
 
 from slr_core.config import Criterion, GuardConfig
 from slr_core.evaluation.backends import Local
-from slr_core.evaluation.methods import METHODS, NOISY_START, Settings
+from slr_core.evaluation.methods import METHODS, NOISY_START, MethodSettings
 from slr_core.evaluation.run import run_method
-from slr_core.evaluation.stability import NOISES, Stability, Study, _exit, _settled, distances
+from slr_core.evaluation.stability import (
+    NOISES,
+    ExitPoint,
+    StabilityReport,
+    StabilityStudy,
+    _exit,
+    _settled,
+    best_exits,
+    measure_distances,
+)
 from slr_core.evaluation.statistics import summarize
 from slr_core.evaluation.store import Store
 from slr_core.generation.reference import generate
@@ -37,7 +46,7 @@ def local():
 
 
 def study(local, store=None, **options):
-    return Study(local, Words(), ASKED, MODEL, store or Store(), **options)
+    return StabilityStudy(local, Words(), ASKED, MODEL, store or Store(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +55,7 @@ def found(local):
 
 
 def answers(local, method, loop=None, **settings):
-    return run_method(method, local, Words(), ASKED.examples, Settings(loop or {}, **settings))
+    return run_method(method, local, Words(), ASKED.examples, MethodSettings(loop or {}, **settings))
 
 
 def timeless(summary):
@@ -160,8 +169,8 @@ def test_a_study_goes_on_where_it_was_and_shares_its_runs(local, found, tmp_path
 
 
 def test_a_study_goes_through_json(found):
-    assert Stability.from_json(json.loads(json.dumps(found.to_json()))) == found
-    assert Stability.from_json(found.to_json()) == found
+    assert StabilityReport.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert StabilityReport.from_json(found.to_json()) == found
 
 
 # -- exits without running -------------------------------------------------------------------------------
@@ -176,7 +185,7 @@ def test_a_study_goes_through_json(found):
 def test_simulated_exits_are_the_loops_own(workspace, changes):
     made = model(workspace, max_iterations=6, trained_iterations=3, **changes)
     most, prompts = 6, [example.question for example in ASKED.examples]
-    paths = distances(made, prompts, most)
+    paths = measure_distances(made, prompts, most)
     exits, compared = set(), 0
     for criterion in get_args(Criterion):
         known = sorted(d[criterion] for path in paths for d in path if d.get(criterion) is not None)
@@ -207,7 +216,7 @@ def test_distances_are_those_of_a_traced_loop():
     loop = {"criterion": "fixed", "max_iterations": 5}
     prompts = list(tiny.PROMPTS)
     for path, result in zip(
-        distances(made, prompts, 5),
+        measure_distances(made, prompts, 5),
         generate(made, [tiny.request(made, prompt, loop, trace=True) for prompt in prompts]),
         strict=True,
     ):
@@ -223,7 +232,7 @@ def test_distances_are_those_of_a_traced_loop():
 def test_prompts_are_put_as_requests_are():
     made = tiny.reasoner(text={"prompt_prefix": "w1 w2 ", "prompt_suffix": " w3"})
     plain = tiny.reasoner()
-    (mine,), (its,) = distances(made, ["w9 w8"], 3), distances(plain, ["w1 w2 w9 w8 w3"], 3)
+    (mine,), (its,) = measure_distances(made, ["w9 w8"], 3), measure_distances(plain, ["w1 w2 w9 w8 w3"], 3)
     assert mine == its
 
 
@@ -237,7 +246,7 @@ def test_a_diverging_loop_keeps_what_was_before_and_pays_for_what_it_ran():
     context = made.encode(*tiny.batch(prompts))
     with torch.inference_mode():
         output = loop_until_exit(made, context, [settings] * len(prompts))
-    exits = [_exit(path, ExitRule(settings, made.config.loop.guard)) for path in distances(made, prompts, 6)]
+    exits = [_exit(path, ExitRule(settings, made.config.loop.guard)) for path in measure_distances(made, prompts, 6)]
     assert exits == list(zip(output.iterations, output.kept_iterations, strict=True))
     assert any(kept < ran < 6 for ran, kept in exits)
 
@@ -257,3 +266,11 @@ def test_a_loop_that_is_no_longer_finite_keeps_the_iteration_before():
 )
 def test_an_answer_is_settled_from_its_last_change_on(texts, first):
     assert _settled(list(texts)) == first
+
+
+def test_best_exits():
+    figures = {"kl": [(3, 0.5), (1, 0.2), (2, 0.6), (4, 0.7), (2, 0.1)], "cosine": [(2, 0.3), (1, 0.3)]}
+    exits = [ExitPoint(name, 0.1, t, right, 0.0) for name, points in figures.items() for t, right in points]
+    best = [(e.criterion, e.iterations, e.accuracy) for e in best_exits(exits)]
+    assert best == [("kl", 1, 0.2), ("kl", 2, 0.6), ("kl", 4, 0.7), ("cosine", 1, 0.3)]
+    assert best_exits([]) == []

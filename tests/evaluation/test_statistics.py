@@ -7,7 +7,7 @@ from statistics import fmean
 import pytest
 from scipy import stats
 
-from slr_core.evaluation.statistics import by_difficulty, paired, rank_correlation, summarize, wilson
+from slr_core.evaluation.statistics import paired, rank_correlation, summarize, summarize_by_difficulty, wilson
 from tests.evaluation.asked import outcome
 
 
@@ -135,7 +135,7 @@ def test_steps_hold_as_a_share_of_those_that_were_written(steps, share):
 
 
 def test_levels_are_ascending_and_add_up():
-    levels = by_difficulty(OUTCOMES)
+    levels = summarize_by_difficulty(OUTCOMES)
     assert list(levels) == [2, 3]
     assert (levels[2].questions, levels[2].accuracy) == (3, pytest.approx(2 / 3))
     assert levels[3] == summarize(OUTCOMES[:1])

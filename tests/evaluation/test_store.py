@@ -5,7 +5,7 @@ import json
 import pytest
 
 from slr_core.errors import DataError
-from slr_core.evaluation.store import Run, Store
+from slr_core.evaluation.store import MethodRun, Store
 from tests.evaluation.asked import outcome, spec
 
 KEPT = [outcome("0:a"), outcome("1:b", correct=False, answer=None)]
@@ -60,7 +60,7 @@ def test_any_changed_field_is_another_run(filled, field):
 
 
 def test_a_nested_change_is_another_run():
-    runs = [Run(spec(settings={"loop": {"max_iterations": n}, "seed": 0})) for n in (3, 4, 3)]
+    runs = [MethodRun(spec(settings={"loop": {"max_iterations": n}, "seed": 0})) for n in (3, 4, 3)]
     assert runs[0].id != runs[1].id
     assert runs[0].id == runs[2].id
 

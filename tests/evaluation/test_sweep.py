@@ -54,7 +54,7 @@ def trained(monkeypatch):
 
 
 def test_every_combination_is_trained_with_every_seed_and_judged_once(spec, trained, tmp_path):
-    rows = sweep.run(spec())
+    rows = sweep.run_sweep(spec())
     assert [(c.loop.residual.source, c.seed) for c in trained] == [
         ("none", 0),
         ("none", 1),
@@ -72,13 +72,13 @@ def test_every_combination_is_trained_with_every_seed_and_judged_once(spec, trai
 
 
 def test_a_second_start_does_what_is_left(spec, trained, tmp_path):
-    first = sweep.run(spec(seeds=[0]))
+    first = sweep.run_sweep(spec(seeds=[0]))
     results = tmp_path / "out" / "results.jsonl"
     before = results.read_bytes()
     models = sorted((tmp_path / "out" / "models").iterdir())
     shutil.rmtree(models[0])
     trained.clear()
-    again = sweep.run(spec(seeds=[0]))
+    again = sweep.run_sweep(spec(seeds=[0]))
     assert len(trained) == 1
     assert trained[0].output_dir == str(models[0])
     # The same weights come out, so nothing is answered twice.
@@ -96,10 +96,10 @@ def test_an_interrupted_training_is_resumed(spec, monkeypatch, tmp_path):
 
     monkeypatch.setattr(sweep, "train", train)
     path = spec(seeds=[0], vary={}, set={"stages": DATA["stages"][:1], "save_steps": 1})
-    sweep.run(path)
+    sweep.run_sweep(path)
     (model,) = (tmp_path / "out" / "models").iterdir()
     (model / "training.json").unlink()
-    sweep.run(path)
+    sweep.run_sweep(path)
     assert resumed == [False, True]
 
 
@@ -119,7 +119,7 @@ def test_an_interrupted_training_is_resumed(spec, monkeypatch, tmp_path):
 )
 def test_what_is_wrong_is_named_before_anything_is_trained(spec, trained, changes, named):
     with pytest.raises(ConfigError, match=named):
-        sweep.run(spec(**changes))
+        sweep.run_sweep(spec(**changes))
     assert trained == []
 
 
@@ -127,19 +127,19 @@ def test_a_spec_that_is_no_yaml(tmp_path):
     path = tmp_path / "spec.yaml"
     path.write_text("recipe: [")
     with pytest.raises(ConfigError, match="YAML"):
-        sweep.run(path)
+        sweep.run_sweep(path)
 
 
 def test_the_same_questions_under_other_settings_are_other_questions(spec, trained):
     judges = [JUDGE | {"methods": ["slr"], "loop": loop} for loop in ({}, {"max_iterations": 1})]
-    rows = sweep.run(spec(vary={}, seeds=[0], evaluate=judges))
+    rows = sweep.run_sweep(spec(vary={}, seeds=[0], evaluate=judges))
     assert rows[1].to_json()["asked"] == f"{rows[0].questions}; max_iterations=1"
     assert json.loads(json.dumps([row.to_json() for row in rows]))[1]["iterations"] == 1
 
 
 def test_the_command_prints_a_table_and_keeps_its_rows(spec, trained, tmp_path):
     judges = [JUDGE | {"methods": ["slr"], "loop": loop} for loop in ({}, {"max_iterations": 1})]
-    arguments = ["sweep", str(spec(vary={}, evaluate=judges)), "--json", str(tmp_path / "rows.json")]
+    arguments = ["sweep", str(spec(vary={}, evaluate=judges)), "--output", str(tmp_path / "rows.json")]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("as it is") == 2
@@ -149,7 +149,7 @@ def test_the_command_prints_a_table_and_keeps_its_rows(spec, trained, tmp_path):
 
 def test_variants_have_names_and_settings_of_their_own(spec, trained):
     named = {"both": {"loop.residual.source": "initial", "loop.timestep.kind": "none"}, "plain": {}}
-    rows = sweep.run(spec(variants=named, vary={"chains": [1, 2]}, seeds=[0]))
+    rows = sweep.run_sweep(spec(variants=named, vary={"chains": [1, 2]}, seeds=[0]))
     assert [(c.loop.residual.source, c.chains) for c in trained] == [
         ("initial", 1),
         ("initial", 2),
@@ -163,6 +163,6 @@ def test_variants_have_names_and_settings_of_their_own(spec, trained):
 
 
 def test_a_variant_that_means_something_else_is_trained_again(spec, trained):
-    sweep.run(spec(variants={"one": {"chains": 1}}, vary={}, seeds=[0]))
-    sweep.run(spec(variants={"one": {"chains": 2}}, vary={}, seeds=[0]))
+    sweep.run_sweep(spec(variants={"one": {"chains": 1}}, vary={}, seeds=[0]))
+    sweep.run_sweep(spec(variants={"one": {"chains": 2}}, vary={}, seeds=[0]))
     assert [config.chains for config in trained] == [1, 2]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from slr_core import tasks
 from slr_core.checkpoint.folder import BASE, DEFAULT_CHECKPOINT
 from slr_core.evaluation.backends import Local
-from slr_core.evaluation.methods import Settings, get
+from slr_core.evaluation.methods import MethodSettings, get_method
 from slr_core.evaluation.run import run_method
 from slr_core.evaluation.statistics import summarize
 from slr_core.evaluation.sweep import SweepConfig, variants
@@ -66,7 +66,7 @@ def test_adapters_on_a_frozen_base_learn_what_the_base_cannot_do(tmp_path):
     questions = list(islice(tasks.get("prosqa").generate(999, **dials), 200))
     backend = Local(LatentReasoner.from_pretrained(str(folder)))
     looped, plain = (
-        summarize(run_method(get(name), backend, tasks.get("prosqa"), questions, Settings({}))).accuracy
+        summarize(run_method(get_method(name), backend, tasks.get("prosqa"), questions, MethodSettings({}))).accuracy
         for name in ("slr", "no_cot")
     )
     assert plain < 0.62

@@ -14,7 +14,7 @@ from slr_core.evaluation.probes import Score
 
 
 @dataclass(frozen=True)
-class Inside:
+class StateAnalysis:
     """What ``slr probe`` found.
 
     Attributes:
@@ -42,7 +42,7 @@ class Inside:
         """The inverse, also of what went through a file; ``ValueError`` where ``data`` is something else."""
         return TypeAdapter(cls).validate_python(data)
 
-    def drawn(self) -> dict[str, Plot]:
+    def plots(self) -> dict[str, Plot]:
         """Its plots by name."""
         drawn = {
             "lens": Plot(
