@@ -110,7 +110,7 @@ def _depth_table(found: StabilityReport, title: str) -> Table:
 def _frontier_table(found: StabilityReport) -> Table:
     from slr_core.evaluation.stability import best_exits
 
-    title = "\nexit criteria: thresholds with the best accuracy for their mean number of iterations"
+    title = "\nexit criteria: best accuracy by mean iterations"
     table = _table(title, "criterion", "threshold", "mean iterations", "accuracy", "excess iterations")
     for point in best_exits(found.exits):
         figures = (f"{point.threshold:.3g}", f"{point.iterations:.2f}", f"{point.accuracy:.3f}", f"{point.excess:+.2f}")

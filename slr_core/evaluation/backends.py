@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import httpx
 
+from slr_core.client import Client
 from slr_core.engine import Engine
-from slr_core.errors import ConfigError, EngineError, RequestError
+from slr_core.errors import EngineError, RequestError
 from slr_core.evaluation.cost import Cost
 from slr_core.evaluation.outcomes import Answered
 from slr_core.generation.prepare import prepare
@@ -51,8 +52,8 @@ class Backend(Protocol):
 
     batches_at_once: int
 
-    def answer(self, prompts: Sequence[str], ask: GenerationOptions, seeds: Sequence[int]) -> list[list[Answered]]:
-        """``ask.samples`` answers per prompt; prompt i draws from ``seeds[i]`` on."""
+    def answer(self, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int]) -> list[list[Answered]]:
+        """``options.samples`` answers per prompt; prompt i draws from ``seeds[i]`` on."""
         ...
 
 
@@ -84,14 +85,14 @@ class Local:
         return engine
 
     def answer(
-        self, prompts: Sequence[str], ask: GenerationOptions, seeds: Sequence[int], run_loop: RunLoop | None = None
+        self, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int], run_loop: RunLoop | None = None
     ) -> list[list[Answered]]:
         """As :class:`Backend`; ``think`` interferes with the loops, which come prompt by prompt, sample by sample:
         that is the reference's work, and it must have the model alone."""
         requests = [
-            self.request(prompt, ask, seed + sample)
+            self.request(prompt, options, seed + sample)
             for prompt, seed in zip(prompts, seeds, strict=True)
-            for sample in range(ask.samples)
+            for sample in range(options.samples)
         ]
         if run_loop is None:
             results = [future.result() for future in [self.engine.submit(request) for request in requests]]
@@ -99,78 +100,83 @@ class Local:
             results = generate(self.reasoner, requests, run_loop=run_loop)
         cost, added = self.cost.request, self.cost.added_parameters
         answered = [Answered.of(r, cost(r.prompt_tokens, r.iterations, r.completion_tokens), added) for r in results]
-        return _grouped(answered, ask.samples)
+        return _grouped(answered, options.samples)
 
-    def request(self, prompt: str, ask: GenerationOptions, seed: int) -> Request:
+    def request(self, prompt: str, options: GenerationOptions, seed: int) -> Request:
         """One answer's request, its length cut to what fits.
 
         Raises:
             RequestError: nothing does.
         """
-        loop = LoopParams(**ask.loop).resolve(self.reasoner.config.loop)
-        request = prepare(self.reasoner, prompt, loop, sampling=SamplingParams(ask.temperature, seed=seed))
-        if ask.max_new_tokens is None:
+        loop = LoopParams(**options.loop).resolve(self.reasoner.config.loop)
+        request = prepare(self.reasoner, prompt, loop, sampling=SamplingParams(options.temperature, seed=seed))
+        if options.max_new_tokens is None:
             return request
         taken = self.reasoner.workspace.loop_positions(loop.max_iterations) + len(request.answer_prefix_ids)
         fits = self.reasoner.max_positions - len(request.prompt_ids) - taken
-        return replace(request, max_new_tokens=min(ask.max_new_tokens, fits))
+        return replace(request, max_new_tokens=min(options.max_new_tokens, fits))
 
 
 class Remote:
     """A running server, asked through ``POST /trace``, one batch after the other.
 
     Args:
-        url: where it listens.
-        timeout_s: how long a batch may take.
+        url: the server's URL.
+        api_key: an API key of the server.
+        timeout_s: longest time in seconds for a batch.
+        transport: replaces the network.
 
     Raises:
-        ConfigError: ``url`` is none.
+        ConfigError: ``url`` is not a URL.
     """
 
     batches_at_once = 1
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
         self.url = url.rstrip("/")
-        try:
-            # Connections are not kept: nobody would close them, and a batch takes longer than to connect.
-            limits = httpx.Limits(max_keepalive_connections=0)
-            headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-            self.client = httpx.Client(base_url=self.url, timeout=timeout_s, limits=limits, headers=headers)
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"{url}: not a URL ({error})") from error
+        self.client = Client(self.url, api_key=api_key, timeout_s=timeout_s, transport=transport)
+        weakref.finalize(self, self.client.close)
 
-    def answer(self, prompts: Sequence[str], ask: GenerationOptions, seeds: Sequence[int]) -> list[list[Answered]]:
+    def answer(self, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int]) -> list[list[Answered]]:
         """As :class:`Backend`. Greedy prompts go together, sampled ones one by one: each has its own seed.
 
         Raises:
             RequestError: the server refuses a request.
             EngineError: it cannot be reached or fails.
         """
-        if ask.temperature == 0:
-            return _grouped(self._post({"prompt": list(prompts)}, ask), 1)
-        return [self._post({"prompt": p, "seed": s}, ask) for p, s in zip(prompts, seeds, strict=True)]
+        if options.temperature == 0:
+            return _grouped(self._trace(list(prompts), None, options), 1)
+        return [self._trace(prompt, seed, options) for prompt, seed in zip(prompts, seeds, strict=True)]
 
-    def _post(self, body: dict[str, Any], ask: GenerationOptions) -> list[Answered]:
-        convergence = {k: v for k, v in ask.loop.items() if k in ("criterion", "threshold", "patience")}
-        limits = {k: v for k, v in ask.loop.items() if k not in convergence}
-        options = {"max_new_tokens": ask.max_new_tokens, "temperature": ask.temperature, "n": ask.samples}
+    def _trace(self, prompt: str | list[str], seed: int | None, options: GenerationOptions) -> list[Answered]:
+        convergence = {k: v for k, v in options.loop.items() if k in ("criterion", "threshold", "patience")}
+        fields: dict[str, Any] = {k: v for k, v in options.loop.items() if k not in convergence}
+        fields |= {
+            "convergence": convergence,
+            "max_new_tokens": options.max_new_tokens,
+            "temperature": options.temperature,
+            "n": options.samples,
+            "seed": seed,
+            "top_tokens": 0,
+        }
         try:
-            response = self.client.post(
-                "/trace", json={**body, **limits, **options, "convergence": convergence, "top_tokens": 0}
-            )
-            if response.status_code == 200:
-                results = response.json()["results"]
-                if any(result["budget_reduced"] for result in results):
-                    raise EngineError(f"{self.url}: it reduced an iteration budget; --elastic-floor 1 turns that off")
-                return [_from_json(result) for result in results]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise EngineError(f"{self.url}: no usable answer ({error!r})") from error
-        try:
-            message = response.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):  # somebody else's error: a proxy's page, another server's JSON
-            message = response.reason_phrase
-        kind = RequestError if 400 <= response.status_code < 500 else EngineError
-        raise kind(f"{self.url}: {response.status_code}, {message}")
+            results = self.client.trace(prompt, **fields)["results"]
+            if any(result["budget_reduced"] for result in results):
+                raise EngineError("it reduced an iteration budget; --elastic-floor 1 turns that off")
+            return [_from_json(result) for result in results]
+        except RequestError as error:
+            raise RequestError(f"{self.url}: {error}", error.param) from error
+        except EngineError as error:
+            raise EngineError(f"{self.url}: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise EngineError(f"{self.url}: unexpected answer ({error!r})") from error
 
 
 def _from_json(result: dict[str, Any]) -> Answered:

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from slr_core import __version__, cli
+from slr_core.client.core import retry_policy
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import METHODS, MethodSettings
 from slr_core.evaluation.run import model_of, run_method
@@ -240,7 +241,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_an_error_is_one_line_and_exit_code_1(case, run, folder, tmp_path):
+def test_an_error_is_one_line_and_exit_code_1(case, run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("slr_core.client.sync_client.retry_policy", lambda retries: retry_policy(0))
     (tmp_path / "garbage").write_text("hello\n")
     (tmp_path / "empty").touch()
     words = {"FOLDER": folder, "GARBAGE": tmp_path / "garbage", "EMPTY": tmp_path / "empty"}

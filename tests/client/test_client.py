@@ -2,16 +2,19 @@
 
 import asyncio
 import json
+import time
 
 import httpx
 import pytest
 
-from slr_core.client import client as module
-from slr_core.client.client import AsyncClient, Client
+from slr_core.client import AsyncClient, Client
+from slr_core.client.core import ConvergenceFields, GenerateFields, TraceFields
 from slr_core.engine import Engine
-from slr_core.errors import EngineError, RequestError
+from slr_core.errors import ConfigError, EngineError, RequestError
 from slr_core.generation.reference import generate
 from slr_server.app import create_app
+from slr_server.protocol.native import GenerateRequest, TraceRequest
+from slr_server.protocol.schema import Convergence
 from slr_server.settings import ServerSettings
 from tests import tiny
 
@@ -49,8 +52,8 @@ def slept(monkeypatch):
     async def pause(seconds):
         pauses.append(seconds)
 
-    monkeypatch.setattr(module.time, "sleep", pauses.append)
-    monkeypatch.setattr(module.asyncio, "sleep", pause)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(asyncio, "sleep", pause)
     return pauses
 
 
@@ -67,6 +70,8 @@ def clients(request):
             given = left.pop(0) if len(left) > 1 else left[0]
             if isinstance(given, Exception):
                 raise given
+            if isinstance(given, Broken):
+                return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=given)
             return httpx.Response(given.status_code, headers=given.headers, content=given.content)
 
         made = Both(request.param, httpx.MockTransport(answer), **options)
@@ -74,6 +79,10 @@ def clients(request):
         return made
 
     return build
+
+
+def streamed(content):
+    return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=content)
 
 
 def refusal(status, headers=None, **error):
@@ -129,7 +138,7 @@ def test_what_is_not_sent_again(clients, slept, answer, kind, told):
 
 
 def test_a_stream(clients):
-    client = clients(refusal(503), httpx.Response(200, content=DONE))
+    client = clients(refusal(503), streamed(DONE))
     told = client.run("stream", "w1", n=2)
     assert [(event.name, event.data) for event in told] == [("token", {"index": 0}), ("done", {"id": "x"})]
     assert json.loads(client.asked[-1].content) == {"prompt": "w1", "n": 2, "stream": True}
@@ -140,12 +149,12 @@ def test_a_stream(clients):
     [
         (DONE[:34], "broke off"),
         (b'event: error\ndata: {"error": {"message": "too late"}}\n\n', "broke off: too late"),
-        (b"data: {\n\n", "not to be understood"),
+        (b"data: {\n\n", "not JSON"),
         (b"", "broke off"),
     ],
 )
 def test_a_stream_that_breaks_off_is_an_error_and_not_begun_again(clients, content, told):
-    client = clients(httpx.Response(200, content=content))
+    client = clients(streamed(content))
     with pytest.raises(EngineError, match=told):
         client.run("stream", "w1")
     assert len(client.asked) == 1
@@ -154,6 +163,60 @@ def test_a_stream_that_breaks_off_is_an_error_and_not_begun_again(clients, conte
 def test_a_stream_is_refused_like_any_request(clients):
     with pytest.raises(RequestError, match="400, no"):
         clients(refusal(400)).run("stream", "w1")
+
+
+class Broken(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A body whose connection fails after ``content``."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def __iter__(self):
+        yield self.content
+        raise httpx.ReadError("reset")
+
+    async def __aiter__(self):
+        for part in self:
+            yield part
+
+
+@pytest.mark.parametrize(("method", "whole"), [("generate", FINE), ("stream", streamed(DONE))])
+def test_broken_body_is_sent_again(clients, slept, method, whole):
+    """Where nothing was delivered: an answer is read whole, and a comment is no event."""
+    client = clients(Broken(b": comment\n\n"), whole)
+    assert client.run(method, "w1")
+    assert len(client.asked) == 2
+    assert len(slept) == 1
+    with pytest.raises(EngineError, match="reset"):
+        clients(Broken(b""), retries=0).run(method, "w1")
+
+
+def test_begun_stream_is_not_sent_again(clients, slept):
+    client = clients(Broken(DONE[:33]), streamed(DONE))
+    with pytest.raises(EngineError, match="broke off: reset"):
+        client.run("stream", "w1")
+    assert (len(client.asked), slept) == (1, [])
+
+
+def test_page_in_place_of_a_stream(clients, slept):
+    client = clients(httpx.Response(200, html="<html>"))
+    with pytest.raises(EngineError, match="not an event stream"):
+        client.run("stream", "w1")
+    assert (len(client.asked), slept) == (1, [])
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_wrong_url(kind):
+    with pytest.raises(ConfigError, match="not a URL"):
+        kind("http://[::1:8000")
+
+
+@pytest.mark.parametrize(
+    ("fields", "body"),
+    [(GenerateFields, GenerateRequest), (TraceFields, TraceRequest), (ConvergenceFields, Convergence)],
+)
+def test_fields_are_those_of_http(fields, body):
+    assert fields.__annotations__.keys() == body.model_fields.keys() - {"prompt", "stream"}
 
 
 def test_against_the_application():

@@ -1,5 +1,6 @@
 """The model in this process and the one behind a server answer alike."""
 
+import time
 from dataclasses import replace
 from itertools import chain, islice
 
@@ -96,9 +97,7 @@ def test_a_draw_depends_on_its_seed_alone(local):
 
 
 def answering(handler):
-    remote = Remote("http://server.test/")
-    remote.client = httpx.Client(base_url=remote.url, transport=httpx.MockTransport(handler))
-    return remote
+    return Remote("http://server.test/", transport=httpx.MockTransport(handler))
 
 
 def test_what_the_server_refuses_is_a_request_error_that_names_it(remote):
@@ -108,8 +107,8 @@ def test_what_the_server_refuses_is_a_request_error_that_names_it(remote):
         remote.answer(["", "w1"], GenerationOptions(), [0, 1])
 
 
-def test_a_server_that_is_not_there_is_an_engine_error_that_names_it():
-    with pytest.raises(EngineError, match=r"http://127.0.0.1:9: no usable answer .*Connect"):
+def test_a_server_that_is_not_there_is_an_engine_error_that_names_it(no_pauses):
+    with pytest.raises(EngineError, match=r"http://127.0.0.1:9: the server cannot be reached: .*refused"):
         Remote("http://127.0.0.1:9").answer(["w1"], GenerationOptions(), [0])
 
 
@@ -120,7 +119,7 @@ def test_a_server_that_is_not_there_is_an_engine_error_that_names_it():
         (500, "<html>", EngineError),
         (502, '{"error": "bad gateway"}', EngineError),
         (404, '{"detail": "Not Found"}', RequestError),
-        (429, '{"error": {"message": "queue is full"}}', RequestError),
+        (429, '{"error": {"message": "queue is full"}}', EngineError),
         (302, "", EngineError),
         (200, "<html>", EngineError),
         (200, "[]", EngineError),
@@ -128,13 +127,32 @@ def test_a_server_that_is_not_there_is_an_engine_error_that_names_it():
         (200, '{"results": [{"budget_reduced": true}]}', EngineError),
     ],
 )
-def test_every_failing_answer_is_an_error_that_names_the_server(status, body, kind):
+def test_every_failing_answer_is_an_error_that_names_the_server(no_pauses, status, body, kind):
     with pytest.raises(kind, match=r"http://server\.test:") as caught:
         answering(lambda _: httpx.Response(status, text=body)).answer(["w1"], GenerationOptions(), [0])
     for said in ("shutting down", "queue is full"):
         assert (said in body) == (said in str(caught.value))
     if status != 200:
         assert str(status) in str(caught.value)
+
+
+def test_api_key_is_sent():
+    keys = []
+
+    def handler(request):
+        keys.append(request.headers.get("authorization"))
+        return httpx.Response(401, json={"error": {"message": "no key", "param": None}})
+
+    for key in ("sesame", None):
+        remote = Remote("http://server.test", api_key=key, transport=httpx.MockTransport(handler))
+        with pytest.raises(RequestError, match=r"http://server\.test: 401, no key"):
+            remote.answer(["w1"], GenerationOptions(), [0])
+    assert keys == ["Bearer sesame", None]
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 def test_what_is_no_url_is_refused():
