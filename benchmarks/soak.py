@@ -139,7 +139,9 @@ def main() -> None:
     options = parser.parse_args()
     prompts = [
         example.question
-        for example in islice(prosqa.generate(prosqa.GraphSpec(nodes=10, min_hops=2, max_hops=4), 3), 200)
+        for example in islice(
+            prosqa.generate(prosqa.GraphSpec(nodes=10, min_hops=2, max_hops=4, balanced=False), 3), 200
+        )
     ]
     command = [sys.executable, "-m", "slr_server.cli", "--port", "0", "--threads", "1", "--log-level", "warning"]
     process = subprocess.Popen([*command, "--elastic-floor", "1"], stdout=subprocess.PIPE, text=True)

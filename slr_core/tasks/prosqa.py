@@ -34,7 +34,7 @@ _ROOT_LABEL = (1, 2)  # bit 1: descends from root 0; bit 2: descends from root 1
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """The dials of the generator. The defaults give graphs like the official ones.
+    """The options of the generator. With ``balanced=False``, the defaults give graphs like the official ones.
 
     Attributes:
         nodes: nodes drawn per graph; isolated ones are deleted, so a graph has at most this many.
@@ -47,7 +47,7 @@ class GraphSpec:
     nodes: int = 28
     min_hops: int = 3
     max_hops: int = 6
-    balanced: bool = False
+    balanced: bool = True
     mean_parents: float = 1.5
 
     def __post_init__(self) -> None:

@@ -162,7 +162,7 @@ def test_balanced_leaves_nothing_to_the_depth_rule(spec, seed):
 
 @given(st.integers(0, 10**6))
 def test_the_depth_rule_takes_the_option_farther_from_its_nearest_parentless_node(seed):
-    example = next(generate(GraphSpec(), seed))
+    example = next(generate(GraphSpec(balanced=False), seed))
     graph = graph_of(example)
     depth = relaxed(graph.edges, parentless(graph))
     target, other = depth[graph.target], depth[graph.neg_target]
@@ -211,13 +211,20 @@ def test_impossible_dials_are_refused(options):
         GraphSpec(**options)
 
 
+def test_default_is_balanced():
+    """The other form has a shortcut: nobody should be given it without asking."""
+    examples = list(itertools.islice(ProsQA().generate(3), 50))
+    assert ProsQA.dials["balanced"] is True
+    assert {depth_rule(example) for example in examples} == {0.5}
+
+
 # -- the official form -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def official():
     """2000 generated examples of the official form, seed 11."""
-    return take(GraphSpec(), 11, 2000)
+    return take(GraphSpec(balanced=False), 11, 2000)
 
 
 def shares(values, keys):

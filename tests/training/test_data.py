@@ -255,7 +255,7 @@ def test_thoughts_per_step_count_as_work():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_chains_start_at_parents_and_follow_the_edges(seed):
-    example = next(generate(GraphSpec(14, 1, 3), seed))
+    example = next(generate(GraphSpec(14, 1, 3, balanced=False), seed))
     symbols, edges = example.extra["idx_to_symbol"], example.extra["edges"]
     parents = {symbols[p] for p, _ in edges}
     chains = draw_chains(example, 5, 3, random.Random(seed))
