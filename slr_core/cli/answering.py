@@ -64,6 +64,7 @@ def answer_questions(
             store=store,
             run=run,
             batch_size=batch_size,
+            warm_up=True,
             progress=lambda count: bar.advance(answered, count),
         )
 

@@ -80,7 +80,8 @@ class Local:
 
     @cached_property
     def _engine(self) -> Engine:
-        engine = Engine(self.reasoner, slots=SLOTS)
+        # Without a prefix cache: a method must not be faster because another one has answered the same prompts.
+        engine = Engine(self.reasoner, slots=SLOTS, prefix_gib=0)
         weakref.finalize(self, engine.close)
         return engine
 

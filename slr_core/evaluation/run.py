@@ -61,6 +61,7 @@ def run_method(
     store: Store | None = None,
     run: MethodRun | None = None,
     batch_size: int = 64,
+    warm_up: bool = False,
     progress: Callable[[int], None] = lambda answered: None,
 ) -> list[Outcome]:
     """Answer what ``run`` does not hold yet; the outcomes in the order of the questions.
@@ -78,6 +79,8 @@ def run_method(
         store: where outcomes are kept; by default nowhere.
         run: of the store, by default an empty one.
         batch_size: questions at a time; it changes the speed, not the answers.
+        warm_up: answer one question before the clock starts: the first answer also starts the engine and allocates
+            memory, so that times would otherwise depend on the order of methods.
         progress: told how many more questions are done.
 
     Raises:
@@ -103,6 +106,8 @@ def run_method(
         progress(len(chunk) - missing)
         if missing:
             chunks.append((chunk, missing))
+    if chunks and warm_up:
+        answer(chunks[0][0][:1])
     ended = time.perf_counter()
     # What reaches into the model must have it alone; the others go on with the next batch where one thins out.
     with ThreadPoolExecutor(backend.batches_at_once if method.remote else 1) as pool:

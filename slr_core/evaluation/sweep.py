@@ -196,7 +196,9 @@ def run_sweep(
             task, settings = tasks.get(judge.task), MethodSettings(dict(judge.loop))
             for method in methods:
                 opened = store.open(spec_of(method, settings, task, questions, model), about)
-                outcomes = run_method(method, backend, task, questions.examples, settings, store=store, run=opened)
+                outcomes = run_method(
+                    method, backend, task, questions.examples, settings, store=store, run=opened, warm_up=True
+                )
                 rows.append(SweepRow(variant, _asked(judge, questions.source), method.name, summarize(outcomes)))
     return rows
 

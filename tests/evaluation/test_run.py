@@ -1,6 +1,7 @@
 """Runs: every question answered once, and an interruption that leaves no mark."""
 
 import json
+import time
 from dataclasses import replace
 from statistics import fmean
 
@@ -120,6 +121,33 @@ def test_a_batch_that_was_broken_off_runs_whole_but_keeps_what_it_had(backend, t
     assert sorted(backend.asked) == sorted(example.question for example in QUESTIONS[4:])
     assert told == [4, 2, 0, 2, 2]
     assert {outcome.key: outcome for outcome in outcomes[:6]} == kept
+
+
+class SlowStart(Counting):
+    """The first answer takes a second longer than the others."""
+
+    def answer(self, prompts, options, seeds, run_loop=None):
+        if not self.asked:
+            time.sleep(1)
+        return super().answer(prompts, options, seeds, run_loop)
+
+
+def test_first_method_does_not_pay_for_the_start(reasoner):
+    backend = SlowStart(reasoner)
+    started = time.perf_counter()
+    first, second = (sum(o.seconds for o in answer(name, backend, warm_up=True)) for name in ("slr", "slr_fixed"))
+    assert time.perf_counter() - started > 1
+    assert max(first, second) < 1
+    assert len(backend.asked) == 2 * (len(QUESTIONS) + 1)
+    cold = SlowStart(reasoner)
+    assert sum(o.seconds for o in answer("slr", cold)) > 1, "without a warm-up it does"
+
+
+def test_same_prompts_cost_the_second_method_as_much(backend):
+    """No prefix cache carries prompts from one method to the next."""
+    for name in ("slr", "slr_fixed"):
+        answer(name, backend)
+    assert backend.engine.counters.reused_tokens == 0
 
 
 @pytest.mark.parametrize("name", sorted(set(ALL) - {"pause", "no_thought", "pause_as_thought", "multipass_pause"}))
