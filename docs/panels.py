@@ -37,7 +37,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from slr_core.evaluation.load_generator import LoadPlan, questions, run_load
+from slr_core.evaluation.load_generator import LoadPlan, run_load
 
 HERE = Path(__file__).parent
 DASHBOARDS = HERE.parent / "deploy/grafana/dashboards"
@@ -116,13 +116,13 @@ async def send_traffic(server: str) -> None:
 
 async def send_deep(server: str, duration_s: float, rate: float) -> None:
     """Send ``rate`` requests per second whose loops are forced to 8, 12 or 16 iterations."""
-    rng, source = random.Random(0), questions((2, 3, 4), seed=1)
+    rng, source = random.Random(0), LoadPlan(server, hops=(2, 3, 4), seed=1).questions()
     end = time.monotonic() + duration_s
     async with httpx.AsyncClient(base_url=server, timeout=60) as client, asyncio.TaskGroup() as requests:
         while time.monotonic() < end:
             await asyncio.sleep(rng.expovariate(rate))
             depth = {"max_iterations": rng.choice((8, 12, 16)), "convergence": {"criterion": "fixed"}}
-            requests.create_task(client.post("/generate", json={"prompt": next(source)[1].question, **depth}))
+            requests.create_task(client.post("/generate", json={"prompt": next(source).question, **depth}))
 
 
 # -- drawing -----------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def compare(
     weights: Weights = None,
     server: Server = None,
     api_key: ApiKey = None,
-    task: TaskName = "prosqa",
+    task: TaskName = None,
     data: Data = None,
     split: Split = None,
     generate: Generate = None,

@@ -65,7 +65,7 @@ def evaluate(
     method: Annotated[MethodName, typer.Option(help="Method that answers the questions.")] = "slr",
     server: Server = None,
     api_key: ApiKey = None,
-    task: TaskName = "prosqa",
+    task: TaskName = None,
     data: Data = None,
     split: Split = None,
     generate: Generate = None,

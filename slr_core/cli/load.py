@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from slr_core.cli.options import ApiKey, AsJson, Output, console, progress_bars, show_results
+from slr_core.cli.questions import Data, TaskName, named_task
+from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from slr_core.evaluation.load_generator import LoadReport, RequestOutcome
@@ -28,10 +30,12 @@ def load(
             min=0.001, help="Requests per second at random times, independent of the answers; replaces --concurrency."
         ),
     ] = None,
+    task: TaskName = None,
+    data: Data = None,
     hops: Annotated[
         list[int] | None,
         typer.Option(
-            min=1, max=18, help="Hops of the ProsQA questions; repeat the option for a mix. Default: 2, 3 and 4."
+            min=1, max=18, help="Hops of generated ProsQA questions; repeat the option for a mix. Default: 2, 3 and 4."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of questions and arrival times.")] = 0,
@@ -42,27 +46,34 @@ def load(
 ) -> None:
     """Measure a running server under load.
 
-    Sends questions and reports latencies, iterations and accuracy.
+    Sends questions and reports latencies, iterations and accuracy. The questions are those of --data, in random order,
+    or else generated: by --task, or without it ProsQA questions.
     """
     import asyncio
 
     from slr_core.evaluation.load_generator import LoadPlan, run_load
+    from slr_core.tasks.sources import load as load_questions
 
+    chosen = named_task("prosqa" if task is None and data is None else task)
+    if hops and (data is not None or chosen.name != "prosqa"):
+        raise ConfigError("--hops is for generated ProsQA questions")
     plan = LoadPlan(
         url,
         duration_s=duration,
         concurrency=concurrency,
         rate=rate,
+        task=chosen,
+        examples=() if data is None else load_questions(chosen, data=data).examples,
         hops=hops or (2, 3, 4),
         seed=seed,
         api_key=api_key,
         timeout_s=timeout,
     )
     with progress_bars() as bars:
-        row = bars.add_task("asking", total=round(duration))
+        row = bars.add_task("sending", total=round(duration))
         answers = 0
 
-        def progress(elapsed_s: float, asked: RequestOutcome) -> None:
+        def progress(elapsed_s: float, request: RequestOutcome) -> None:
             nonlocal answers
             answers += 1
             bars.update(row, completed=min(elapsed_s, duration), description=f"{answers} ended")
@@ -92,10 +103,10 @@ def _print(report: LoadReport, url: str) -> None:
     console.print(
         "exits  " + "  ".join(f"{reason} {count}" for reason, count in found["exit_reasons"].items()), highlight=False
     )
-    table = _table("hops", "answers", "iterations", "right", "p50")
-    for hops, row in found["by_hops"].items():
+    table = _table("steps", "answers", "iterations", "accuracy", "median latency")
+    for level, row in found["by_difficulty"].items():
         cells = (f"{row['iterations']:.2f}", f"{row['accuracy']:.3f}", f"{1000 * row['p50_s']:.1f} ms")
-        table.add_row(hops, str(row["answers"]), *cells)
+        table.add_row(level, str(row["answers"]), *cells)
     console.print(table)
 
 

@@ -38,7 +38,7 @@ def probe(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    task: TaskName = "prosqa",
+    task: TaskName = None,
     data: Data = None,
     split: Split = None,
     generate: Generate = None,

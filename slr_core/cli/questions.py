@@ -40,7 +40,7 @@ def _list_by_task(names: Callable[[Task], Iterable[str]]) -> str:
 
 
 TaskName = Annotated[
-    str,
+    str | None,
     typer.Option("--task", help=f"Task, which grades the answers: {', '.join(TASKS)}.", autocompletion=_complete_task),
 ]
 Data = Annotated[Path | None, typer.Option(help="File of questions, .jsonl or .jsonl.gz.")]
@@ -66,6 +66,19 @@ GeneratorOptions = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first questions, this many.")]
 
 
+def named_task(name: str | None) -> Task:
+    """The task of ``--task``.
+
+    Raises:
+        ConfigError: none is named, or there is none of that name.
+    """
+    from slr_core import tasks
+
+    if name is None:
+        raise ConfigError(f"name the task with --task: {', '.join(TASKS)}")
+    return tasks.get(name)
+
+
 class QuestionSet:
     """A task and the questions that the options name.
 
@@ -76,7 +89,7 @@ class QuestionSet:
 
     def __init__(
         self,
-        task: str,
+        task: str | None,
         data: Path | None,
         split: str | None,
         generate: int | None,
@@ -84,12 +97,11 @@ class QuestionSet:
         generator_options: list[str] | None,
         limit: int | None,
     ) -> None:
-        from slr_core import tasks
         from slr_core.tasks.sources import load
 
         if sum(source is not None for source in (data, split, generate)) != 1:
             raise ConfigError("give exactly one of --data FILE, --split NAME and --generate N")
-        self.task: Task = tasks.get(task)
+        self.task: Task = named_task(task)
         self.loaded = load(
             self.task,
             data=data,

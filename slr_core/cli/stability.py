@@ -32,7 +32,7 @@ def stability(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    task: TaskName = "prosqa",
+    task: TaskName = None,
     data: Data = None,
     split: Split = None,
     generate: Generate = None,

@@ -1,8 +1,9 @@
-"""Load for a server: questions of mixed difficulty over HTTP, and what came of them.
+"""Load for a server: questions over HTTP, and what became of each request.
 
-Closed: so many clients, each asking again once it was answered, as a batch job does; a slow server is asked less.
-Open: requests arrive at random, at a rate that does not care how the server does, as the public does. A latency is
-counted from the moment the request was due: a generator that falls behind must not flatter the server.
+A closed load has a fixed number of clients, each of which sends its next request when it has an answer, as a batch job
+does: a slow server gets fewer requests. An open load sends requests at random times at a given rate, independent of the
+answers, as the public does. Latency is counted from the time at which a request was due, so that a generator that falls
+behind does not make the server look faster.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import httpx
 
 from slr_core.errors import ConfigError, EngineError
-from slr_core.tasks.base import Example
+from slr_core.tasks.base import Example, Task
 from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
@@ -28,23 +29,27 @@ OK, NO_ANSWER, UNREACHABLE = "200", "no answer", "unreachable"
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What a server is to be asked.
+    """What to send to a server, and when.
 
     Attributes:
-        url: where it listens.
-        duration_s: seconds in which requests are sent; those under way are waited for.
-        concurrency: clients of a closed load.
-        rate: requests a second of an open load; ``None``: the load is closed.
-        hops: difficulties of the ProsQA questions, drawn alike.
-        seed: of questions and arrivals.
-        api_key: bearer key, where the server wants one.
-        timeout_s: how long an answer is waited for.
+        url: the server's URL.
+        duration_s: time in seconds during which requests are sent; their answers are awaited.
+        concurrency: number of clients of a closed load.
+        rate: requests per second of an open load; ``None``: the load is closed.
+        task: puts the questions and grades the answers.
+        examples: the questions, sent in random order and again from the start; empty: ``task`` generates them.
+        hops: number of hops of generated ProsQA questions, drawn with equal probability.
+        seed: seed of questions and arrival times.
+        api_key: API key of the server.
+        timeout_s: longest time in seconds to wait for an answer.
     """
 
     url: str
     duration_s: float = 30.0
     concurrency: int = 8
     rate: float | None = None
+    task: Task = field(default_factory=ProsQA)
+    examples: Sequence[Example] = ()
     hops: Sequence[int] = (2, 3, 4)
     seed: int = 0
     api_key: str | None = None
@@ -66,19 +71,44 @@ class LoadPlan:
         if not self.hops:
             raise ConfigError("hops must name at least one difficulty")
 
+    def questions(self) -> Iterator[Example]:
+        """The questions in the order in which they are sent, without end.
+
+        Raises:
+            ConfigError: the task cannot generate questions, or none of so many hops.
+        """
+        if self.examples:
+            return _repeated(self.examples, self.seed)
+        if isinstance(self.task, ProsQA):
+            return _prosqa(self.hops, self.seed)
+        return self.task.generate(self.seed)
+
+
+def _repeated(examples: Sequence[Example], seed: int) -> Iterator[Example]:
+    rng = random.Random(seed)
+    while True:
+        yield from rng.sample(examples, len(examples))
+
+
+def _prosqa(hops: Sequence[int], seed: int) -> Iterator[Example]:
+    streams = {h: generate(GraphSpec(max(10, 2 * h + 2), h, h, balanced=True), seed + h) for h in hops}
+    rng = random.Random(seed)
+    while True:
+        yield next(streams[rng.choice(hops)])
+
 
 @dataclass(frozen=True)
 class RequestOutcome:
-    """One request and what came of it.
+    """One request and what became of it.
 
     Attributes:
-        hops: difficulty of its question.
+        difficulty: number of reasoning steps of its question.
         outcome: the HTTP status, or why there was none.
-        latency_s: from the moment it was due to the end of its answer.
-        iterations, exit_reason, correct: of its answer, where it got one.
+        latency_s: time in seconds from when it was due to the end of its answer.
+        iterations, exit_reason, correct: of its answer; ``None`` without one.
     """
 
-    hops: int
+    difficulty: int
     outcome: str
     latency_s: float
     iterations: int | None = None
@@ -88,134 +118,123 @@ class RequestOutcome:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What came of all of them.
+    """The outcomes of all requests.
 
     Attributes:
-        elapsed_s: from the first request to the last answer.
-        asked: the requests in the order of their ends.
+        elapsed_s: time in seconds from the first request to the last answer.
+        requests: in the order in which they ended.
     """
 
     elapsed_s: float
-    asked: Sequence[RequestOutcome] = field(repr=False)
+    requests: Sequence[RequestOutcome] = field(repr=False)
 
     @property
     def answered(self) -> list[RequestOutcome]:
-        """Those that got an answer."""
-        return [asked for asked in self.asked if asked.outcome == OK]
+        """The requests that got an answer."""
+        return [request for request in self.requests if request.outcome == OK]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything counted, as ``slr load --json`` prints it."""
+        """All counts, as ``slr load --json`` prints them."""
         answered = self.answered
-        latencies = sorted(asked.latency_s for asked in answered)
-        iterations = Counter(asked.iterations for asked in answered if asked.iterations is not None)
+        latencies = sorted(request.latency_s for request in answered)
+        iterations = Counter(request.iterations for request in answered if request.iterations is not None)
         return {
             "elapsed_s": self.elapsed_s,
-            "requests": len(self.asked),
-            "outcomes": dict(sorted(Counter(asked.outcome for asked in self.asked).items())),
+            "requests": len(self.requests),
+            "outcomes": dict(sorted(Counter(request.outcome for request in self.requests).items())),
             "answers_per_s": len(answered) / self.elapsed_s if self.elapsed_s else 0.0,
             "latency_s": {name: quantile(latencies, q) for name, q in QUANTILES.items()},
             "iterations": {str(t): iterations[t] for t in sorted(iterations)},
-            "exit_reasons": dict(sorted(Counter(str(asked.exit_reason) for asked in answered).items())),
-            "by_hops": {
-                str(hops): _by_hops([asked for asked in answered if asked.hops == hops])
-                for hops in sorted({asked.hops for asked in answered})
+            "exit_reasons": dict(sorted(Counter(str(request.exit_reason) for request in answered).items())),
+            "by_difficulty": {
+                str(level): _figures([request for request in answered if request.difficulty == level])
+                for level in sorted({request.difficulty for request in answered})
             },
         }
 
 
-def _by_hops(answered: list[RequestOutcome]) -> dict[str, float]:
+def _figures(answered: list[RequestOutcome]) -> dict[str, float]:
     count = len(answered)
     return {
         "answers": count,
-        "iterations": sum(asked.iterations or 0 for asked in answered) / count,
-        "accuracy": sum(asked.correct or False for asked in answered) / count,
-        "p50_s": quantile(sorted(asked.latency_s for asked in answered), 0.5) or 0.0,
+        "iterations": sum(request.iterations or 0 for request in answered) / count,
+        "accuracy": sum(request.correct or False for request in answered) / count,
+        "p50_s": quantile(sorted(request.latency_s for request in answered), 0.5) or 0.0,
     }
 
 
 def quantile(values: Sequence[float], q: float) -> float | None:
-    """The smallest of the sorted values that a share ``q`` of them does not exceed; ``None`` of none."""
+    """The smallest of the sorted ``values`` that is at least as large as a share ``q`` of them; ``None`` if empty."""
     return values[max(0, ceil(q * len(values)) - 1)] if values else None
 
 
-def questions(hops: Sequence[int], seed: int) -> Iterator[tuple[int, Example]]:
-    """Endless balanced ProsQA questions with their hops, drawn alike from ``hops``.
-
-    Raises:
-        ConfigError: there is no question of so many hops.
-    """
-    streams = {h: generate(GraphSpec(max(10, 2 * h + 2), h, h, balanced=True), seed + h) for h in hops}
-    rng = random.Random(seed)
-    while True:
-        chosen = rng.choice(hops)
-        yield chosen, next(streams[chosen])
-
-
 async def run_load(
-    plan: LoadPlan, progress: Callable[[float, RequestOutcome], None] = lambda elapsed_s, asked: None
+    plan: LoadPlan, progress: Callable[[float, RequestOutcome], None] = lambda elapsed_s, request: None
 ) -> LoadReport:
     """Send requests to a server as planned.
 
     Args:
-        plan: what to ask.
-        progress: hears of every end, with the seconds since the beginning.
+        plan: what to send.
+        progress: called with the seconds since the start and each request that ends.
 
     Raises:
         ConfigError: there are no such questions.
         EngineError: the server could not be reached at all.
     """
-    asked: list[RequestOutcome] = []
-    source = questions(plan.hops, plan.seed)
+    requests: list[RequestOutcome] = []
+    source = plan.questions()
     headers = {} if plan.api_key is None else {"authorization": f"Bearer {plan.api_key}"}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=plan.concurrency)
     client = httpx.AsyncClient(base_url=plan.url, timeout=plan.timeout_s, limits=limits, headers=headers)
     began = time.perf_counter()
 
-    async def ask(due: float) -> None:
-        hops, example = next(source)
-        asked.append(await _ask(client, hops, example, due))
-        progress(time.perf_counter() - began, asked[-1])
+    async def send(due: float) -> None:
+        requests.append(await _send(client, plan.task, next(source), due))
+        progress(time.perf_counter() - began, requests[-1])
 
     async with client:
-        await (_closed(plan, ask, began) if plan.rate is None else _open(plan, plan.rate, ask, began))
-    if asked and all(one.outcome == UNREACHABLE for one in asked):
+        await (_closed(plan, send, began) if plan.rate is None else _open(plan, plan.rate, send, began))
+    if requests and all(request.outcome == UNREACHABLE for request in requests):
         raise EngineError(f"{plan.url}: cannot be reached")
-    return LoadReport(time.perf_counter() - began, asked)
+    return LoadReport(time.perf_counter() - began, requests)
 
 
-async def _closed(plan: LoadPlan, ask: Callable[[float], Any], began: float) -> None:
+async def _closed(plan: LoadPlan, send: Callable[[float], Any], began: float) -> None:
     async def one_client() -> None:
         while time.perf_counter() - began < plan.duration_s:
-            await ask(time.perf_counter())
+            await send(time.perf_counter())
 
     await asyncio.gather(*(one_client() for _ in range(plan.concurrency)))
 
 
-async def _open(plan: LoadPlan, rate: float, ask: Callable[[float], Any], began: float) -> None:
+async def _open(plan: LoadPlan, rate: float, send: Callable[[float], Any], began: float) -> None:
     rng = random.Random(plan.seed)
     due = began + rng.expovariate(rate)
-    async with asyncio.TaskGroup() as under_way:
+    async with asyncio.TaskGroup() as running:
         while due - began < plan.duration_s:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            under_way.create_task(ask(due))
+            running.create_task(send(due))
             due += rng.expovariate(rate)
 
 
-async def _ask(client: httpx.AsyncClient, hops: int, example: Example, due: float) -> RequestOutcome:
+async def _send(client: httpx.AsyncClient, task: Task, example: Example, due: float) -> RequestOutcome:
+    difficulty = task.difficulty(example)
     try:
-        response = await client.post("/generate", json={"prompt": example.question})
+        response = await client.post("/generate", json={"prompt": task.prompt(example)})
         if response.status_code != httpx.codes.OK:
-            return RequestOutcome(hops, str(response.status_code), time.perf_counter() - due)
+            return RequestOutcome(difficulty, str(response.status_code), time.perf_counter() - due)
+        latency_s = time.perf_counter() - due
         result = response.json()["results"][0]
         return RequestOutcome(
-            hops=hops,
+            difficulty=difficulty,
             outcome=OK,
-            latency_s=time.perf_counter() - due,
+            latency_s=latency_s,
             iterations=int(result["iterations"]),
             exit_reason=str(result["exit_reason"]),
-            correct=ProsQA().grade(example, result["text"]),
+            # In a thread: a grader may take long, and must not delay other requests.
+            correct=await asyncio.to_thread(task.grade, example, result["text"]),
         )
     except (httpx.ConnectError, httpx.ConnectTimeout):
-        return RequestOutcome(hops, UNREACHABLE, time.perf_counter() - due)
+        return RequestOutcome(difficulty, UNREACHABLE, time.perf_counter() - due)
     except (httpx.HTTPError, ValueError, KeyError, TypeError, IndexError):
-        return RequestOutcome(hops, NO_ANSWER, time.perf_counter() - due)
+        return RequestOutcome(difficulty, NO_ANSWER, time.perf_counter() - due)

@@ -35,7 +35,7 @@ class _Model(BaseModel):
 class Judgement(_Model):
     """Questions that every model of a sweep is asked, and how."""
 
-    task: str = "prosqa"
+    task: str
     data: str | None = Field(None, description="a .jsonl or .jsonl.gz file")
     split: str | None = Field(None, description="a split of the public data set")
     generate: int | None = Field(None, ge=1, description="so many generated questions")

@@ -73,10 +73,10 @@ LOADING = {
     "chat": [],
     "trace": ["x"],
     "info": [],
-    "eval": ["--generate", "1"],
-    "compare": ["--generate", "1"],
-    "stability": ["--generate", "1"],
-    "probe": ["--generate", "1"],
+    "eval": ["--task", "prosqa", "--generate", "1"],
+    "compare": ["--task", "prosqa", "--generate", "1"],
+    "stability": ["--task", "prosqa", "--generate", "1"],
+    "probe": ["--task", "prosqa", "--generate", "1"],
 }
 """Commands that load a model, with the arguments that they need."""
 

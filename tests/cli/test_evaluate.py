@@ -19,8 +19,8 @@ from slr_core.tasks.prosqa import GraphSpec, ProsQA
 from slr_core.tasks.prosqa import generate as make
 from tests.server.test_process import Server
 
-OPTION = "--generator-option"
-SMALL = ["--generate", "6", "--generate-seed", "1", OPTION, "nodes=8", OPTION, "balanced=true"]
+OPTION, TASK = "--generator-option", ["--task", "prosqa"]
+SMALL = [*TASK, "--generate", "6", "--generate-seed", "1", OPTION, "nodes=8", OPTION, "balanced=true"]
 SMALL += [OPTION, "min_hops=1", OPTION, "max_hops=3"]
 FORCED = ["--criterion", "fixed", "--max-iterations", "3"]
 
@@ -75,7 +75,7 @@ def test_json_is_all_that_is_printed(run, folder, tmp_path, command):
 
 def test_eval_of_a_file(run, made, folder, data, tmp_path):
     figures = tmp_path / "figures.json"
-    arguments = ["--data", data, "--limit", 3, *FORCED, "--method", "slr", "--output", figures]
+    arguments = [*TASK, "--data", data, "--limit", 3, *FORCED, "--method", "slr", "--output", figures]
     code, out, _ = run("eval", "--model", folder, *arguments)
     record = json.loads(figures.read_text())
     settings = MethodSettings({"criterion": "fixed", "max_iterations": 3})
@@ -147,6 +147,13 @@ def test_eval_through_a_server(run, folder, tmp_path):
     assert "noised_thoughts: no figure, it needs the model in this process" in compared[1]
 
 
+@pytest.mark.parametrize("command", ["eval", "compare", "stability", "probe"])
+def test_no_task_is_assumed(run, folder, data, command):
+    code, out, err = run(command, "--model", folder, "--generate", 3)
+    assert (code, out) == (1, "")
+    assert all(name in err for name in ("--task", "prosqa", "gsm8k", "state_tracking"))
+
+
 # -- compare, stability and report -----------------------------------------------------------------------
 
 
@@ -178,7 +185,7 @@ def test_compare_has_a_figure_or_a_reason_for_every_method(run, folder, tmp_path
 
 
 def test_questions_that_do_not_fit_the_model_cost_a_method_its_figure_and_no_more(run, folder):
-    long = ["--generate", 2, OPTION, "nodes=40"]
+    long = [*TASK, "--generate", 2, OPTION, "nodes=40"]
     weights = ["--weights", f"cot={folder}"]
     code, out, _ = run("compare", "--model", folder, *long, "--methods", "cot,beam,slr", *weights)
     assert code == 0
@@ -219,20 +226,21 @@ def test_a_study_its_figures_and_the_report_of_all(run, folder, tmp_path):
 # -- what goes wrong -------------------------------------------------------------------------------------
 
 WRONG = {
-    "what": ["eval", "--model", "FOLDER"],
-    "both": ["eval", "--model", "FOLDER", "--data", "x", "--generate", "3"],
-    "file": ["eval", "--model", "FOLDER", "--data", "/no/where.jsonl"],
+    "no-task": ["eval", "--model", "FOLDER", "--generate", "3"],
+    "what": ["eval", "--model", "FOLDER", *TASK],
+    "both": ["eval", "--model", "FOLDER", *TASK, "--data", "x", "--generate", "3"],
+    "file": ["eval", "--model", "FOLDER", *TASK, "--data", "/no/where.jsonl"],
     "task": ["eval", "--model", "FOLDER", "--task", "chess", "--generate", "3"],
-    "split": ["eval", "--model", "FOLDER", "--split", "test"],
-    "generator-options": ["eval", "--model", "FOLDER", "--generate", "3", OPTION, "nodes=3"],
-    "generator-option": ["eval", "--model", "FOLDER", "--generate", "3", OPTION, "nodes"],
-    "unknown-generator-option": ["eval", "--model", "FOLDER", "--generate", "3", OPTION, "colour=3"],
-    "methods": ["compare", "--model", "FOLDER", "--generate", "3", "--methods", "slr,thinking"],
+    "split": ["eval", "--model", "FOLDER", *TASK, "--split", "test"],
+    "generator-options": ["eval", "--model", "FOLDER", *TASK, "--generate", "3", OPTION, "nodes=3"],
+    "generator-option": ["eval", "--model", "FOLDER", *TASK, "--generate", "3", OPTION, "nodes"],
+    "unknown-generator-option": ["eval", "--model", "FOLDER", *TASK, "--generate", "3", OPTION, "colour=3"],
+    "methods": ["compare", "--model", "FOLDER", *TASK, "--generate", "3", "--methods", "slr,thinking"],
     "server": ["eval", "--server", "http://127.0.0.1:9", *SMALL],
     "weights": ["compare", "--model", "FOLDER", *SMALL, "--weights", "cot"],
     "no-weights": ["compare", "--model", "FOLDER", *SMALL, "--weights", "cot=/no/where", "--methods", "cot"],
     "model": ["stability", "--model", "/no/where", *SMALL],
-    "output": ["eval", "--model", "FOLDER", "--generate", "1", "--output", "/no/where/figures.json"],
+    "output": ["eval", "--model", "FOLDER", *TASK, "--generate", "1", "--output", "/no/where/figures.json"],
     "results": ["eval", "--model", "FOLDER", *SMALL, "--results", "GARBAGE"],
     "results-folder": ["eval", "--model", "FOLDER", *SMALL, "--results", "FOLDER"],
     "report": ["report", "GARBAGE"],

@@ -126,7 +126,7 @@ def loaded(server, prometheus):
     assert traced.status_code == 200
     report = asyncio.run(run_load(LoadPlan(server, duration_s=LOAD_S, concurrency=12)))
     assert report.to_json()["outcomes"].keys() == {"200"}
-    count = len(report.asked) + 2
+    count = len(report.requests) + 2
     until(lambda: value(query(prometheus, "sum(slr_loop_iterations_count)")) == count)
     return report, before
 
@@ -201,7 +201,7 @@ def test_values_match_the_load(loaded, prometheus):
     for bucket in query(prometheus, "sum by (le) (slr_loop_iterations_bucket)"):
         edge = float(bucket["metric"]["le"])
         assert float(bucket["value"][1]) == sum(n for t, n in iterations.items() if t <= edge)
-    asked = len(report.asked)
+    asked = len(report.requests)
     assert value(query(prometheus, 'sum(slr_requests_total{status="ok"})')) == asked + 2
     assert value(query(prometheus, 'sum(slr_requests_total{status="rejected"})')) == 3
     assert value(query(prometheus, 'slr_rejections_total{reason="invalid"}')) == 3

@@ -9,8 +9,10 @@ import pytest
 
 from slr_core.errors import ConfigError, EngineError
 from slr_core.evaluation import load_generator as load
-from slr_core.evaluation.load_generator import LoadPlan, LoadReport, RequestOutcome, quantile, questions
+from slr_core.evaluation.load_generator import LoadPlan, LoadReport, RequestOutcome, quantile
 from slr_core.tasks.prosqa import ProsQA
+from slr_core.tasks.state_tracking import StateTracking
+from tests.evaluation.asked import Words, examples
 
 
 @asynccontextmanager
@@ -55,8 +57,8 @@ def under(answer, **plan):
 
 def test_a_closed_load_asks_questions_of_every_difficulty():
     report, seen = under(lambda *_: good(), duration_s=0.3, concurrency=3)
-    assert len(report.asked) == len(seen) == len(report.answered) > 3
-    assert {asked.hops for asked in report.asked} == {2, 3, 4}
+    assert len(report.requests) == len(seen) == len(report.answered) > 3
+    assert {request.difficulty for request in report.requests} == {2, 3, 4}
     assert all(body.keys() == {"prompt"} and " Is " in body["prompt"] for body in seen)
     assert len({body["prompt"] for body in seen}) == len(seen)
 
@@ -110,10 +112,30 @@ def test_a_plan_that_makes_no_sense_is_refused(wrong):
 
 def test_questions_have_the_hops_that_they_say():
     task = ProsQA()
-    drawn = list(islice(questions((1, 5), 3), 12))
-    assert {hops for hops, _ in drawn} == {1, 5}
-    assert all(task.difficulty(example) == hops for hops, example in drawn)
-    assert drawn == list(islice(questions((1, 5), 3), 12))
+    plan = LoadPlan("http://x", hops=(1, 5), seed=3)
+    drawn = list(islice(plan.questions(), 12))
+    assert {task.difficulty(example) for example in drawn} == {1, 5}
+    assert drawn == list(islice(plan.questions(), 12))
+
+
+def test_own_questions_are_repeated_and_graded_by_their_task():
+    plan = {"task": Words(), "examples": examples(3), "seed": 2}
+    drawn = [example.question for example in islice(LoadPlan("http://x", **plan).questions(), 12)]
+    asked = [example.question for example in plan["examples"]]
+    assert [sorted(drawn[i : i + 3]) for i in (0, 3, 6, 9)] == [sorted(asked)] * 4
+    assert drawn[:3] != drawn[3:6] or drawn[3:6] != drawn[6:9]
+    report, seen = under(lambda *_: good(), duration_s=0.3, concurrency=1, **plan)
+    assert {body["prompt"] for body in seen} == set(asked)
+    assert {request.difficulty for request in report.requests} == {1, 2, 3}
+    by_question = {e.question: Words().grade(e, "nothing") for e in plan["examples"]}
+    assert [r.correct for r in report.requests] == [by_question[body["prompt"]] for body in seen]
+
+
+def test_generated_questions_of_another_task():
+    drawn = list(islice(LoadPlan("http://x", task=StateTracking(), seed=1).questions(), 3))
+    assert drawn == list(islice(StateTracking().generate(1), 3))
+    with pytest.raises(ConfigError):
+        next(LoadPlan("http://x", task=Words()).questions())
 
 
 def test_a_report_adds_up():
@@ -133,7 +155,7 @@ def test_a_report_adds_up():
         "latency_s": {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 5.0},
         "iterations": {"4": 99, "6": 1},
         "exit_reasons": {"converged": 99, "diverged": 1},
-        "by_hops": {
+        "by_difficulty": {
             "2": {"answers": 99, "iterations": 4.0, "accuracy": 49 / 99, "p50_s": 0.5},
             "3": {"answers": 1, "iterations": 6.0, "accuracy": 1.0, "p50_s": 5.0},
         },
@@ -145,22 +167,45 @@ def test_quantiles():
     assert [quantile([1.0, 2.0, 3.0, 4.0], q) for q in (0.25, 0.5, 0.75, 0.99, 1.0)] == [1.0, 2.0, 3.0, 4.0, 4.0]
 
 
-def test_the_command(run, monkeypatch):
-    report = LoadReport(2.0, [RequestOutcome(2, "200", 0.25, iterations=4, exit_reason="converged", correct=True)])
-    plans = []
+@pytest.fixture
+def plans(monkeypatch):
+    """The plans that the command makes; nothing is sent."""
+    made = []
 
     async def pretend(plan, progress):
-        plans.append(plan)
-        progress(1.0, report.asked[0])
-        return report
+        made.append(plan)
+        progress(1.0, REPORT.requests[0])
+        return REPORT
 
     monkeypatch.setattr(load, "run_load", pretend)
+    return made
+
+
+REPORT = LoadReport(2.0, [RequestOutcome(2, "200", 0.25, iterations=4, exit_reason="converged", correct=True)])
+
+
+def test_command(run, plans):
     code, out, _ = run("load", "http://x", "--duration", "2", "--rate", "5", "--hops", "2", "--hops", "6")
     assert code == 0
-    assert plans[0] == LoadPlan("http://x", duration_s=2.0, rate=5.0, hops=[2, 6])
+    assert (plans[0].duration_s, plans[0].rate, plans[0].hops, plans[0].examples) == (2.0, 5.0, [2, 6], ())
+    assert plans[0].task.name == "prosqa"
     assert "1 requests in 2.0 s (1 200), 0.5 answers a second" in out
     assert "p99 250.0 ms" in out
     assert "converged 1" in out
     code, out, _ = run("load", "http://x", "--json")
-    assert json.loads(out) == report.to_json()
-    assert plans[1] == LoadPlan("http://x")
+    assert json.loads(out) == REPORT.to_json()
+    assert plans[1].hops == (2, 3, 4)
+
+
+def test_command_with_own_data(run, plans, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question": q, "steps": [], "answer": "7"}) + "\n" for q in ("3 + 4", "9 - 2")))
+    assert run("load", "http://x", "--task", "gsm8k", "--data", path)[0] == 0
+    assert plans[0].task.name == "gsm8k"
+    assert [example.question for example in plans[0].examples] == ["3 + 4", "9 - 2"]
+    assert run("load", "http://x", "--task", "state_tracking")[0] == 0
+    assert plans[1].task.name == "state_tracking"
+    for wrong in (["--data", path], ["--task", "gsm8k", "--data", path, "--hops", "2"], ["--task", "chess"]):
+        code, out, err = run("load", "http://x", *wrong)
+        assert (code, out, len(plans)) == (1, "", 2)
+        assert err.startswith("slr: ")

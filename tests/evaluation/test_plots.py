@@ -253,7 +253,7 @@ def run(*arguments: str) -> Any:
         for option in ("nodes=8", "min_hops=2", "max_hops=3", "balanced=true")
         for part in ("--generator-option", option)
     ]
-    return CliRunner().invoke(app, ["--generate", "40", *options, *arguments])
+    return CliRunner().invoke(app, ["--task", "prosqa", "--generate", "40", *options, *arguments])
 
 
 def test_the_command_prints_tables_and_writes_figures_and_json(tmp_path):

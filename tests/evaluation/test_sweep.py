@@ -12,6 +12,7 @@ from slr_core.evaluation.store import Store
 from tests.training.recipe import DATA
 
 JUDGE = {
+    "task": "prosqa",
     "generate": 4,
     "dials": {"nodes": 6, "min_hops": 1, "max_hops": 2, "balanced": True},
     "methods": ["slr", "no_cot"],
