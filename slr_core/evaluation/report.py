@@ -1,4 +1,4 @@
-"""The report: one page of tables, plots and the manifest that reproduces them, made from a results file alone."""
+"""The report: one page of tables, plots and the manifest that reproduces them, made from a results file."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from slr_core.evaluation.statistics import Summary, paired, summarize, summarize
 from slr_core.evaluation.store import MethodRun, Store, StoredFigure
 from slr_core.evaluation.tables import FigureTable
 
-_ASIDE = ("baselines", "missing")
-"""Kinds of figures that say something about others and are nothing to show by themselves."""
+_AUXILIARY = ("baselines", "missing")
+"""Kinds of stored figures that complete others and are not shown by themselves."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """Everything about one set of questions.
+    """The part of a report about one set of questions.
 
     Attributes:
         title: task and source.
         questions: how many.
-        rules: shortcut rules and what they score on these questions.
-        methods: a row a method.
+        rules: the scores of the shortcut rules on these questions.
+        methods: one row per method.
         levels: the loop by difficulty.
         missing: methods without a figure, and why.
-        plots: its figures.
+        plots: to draw below the tables.
     """
 
     title: str
@@ -49,14 +49,17 @@ class Section:
 
 
 def write_report(store: Store, out: str | Path) -> list[Path]:
-    """Write ``report.html``, self-contained, and ``report.md`` with its plots beside it, below ``out``.
+    """Write ``report.html``, which is self-contained, and ``report.md`` with its plots, into the folder ``out``.
+
+    Returns:
+        The files written.
 
     Raises:
         DataError: the results hold nothing to report.
     """
     out = Path(out)
     try:
-        sections = [section for made in _by_questions(store).values() if (section := _section(*made)) is not None]
+        sections = [section for group in _by_questions(store).values() if (section := _section(*group)) is not None]
         manifest = _manifest(store)
     except SLRError:
         raise
@@ -72,17 +75,17 @@ def write_report(store: Store, out: str | Path) -> list[Path]:
         lstrip_blocks=True,
     )
     environment.filters["plain"] = _plain
-    environment.filters["inked"] = _inked
-    facts = {"sections": sections, "manifest": manifest}
+    environment.filters["recolour"] = _recolour
+    content = {"sections": sections, "manifest": manifest}
     out.mkdir(parents=True, exist_ok=True)
     page, text = out / "report.html", out / "report.md"
-    page.write_text(environment.get_template("report.html").render(facts), encoding="utf-8")
+    page.write_text(environment.get_template("report.html").render(content), encoding="utf-8")
     pictures = []
     for i, section in enumerate(sections):
         for j, plot in enumerate(section.plots):
             pictures.append(out / _picture(i, j))
             pictures[-1].write_text(plot.svg, encoding="utf-8")
-    text.write_text(environment.get_template("report.md").render(facts, picture=_picture), encoding="utf-8")
+    text.write_text(environment.get_template("report.md").render(content, picture=_picture), encoding="utf-8")
     return [page, text, *pictures]
 
 
@@ -91,12 +94,12 @@ def _picture(section: int, plot: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, in a table too."""
+    """Escape a text for Markdown, also inside a table."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", " ".join(text.split()))
 
 
-def _inked(svg: str) -> str:
-    """In the page's own colour, where a picture that stands alone needs a grey for light and dark alike."""
+def _recolour(svg: str) -> str:
+    """Use the page's text colour: a plot in a file of its own is grey, to be readable on light and dark."""
     return svg.replace(plots.GREY, "currentColor")
 
 
@@ -105,7 +108,7 @@ def _finished(run: MethodRun) -> bool:
 
 
 def _by_questions(store: Store) -> dict[tuple[str, str], tuple[list[MethodRun], list[StoredFigure]]]:
-    """Runs and figures by task and questions: two tasks may read the same file."""
+    """Group runs and figures by task and questions: two tasks may read the same file."""
     groups: dict[tuple[str, str], tuple[list[MethodRun], list[StoredFigure]]] = defaultdict(lambda: ([], []))
     for run in store.runs.values():
         if _finished(run):
@@ -115,21 +118,21 @@ def _by_questions(store: Store) -> dict[tuple[str, str], tuple[list[MethodRun], 
     return dict(groups)
 
 
-def _section(runs: Sequence[MethodRun], own: Sequence[StoredFigure]) -> Section | None:
-    """``None`` where there is nothing but what says something about others."""
-    compared = _labelled([run for run in runs if run.spec["method"] != NOISY_START.name and not _forced(run)])
-    shown = [figure for figure in own if figure.kind not in _ASIDE]
+def _section(runs: Sequence[MethodRun], figures: Sequence[StoredFigure]) -> Section | None:
+    """``None`` if there is nothing to show."""
+    compared = _labelled_runs([run for run in runs if run.spec["method"] != NOISY_START.name and not _forced(run)])
+    shown = [figure for figure in figures if figure.kind not in _AUXILIARY]
     if not compared and not shown:
         return None
     spec = (runs[0] if compared else shown[0]).spec
     summaries = {name: summarize(list(run.outcomes.values())) for name, run in compared.items()}
-    against = _reference(compared)
+    reference = _reference(compared)
     tests, levels = {}, {}
-    if against is not None:
-        loop = list(against.outcomes.values())
-        others = {name: list(run.outcomes.values()) for name, run in compared.items() if run is not against}
+    if reference is not None:
+        loop = list(reference.outcomes.values())
+        others = {name: list(run.outcomes.values()) for name, run in compared.items() if run is not reference}
         tests, levels = {name: paired(loop, other).p for name, other in others.items()}, summarize_by_difficulty(loop)
-    named = {figure.kind: figure.data for figure in own}
+    named = {figure.kind: figure.data for figure in figures}
     rules: dict[str, float] = named.get("baselines", {})
     found = {run.spec["method"] for run in compared.values()}
     controls = [name for name, run in compared.items() if _is_control(run.spec["method"])]
@@ -142,13 +145,13 @@ def _section(runs: Sequence[MethodRun], own: Sequence[StoredFigure]) -> Section 
         missing={name: why for name, why in named.get("missing", {}).items() if name not in found},
         plots=[
             *_plots(summaries, rules, controls),
-            *(plot for figure, what in _told_apart(shown) for plot in _figure_plots(figure, rules, what)),
+            *(plot for figure, label in _labelled_figures(shown) for plot in _figure_plots(figure, rules, label)),
         ],
     )
 
 
 def _forced(run: MethodRun) -> bool:
-    """Whether a stability study forced this run to a depth: it is a point of a plot, not a method."""
+    """Whether a stability study forced this run to a depth: it is a point of a plot, not a row of the table."""
     changed = set(run.spec["settings"]["loop"])
     return run.spec["method"] == "slr_fixed" and changed == {"criterion", "max_iterations", "min_iterations"}
 
@@ -157,38 +160,38 @@ def _is_control(method: str) -> bool:
     return method in METHODS and METHODS[method].control
 
 
-def _labelled(runs: Sequence[MethodRun]) -> dict[str, MethodRun]:
-    """Runs by their method, and by what tells those of one method apart."""
+def _labelled_runs(runs: Sequence[MethodRun]) -> dict[str, MethodRun]:
+    """Runs by method; runs of the same method are labelled with the settings in which they differ."""
     by_method: dict[str, list[MethodRun]] = defaultdict(list)
     for run in runs:
         by_method[run.spec["method"]].append(run)
     return {
-        f"{method} ({what})" if what else method: run
-        for method, alike in by_method.items()
-        for run, what in zip(alike, _differences([run.spec for run in alike]), strict=True)
+        f"{method} ({label})" if label else method: run
+        for method, same in by_method.items()
+        for run, label in zip(same, _differences([run.spec for run in same]), strict=True)
     }
 
 
 def _differences(specs: Sequence[dict[str, Any]]) -> list[str]:
-    """What tells each spec from the others: never the same twice, for specs that are not equal."""
-    facts = [_facts(spec) for spec in specs]
-    names = dict.fromkeys(name for own in facts for name in own)
-    differ = [name for name in names if len({own.get(name) for own in facts}) > 1]
-    if len({own.get("model") for own in facts}) == len(facts):
+    """Per spec, the settings in which the specs differ; unequal specs have unequal texts."""
+    settings = [_settings(spec) for spec in specs]
+    names = dict.fromkeys(name for own in settings for name in own)
+    differ = [name for name in names if len({own.get(name) for own in settings}) > 1]
+    if len({own.get("model") for own in settings}) == len(settings):
         differ = [name for name in differ if name != "weights"]
-    return [", ".join(f"{name} {own.get(name, 'default')}" for name in differ) for own in facts]
+    return [", ".join(f"{name} {own.get(name, 'default')}" for name in differ) for own in settings]
 
 
-def _facts(spec: dict[str, Any]) -> dict[str, str]:
+def _settings(spec: dict[str, Any]) -> dict[str, str]:
     model, settings = spec.get("model", {}), dict(spec.get("settings", {}))
     settings |= settings.pop("loop", {})
-    facts = {"model": model.get("name"), "weights": model.get("sha256", "-")[:8], **settings}
-    facts |= {"source": spec["source"], "version": spec.get("slr", "-")}
-    return {name: str(value) for name, value in facts.items()}
+    settings = {"model": model.get("name"), "weights": model.get("sha256", "-")[:8], **settings}
+    settings |= {"source": spec["source"], "version": spec.get("slr", "-")}
+    return {name: str(value) for name, value in settings.items()}
 
 
 def _reference(compared: dict[str, MethodRun]) -> MethodRun | None:
-    """The loop that others are tested against: the only one, or the only one as its checkpoint has it."""
+    """The run of the loop with which others are compared: the only one, or the only one with unchanged settings."""
     loops = [run for run in compared.values() if run.spec["method"] == "slr"]
     plain = [run for run in loops if not run.spec["settings"]["loop"]]
     return next((only for (only,) in (runs for runs in (loops, plain) if len(runs) == 1)), None)
@@ -197,22 +200,26 @@ def _reference(compared: dict[str, MethodRun]) -> MethodRun | None:
 def _plots(summaries: dict[str, Summary], rules: dict[str, float], controls: Sequence[str]) -> list[Plot]:
     if len(summaries) < 2:
         return []
-    caption = "Accuracy with its 95 % interval. Controls are there to be beaten; intervals that overlap are no win."
+    caption = (
+        "Accuracy with its 95 % interval; hollow circles are controls. The paired test in the table (p) shows if a "
+        "method differs from the loop: it compares question by question, and can find a difference between intervals "
+        "that overlap."
+    )
     return [Plot("Methods", caption, plots.methods(summaries, controls=controls, rules=rules))]
 
 
-def _told_apart(figures: Sequence[StoredFigure]) -> list[tuple[StoredFigure, str]]:
-    """Figures in order, with what tells each from the others of its kind."""
-    told: dict[int, str] = {}
+def _labelled_figures(figures: Sequence[StoredFigure]) -> list[tuple[StoredFigure, str]]:
+    """Figures in order, each with the settings in which it differs from the others of its kind."""
+    labels: dict[int, str] = {}
     for kind in {figure.kind for figure in figures}:
-        alike = [i for i, figure in enumerate(figures) if figure.kind == kind]
-        told.update(zip(alike, _differences([figures[i].spec for i in alike]), strict=True))
-    return [(figure, told[i]) for i, figure in enumerate(figures)]
+        same = [i for i, figure in enumerate(figures) if figure.kind == kind]
+        labels.update(zip(same, _differences([figures[i].spec for i in same]), strict=True))
+    return [(figure, labels[i]) for i, figure in enumerate(figures)]
 
 
-def _figure_plots(figure: StoredFigure, rules: dict[str, float], what: str) -> list[Plot]:
-    drawn = _stability_plots(figure, rules) if figure.kind == "stability" else _inside_plots(figure)
-    return [replace(plot, title=f"{plot.title} ({what})") for plot in drawn] if what else drawn
+def _figure_plots(figure: StoredFigure, rules: dict[str, float], label: str) -> list[Plot]:
+    drawn = _stability_plots(figure, rules) if figure.kind == "stability" else _state_plots(figure)
+    return [replace(plot, title=f"{plot.title} ({label})") for plot in drawn] if label else drawn
 
 
 def _stability_plots(figure: StoredFigure, rules: dict[str, float]) -> list[Plot]:
@@ -221,13 +228,13 @@ def _stability_plots(figure: StoredFigure, rules: dict[str, float]) -> list[Plot
     return [
         Plot(
             "Past the trained depth",
-            f"Accuracy when every loop is forced to a number of iterations; trained: {study.trained}. A stable loop "
-            "stays level to the right of the mark, and its contraction rate below 1.",
+            f"Accuracy when every loop is forced to a number of iterations; trained: {study.trained}. If the loop is "
+            "stable, accuracy does not fall to the right of the mark, and the contraction rate stays below 1.",
             plots.accuracy_by_depth(study.by_depth, study.trained, rules),
         ),
         Plot(
             "When to stop",
-            f"Every criterion over its thresholds. As configured: {study.default.iterations:.2f} iterations on "
+            f"Each exit criterion over its thresholds. As configured: {study.default.iterations:.2f} iterations on "
             f"average, {study.excess:.2f} more than needed; rank correlation with difficulty {correlation}.",
             plots.exit_frontier(study.exits, study.default),
         ),
@@ -239,23 +246,24 @@ def _stability_plots(figure: StoredFigure, rules: dict[str, float]) -> list[Plot
     ]
 
 
-def _inside_plots(figure: StoredFigure) -> list[Plot]:
+def _state_plots(figure: StoredFigure) -> list[Plot]:
     return list(StateAnalysis.from_json(figure.data).plots().values())
 
 
-def _manifest(store: Store) -> list[dict[str, Any]]:
-    # The runs below a study have no facts of their own: the study has them.
+def _manifest(store: Store) -> FigureTable:
+    # The runs of a study have no entry of their own: the study has one.
     made: list[MethodRun | StoredFigure] = [*filter(_finished, store.runs.values()), *store.figures]
     entries = {}
     for item in (item for item in made if item.about):
         spec, about = item.spec, item.about
         entry = {
-            "command": about.get("command", ""),
+            "command": str(about.get("command", "")),
             "task": f"{spec['task']}: {spec['source']}",
             "questions": f"{spec['questions']}, sha256 {spec['questions_sha256'][:16]}",
             "model": f"{spec['model']['name']}, sha256 {str(spec['model'].get('sha256', '-'))[:16]}",
-            "seed": spec["settings"]["seed"] if "settings" in spec else "-",
+            "seed": str(spec["settings"]["seed"]) if "settings" in spec else "-",
             "versions": ", ".join(f"{k} {v}" for k, v in about.items() if k != "command"),
         }
         entries[str(entry)] = entry
-    return list(entries.values())
+    rows = list(entries.values())
+    return FigureTable(tuple(rows[0]) if rows else (), tuple(tuple(row.values()) for row in rows))

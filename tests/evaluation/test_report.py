@@ -133,6 +133,7 @@ def test_every_figure_is_in_both_versions(store, tmp_path):
         at = cells.index(level)
         assert cells[at : at + len(row)] == row
     for version in ("".join(Page(html).text), text.replace("\\", "")):
+        assert "paired test in the table" in version, "which decides, and not whether intervals overlap"
         for said in ("20 questions", "luck_rule", "0.625", "cot: it needs weights", "words: made here"):
             assert said in version
         for said in ("1.62 more than needed", "correlation with difficulty 0.81"):
@@ -275,6 +276,22 @@ def test_the_page_loads_nothing_and_runs_nothing(store, tmp_path):
     ids = [value for name, value in page.attributes if name == "id"]
     referred = {value[1:] for name, value in page.attributes if name in ("href", "xlink:href")}
     assert referred <= set(ids)
+
+
+def test_tables_fit_a_phone(store, tmp_path):
+    """On a narrow screen every row is a list: each cell names its column, and no cell forbids wrapping."""
+    html = written(store, tmp_path / "out")[0]
+    tables = re.findall(r"<table.*?</table>", html, re.DOTALL)
+    assert len(tables) == 3
+    for table in tables:
+        columns = re.findall(r'<th role="columnheader">(.*?)</th>', table)
+        rows = re.findall(r'<tr role="row">(<td.*?)</tr>', table)
+        assert rows
+        assert all(re.findall(r'data-column="(.*?)"', row) == columns for row in rows)
+    style = re.search(r"@media \(max-width.*?\n}", html, re.DOTALL).group()
+    assert "table, tbody, tr, td { display: block }" in style
+    assert "white-space: normal" in style
+    assert "content: attr(data-column)" in style
 
 
 def test_pictures_of_the_markdown_are_there(store, tmp_path):

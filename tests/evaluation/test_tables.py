@@ -16,23 +16,23 @@ def test_every_figure_of_a_method_stands_below_its_name():
         "method": "slr",
         "accuracy": "0.500",
         "95 % interval": "0.095 to 0.905",
-        "p against slr": "-",
-        "steps hold": "-",
+        "p (paired with slr)": "-",
+        "valid steps": "-",
         "iterations": "3.50",
         "converged": "100.0%",
         "passes": "5.00",
         "tokens": "2.0",
         "MFLOPs": "1.0",
-        "ms": "10.0",
+        "time (ms)": "10.0",
         "added parameters": "1,200",
     }
-    assert (other["p against slr"], other["steps hold"], other["converged"]) == ("0.0312", "0.250", "-")
+    assert (other["p (paired with slr)"], other["valid steps"], other["converged"]) == ("0.0312", "0.250", "-")
     assert other["added parameters"] == "0"
 
 
 def test_what_no_row_has_is_no_column():
     table = method_table({"slr": replace(LOOP, flops=None, added_parameters=None)}, {})
-    for absent in ("p against slr", "steps hold", "MFLOPs", "added parameters", "diverged"):
+    for absent in ("p (paired with slr)", "valid steps", "MFLOPs", "added parameters", "diverged"):
         assert absent not in table.columns
     assert "diverged" in method_table({"slr": replace(LOOP, diverged=0.5)}, {}).columns
 
