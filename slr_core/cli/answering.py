@@ -49,9 +49,9 @@ def answer_questions(
     batch_size: int,
 ) -> list[Outcome]:
     """Run a method on all questions, with a progress bar; ``store`` supplies what was answered before."""
-    from slr_core.evaluation.run import model_of, run_method, spec_of
+    from slr_core.evaluation.run import identify_model, run_method, run_spec
 
-    spec = spec_of(method, settings, questions.task, questions.loaded, model_of(model))
+    spec = run_spec(method, settings, questions.task, questions.loaded, identify_model(model))
     run = store.open(spec, versions())
     with progress_bars() as bar:
         answered = bar.add_task(method.name, total=len(questions.examples))
@@ -86,9 +86,9 @@ def versions() -> dict[str, str]:
 def manifest(questions: QuestionSet, model: str | None, settings: MethodSettings) -> dict[str, Any]:
     """How the figures of a command were made."""
     from slr_core.evaluation.methods import get_method
-    from slr_core.evaluation.run import model_of, spec_of
+    from slr_core.evaluation.run import identify_model, run_spec
 
-    spec = spec_of(get_method("slr"), settings, questions.task, questions.loaded, model_of(model))
+    spec = run_spec(get_method("slr"), settings, questions.task, questions.loaded, identify_model(model))
     del spec["method"]
     return {**spec, **versions()}
 

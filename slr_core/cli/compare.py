@@ -84,7 +84,7 @@ def compare(
     All methods answer the same questions; paired tests compare each method with the loop.
     """
     from slr_core.evaluation.methods import METHODS, MethodSettings, get_method
-    from slr_core.evaluation.statistics import paired, summarize
+    from slr_core.evaluation.statistics import paired_test, summarize
     from slr_core.evaluation.store import Store
     from slr_core.evaluation.tables import method_table
 
@@ -110,7 +110,7 @@ def compare(
             missing[method.name] = str(error)
     summaries = {name: summarize(of) for name, of in outcomes.items()}
     loop = outcomes.get("slr")
-    tests = {name: paired(loop, of) for name, of in outcomes.items() if loop is not None and name != "slr"}
+    tests = {name: paired_test(loop, of) for name, of in outcomes.items() if loop is not None and name != "slr"}
     baselines = questions.baselines()
     store.keep("baselines", questions.spec, baselines, {})
     store.keep("missing", questions.spec, missing, {})

@@ -29,7 +29,7 @@ from slr_core.errors import ConfigError
 if TYPE_CHECKING:
     from slr_core.evaluation.labels import Label
     from slr_core.evaluation.lens import Lens
-    from slr_core.evaluation.probes import Probe, Score
+    from slr_core.evaluation.probes import Probe, ProbeScore
     from slr_core.evaluation.state_analysis import StateAnalysis
     from slr_core.model.reasoner import LatentReasoner
 
@@ -67,7 +67,7 @@ def probe(
     Reads tokens from every state (logit lens), trains probes on the states, and measures how they move.
     """
     from slr_core.evaluation.labels import LABELS
-    from slr_core.evaluation.run import model_of
+    from slr_core.evaluation.run import identify_model
     from slr_core.evaluation.state_analysis import StateAnalysis
     from slr_core.evaluation.store import Store
 
@@ -75,7 +75,7 @@ def probe(
     store = Store(results)
     questions = QuestionSet(task, data, split, generate, generate_seed, generator_option, limit)
     labels = LABELS.get(questions.task.name, ()) if kinds else ()
-    reasoner, name, baselines = load_model(model, device, dtype), model_of(model), questions.baselines()
+    reasoner, name, baselines = load_model(model, device, dtype), identify_model(model), questions.baselines()
     iterations = reasoner.config.loop.max_iterations if iterations is None else iterations
     settings = {"iterations": iterations, "probes": kinds, "shuffles": shuffles, "seed": seed}
     spec = {**questions.spec, "model": name, "settings": settings}
@@ -109,13 +109,13 @@ def _analyse(
     batch_size: int,
 ) -> StateAnalysis:
     from slr_core.evaluation import lens
-    from slr_core.evaluation.probes import collect, places_to_look, probe
+    from slr_core.evaluation.probes import collect_states, places_to_look, train_probes
     from slr_core.evaluation.state_analysis import StateAnalysis
 
     task, examples = questions.task, questions.examples
     with progress_bars() as bar:
         looping = bar.add_task("looping", total=len(examples))
-        collected = collect(
+        collected = collect_states(
             reasoner,
             task,
             examples,
@@ -123,10 +123,10 @@ def _analyse(
             batch_size=batch_size,
             progress=lambda count: bar.advance(looping, count),
         )
-        scores: list[Score] = []
+        scores: list[ProbeScore] = []
         if labels:
             probing = bar.add_task("probing", total=len(places_to_look(collected, labels)))
-            scores = probe(
+            scores = train_probes(
                 collected,
                 examples,
                 labels,
@@ -138,9 +138,9 @@ def _analyse(
     return StateAnalysis(
         iterations=collected.iterations,
         accuracy=sum(collected.right) / len(examples),
-        lens=lens.read(reasoner, task, examples, collected),
-        movement=lens.movement(collected),
-        trajectories=lens.trajectories(collected, task, examples),
+        lens=lens.read_lens(reasoner, task, examples, collected),
+        movement=lens.measure_movement(collected),
+        trajectories=lens.project_trajectories(collected, task, examples),
         probes=tuple(scores),
     )
 
@@ -202,7 +202,7 @@ def _shares(common: tuple[tuple[str, float], ...]) -> str:
     return escape("  ".join(f"{word.strip()} {share:.0%}" for word, share in common[:3]))
 
 
-def _print_scores(label: Label, scores: list[Score]) -> None:
+def _print_scores(label: Label, scores: list[ProbeScore]) -> None:
     title = f"\n{label.name}: {label.help}"
     if not scores:
         console.print(f"{title}\ntoo few questions, or all alike", highlight=False)

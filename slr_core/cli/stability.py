@@ -51,12 +51,12 @@ def stability(
     Forces the loop past its trained depth, adds noise to its first state, and measures when it stops by itself.
     """
     from slr_core.evaluation.backends import Local
-    from slr_core.evaluation.run import model_of
+    from slr_core.evaluation.run import identify_model
     from slr_core.evaluation.stability import StabilityStudy
     from slr_core.evaluation.store import Store
 
     questions = QuestionSet(task, data, split, generate, generate_seed, generator_option, limit)
-    store, name = Store(results), model_of(model)
+    store, name = Store(results), identify_model(model)
     with progress_bars() as bar:
         rows: dict[str, TaskID] = {}
 

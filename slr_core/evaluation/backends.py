@@ -15,7 +15,7 @@ from slr_core.client import Client
 from slr_core.engine import Engine
 from slr_core.errors import EngineError, RequestError
 from slr_core.evaluation.cost import Cost
-from slr_core.evaluation.outcomes import Answered
+from slr_core.evaluation.outcomes import MethodAnswer
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import RunLoop, generate
 from slr_core.model.reasoner import LatentReasoner
@@ -52,7 +52,9 @@ class Backend(Protocol):
 
     batches_at_once: int
 
-    def answer(self, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int]) -> list[list[Answered]]:
+    def answer(
+        self, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int]
+    ) -> list[list[MethodAnswer]]:
         """``options.samples`` answers per prompt; prompt i draws from ``seeds[i]`` on."""
         ...
 
@@ -87,7 +89,7 @@ class Local:
 
     def answer(
         self, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int], run_loop: RunLoop | None = None
-    ) -> list[list[Answered]]:
+    ) -> list[list[MethodAnswer]]:
         """As :class:`Backend`; ``think`` interferes with the loops, which come prompt by prompt, sample by sample:
         that is the reference's work, and it must have the model alone."""
         requests = [
@@ -100,7 +102,10 @@ class Local:
         else:
             results = generate(self.reasoner, requests, run_loop=run_loop)
         cost, added = self.cost.request, self.cost.added_parameters
-        answered = [Answered.of(r, cost(r.prompt_tokens, r.iterations, r.completion_tokens), added) for r in results]
+        answered = [
+            MethodAnswer.from_result(r, cost(r.prompt_tokens, r.iterations, r.completion_tokens), added)
+            for r in results
+        ]
         return _grouped(answered, options.samples)
 
     def request(self, prompt: str, options: GenerationOptions, seed: int) -> Request:
@@ -145,7 +150,9 @@ class Remote:
         self.client = Client(self.url, api_key=api_key, timeout_s=timeout_s, transport=transport)
         weakref.finalize(self, self.client.close)
 
-    def answer(self, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int]) -> list[list[Answered]]:
+    def answer(
+        self, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int]
+    ) -> list[list[MethodAnswer]]:
         """As :class:`Backend`. Greedy prompts go together, sampled ones one by one: each has its own seed.
 
         Raises:
@@ -156,7 +163,7 @@ class Remote:
             return _grouped(self._trace(list(prompts), None, options), 1)
         return [self._trace(prompt, seed, options) for prompt, seed in zip(prompts, seeds, strict=True)]
 
-    def _trace(self, prompt: str | list[str], seed: int | None, options: GenerationOptions) -> list[Answered]:
+    def _trace(self, prompt: str | list[str], seed: int | None, options: GenerationOptions) -> list[MethodAnswer]:
         convergence = {k: v for k, v in options.loop.items() if k in ("criterion", "threshold", "patience")}
         fields: dict[str, Any] = {k: v for k, v in options.loop.items() if k not in convergence}
         fields |= {
@@ -180,9 +187,9 @@ class Remote:
             raise EngineError(f"{self.url}: unexpected answer ({error!r})") from error
 
 
-def _from_json(result: dict[str, Any]) -> Answered:
+def _from_json(result: dict[str, Any]) -> MethodAnswer:
     usage, stability = result["usage"], result["stability"]
-    return Answered(
+    return MethodAnswer(
         text=result["text"],
         iterations=result["iterations"],
         exit_reason=result["exit_reason"],
@@ -195,5 +202,5 @@ def _from_json(result: dict[str, Any]) -> Answered:
     )
 
 
-def _grouped(answered: list[Answered], size: int) -> list[list[Answered]]:
+def _grouped(answered: list[MethodAnswer], size: int) -> list[list[MethodAnswer]]:
     return [answered[i : i + size] for i in range(0, len(answered), size)]

@@ -24,7 +24,7 @@ Edit = Callable[[list[Tensor]], list[Tensor]]
 """From every row's kept states ``[t + 1, W, d]``, h_0 first, to those that take their place."""
 
 
-def noisy(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, start_only: bool = False) -> RunLoop:
+def add_noise(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, start_only: bool = False) -> RunLoop:
     """Gaussian noise on h_0 and, unless ``start_only``, on every h_t; ``scale`` is its share of a state's RMS."""
 
     def run_loop(context: Context, settings: Sequence[ResolvedLoopParams]) -> LoopOutput:
@@ -50,7 +50,7 @@ def noisy(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, start
     return run_loop
 
 
-def replaced(reasoner: LatentReasoner, edit: Edit) -> RunLoop:
+def replace_states(reasoner: LatentReasoner, edit: Edit) -> RunLoop:
     """Let every loop run, then run it again on states that ``edit`` put in place of its own."""
 
     def run_loop(context: Context, settings: Sequence[ResolvedLoopParams]) -> LoopOutput:
@@ -79,7 +79,7 @@ def _padded(rows: list[Tensor], context: Context) -> Tensor:
     return states
 
 
-def shuffled(seeds: Sequence[int]) -> Edit:
+def shuffle_thoughts(seeds: Sequence[int]) -> Edit:
     """Every row's thoughts in another order."""
 
     def edit(rows: list[Tensor]) -> list[Tensor]:
@@ -98,7 +98,7 @@ def _shuffle(row: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat([row[:1], row[1:][order.to(row.device)]])
 
 
-def noised(seeds: Sequence[int]) -> Edit:
+def randomize_thoughts(seeds: Sequence[int]) -> Edit:
     """Noise of the same lengths in place of every row's thoughts."""
 
     def edit(rows: list[Tensor]) -> list[Tensor]:
@@ -112,7 +112,7 @@ def noised(seeds: Sequence[int]) -> Edit:
     return edit
 
 
-def foreign(rows: list[Tensor]) -> list[Tensor]:
+def swap_thoughts(rows: list[Tensor]) -> list[Tensor]:
     """Every row gets the thoughts of the row before it, the last of them repeated where they are too few.
 
     Raises:

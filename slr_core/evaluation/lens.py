@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slr_core.errors import DataError
-from slr_core.evaluation.probes import READOUT, Collected
+from slr_core.evaluation.probes import READOUT, CollectedStates
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Example, Task
 from slr_core.tasks.prosqa import ProsQA, frontiers
@@ -31,7 +31,7 @@ _ROWS = 64  # at a time through the head: vocabularies are large
 
 
 @dataclass(frozen=True)
-class Reading:
+class LensReading:
     """What the head says of the states of one iteration.
 
     Attributes:
@@ -81,7 +81,7 @@ class QuestionReadings:
 
 @dataclass(frozen=True)
 class Lens:
-    """The outcome of :func:`read`.
+    """The outcome of :func:`read_lens`.
 
     Attributes:
         readings: per iteration, over all questions.
@@ -89,8 +89,8 @@ class Lens:
         examples: the first questions of all.
     """
 
-    readings: tuple[Reading, ...]
-    by_difficulty: dict[int, tuple[Reading, ...]]
+    readings: tuple[LensReading, ...]
+    by_difficulty: dict[int, tuple[LensReading, ...]]
     examples: tuple[QuestionReadings, ...]
 
 
@@ -107,7 +107,7 @@ class _Raw:
 
 
 @torch.inference_mode()
-def read(reasoner: LatentReasoner, task: Task, examples: Sequence[Example], collected: Collected) -> Lens:
+def read_lens(reasoner: LatentReasoner, task: Task, examples: Sequence[Example], collected: CollectedStates) -> Lens:
     """Hold the model's head to every state at the position where the next token is read.
 
     Args:
@@ -139,7 +139,7 @@ def _frontier_tokens(reasoner: LatentReasoner, task: Task, examples: Sequence[Ex
         return None  # this tokenizer cuts the names of nodes into pieces
 
 
-def _through_head(reasoner: LatentReasoner, collected: Collected, frontier: list[list[list[int]]] | None) -> _Raw:
+def _through_head(reasoner: LatentReasoner, collected: CollectedStates, frontier: list[list[list[int]]] | None) -> _Raw:
     states = collected.states[READOUT]
     questions, times = states.shape[:2]
     usable = states.isfinite().all(-1)
@@ -165,7 +165,9 @@ def _through_head(reasoner: LatentReasoner, collected: Collected, frontier: list
     return raw
 
 
-def _readings(reasoner: LatentReasoner, collected: Collected, raw: _Raw, rows: list[int]) -> tuple[Reading, ...]:
+def _readings(
+    reasoner: LatentReasoner, collected: CollectedStates, raw: _Raw, rows: list[int]
+) -> tuple[LensReading, ...]:
     readings = []
     for t in range(collected.iterations + 1):
         here = torch.tensor([row for row in rows if raw.usable[row, t]], dtype=torch.long)
@@ -176,7 +178,7 @@ def _readings(reasoner: LatentReasoner, collected: Collected, raw: _Raw, rows: l
         tops = Counter(raw.top[here, t].tolist())
         thoughts = Counter(thought for row in rows if (thought := _thought(collected, row, t)) is not None)
         readings.append(
-            Reading(
+            LensReading(
                 t=t,
                 questions=len(here),
                 entropy=float(raw.entropy[here, t].mean()),
@@ -196,7 +198,7 @@ def _most(counts: Counter[Any]) -> list[tuple[Any, int]]:
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:COMMON]
 
 
-def _thought(collected: Collected, row: int, t: int) -> str | None:
+def _thought(collected: CollectedStates, row: int, t: int) -> str | None:
     records = collected.records[row]
     return records[t - 1].thought if 0 < t <= len(records) else None
 
@@ -206,7 +208,7 @@ def _word(reasoner: LatentReasoner, token: int) -> str:
 
 
 def _question_readings(
-    reasoner: LatentReasoner, collected: Collected, raw: _Raw, examples: Sequence[Example], row: int
+    reasoner: LatentReasoner, collected: CollectedStates, raw: _Raw, examples: Sequence[Example], row: int
 ) -> QuestionReadings:
     times = raw.usable[row].nonzero()[:, 0].tolist()
     return QuestionReadings(
@@ -223,7 +225,7 @@ def _question_readings(
 
 
 @dataclass(frozen=True)
-class Spread:
+class Quartiles:
     """A quantity over many questions: its quartiles."""
 
     low: float
@@ -240,11 +242,11 @@ class Movement:
         contraction: the length of the step, as a share of the step before.
     """
 
-    relative_change: tuple[Spread | None, ...]
-    contraction: tuple[Spread | None, ...]
+    relative_change: tuple[Quartiles | None, ...]
+    contraction: tuple[Quartiles | None, ...]
 
 
-def movement(collected: Collected) -> Movement:
+def measure_movement(collected: CollectedStates) -> Movement:
     """Of every question, as its loop measured it."""
     return Movement(
         *(
@@ -257,11 +259,11 @@ def movement(collected: Collected) -> Movement:
     )
 
 
-def _spread(values: Sequence[float | None]) -> Spread | None:
+def _spread(values: Sequence[float | None]) -> Quartiles | None:
     known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
     if len(known) == 0:
         return None
-    return Spread(*known.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist())
+    return Quartiles(*known.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist())
 
 
 Point = tuple[float, float]
@@ -284,8 +286,8 @@ class Trajectories:
     points: tuple[tuple[int, tuple[Point, ...]], ...]
 
 
-def trajectories(
-    collected: Collected, task: Task, examples: Sequence[Example], *, place: str = READOUT
+def project_trajectories(
+    collected: CollectedStates, task: Task, examples: Sequence[Example], *, place: str = READOUT
 ) -> Trajectories | None:
     """Principal components of the states of all questions whose loop ran to its end; ``None`` with fewer than two."""
     states = collected.states[place].double()

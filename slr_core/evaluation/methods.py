@@ -15,8 +15,14 @@ import torch
 
 from slr_core.errors import ConfigError
 from slr_core.evaluation.backends import Backend, GenerationOptions, Local
-from slr_core.evaluation.interventions import foreign, noised, noisy, replaced, shuffled
-from slr_core.evaluation.outcomes import Answered
+from slr_core.evaluation.interventions import (
+    add_noise,
+    randomize_thoughts,
+    replace_states,
+    shuffle_thoughts,
+    swap_thoughts,
+)
+from slr_core.evaluation.outcomes import MethodAnswer
 from slr_core.generation.decoding import pad_ids
 from slr_core.generation.reference import RunLoop
 from slr_core.model.reasoner import LatentReasoner
@@ -89,65 +95,65 @@ class Method:
 
     name: str
     help: str
-    run: Callable[[Batch], list[Answered]]
+    run: Callable[[Batch], list[MethodAnswer]]
     weights: str | None = None
     remote: bool = True
     control: bool = False
 
 
-def _loop(**changes: Any) -> Callable[[Batch], list[Answered]]:
-    def run(batch: Batch) -> list[Answered]:
+def _loop(**changes: Any) -> Callable[[Batch], list[MethodAnswer]]:
+    def run(batch: Batch) -> list[MethodAnswer]:
         ask = GenerationOptions({**batch.settings.loop, **changes})
         return [answers[0] for answers in batch.backend.answer(batch.prompts, ask, batch.seeds)]
 
     return run
 
 
-def _plain(batch: Batch) -> list[Answered]:
+def _plain(batch: Batch) -> list[MethodAnswer]:
     answers = batch.backend.answer(batch.prompts, GenerationOptions({"max_iterations": 0}), batch.seeds)
     return [own[0] for own in answers]
 
 
-def _cot(batch: Batch) -> list[Answered]:
+def _cot(batch: Batch) -> list[MethodAnswer]:
     ask = GenerationOptions({"max_iterations": 0}, max_new_tokens=batch.settings.cot_tokens)
     return [answers[0] for answers in batch.backend.answer(batch.prompts, ask, batch.seeds)]
 
 
-def _self_consistency(batch: Batch) -> list[Answered]:
+def _self_consistency(batch: Batch) -> list[MethodAnswer]:
     s = batch.settings
     ask = GenerationOptions({"max_iterations": 0}, s.cot_tokens, s.temperature, s.samples)
     return [_vote(batch.task, answers) for answers in batch.backend.answer(batch.prompts, ask, batch.seeds)]
 
 
-def _vote(task: Task, answers: Sequence[Answered]) -> Answered:
+def _vote(task: Task, answers: Sequence[MethodAnswer]) -> MethodAnswer:
     """The text whose answer most rollouts share; of equals, the first."""
     votes = Counter(answer for text in answers if (answer := task.extract(text.text)) is not None)
     if not votes:
-        return Answered.together(answers[0].text, answers)
+        return MethodAnswer.combine(answers[0].text, answers)
     winner = votes.most_common(1)[0][0]
-    return Answered.together(next(a.text for a in answers if task.extract(a.text) == winner), answers)
+    return MethodAnswer.combine(next(a.text for a in answers if task.extract(a.text) == winner), answers)
 
 
-def _slr_vote(batch: Batch) -> list[Answered]:
+def _slr_vote(batch: Batch) -> list[MethodAnswer]:
     s, local = batch.settings, batch.local("slr_vote")
     rollouts = []
     for sample in range(s.samples):
-        run_loop = noisy(local.reasoner, s.noise, [seed + sample for seed in batch.seeds])
+        run_loop = add_noise(local.reasoner, s.noise, [seed + sample for seed in batch.seeds])
         answers = local.answer(batch.prompts, GenerationOptions(s.loop), batch.seeds, run_loop)
         rollouts.append([own[0] for own in answers])
     return [_vote(batch.task, own) for own in zip(*rollouts, strict=True)]
 
 
-def _noisy_start(batch: Batch) -> list[Answered]:
+def _noisy_start(batch: Batch) -> list[MethodAnswer]:
     local = batch.local("noise in h_0")
-    run_loop = noisy(local.reasoner, batch.settings.noise, batch.seeds, start_only=True)
+    run_loop = add_noise(local.reasoner, batch.settings.noise, batch.seeds, start_only=True)
     return [
         own[0] for own in local.answer(batch.prompts, GenerationOptions(batch.settings.loop), batch.seeds, run_loop)
     ]
 
 
-def _replaced(run_loop: Callable[[LatentReasoner, Sequence[int]], RunLoop]) -> Callable[[Batch], list[Answered]]:
-    def run(batch: Batch) -> list[Answered]:
+def _replaced(run_loop: Callable[[LatentReasoner, Sequence[int]], RunLoop]) -> Callable[[Batch], list[MethodAnswer]]:
+    def run(batch: Batch) -> list[MethodAnswer]:
         local = batch.local("replacing thoughts")
         answers = local.answer(
             batch.prompts, GenerationOptions(batch.settings.loop), batch.seeds, run_loop(local.reasoner, batch.seeds)
@@ -157,22 +163,24 @@ def _replaced(run_loop: Callable[[LatentReasoner, Sequence[int]], RunLoop]) -> C
     return run
 
 
-def _foreign(batch: Batch) -> list[Answered]:
+def _foreign(batch: Batch) -> list[MethodAnswer]:
     local = batch.local("replacing thoughts")
     if batch.before is None:
         raise ConfigError("thoughts of another question need another question")
     # The question before comes along to lend its thoughts: whose thoughts a question gets is no matter of the batch.
     prompts, seeds = [batch.before, *batch.prompts], [0, *batch.seeds]
-    answers = local.answer(prompts, GenerationOptions(batch.settings.loop), seeds, replaced(local.reasoner, foreign))
+    answers = local.answer(
+        prompts, GenerationOptions(batch.settings.loop), seeds, replace_states(local.reasoner, swap_thoughts)
+    )
     return [own[0] for own in answers[1:]]
 
 
-def _beam(batch: Batch) -> list[Answered]:
+def _beam(batch: Batch) -> list[MethodAnswer]:
     s = batch.settings
     return _search(batch, s.cot_tokens, num_beams=s.beams, do_sample=False)
 
 
-def _best_of_n(batch: Batch) -> list[Answered]:
+def _best_of_n(batch: Batch) -> list[MethodAnswer]:
     s = batch.settings
     sampling = {"do_sample": True, "temperature": s.temperature, "num_return_sequences": s.samples}
     return _search(batch, s.cot_tokens, **sampling)
@@ -183,7 +191,7 @@ _UNTOUCHED: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.
 
 
 @torch.inference_mode()
-def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[Answered]:
+def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[MethodAnswer]:
     """Texts by ``transformers``' own search over the plain base; of several, the likeliest per token."""
     local = batch.local("beam search")
     reasoner = local.reasoner
@@ -212,7 +220,7 @@ def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[Answered]
         steps = len(output.scores)
         width = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
         answered.append(
-            Answered(
+            MethodAnswer(
                 text=_cut(texts[best], request.stop),
                 prompt_tokens=len(request.prompt_ids),
                 tokens=steps * width,
@@ -258,14 +266,14 @@ _ALL = (
     Method(
         "shuffled_thoughts",
         "the loop's own thoughts in another order",
-        _replaced(lambda reasoner, seeds: replaced(reasoner, shuffled(seeds))),
+        _replaced(lambda reasoner, seeds: replace_states(reasoner, shuffle_thoughts(seeds))),
         remote=False,
         control=True,
     ),
     Method(
         "noised_thoughts",
         "noise of the same length in place of the thoughts",
-        _replaced(lambda reasoner, seeds: replaced(reasoner, noised(seeds))),
+        _replaced(lambda reasoner, seeds: replace_states(reasoner, randomize_thoughts(seeds))),
         remote=False,
         control=True,
     ),

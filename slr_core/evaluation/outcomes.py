@@ -65,13 +65,13 @@ class Outcome:
         return cls(**{**known, "relative_change": tuple(known["relative_change"])})
 
 
-def key_of(index: int, example: Example) -> str:
+def question_key(index: int, example: Example) -> str:
     """Names the question at ``index`` of a set; another text at the same place has another name."""
     return f"{index}:{sha256(example.question.encode('utf-8')).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
-class Answered:
+class MethodAnswer:
     """What a method gives back for one question, before it is graded."""
 
     text: str
@@ -87,7 +87,7 @@ class Answered:
     added_parameters: int | None = None
 
     @classmethod
-    def of(cls, result: Result, flops: float, added_parameters: int) -> Self:
+    def from_result(cls, result: Result, flops: float, added_parameters: int) -> Self:
         """One result of the loop."""
         return cls(
             text=result.text,
@@ -104,7 +104,7 @@ class Answered:
         )
 
     @classmethod
-    def together(cls, text: str, rollouts: Sequence[Answered]) -> Answered:
+    def combine(cls, text: str, rollouts: Sequence[MethodAnswer]) -> MethodAnswer:
         """Several rollouts of one question that ``text`` was made of: their costs add up."""
         first = rollouts[0]
         return cls(

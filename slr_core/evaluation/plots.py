@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from slr_core.evaluation.lens import Lens, Movement, Point, QuestionReadings, Spread, Trajectories
-    from slr_core.evaluation.probes import Score
+    from slr_core.evaluation.lens import Lens, Movement, Point, Quartiles, QuestionReadings, Trajectories
+    from slr_core.evaluation.probes import ProbeScore
     from slr_core.evaluation.stability import ExitPoint
     from slr_core.evaluation.statistics import Summary
 
@@ -75,7 +75,9 @@ class Plot:
 # -- figures of answers -----------------------------------------------------------------------------------
 
 
-def accuracy_by_depth(by_depth: Mapping[int, Summary], trained: int, rules: Mapping[str, float] | None = None) -> str:
+def draw_accuracy_by_depth(
+    by_depth: Mapping[int, Summary], trained: int, rules: Mapping[str, float] | None = None
+) -> str:
     """Accuracy with its 95 % band, and how loops moved, when forced to a depth; the trained depth is marked."""
     depths = sorted(by_depth)
     with _drawing("Accuracy against forced iterations", 4.6) as (figure, svg):
@@ -98,7 +100,7 @@ def accuracy_by_depth(by_depth: Mapping[int, Summary], trained: int, rules: Mapp
     return svg()
 
 
-def exit_frontier(exits: Sequence[ExitPoint], default: Summary | None = None) -> str:
+def draw_exit_frontier(exits: Sequence[ExitPoint], default: Summary | None = None) -> str:
     """Accuracy against mean iterations: one line per criterion over its thresholds, and the loop as configured."""
     with _drawing("Accuracy against mean iterations, by exit criterion") as (figure, svg):
         axes = _axes(figure)
@@ -113,7 +115,7 @@ def exit_frontier(exits: Sequence[ExitPoint], default: Summary | None = None) ->
     return svg()
 
 
-def noise_sensitivity(noise: Mapping[float, tuple[Summary, float]], default: Summary | None = None) -> str:
+def draw_noise_sensitivity(noise: Mapping[float, tuple[Summary, float]], default: Summary | None = None) -> str:
     """Accuracy, and the share of answers that changed, against the noise in h_0."""
     scales = sorted(noise)
     with _drawing("Sensitivity to noise in the first state") as (figure, svg):
@@ -131,7 +133,7 @@ def noise_sensitivity(noise: Mapping[float, tuple[Summary, float]], default: Sum
     return svg()
 
 
-def methods(
+def draw_methods(
     summaries: Mapping[str, Summary], *, controls: Iterable[str] = (), rules: Mapping[str, float] | None = None
 ) -> str:
     """Every method's accuracy with its 95 % interval; controls are hollow, shortcut rules are lines."""
@@ -162,7 +164,7 @@ def methods(
 # -- figures of states ------------------------------------------------------------------------------------
 
 
-def change_and_contraction(moved: Movement) -> str:
+def draw_change_and_contraction(moved: Movement) -> str:
     """How far the state moves at each iteration, and how that compares to the step before: medians and quartiles."""
     with _drawing("Steps of the state, medians and quartiles", 2.7) as (figure, svg):
         left, right = figure.subplots(1, 2)
@@ -176,7 +178,7 @@ def change_and_contraction(moved: Movement) -> str:
     return svg()
 
 
-def probe_scores(scores: Sequence[Score]) -> str:
+def draw_probe_scores(scores: Sequence[ProbeScore]) -> str:
     """What each probe reads, per iteration: a panel per label and place, with shuffled labels and chance."""
     panels = list(dict.fromkeys((s.label, s.place) for s in scores))
     several_places = len({place for _, place in panels}) > 1
@@ -212,7 +214,7 @@ def probe_scores(scores: Sequence[Score]) -> str:
     return svg()
 
 
-def lens_curves(lens: Lens) -> str:
+def draw_lens_curves(lens: Lens) -> str:
     """What the model's head says of the states at each iteration: towards the answer, and how sure it is."""
     with _drawing("Logit lens, per iteration", 3.0) as (figure, svg):
         left, right = figure.subplots(1, 2)
@@ -234,7 +236,7 @@ def lens_curves(lens: Lens) -> str:
     return svg()
 
 
-def readings(told: Sequence[QuestionReadings]) -> str:
+def draw_readings(told: Sequence[QuestionReadings]) -> str:
     """A column per question: the top token of every state, the darker the likelier, and the thought in words."""
     rows = max((question.first + len(question.readings) for question in told), default=1)
     thinks = any(thought for question in told for thought in question.thoughts)
@@ -261,7 +263,7 @@ def _short(text: str) -> str:
     return text if len(text) <= 24 else text[:23] + "\u2026"
 
 
-def pca_trajectories(paths: Trajectories) -> str:
+def draw_pca_trajectories(paths: Trajectories) -> str:
     """States in the plane of their principal components: faint single paths, and the mean path per difficulty."""
     levels = list(paths.paths)
     with _drawing("States in the plane, mean path per difficulty", 4.4) as (figure, svg):
@@ -341,7 +343,7 @@ def _banded(
     axes.plot(xs, ys, label=label, **_line(i))
 
 
-def _quartiles(axes: Axes, spreads: Sequence[Spread | None], i: int) -> None:
+def _quartiles(axes: Axes, spreads: Sequence[Quartiles | None], i: int) -> None:
     known = [(t, s) for t, s in enumerate(spreads, start=1) if s is not None]
     times = [t for t, _ in known]
     _banded(axes, times, [s.median for _, s in known], [(s.low, s.high) for _, s in known], i)

@@ -22,7 +22,7 @@ from torch import Tensor
 from slr_core._install import missing_extra
 from slr_core.errors import ConfigError
 from slr_core.evaluation.labels import Label, Value
-from slr_core.evaluation.statistics import wilson
+from slr_core.evaluation.statistics import wilson_interval
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
@@ -45,7 +45,7 @@ Rows = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
-class Collected:
+class CollectedStates:
     """A set of questions, each with its loop run to the end.
 
     Attributes:
@@ -70,7 +70,7 @@ class Collected:
         return self.states[place][:, t].isfinite().all(-1)
 
 
-def collect(
+def collect_states(
     reasoner: LatentReasoner,
     task: Task,
     examples: Sequence[Example],
@@ -78,7 +78,7 @@ def collect(
     iterations: int | None = None,
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda done: None,
-) -> Collected:
+) -> CollectedStates:
     """Answer every question after a loop of exactly ``iterations``, by the code that serves, and keep its states.
 
     Args:
@@ -111,7 +111,7 @@ def collect(
                 states[place].append(_at(result.states, place, iterations, reasoner.is_state(0)))
             results.append(result)
         progress(len(prompts))
-    return Collected(
+    return CollectedStates(
         iterations=iterations,
         states={place: torch.stack(rows) for place, rows in states.items()},
         tokens=torch.tensor([result.token_ids[0] for result in results]),
@@ -134,7 +134,7 @@ def _at(states: Tensor, place: str, iterations: int, starts_from_state: bool) ->
 
 
 @dataclass(frozen=True)
-class Score:
+class ProbeScore:
     """What one probe read at one iteration, on questions that it was not trained on.
 
     Attributes:
@@ -166,8 +166,8 @@ class Score:
     tested_on: int
 
 
-def probe(
-    collected: Collected,
+def train_probes(
+    collected: CollectedStates,
     examples: Sequence[Example],
     labels: Sequence[Label],
     *,
@@ -176,7 +176,7 @@ def probe(
     shuffles: int = 3,
     test_share: float = 0.3,
     progress: Callable[[], None] = lambda: None,
-) -> list[Score]:
+) -> list[ProbeScore]:
     """Train and test every probe for every label, place and iteration.
 
     The split is by question, and the same everywhere: no probe is tested on a question that it, or the one of
@@ -211,12 +211,12 @@ def probe(
             if target.varies:
                 for kind in probes:
                     figures = _score(_Trainer(kind, x[train], x[test], seed), target, seed, shuffles)
-                    scores.append(Score(label.name, place, kind, t, **figures))
+                    scores.append(ProbeScore(label.name, place, kind, t, **figures))
         progress()
     return scores
 
 
-def places_to_look(collected: Collected, labels: Sequence[Label]) -> list[tuple[Label, str, int]]:
+def places_to_look(collected: CollectedStates, labels: Sequence[Label]) -> list[tuple[Label, str, int]]:
     """Every label, place and iteration, in the order of the scores."""
     iterations = range(collected.iterations + 1)
     return [(label, place, t) for label in labels for place in collected.states for t in iterations]
@@ -267,7 +267,7 @@ class _Classes(_Target):
         return float((self.test == commonest).mean())
 
     def interval(self, scores: Floats) -> tuple[float, float]:
-        return wilson(int(scores.sum()), len(scores))
+        return wilson_interval(int(scores.sum()), len(scores))
 
 
 class _Sets(_Target):

@@ -17,7 +17,7 @@ from slr_core.evaluation.methods import METHODS, NOISY_START
 from slr_core.evaluation.plots import Plot
 from slr_core.evaluation.stability import StabilityReport
 from slr_core.evaluation.state_analysis import StateAnalysis
-from slr_core.evaluation.statistics import Summary, paired, summarize, summarize_by_difficulty
+from slr_core.evaluation.statistics import Summary, paired_test, summarize, summarize_by_difficulty
 from slr_core.evaluation.store import MethodRun, Store, StoredFigure
 from slr_core.evaluation.tables import FigureTable
 
@@ -131,7 +131,10 @@ def _section(runs: Sequence[MethodRun], figures: Sequence[StoredFigure]) -> Sect
     if reference is not None:
         loop = list(reference.outcomes.values())
         others = {name: list(run.outcomes.values()) for name, run in compared.items() if run is not reference}
-        tests, levels = {name: paired(loop, other).p for name, other in others.items()}, summarize_by_difficulty(loop)
+        tests, levels = (
+            {name: paired_test(loop, other).p for name, other in others.items()},
+            summarize_by_difficulty(loop),
+        )
     named = {figure.kind: figure.data for figure in figures}
     rules: dict[str, float] = named.get("baselines", {})
     found = {run.spec["method"] for run in compared.values()}
@@ -205,7 +208,7 @@ def _plots(summaries: dict[str, Summary], rules: dict[str, float], controls: Seq
         "method differs from the loop: it compares question by question, and can find a difference between intervals "
         "that overlap."
     )
-    return [Plot("Methods", caption, plots.methods(summaries, controls=controls, rules=rules))]
+    return [Plot("Methods", caption, plots.draw_methods(summaries, controls=controls, rules=rules))]
 
 
 def _labelled_figures(figures: Sequence[StoredFigure]) -> list[tuple[StoredFigure, str]]:
@@ -230,18 +233,18 @@ def _stability_plots(figure: StoredFigure, rules: dict[str, float]) -> list[Plot
             "Past the trained depth",
             f"Accuracy when every loop is forced to a number of iterations; trained: {study.trained}. If the loop is "
             "stable, accuracy does not fall to the right of the mark, and the contraction rate stays below 1.",
-            plots.accuracy_by_depth(study.by_depth, study.trained, rules),
+            plots.draw_accuracy_by_depth(study.by_depth, study.trained, rules),
         ),
         Plot(
             "When to stop",
             f"Each exit criterion over its thresholds. As configured: {study.default.iterations:.2f} iterations on "
             f"average, {study.excess:.2f} more than needed; rank correlation with difficulty {correlation}.",
-            plots.exit_frontier(study.exits, study.default),
+            plots.draw_exit_frontier(study.exits, study.default),
         ),
         Plot(
             "Noise in the first state",
             "Accuracy, and the share of answers that changed, against Gaussian noise in h_0.",
-            plots.noise_sensitivity(study.noise, study.default),
+            plots.draw_noise_sensitivity(study.noise, study.default),
         ),
     ]
 

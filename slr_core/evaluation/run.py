@@ -14,7 +14,7 @@ from slr_core._version import __version__
 from slr_core.checkpoint.folder import local_path
 from slr_core.evaluation.backends import Backend
 from slr_core.evaluation.methods import Batch, Method, MethodSettings
-from slr_core.evaluation.outcomes import Answered, Outcome, key_of
+from slr_core.evaluation.outcomes import MethodAnswer, Outcome, question_key
 from slr_core.evaluation.store import MethodRun, Store
 from slr_core.tasks.base import Example, Task
 from slr_core.tasks.sources import Questions
@@ -22,7 +22,7 @@ from slr_core.tasks.sources import Questions
 T = TypeVar("T")
 
 
-def spec_of(
+def run_spec(
     method: Method, settings: MethodSettings, task: Task, questions: Questions, model: dict[str, Any]
 ) -> dict[str, Any]:
     """All that decides the outcomes of a run: see :class:`slr_core.evaluation.store.Run`."""
@@ -38,7 +38,7 @@ def spec_of(
     }
 
 
-def model_of(path: str | None) -> dict[str, Any]:
+def identify_model(path: str | None) -> dict[str, Any]:
     """Name and hash of a checkpoint; what is no folder, a hub id or a URL, has its name alone."""
     folder = local_path(path)
     if not folder.is_dir():
@@ -87,9 +87,9 @@ def run_method(
         RequestError: a question does not fit the model.
     """
     store, run = store or Store(), run or MethodRun({})
-    keys = [key_of(index, example) for index, example in enumerate(examples)]
+    keys = [question_key(index, example) for index, example in enumerate(examples)]
 
-    def answer(chunk: list[tuple[int, Example]]) -> list[Answered]:
+    def answer(chunk: list[tuple[int, Example]]) -> list[MethodAnswer]:
         batch = Batch(
             backend=backend,
             task=task,

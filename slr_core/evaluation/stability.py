@@ -17,7 +17,7 @@ from slr_core.config import Criterion
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import METHODS, NOISY_START, Method, MethodSettings
 from slr_core.evaluation.outcomes import Outcome
-from slr_core.evaluation.run import run_method, spec_of
+from slr_core.evaluation.run import run_method, run_spec
 from slr_core.evaluation.statistics import Summary, rank_correlation, summarize
 from slr_core.evaluation.store import Store
 from slr_core.generation.decoding import pad_ids
@@ -169,7 +169,7 @@ class StabilityStudy:
         )
 
     def _answers(self, method: Method, settings: MethodSettings, name: str) -> list[Outcome]:
-        spec = spec_of(method, settings, self.task, self.questions, self.model)
+        spec = run_spec(method, settings, self.task, self.questions, self.model)
         return run_method(
             method,
             self.local,

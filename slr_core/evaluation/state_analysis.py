@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from slr_core.evaluation import plots
 from slr_core.evaluation.lens import Lens, Movement, Trajectories
 from slr_core.evaluation.plots import Plot
-from slr_core.evaluation.probes import Score
+from slr_core.evaluation.probes import ProbeScore
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class StateAnalysis:
     lens: Lens
     movement: Movement
     trajectories: Trajectories | None
-    probes: tuple[Score, ...]
+    probes: tuple[ProbeScore, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -48,25 +48,25 @@ class StateAnalysis:
             "lens": Plot(
                 "Logit lens",
                 "What the model's own head says of the states: how much goes to the answer, and how sure it is.",
-                plots.lens_curves(self.lens),
+                plots.draw_lens_curves(self.lens),
             ),
             "readings": Plot(
                 "States in words",
                 "The first questions: the likeliest token of every state and its probability, and the thought in "
                 "words where the checkpoint has a latent decoder. Below each: the answer, and whether it is right.",
-                plots.readings(self.lens.examples),
+                plots.draw_readings(self.lens.examples),
             ),
             "steps": Plot(
                 "Steps of the states",
                 "Medians and quartiles over the questions. A loop that settles takes ever shorter steps.",
-                plots.change_and_contraction(self.movement),
+                plots.draw_change_and_contraction(self.movement),
             ),
         }
         if self.trajectories is not None:
             drawn["trajectories"] = Plot(
                 "Paths of the states",
                 "Principal components over all questions and iterations; numbers are iterations.",
-                plots.pca_trajectories(self.trajectories),
+                plots.draw_pca_trajectories(self.trajectories),
             )
         if self.probes:
             drawn["probes"] = Plot(
@@ -74,6 +74,6 @@ class StateAnalysis:
                 "What classifiers find in the states of questions that they were not trained on. What counts is the "
                 "distance to the same probe on shuffled labels; that a state holds something does not mean that the "
                 "model uses it.",
-                plots.probe_scores(self.probes),
+                plots.draw_probe_scores(self.probes),
             )
         return drawn

@@ -60,7 +60,7 @@ def summarize(outcomes: Sequence[Outcome]) -> Summary:
     return Summary(
         questions=len(outcomes),
         accuracy=right / len(outcomes),
-        interval=wilson(right, len(outcomes)),
+        interval=wilson_interval(right, len(outcomes)),
         steps_hold=_mean([o.steps_hold for o in outcomes]),
         iterations=fmean(o.iterations for o in outcomes),
         converged=fmean(o.exit_reason == "converged" for o in outcomes),
@@ -91,7 +91,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson score interval of a proportion (Wilson, 1927); unlike the normal one it behaves near 0 and 1."""
     p = successes / trials
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
@@ -100,7 +100,7 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedTest:
     """Two methods on the same questions.
 
     Attributes:
@@ -116,14 +116,14 @@ class Paired:
     p: float
 
 
-def paired(first: Sequence[Outcome], second: Sequence[Outcome]) -> Paired:
+def paired_test(first: Sequence[Outcome], second: Sequence[Outcome]) -> PairedTest:
     """Compare two methods question by question (McNemar, 1947; exact, from the binomial)."""
     others = {o.key: o for o in second}
     pairs = [(o.correct, others[o.key].correct) for o in first if o.key in others]
     only_first, only_second = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
     differ = only_first + only_second
     tail = sum(comb(differ, k) for k in range(min(only_first, only_second) + 1)) / 2**differ
-    return Paired(len(pairs), only_first, only_second, min(1.0, 2 * tail))
+    return PairedTest(len(pairs), only_first, only_second, min(1.0, 2 * tail))
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -18,7 +18,7 @@ from slr_core.config import validated
 from slr_core.errors import ConfigError
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import MethodSettings, get_method
-from slr_core.evaluation.run import model_of, run_method, spec_of
+from slr_core.evaluation.run import identify_model, run_method, run_spec
 from slr_core.evaluation.statistics import Summary, summarize
 from slr_core.evaluation.store import Store
 from slr_core.model.reasoner import LatentReasoner
@@ -32,7 +32,7 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class Judgement(_Model):
+class SweepEvaluation(_Model):
     """Questions that every model of a sweep is asked, and how."""
 
     task: str
@@ -57,7 +57,7 @@ class SweepConfig(_Model):
         {}, description="settings by a name of their own, where a product says too much; each with all of `vary`"
     )
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="each combination is trained with each")
-    evaluate: tuple[Judgement, ...] = Field(min_length=1)
+    evaluate: tuple[SweepEvaluation, ...] = Field(min_length=1)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
@@ -191,11 +191,11 @@ def run_sweep(
             train(variant.config, resume=any((place / "steps").glob("checkpoint-*")))
         progress(f"{i} of {len(planned)}: evaluating {variant.name}")
         backend = Local(LatentReasoner.from_pretrained(str(place)))
-        model = {**model_of(str(place)), "name": variant.name}
+        model = {**identify_model(str(place)), "name": variant.name}
         for judge, questions, methods in asked:
             task, settings = tasks.get(judge.task), MethodSettings(dict(judge.loop))
             for method in methods:
-                opened = store.open(spec_of(method, settings, task, questions, model), about)
+                opened = store.open(run_spec(method, settings, task, questions, model), about)
                 outcomes = run_method(
                     method, backend, task, questions.examples, settings, store=store, run=opened, warm_up=True
                 )
@@ -203,7 +203,7 @@ def run_sweep(
     return rows
 
 
-def _asked(judge: Judgement, source: str) -> str:
+def _asked(judge: SweepEvaluation, source: str) -> str:
     settings = "".join(f"; {name}={value}" for name, value in judge.loop.items())
     return f"{judge.task}: {source}{settings}"
 

@@ -10,9 +10,9 @@ from slr_core import __version__, cli
 from slr_core.client.core import retry_policy
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import METHODS, MethodSettings
-from slr_core.evaluation.run import model_of, run_method
+from slr_core.evaluation.run import identify_model, run_method
 from slr_core.evaluation.stability import ExitPoint, best_exits
-from slr_core.evaluation.statistics import summarize, wilson
+from slr_core.evaluation.statistics import summarize, wilson_interval
 from slr_core.evaluation.store import Store
 from slr_core.tasks.base import read_jsonl
 from slr_core.tasks.prosqa import GraphSpec, ProsQA
@@ -56,7 +56,7 @@ def test_eval_of_generated_questions(run, folder, tmp_path):
     manifest = record["manifest"]
     assert "seed 1, nodes=8" in manifest["source"]
     assert (manifest["questions"], manifest["slr"]) == (6, __version__)
-    assert manifest["model"] == model_of(folder)
+    assert manifest["model"] == identify_model(folder)
     assert manifest["command"] == shlex.join(["slr", "eval", "--model", folder, *SMALL, "--output", str(figures)])
     assert {"python", "torch", "transformers"} <= set(manifest)
 
@@ -170,7 +170,7 @@ def test_compare_has_a_figure_or_a_reason_for_every_method(run, folder, tmp_path
         assert f"--weights {name}=DIR" in reason
         assert f"{name}: no figure, {reason}" in out
     for name, summary in record["figures"].items():
-        assert summary["interval"] == pytest.approx(wilson(round(6 * summary["accuracy"]), 6))
+        assert summary["interval"] == pytest.approx(wilson_interval(round(6 * summary["accuracy"]), 6))
         assert ("paired_with_slr" in summary) == (name != "slr")
         (line,) = (line for line in out.splitlines() if line.startswith(f"{name} "))
         assert f"{summary['accuracy']:.3f}" in line

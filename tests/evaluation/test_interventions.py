@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from slr_core.errors import ConfigError, RequestError
-from slr_core.evaluation.interventions import foreign, noised, noisy, replaced, shuffled
+from slr_core.evaluation.interventions import (
+    add_noise,
+    randomize_thoughts,
+    replace_states,
+    shuffle_thoughts,
+    swap_thoughts,
+)
 from slr_core.generation.reference import generate
 from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams
@@ -68,13 +74,13 @@ def looped(made, run_loop, depths=DEPTHS):
 
 def test_putting_back_a_loops_own_thoughts_changes_no_answer(made):
     own = answers(made)
-    assert answers(made, replaced(made, same)) == own
+    assert answers(made, replace_states(made, same)) == own
     assert len({iterations for _, iterations, _, _ in own}) >= 3
 
 
 @torch.inference_mode()
 def test_putting_back_a_loops_own_thoughts_changes_nothing_that_is_read(made):
-    own, again = looped(made, partial(loop_until_exit, made)), looped(made, replaced(made, same))
+    own, again = looped(made, partial(loop_until_exit, made)), looped(made, replace_states(made, same))
     for mine, its in zip(own.states, again.states, strict=True):
         torch.testing.assert_close(its, mine)
     if made.answers_from_states:
@@ -98,7 +104,7 @@ def test_a_guarded_loop_drops_states(workspace):
 def test_other_thoughts_are_what_the_answer_is_read_from(workspace, kind):
     made = model(workspace, kind)
     own = answers(made)
-    other = answers(made, replaced(made, lambda rows: [torch.cat([row[:1], -3 * row[1:]]) for row in rows]))
+    other = answers(made, replace_states(made, lambda rows: [torch.cat([row[:1], -3 * row[1:]]) for row in rows]))
     changed = [a[0] != b[0] for a, b in zip(own, other, strict=True)]
     assert changed[0] is False, "no iterations, no thoughts"
     assert sum(changed) >= 5
@@ -108,10 +114,10 @@ def test_other_thoughts_are_what_the_answer_is_read_from(workspace, kind):
 @torch.inference_mode()
 def test_thoughts_are_put_where_the_model_would_have_put_them():
     made = model("append")
-    edit = shuffled(SEEDS)
-    output = looped(made, replaced(made, edit))
+    edit = shuffle_thoughts(SEEDS)
+    output = looped(made, replace_states(made, edit))
     for row, depth in enumerate(loop["max_iterations"] for loop in DEPTHS):
-        (states,) = shuffled([SEEDS[row]])([looped(made, partial(loop_until_exit, made)).states[row]])
+        (states,) = shuffle_thoughts([SEEDS[row]])([looped(made, partial(loop_until_exit, made)).states[row]])
         context = made.encode(*tiny.batch([tiny.PROMPTS[row]]))
         for t in range(1, depth + 1):
             context.hidden = states[None, t - 1]
@@ -140,7 +146,7 @@ def thoughts(row):
 def test_shuffled_is_another_order_of_the_same_thoughts():
     for seed in range(30):
         given = rows(1, 2, 3, 4, 7)
-        edited = shuffled([seed] * 5)(given)
+        edited = shuffle_thoughts([seed] * 5)(given)
         for row, (before, after) in enumerate(zip(given, edited, strict=True)):
             assert torch.equal(before[0], after[0])
             assert sorted(thoughts(before)) == sorted(thoughts(after))
@@ -150,16 +156,16 @@ def test_shuffled_is_another_order_of_the_same_thoughts():
 
 def test_noised_keeps_the_lengths_and_nothing_else():
     given = rows(1, 2, 6)
-    for before, after in zip(given, noised([1, 2, 3])(given), strict=True):
+    for before, after in zip(given, randomize_thoughts([1, 2, 3])(given), strict=True):
         assert torch.equal(before[0], after[0])
         torch.testing.assert_close(before.norm(dim=-1), after.norm(dim=-1))
         assert all(a != b for a, b in zip(thoughts(before), thoughts(after), strict=True))
-    (long,) = noised([7])([torch.randn(40, 1, 512)])
+    (long,) = randomize_thoughts([7])([torch.randn(40, 1, 512)])
     before = torch.randn(40, 1, 512)
     assert torch.cosine_similarity(long[1:], before[1:], dim=-1).abs().max() < 0.3
 
 
-@pytest.mark.parametrize("edit", [shuffled, noised])
+@pytest.mark.parametrize("edit", [shuffle_thoughts, randomize_thoughts])
 def test_randomness_does_not_depend_on_the_batch(edit):
     given = rows(5, 3, 6)
     together = edit([11, 12, 13])(given)
@@ -170,18 +176,20 @@ def test_randomness_does_not_depend_on_the_batch(edit):
 
 def test_foreign_takes_the_thoughts_of_the_row_before():
     given = rows(4, 3, 1, 5)
-    first, second, third, fourth = foreign(given)
+    first, second, third, fourth = swap_thoughts(given)
     assert [torch.equal(a[0], b[0]) for a, b in zip(given, (first, second, third, fourth), strict=True)] == [True] * 4
     assert torch.equal(first[1:], given[3][1:4]), "of those that are too many, the first"
     assert torch.equal(second[1:], given[0][1:3])
     assert torch.equal(third, given[2])
     assert torch.equal(fourth, given[3]), "the row before has no thoughts"
-    assert torch.equal(foreign(given[:2])[0][1:], given[1][[1, 2, 2]]), "the last one again where there are too few"
+    assert torch.equal(swap_thoughts(given[:2])[0][1:], given[1][[1, 2, 2]]), (
+        "the last one again where there are too few"
+    )
 
 
 def test_foreign_thoughts_need_workspaces_of_one_size():
     with pytest.raises(ConfigError, match="one size"):
-        foreign([*rows(3), *rows(3, width=5)])
+        swap_thoughts([*rows(3), *rows(3, width=5)])
 
 
 # -- noise -----------------------------------------------------------------------------------------------
@@ -189,10 +197,10 @@ def test_foreign_thoughts_need_workspaces_of_one_size():
 
 @pytest.mark.parametrize("start_only", [True, False])
 def test_noise_of_no_strength_changes_nothing(plain, start_only):
-    assert answers(plain, noisy(plain, 0.0, SEEDS, start_only=start_only)) == answers(plain)
+    assert answers(plain, add_noise(plain, 0.0, SEEDS, start_only=start_only)) == answers(plain)
     own, again = (
         looped(plain, partial(loop_until_exit, plain)),
-        looped(plain, noisy(plain, 0.0, SEEDS, start_only=start_only)),
+        looped(plain, add_noise(plain, 0.0, SEEDS, start_only=start_only)),
     )
     for mine, its in zip(own.states, again.states, strict=True):
         assert torch.equal(mine, its)
@@ -200,11 +208,11 @@ def test_noise_of_no_strength_changes_nothing(plain, start_only):
 
 @pytest.mark.parametrize("start_only", [True, False])
 def test_noise_does_not_depend_on_the_batch(plain, start_only):
-    together = looped(plain, noisy(plain, 0.3, SEEDS, start_only=start_only)).states
+    together = looped(plain, add_noise(plain, 0.3, SEEDS, start_only=start_only)).states
     for row in (1, 5, 7):
         context = plain.encode(*tiny.batch([tiny.PROMPTS[row]]))
         with torch.inference_mode():
-            alone = noisy(plain, 0.3, [SEEDS[row]], start_only=start_only)(
+            alone = add_noise(plain, 0.3, [SEEDS[row]], start_only=start_only)(
                 context, [LoopParams(**DEPTHS[row]).resolve(plain.config.loop)]
             )
         torch.testing.assert_close(alone.states[0], together[row], atol=1e-4, rtol=1e-4)
@@ -213,7 +221,7 @@ def test_noise_does_not_depend_on_the_batch(plain, start_only):
 def test_noise_is_a_share_of_the_states_size(plain):
     own = looped(plain, partial(loop_until_exit, plain)).states
     for scale in (0.1, 1.0):
-        starts = [looped(plain, noisy(plain, scale, [s + 100 * i for s in SEEDS])).states for i in range(5)]
+        starts = [looped(plain, add_noise(plain, scale, [s + 100 * i for s in SEEDS])).states for i in range(5)]
         shares = [
             ((state[0] - mine[0]).pow(2).mean() / mine[0].pow(2).mean()).sqrt()
             for states in starts
@@ -224,8 +232,8 @@ def test_noise_is_a_share_of_the_states_size(plain):
 
 
 def test_noise_in_the_start_alone_is_followed_by_the_models_own_iterations(plain):
-    states = looped(plain, noisy(plain, 0.5, SEEDS[3:4], start_only=True), DEPTHS[3:4]).states[0]
-    throughout = looped(plain, noisy(plain, 0.5, SEEDS[3:4]), DEPTHS[3:4]).states[0]
+    states = looped(plain, add_noise(plain, 0.5, SEEDS[3:4], start_only=True), DEPTHS[3:4]).states[0]
+    throughout = looped(plain, add_noise(plain, 0.5, SEEDS[3:4]), DEPTHS[3:4]).states[0]
     assert torch.equal(states[0], throughout[0])
     assert not torch.allclose(states[1], throughout[1], atol=1e-3)
     context = plain.encode(*tiny.batch(tiny.PROMPTS[:1]))
@@ -236,9 +244,9 @@ def test_noise_in_the_start_alone_is_followed_by_the_models_own_iterations(plain
 
 def test_after_noise_the_model_is_as_before(plain):
     own = answers(plain)
-    answers(plain, noisy(plain, 1.0, SEEDS))
+    answers(plain, add_noise(plain, 1.0, SEEDS))
     assert not plain.residual._forward_hooks
     with torch.inference_mode(), pytest.raises(RequestError):
-        noisy(plain, 1.0, SEEDS)(plain.encode(*tiny.batch(tiny.PROMPTS)), [])
+        add_noise(plain, 1.0, SEEDS)(plain.encode(*tiny.batch(tiny.PROMPTS)), [])
     assert not plain.residual._forward_hooks
     assert answers(plain) == own

@@ -9,8 +9,8 @@ import torch
 
 from slr_core import tasks
 from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
-from slr_core.evaluation.lens import EXAMPLES, movement, read, trajectories
-from slr_core.evaluation.probes import READOUT, Collected, Score, collect
+from slr_core.evaluation.lens import EXAMPLES, measure_movement, project_trajectories, read_lens
+from slr_core.evaluation.probes import READOUT, CollectedStates, ProbeScore, collect_states
 from slr_core.evaluation.state_analysis import StateAnalysis
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
@@ -36,16 +36,18 @@ class Steps(tasks.Task):
         return text == example.answer
 
 
-def collected_with(tokens: torch.Tensor, states: torch.Tensor) -> Collected:
+def collected_with(tokens: torch.Tensor, states: torch.Tensor) -> CollectedStates:
     count = len(tokens)
-    return Collected(states.shape[1] - 1, {READOUT: states}, tokens, ("",) * count, (False,) * count, ((),) * count)
+    return CollectedStates(
+        states.shape[1] - 1, {READOUT: states}, tokens, ("",) * count, (False,) * count, ((),) * count
+    )
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_readings_are_the_head_at_every_state(workspace):
     made = reasoner(loop=WORKSPACES[workspace])
-    collected = collect(made, Steps(), ASKED, batch_size=3)
-    lens = read(made, Steps(), ASKED, collected)
+    collected = collect_states(made, Steps(), ASKED, batch_size=3)
+    lens = read_lens(made, Steps(), ASKED, collected)
     first = 0 if workspace == "append" else 1
     assert [r.t for r in lens.readings] == list(range(first, made.config.loop.max_iterations + 1))
     for reading in lens.readings:
@@ -62,8 +64,8 @@ def test_readings_are_the_head_at_every_state(workspace):
 
 def test_entropies_are_those_of_the_trace():
     made = reasoner()
-    collected = collect(made, Steps(), ASKED)
-    lens = read(made, Steps(), ASKED, collected)
+    collected = collect_states(made, Steps(), ASKED)
+    lens = read_lens(made, Steps(), ASKED, collected)
     for reading in lens.readings[1:]:
         traced = [records[reading.t - 1].entropy for records in collected.records]
         assert reading.entropy == pytest.approx(sum(traced) / len(traced), abs=1e-4)
@@ -71,20 +73,20 @@ def test_entropies_are_those_of_the_trace():
 
 def test_what_the_answer_begins_with_is_what_the_model_writes_after_the_whole_loop():
     made = reasoner()
-    collected = collect(made, Steps(), ASKED, iterations=2)
+    collected = collect_states(made, Steps(), ASKED, iterations=2)
     loop = LoopParams(criterion="fixed", max_iterations=2, min_iterations=2).resolve(made.config.loop)
     for i, result in enumerate(generate(made, [prepare(made, e.question, loop) for e in ASKED])):
         assert collected.tokens[i] == result.token_ids[0]
         assert collected.texts[i] == result.text
         assert collected.right[i] == (result.text == "w1")
     # In this workspace the answer is read at the last state itself.
-    assert read(made, Steps(), ASKED, collected).readings[-1].settled == 1.0
+    assert read_lens(made, Steps(), ASKED, collected).readings[-1].settled == 1.0
 
 
 def test_every_difficulty_has_readings_of_its_own_questions():
     made = reasoner()
-    collected = collect(made, Steps(), ASKED)
-    lens = read(made, Steps(), ASKED, collected)
+    collected = collect_states(made, Steps(), ASKED)
+    lens = read_lens(made, Steps(), ASKED, collected)
     assert list(lens.by_difficulty) == [1, 2]
     for t, whole in enumerate(lens.readings):
         parts = [lens.by_difficulty[level][t] for level in (1, 2)]
@@ -92,28 +94,28 @@ def test_every_difficulty_has_readings_of_its_own_questions():
         mean = sum(part.entropy * part.questions for part in parts) / whole.questions
         assert mean == pytest.approx(whole.entropy, abs=1e-5)
     hard = [e for e in ASKED if e.steps == HARD]
-    alone = read(made, Steps(), hard, collect(made, Steps(), hard))
+    alone = read_lens(made, Steps(), hard, collect_states(made, Steps(), hard))
     for a, b in zip(alone.readings, lens.by_difficulty[2], strict=True):
         assert a.entropy == pytest.approx(b.entropy, abs=1e-4)
 
 
 def test_questions_whose_loop_ended_early_are_left_out_of_what_follows():
     made = reasoner()
-    collected = collect(made, Steps(), ASKED)
-    whole = read(made, Steps(), ASKED, collected)
+    collected = collect_states(made, Steps(), ASKED)
+    whole = read_lens(made, Steps(), ASKED, collected)
     collected.states[READOUT][1:, 3:] = torch.nan
-    lens = read(made, Steps(), ASKED, collected)
+    lens = read_lens(made, Steps(), ASKED, collected)
     assert lens.readings[2] == whole.readings[2]
     assert [r.questions for r in lens.readings] == [8, 8, 8, 1, 1, 1]
     assert [len(told.readings) for told in lens.examples] == [6, 3, 3]
     collected.states[READOUT][0, 3:] = torch.nan
-    assert len(read(made, Steps(), ASKED, collected).readings) == 3
+    assert len(read_lens(made, Steps(), ASKED, collected).readings) == 3
 
 
 def test_examples_tell_the_first_questions_iteration_by_iteration():
     made = reasoner()
-    collected = collect(made, Steps(), ASKED)
-    told = read(made, Steps(), ASKED, collected).examples
+    collected = collect_states(made, Steps(), ASKED)
+    told = read_lens(made, Steps(), ASKED, collected).examples
     assert [t.question for t in told] == [e.question for e in ASKED[:EXAMPLES]]
     for i, one in enumerate(told):
         assert one.text == collected.texts[i]
@@ -127,8 +129,8 @@ def test_examples_tell_the_first_questions_iteration_by_iteration():
 
 def test_thoughts_are_put_into_words_where_there_is_a_latent_decoder():
     made = reasoner(loop={"decoder": {"latent_decoder": LATENT_DECODER}})
-    collected = collect(made, Steps(), ASKED)
-    lens = read(made, Steps(), ASKED, collected)
+    collected = collect_states(made, Steps(), ASKED)
+    lens = read_lens(made, Steps(), ASKED, collected)
     traced = [[record.thought for record in records] for records in collected.records]
     assert [list(told.thoughts) for told in lens.examples] == traced[:EXAMPLES]
     assert lens.readings[0].thoughts == ()
@@ -153,8 +155,8 @@ def prosqa(count: int) -> list[Example]:
 
 def test_the_bundled_checkpoint_reads_as_the_frontier_and_then_as_its_answer(bundled):
     examples = prosqa(8)
-    collected = collect(bundled, tasks.get("prosqa"), examples, iterations=5)
-    lens = read(bundled, tasks.get("prosqa"), examples, collected)
+    collected = collect_states(bundled, tasks.get("prosqa"), examples, iterations=5)
+    lens = read_lens(bundled, tasks.get("prosqa"), examples, collected)
     by_t = {r.t: r for r in lens.readings}
     far = sum(len(e.steps) == 3 for e in examples)
     assert [by_t[t].frontier_questions for t in range(6)] == [8, 8, 8, far, 0, 0]
@@ -169,7 +171,7 @@ def test_the_bundled_checkpoint_reads_as_the_frontier_and_then_as_its_answer(bun
 def test_the_frontier_is_left_out_where_a_node_takes_several_tokens():
     made = reasoner(text={"max_new_tokens": 1})  # its tokenizer knows no word of the question
     examples = [replace(e, question=tiny.words(1, 2)) for e in prosqa(2)]
-    lens = read(made, tasks.get("prosqa"), examples, collect(made, tasks.get("prosqa"), examples))
+    lens = read_lens(made, tasks.get("prosqa"), examples, collect_states(made, tasks.get("prosqa"), examples))
     assert {r.frontier for r in lens.readings} == {None}
     assert {r.frontier_questions for r in lens.readings} == {0}
 
@@ -179,8 +181,8 @@ def test_the_frontier_is_left_out_where_a_node_takes_several_tokens():
 
 def test_movement_is_the_quartiles_of_what_the_loops_measured():
     made = reasoner()
-    collected = collect(made, Steps(), ASKED)
-    moved = movement(collected)
+    collected = collect_states(made, Steps(), ASKED)
+    moved = measure_movement(collected)
     assert len(moved.relative_change) == len(moved.contraction) == made.config.loop.max_iterations
     assert moved.contraction[0] is None
     for t in range(1, made.config.loop.max_iterations):
@@ -194,10 +196,10 @@ def test_movement_is_the_quartiles_of_what_the_loops_measured():
 
 def test_movement_past_the_end_of_every_loop_is_undefined():
     made = reasoner()
-    collected = collect(made, Steps(), ASKED)
+    collected = collect_states(made, Steps(), ASKED)
     short = replace(collected, records=tuple(records[:2] for records in collected.records))
-    assert movement(short).relative_change[2:] == (None,) * 3
-    assert movement(short).relative_change[:2] == movement(collected).relative_change[:2]
+    assert measure_movement(short).relative_change[2:] == (None,) * 3
+    assert measure_movement(short).relative_change[:2] == measure_movement(collected).relative_change[:2]
 
 
 def line(length: float, count: int = 6) -> torch.Tensor:
@@ -211,7 +213,7 @@ def line(length: float, count: int = 6) -> torch.Tensor:
 def test_trajectories_find_the_direction_in_which_states_move():
     examples = [Example(f"q{i}", HARD if i % 2 else EASY, "") for i in range(6)]
     collected = collected_with(torch.zeros(6, dtype=torch.long), line(2.0))
-    paths = trajectories(collected, Steps(), examples)
+    paths = project_trajectories(collected, Steps(), examples)
     assert paths is not None
     assert paths.first == 0
     assert paths.explained[0] > 0.99
@@ -231,23 +233,23 @@ def test_trajectories_begin_where_states_do_and_leave_out_loops_that_ended_early
     states[2, 3] = torch.inf
     examples = [Example(f"q{i}", (), "") for i in range(6)]
     collected = collected_with(torch.zeros(6, dtype=torch.long), states)
-    paths = trajectories(collected, Steps(), examples)
+    paths = project_trajectories(collected, Steps(), examples)
     assert paths is not None
     assert paths.first == 1
     assert len(paths.points) == 5
     assert {len(path) for _, path in paths.points} == {3}
     states[1:] = torch.nan
-    assert trajectories(collected, Steps(), examples) is None
+    assert project_trajectories(collected, Steps(), examples) is None
 
 
 def test_everything_goes_through_a_file_and_is_drawn_alike():
     made = reasoner()
-    collected = collect(made, Steps(), ASKED)
-    score = Score("answer", "readout", "mlp", 1, "accuracy", 0.5, (0.25, 0.75), 0.125, 0.25, 7, 3)
-    lens, paths = read(made, Steps(), ASKED, collected), trajectories(collected, Steps(), ASKED)
+    collected = collect_states(made, Steps(), ASKED)
+    score = ProbeScore("answer", "readout", "mlp", 1, "accuracy", 0.5, (0.25, 0.75), 0.125, 0.25, 7, 3)
+    lens, paths = read_lens(made, Steps(), ASKED, collected), project_trajectories(collected, Steps(), ASKED)
     for found in (
-        StateAnalysis(3, 0.5, lens, movement(collected), paths, (score,)),
-        StateAnalysis(3, 0.5, lens, movement(collected), None, ()),
+        StateAnalysis(3, 0.5, lens, measure_movement(collected), paths, (score,)),
+        StateAnalysis(3, 0.5, lens, measure_movement(collected), None, ()),
     ):
         again = StateAnalysis.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
         assert again == found

@@ -6,9 +6,9 @@ import torch
 from slr_core.errors import ConfigError, RequestError
 from slr_core.evaluation.backends import Local, Remote
 from slr_core.evaluation.cost import Cost
-from slr_core.evaluation.interventions import noised, noisy, replaced, shuffled
+from slr_core.evaluation.interventions import add_noise, randomize_thoughts, replace_states, shuffle_thoughts
 from slr_core.evaluation.methods import METHODS, NOISY_START, Batch, MethodSettings, get_method
-from slr_core.evaluation.outcomes import Answered
+from slr_core.evaluation.outcomes import MethodAnswer
 from slr_core.generation.reference import generate
 from tests import tiny
 from tests.evaluation.asked import Words
@@ -67,9 +67,9 @@ def test_a_chain_of_thought_is_the_base_models_and_as_long_as_asked(local):
 def test_thoughts_are_replaced(local):
     made, given = local.reasoner, batch(local)
     own = generated(made)
-    for name, edit in (("shuffled_thoughts", shuffled(SEEDS)), ("noised_thoughts", noised(SEEDS))):
-        assert texts(name, given) == generated(made, run_loop=replaced(made, edit)) != own
-    taken = replaced(made, lambda rows: [torch.cat([row[:1], rows[i - 1][1:]]) for i, row in enumerate(rows)])
+    for name, edit in (("shuffled_thoughts", shuffle_thoughts(SEEDS)), ("noised_thoughts", randomize_thoughts(SEEDS))):
+        assert texts(name, given) == generated(made, run_loop=replace_states(made, edit)) != own
+    taken = replace_states(made, lambda rows: [torch.cat([row[:1], rows[i - 1][1:]]) for i, row in enumerate(rows)])
     fixed = {"criterion": "fixed"}
     assert texts("foreign_thoughts", batch(local, loop=fixed)) == generated(made, fixed, taken) != own
     assert texts("foreign_thoughts", batch(local, before=tiny.PROMPTS[0], loop=fixed))[0] == own[0]
@@ -83,7 +83,7 @@ def test_thoughts_of_another_question_need_another_question(local):
 def test_a_disturbed_start_is_that_of_its_scale(local):
     made = local.reasoner
     answers = [answered.text for answered in NOISY_START.run(batch(local, noise=0.7))]
-    assert answers == generated(made, run_loop=noisy(made, 0.7, SEEDS, start_only=True))
+    assert answers == generated(made, run_loop=add_noise(made, 0.7, SEEDS, start_only=True))
 
 
 # -- votes -----------------------------------------------------------------------------------------------
@@ -109,7 +109,9 @@ class Scripted(Local):
     def answer(self, prompts, ask, seeds, run_loop=None):
         said = self.said if ask.samples > 1 else [self.said[self.calls % len(self.said)]]
         self.calls += 1
-        return [[Answered(text, iterations=self.calls, tokens=1, forward_passes=2) for text in said] for _ in prompts]
+        return [
+            [MethodAnswer(text, iterations=self.calls, tokens=1, forward_passes=2) for text in said] for _ in prompts
+        ]
 
 
 @pytest.mark.parametrize("name", ["self_consistency", "slr_vote"])
@@ -144,7 +146,7 @@ def test_self_consistency_draws_every_sample_from_a_seed_of_its_own(local):
 def test_every_rollout_of_slr_vote_has_noise_of_its_own(local):
     made = local.reasoner
     one = [texts("slr_vote", batch(local, samples=1, noise=0.8))] + [
-        generated(made, run_loop=noisy(made, 0.8, [seed + sample for seed in SEEDS])) for sample in (0, 1, 2)
+        generated(made, run_loop=add_noise(made, 0.8, [seed + sample for seed in SEEDS])) for sample in (0, 1, 2)
     ]
     assert one[0] == one[1]
     assert len({tuple(said) for said in one}) == 3

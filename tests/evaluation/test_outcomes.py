@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from slr_core.evaluation.outcomes import Answered, Outcome, key_of
+from slr_core.evaluation.outcomes import MethodAnswer, Outcome, question_key
 from slr_core.generation.reference import generate
 from slr_core.tasks.base import Example
 from tests import tiny
@@ -25,14 +25,14 @@ def test_what_is_no_outcome_is_refused():
 
 def test_a_question_is_named_by_its_place_and_its_text():
     example = Example("w1 w2", (), "w3")
-    assert key_of(3, example) == key_of(3, Example("w1 w2", ("other",), "w4"))
-    assert len({key_of(3, example), key_of(4, example), key_of(3, Example("w1 w3", (), "w3"))}) == 3
+    assert question_key(3, example) == question_key(3, Example("w1 w2", ("other",), "w4"))
+    assert len({question_key(3, example), question_key(4, example), question_key(3, Example("w1 w3", (), "w3"))}) == 3
 
 
 def test_an_answer_of_the_loop_says_what_the_loop_did():
     made = tiny.reasoner()
     result = generate(made, [tiny.request(made, tiny.PROMPTS[1])])[0]
-    answered = Answered.of(result, 7.0, 9)
+    answered = MethodAnswer.from_result(result, 7.0, 9)
     assert (answered.text, answered.iterations, answered.exit_reason) == (
         result.text,
         result.iterations,
@@ -43,23 +43,23 @@ def test_an_answer_of_the_loop_says_what_the_loop_did():
     assert (answered.prompt_tokens, answered.tokens) == (5, len(result.token_ids))
     assert (answered.forward_passes, answered.flops, answered.added_parameters) == (result.forward_passes, 7.0, 9)
     plain = generate(made, [tiny.request(made, tiny.PROMPTS[1], {"max_iterations": 0})])[0]
-    assert Answered.of(plain, 7.0, 9).added_parameters == 0
+    assert MethodAnswer.from_result(plain, 7.0, 9).added_parameters == 0
 
 
 def test_rollouts_together_cost_their_sum_and_iterate_their_mean():
     rollouts = [
-        Answered(
+        MethodAnswer(
             "a", 2, "converged", (0.5, 0.1), 0.2, False, 5, tokens=3, forward_passes=6, flops=10.0, added_parameters=8
         ),
-        Answered(
+        MethodAnswer(
             "b", 5, "max_iterations", (0.7,), 0.9, True, 5, tokens=4, forward_passes=9, flops=20.0, added_parameters=8
         ),
     ]
-    both = Answered.together("b", rollouts)
-    expected = Answered("b", 3.5, "converged", (0.5, 0.1), 0.2, True, 5, 7, 15, flops=30.0, added_parameters=8)
+    both = MethodAnswer.combine("b", rollouts)
+    expected = MethodAnswer("b", 3.5, "converged", (0.5, 0.1), 0.2, True, 5, 7, 15, flops=30.0, added_parameters=8)
     assert both == expected
 
 
 def test_rollouts_of_a_model_out_of_sight_have_no_operations():
-    both = Answered.together("a", [Answered("a"), Answered("b")])
+    both = MethodAnswer.combine("a", [MethodAnswer("a"), MethodAnswer("b")])
     assert both.flops is both.added_parameters is None

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from slr_core.cli.probe import probe as command
 from slr_core.errors import ConfigError
 from slr_core.evaluation import plots, report
-from slr_core.evaluation.lens import Lens, Movement, QuestionReadings, Reading, Spread, Trajectories
-from slr_core.evaluation.probes import Score
+from slr_core.evaluation.lens import Lens, LensReading, Movement, Quartiles, QuestionReadings, Trajectories
+from slr_core.evaluation.probes import ProbeScore
 from slr_core.evaluation.stability import ExitPoint
-from slr_core.evaluation.statistics import Summary, wilson
+from slr_core.evaluation.statistics import Summary, wilson_interval
 from slr_core.evaluation.store import Store
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -29,7 +29,7 @@ def summary(right: int, iterations: float = 3.0) -> Summary:
     return Summary(
         questions=100,
         accuracy=right / 100,
-        interval=wilson(right, 100),
+        interval=wilson_interval(right, 100),
         steps_hold=None,
         iterations=iterations,
         converged=1.0,
@@ -45,12 +45,12 @@ def summary(right: int, iterations: float = 3.0) -> Summary:
     )
 
 
-def reading(t: int, frontier: float | None) -> Reading:
-    return Reading(t, 10, 0.5 / (t + 1), 0.1 * t, 0.1 * t, frontier, 5, (("w1", 1.0),), ())
+def reading(t: int, frontier: float | None) -> LensReading:
+    return LensReading(t, 10, 0.5 / (t + 1), 0.1 * t, 0.1 * t, frontier, 5, (("w1", 1.0),), ())
 
 
-def score(label: str, kind: str, t: int, place: str = "readout") -> Score:
-    return Score(label, place, kind, t, "accuracy", 0.9, (0.8, 1.0), 0.3, 0.25, 70, 30)
+def score(label: str, kind: str, t: int, place: str = "readout") -> ProbeScore:
+    return ProbeScore(label, place, kind, t, "accuracy", 0.9, (0.8, 1.0), 0.3, 0.25, 70, 30)
 
 
 READINGS = tuple(reading(t, 0.9 if t < 3 else None) for t in range(5))
@@ -59,28 +59,28 @@ TOLD = (
     QuestionReadings("r", "w3", False, 0, (("w9", 0.25),), ()),
 )
 FIGURES: dict[str, Callable[[], str]] = {
-    "depth": lambda: plots.accuracy_by_depth({t: summary(50 + 5 * t) for t in range(9)}, 4, {"depth_rule": 0.5}),
-    "exits": lambda: plots.exit_frontier(
+    "depth": lambda: plots.draw_accuracy_by_depth({t: summary(50 + 5 * t) for t in range(9)}, 4, {"depth_rule": 0.5}),
+    "exits": lambda: plots.draw_exit_frontier(
         [ExitPoint(c, 0.1 * i, i + 1.0, 0.5 + 0.1 * i, 0.2) for c in ("relative_change", "kl") for i in range(4)],
         summary(90),
     ),
-    "noise": lambda: plots.noise_sensitivity(
+    "noise": lambda: plots.draw_noise_sensitivity(
         {0.01: (summary(90), 0.01), 0.1: (summary(80), 0.1), 1.0: (summary(50), 0.5)}, summary(91)
     ),
-    "methods": lambda: plots.methods(
+    "methods": lambda: plots.draw_methods(
         {"slr": summary(98), "no_cot": summary(52), "slr_fixed": summary(97)},
         controls=["no_cot"],
         rules={"depth_rule": 0.75},
     ),
-    "steps": lambda: plots.change_and_contraction(
-        Movement((Spread(0.8, 0.9, 1.0), Spread(0.1, 0.2, 0.3)), (None, Spread(0.4, 0.5, 0.6)))
+    "steps": lambda: plots.draw_change_and_contraction(
+        Movement((Quartiles(0.8, 0.9, 1.0), Quartiles(0.1, 0.2, 0.3)), (None, Quartiles(0.4, 0.5, 0.6)))
     ),
-    "probes": lambda: plots.probe_scores(
+    "probes": lambda: plots.draw_probe_scores(
         [score(label, kind, t) for label in ("frontier", "distance") for kind in ("linear", "mlp") for t in range(4)]
     ),
-    "lens": lambda: plots.lens_curves(Lens(READINGS, {2: READINGS, 3: READINGS}, ())),
-    "readings": lambda: plots.readings(TOLD),
-    "trajectories": lambda: plots.pca_trajectories(
+    "lens": lambda: plots.draw_lens_curves(Lens(READINGS, {2: READINGS, 3: READINGS}, ())),
+    "readings": lambda: plots.draw_readings(TOLD),
+    "trajectories": lambda: plots.draw_pca_trajectories(
         Trajectories((0.5, 0.25), 1, {2: ((0.0, 0.0), (1.0, 1.0)), 3: ((0.0, 0.0), (2.0, -1.0))}, ())
     ),
 }
@@ -186,14 +186,16 @@ def test_higher_accuracy_is_drawn_higher():
 
 
 def test_a_rule_and_the_default_are_left_out_where_there_is_none():
-    assert not any("shortcut" in text for text in texts(plots.accuracy_by_depth({0: summary(5), 1: summary(50)}, 1)))
-    assert "as configured" not in texts(plots.exit_frontier([ExitPoint("kl", 0.1, 1.0, 0.5, 0.0)]))
-    assert "accuracy without noise" not in texts(plots.noise_sensitivity({0.1: (summary(5), 0.1)}))
+    assert not any(
+        "shortcut" in text for text in texts(plots.draw_accuracy_by_depth({0: summary(5), 1: summary(50)}, 1))
+    )
+    assert "as configured" not in texts(plots.draw_exit_frontier([ExitPoint("kl", 0.1, 1.0, 0.5, 0.0)]))
+    assert "accuracy without noise" not in texts(plots.draw_noise_sensitivity({0.1: (summary(5), 0.1)}))
 
 
 def test_the_lens_of_a_task_without_frontiers_draws_none():
     readings = tuple(reading(t, None) for t in range(3))
-    shown = texts(plots.lens_curves(Lens(readings, {1: readings}, ())))
+    shown = texts(plots.draw_lens_curves(Lens(readings, {1: readings}, ())))
     assert not any("frontier" in text for text in shown)
 
 
@@ -208,24 +210,24 @@ def test_states_are_put_into_words_as_far_as_they_fit():
 
 def test_probes_have_a_panel_per_label_and_place():
     scores = [score(label, "mlp", t, place) for label in "abcd" for place in ("readout", "mean") for t in range(3)]
-    shown = texts(plots.probe_scores(scores))
+    shown = texts(plots.draw_probe_scores(scores))
     assert [text for text in shown if ", readout" in text] == [f"{label}, readout" for label in "abcd"]
     assert [text for text in shown if ", mean" in text] == [f"{label}, mean" for label in "abcd"]
 
 
 def test_figures_of_nothing_are_empty_and_no_error():
     for svg in (
-        plots.probe_scores([]),
-        plots.exit_frontier([]),
-        plots.readings([]),
-        plots.change_and_contraction(Movement((None, None), (None, None))),
+        plots.draw_probe_scores([]),
+        plots.draw_exit_frontier([]),
+        plots.draw_readings([]),
+        plots.draw_change_and_contraction(Movement((None, None), (None, None))),
     ):
         assert ElementTree.fromstring(svg).tag == f"{SVG}svg"
 
 
 def test_a_path_that_has_settled_is_numbered_once():
     still = ((0.0, 0.0), (5.0, 5.0), (5.0001, 5.0), (5.0, 5.0001))
-    shown = texts(plots.pca_trajectories(Trajectories((0.9, 0.1), 11, {2: still}, ((2, still),))))
+    shown = texts(plots.draw_pca_trajectories(Trajectories((0.9, 0.1), 11, {2: still}, ((2, still),))))
     assert [text for text in shown if text in ("11", "12", "13", "14")] == ["11", "12"]
 
 
@@ -279,7 +281,7 @@ def test_the_command_keeps_what_it_found_and_does_not_look_twice(tmp_path, monke
     first = run(*asked)
     assert first.exit_code == 0, first.output
     kept = results.read_bytes()
-    monkeypatch.setattr("slr_core.evaluation.probes.collect", None)
+    monkeypatch.setattr("slr_core.evaluation.probes.collect_states", None)
     assert run(*asked).output == first.output
     assert results.read_bytes() == kept
     pages = report.write_report(Store(results), tmp_path / "report")

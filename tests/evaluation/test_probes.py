@@ -16,11 +16,11 @@ from slr_core.evaluation.labels import LABELS, Label
 from slr_core.evaluation.probes import (
     MEAN,
     READOUT,
-    Collected,
-    collect,
+    CollectedStates,
+    collect_states,
     places_to_look,
-    probe,
     ranking_precision,
+    train_probes,
 )
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Example
@@ -84,11 +84,11 @@ def planted(made: LatentReasoner, examples: list[Example], batch_size: int) -> I
         handle.remove()
 
 
-def states(fill: Callable[[int, int], torch.Tensor], examples: list[Example], iterations: int = 1) -> Collected:
+def states(fill: Callable[[int, int], torch.Tensor], examples: list[Example], iterations: int = 1) -> CollectedStates:
     """Collected states that need no model: ``fill(question, t)``."""
     made = torch.stack([torch.stack([fill(i, t) for t in range(iterations + 1)]) for i in range(len(examples))])
     count = len(examples)
-    return Collected(
+    return CollectedStates(
         iterations, {READOUT: made}, torch.zeros(count, dtype=torch.long), ("",) * count, (True,) * count, ((),) * count
     )
 
@@ -101,8 +101,8 @@ def noise(width: int = 8) -> Callable[[int, int], torch.Tensor]:
 def test_a_probe_finds_what_was_planted_in_the_states_and_only_where_it_was():
     made, examples = reasoner(loop={"max_iterations": 3}, text={"max_new_tokens": 1}), questions()
     with planted(made, examples, 50):
-        collected = collect(made, Anything(), examples, batch_size=50)
-    scores = probe(collected, examples, [CLASS, PAIR])
+        collected = collect_states(made, Anything(), examples, batch_size=50)
+    scores = train_probes(collected, examples, [CLASS, PAIR])
     for label, kind in ((name, kind) for name in ("class", "pair") for kind in ("linear", "mlp")):
         by_t = {s.t: s for s in scores if (s.label, s.probe) == (label, kind)}
         assert sorted(by_t) == [0, 1, 2, 3]
@@ -118,7 +118,7 @@ def test_a_probe_finds_what_was_planted_in_the_states_and_only_where_it_was():
 
 def test_labels_that_lie_in_no_state_score_like_chance_and_their_intervals_hold_it():
     examples = questions(400)
-    for s in probe(states(noise(), examples), examples, [CLASS, PAIR]):
+    for s in train_probes(states(noise(), examples), examples, [CLASS, PAIR]):
         assert s.interval[0] <= s.chance + 0.08
         assert abs(s.score - s.shuffled) < 0.15
 
@@ -129,14 +129,14 @@ def test_a_question_that_occurs_twice_is_never_trained_on_and_tested():
     examples = texts * 8
     own = torch.randn(30, 64, generator=torch.Generator().manual_seed(1))
     collected = states(lambda i, t: own[i % 30], examples)
-    for s in probe(collected, examples, [CLASS], probes=["linear"], seed=1):
+    for s in train_probes(collected, examples, [CLASS], probes=["linear"], seed=1):
         assert s.tested_on % 8 == 0
         assert s.score < 0.7
 
 
 def test_chance_is_the_commonest_class_of_the_training_questions():
     examples = [Example(f"w{i}", (), "", {"class": int(i % 4 == 0)}) for i in range(400)]
-    (first, *_) = probe(states(noise(2), examples), examples, [CLASS], probes=["linear"])
+    (first, *_) = train_probes(states(noise(2), examples), examples, [CLASS], probes=["linear"])
     assert first.chance == pytest.approx(0.75, abs=0.08)
     assert first.metric == "accuracy"
 
@@ -144,8 +144,8 @@ def test_chance_is_the_commonest_class_of_the_training_questions():
 def test_the_same_seed_gives_the_same_scores_and_another_seed_another_split():
     examples = questions()
     collected = states(noise(), examples)
-    assert probe(collected, examples, [CLASS], seed=3) == probe(collected, examples, [CLASS], seed=3)
-    assert probe(collected, examples, [CLASS], seed=3) != probe(collected, examples, [CLASS], seed=4)
+    assert train_probes(collected, examples, [CLASS], seed=3) == train_probes(collected, examples, [CLASS], seed=3)
+    assert train_probes(collected, examples, [CLASS], seed=3) != train_probes(collected, examples, [CLASS], seed=4)
 
 
 def test_questions_without_a_label_or_a_state_are_left_out():
@@ -156,7 +156,7 @@ def test_questions_without_a_label_or_a_state_are_left_out():
         "half", "of every second question", lambda e, t: str(e.extra["class"]) if e.extra["class"] < 2 else None
     )
     labelled = [e.extra["class"] < 2 for e in examples]
-    at_0, at_1 = probe(collected, examples, [half], probes=["linear"])
+    at_0, at_1 = train_probes(collected, examples, [half], probes=["linear"])
     assert at_0.trained_on + at_0.tested_on == sum(labelled)
     assert at_1.trained_on + at_1.tested_on == sum(labelled[40:])
 
@@ -167,9 +167,9 @@ def test_where_all_labels_are_alike_or_too_few_there_is_no_score():
     same = Label("same", "always", lambda e, t: "x")
     every = Label("every", "always both", lambda e, t: frozenset("xy"))
     empty = Label("empty", "never", lambda e, t: frozenset())
-    assert probe(collected, examples, [same, every, empty]) == []
+    assert train_probes(collected, examples, [same, every, empty]) == []
     few = examples[:20]
-    assert probe(states(noise(), few), few, [CLASS]) == []
+    assert train_probes(states(noise(), few), few, [CLASS]) == []
 
 
 def test_a_class_that_only_test_questions_have_is_ranked_below_those_that_were_trained_on():
@@ -181,7 +181,7 @@ def test_a_class_that_only_test_questions_have_is_ranked_below_those_that_were_t
         number = numbers[example.question]
         return frozenset((f"own {number}",) if number % 10 == 0 else ("common",))
 
-    (first, *_) = probe(states(noise(), examples), examples, [Label("own", "", own)], probes=["linear"])
+    (first, *_) = train_probes(states(noise(), examples), examples, [Label("own", "", own)], probes=["linear"])
     assert 1 / 14 < first.score < 1  # the common ones are found; of those with classes of their own, none
     assert first.chance == pytest.approx(first.score, abs=0.05)
 
@@ -197,7 +197,7 @@ def test_ranking_precision_by_hand():
 def test_settings_out_of_range_are_refused(arguments):
     examples = questions(30)
     with pytest.raises(ConfigError, match="must be"):
-        probe(states(noise(), examples), examples, [CLASS], **arguments)
+        train_probes(states(noise(), examples), examples, [CLASS], **arguments)
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):
@@ -211,7 +211,7 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     examples = questions(30)
     with pytest.raises(ConfigError, match="extra `eval`"):
-        probe(states(noise(), examples), examples, [CLASS])
+        train_probes(states(noise(), examples), examples, [CLASS])
 
 
 # -- collecting -------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch):
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_states_are_those_of_the_loop_forced_to_its_end(workspace):
     made, examples = reasoner(loop=WORKSPACES[workspace]), questions(5)
-    collected = collect(made, Anything(), examples, iterations=4, batch_size=2)
+    collected = collect_states(made, Anything(), examples, iterations=4, batch_size=2)
     assert set(collected.states) == ({READOUT} if workspace == "append" else {READOUT, MEAN})
     for i, example in enumerate(examples):
         with torch.inference_mode():
@@ -245,7 +245,7 @@ def test_a_loop_that_the_guard_ends_has_no_states_after_it():
         return spoilt
 
     handle = made.residual.register_forward_hook(burst)
-    collected = collect(made, Anything(), examples, batch_size=6)
+    collected = collect_states(made, Anything(), examples, batch_size=6)
     handle.remove()
     assert collected.usable(READOUT, 0).all()
     for t in (1, made.config.loop.max_iterations):
@@ -254,16 +254,16 @@ def test_a_loop_that_the_guard_ends_has_no_states_after_it():
 
 def test_a_loop_of_no_iterations_is_refused():
     with pytest.raises(ConfigError, match="at least 1 iteration"):
-        collect(reasoner(), Anything(), questions(1), iterations=0)
+        collect_states(reasoner(), Anything(), questions(1), iterations=0)
 
 
 def test_progress_counts_every_question_and_every_place_to_look():
     made, examples = reasoner(loop=WORKSPACES["block"] | {"max_iterations": 2}), questions(7)
     done: list[int] = []
-    collected = collect(made, Anything(), examples, batch_size=3, progress=done.append)
+    collected = collect_states(made, Anything(), examples, batch_size=3, progress=done.append)
     assert done == [3, 3, 1]
     looked: list[None] = []
-    probe(collected, examples, [CLASS], progress=lambda: looked.append(None))
+    train_probes(collected, examples, [CLASS], progress=lambda: looked.append(None))
     assert len(looked) == len(places_to_look(collected, [CLASS])) == 6
 
 

@@ -13,7 +13,7 @@ from slr_core.evaluation import plots, report
 from slr_core.evaluation.lens import Lens, Movement
 from slr_core.evaluation.stability import ExitPoint, StabilityReport
 from slr_core.evaluation.state_analysis import StateAnalysis
-from slr_core.evaluation.statistics import paired, summarize, wilson
+from slr_core.evaluation.statistics import paired_test, summarize, wilson_interval
 from slr_core.evaluation.store import Store
 from tests.evaluation.asked import outcome, spec
 
@@ -104,14 +104,14 @@ def test_every_figure_is_in_both_versions(store, tmp_path):
     html, text = written(store, tmp_path / "out")
     cells, rows = Page(html).cells, rows_of(text)
     slr, fixed, plain = (list(run.outcomes.values()) for run in store.runs.values())
-    low, high = wilson(18, 20)
+    low, high = wilson_interval(18, 20)
     expected = [
         ["slr", "0.900", f"{low:.3f} to {high:.3f}", "-", "4.25", "100.0%", "5.00", "2.0", "1.0", "12.3", "1,200"],
         [
             "slr_fixed",
             "0.650",
             None,
-            f"{paired(slr, fixed).p:.3g}",
+            f"{paired_test(slr, fixed).p:.3g}",
             "3.00",
             None,
             "41.00",
@@ -120,7 +120,7 @@ def test_every_figure_is_in_both_versions(store, tmp_path):
             "10.0",
             None,
         ],
-        ["no_cot", "0.350", None, f"{paired(slr, plain).p:.3g}", "3.00", None, "5.00", "17.0", "-", None, "0"],
+        ["no_cot", "0.350", None, f"{paired_test(slr, plain).p:.3g}", "3.00", None, "5.00", "17.0", "-", None, "0"],
     ]
     for want in expected:
         at = cells.index(want[0])

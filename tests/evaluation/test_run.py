@@ -10,8 +10,8 @@ import pytest
 from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import METHODS, NOISY_START, MethodSettings, get_method
-from slr_core.evaluation.outcomes import key_of
-from slr_core.evaluation.run import model_of, run_method, spec_of
+from slr_core.evaluation.outcomes import question_key
+from slr_core.evaluation.run import identify_model, run_method, run_spec
 from slr_core.evaluation.statistics import summarize
 from slr_core.evaluation.store import Store
 from slr_core.generation.reference import generate
@@ -162,7 +162,7 @@ def test_outcomes_are_the_results_graded(backend):
     made, task = backend.reasoner, Words()
     for index, (example, outcome) in enumerate(zip(QUESTIONS, outcomes, strict=True)):
         (result,) = generate(made, [tiny.request(made, example.question, {"max_iterations": 4}, max_new_tokens=3)])
-        assert outcome.key == key_of(index, example)
+        assert outcome.key == question_key(index, example)
         assert (outcome.text, outcome.iterations, outcome.exit_reason) == (
             result.text,
             result.iterations,
@@ -205,7 +205,7 @@ def test_a_spec_tells_everything_apart_that_decides_outcomes():
     three = questions(3)
 
     def spec(method="slr", asked=three, model="tiny", **settings):
-        return json.dumps(spec_of(get_method(method), MethodSettings({}, **settings), Words(), asked, {"name": model}))
+        return json.dumps(run_spec(get_method(method), MethodSettings({}, **settings), Words(), asked, {"name": model}))
 
     others = [
         spec(method="slr_fixed"),
@@ -214,7 +214,9 @@ def test_a_spec_tells_everything_apart_that_decides_outcomes():
         spec(model="other"),
         spec(seed=1),
         spec(noise=0.2),
-        json.dumps(spec_of(get_method("slr"), MethodSettings({"max_iterations": 3}), Words(), three, {"name": "tiny"})),
+        json.dumps(
+            run_spec(get_method("slr"), MethodSettings({"max_iterations": 3}), Words(), three, {"name": "tiny"})
+        ),
     ]
     assert spec() == spec()
     assert len({spec(), *others}) == 1 + len(others)
@@ -225,22 +227,22 @@ def test_a_models_hash_is_that_of_its_files(tmp_path):
     (folder / "base").mkdir(parents=True)
     (folder / "slr_config.json").write_text("{}")
     (folder / "base" / "model.safetensors").write_bytes(b"weights")
-    before = model_of(str(folder))
+    before = identify_model(str(folder))
     assert before["name"] == "model"
     assert len(before["sha256"]) == 64
     (folder / "README.md").write_text("words")
     (folder / "steps" / "000100").mkdir(parents=True)
     (folder / "steps" / "000100" / "model.safetensors").write_bytes(b"of the training run")
     (folder / MANIFEST).write_text('{"seconds": 1}')
-    assert model_of(str(folder)) == before == model_of(str(folder) + "/.")
+    assert identify_model(str(folder)) == before == identify_model(str(folder) + "/.")
     (folder / "base" / "model.safetensors").write_bytes(b"weightS")
-    changed = model_of(str(folder))
+    changed = identify_model(str(folder))
     (folder / "base" / "model.safetensors").rename(folder / "base" / "other.safetensors")
-    assert len({before["sha256"], changed["sha256"], model_of(str(folder))["sha256"]}) == 3
+    assert len({before["sha256"], changed["sha256"], identify_model(str(folder))["sha256"]}) == 3
 
 
 def test_a_model_elsewhere_is_known_by_its_name():
-    assert model_of("http://127.0.0.1:8000") == {"name": "http://127.0.0.1:8000"}
-    assert model_of(None) == model_of(str(DEFAULT_CHECKPOINT))
-    assert model_of(None)["name"] == "prosqa"
-    assert model_of("prosqa") == model_of(None)
+    assert identify_model("http://127.0.0.1:8000") == {"name": "http://127.0.0.1:8000"}
+    assert identify_model(None) == identify_model(str(DEFAULT_CHECKPOINT))
+    assert identify_model(None)["name"] == "prosqa"
+    assert identify_model("prosqa") == identify_model(None)

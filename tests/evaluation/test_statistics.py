@@ -7,7 +7,13 @@ from statistics import fmean
 import pytest
 from scipy import stats
 
-from slr_core.evaluation.statistics import paired, rank_correlation, summarize, summarize_by_difficulty, wilson
+from slr_core.evaluation.statistics import (
+    paired_test,
+    rank_correlation,
+    summarize,
+    summarize_by_difficulty,
+    wilson_interval,
+)
 from tests.evaluation.asked import outcome
 
 
@@ -16,13 +22,13 @@ from tests.evaluation.asked import outcome
     [(8, 10, 0.490, 0.943), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0), (475, 500, 0.927, 0.966), (1, 1, 0.207, 1.0)],
 )
 def test_wilson_intervals_of_the_tables(successes, trials, low, high):
-    assert wilson(successes, trials) == pytest.approx((low, high), abs=1e-3)
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-3)
 
 
 @pytest.mark.parametrize("trials", [1, 3, 50])
 def test_the_interval_holds_the_share_and_is_scipys(trials):
     for successes in range(trials + 1):
-        low, high = wilson(successes, trials)
+        low, high = wilson_interval(successes, trials)
         assert 0 <= low <= successes / trials <= high <= 1
         theirs = stats.binomtest(successes, trials).proportion_ci(0.95, "wilson")
         assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-4)
@@ -42,7 +48,7 @@ def pair(both, first, second, neither):
     [(1, 5, 14 / 64), (0, 6, 2 / 64), (6, 0, 2 / 64), (3, 3, 1.0), (0, 1, 1.0), (2, 8, 2 * (1 + 10 + 45) / 1024)],
 )
 def test_mcnemar_by_hand(first, second, p):
-    test = paired(*pair(4, first, second, 3))
+    test = paired_test(*pair(4, first, second, 3))
     assert (test.questions, test.only_first, test.only_second) == (7 + first + second, first, second)
     assert test.p == pytest.approx(p)
 
@@ -51,20 +57,20 @@ def test_mcnemar_is_scipys_exact_binomial():
     for first, second in product(range(7), range(7)):
         if first + second:
             expected = stats.binomtest(first, first + second).pvalue
-            assert paired(*pair(5, first, second, 1)).p == pytest.approx(expected)
-    assert 0 < paired(*pair(0, 300, 900, 0)).p < 1e-60
+            assert paired_test(*pair(5, first, second, 1)).p == pytest.approx(expected)
+    assert 0 < paired_test(*pair(0, 300, 900, 0)).p < 1e-60
 
 
 def test_methods_that_never_differ_are_equally_good():
-    assert paired(*pair(3, 0, 0, 2)).p == 1.0
+    assert paired_test(*pair(3, 0, 0, 2)).p == 1.0
 
 
 def test_pairs_are_found_by_question_and_not_by_place():
     first, second = pair(2, 3, 1, 2)
     shuffled = [*second, outcome("99:x")]
     Random(0).shuffle(shuffled)
-    assert paired(first, shuffled) == paired(first, second)
-    assert paired(first[:4], second).questions == 4
+    assert paired_test(first, shuffled) == paired_test(first, second)
+    assert paired_test(first[:4], second).questions == 4
 
 
 # -- rank correlation ------------------------------------------------------------------------------------
@@ -108,7 +114,7 @@ OUTCOMES = [
 
 def test_figures_are_means_over_the_questions():
     figures = summarize(OUTCOMES)
-    assert (figures.questions, figures.accuracy, figures.interval) == (4, 0.75, wilson(3, 4))
+    assert (figures.questions, figures.accuracy, figures.interval) == (4, 0.75, wilson_interval(3, 4))
     assert (figures.iterations, figures.converged, figures.diverged, figures.oscillating) == (1.5, 0.25, 0.25, 0.25)
     assert figures.contraction_rate == pytest.approx(fmean([0.25, 0.25, 0.75]))
     assert (figures.forward_passes, figures.tokens, figures.flops) == (5, 2, 1e6)
