@@ -109,7 +109,7 @@ def _analyse(
     batch_size: int,
 ) -> StateAnalysis:
     from slr_core.evaluation import lens
-    from slr_core.evaluation.probes import collect_states, places_to_look, train_probes
+    from slr_core.evaluation.probes import collect_states, probe_places, train_probes
     from slr_core.evaluation.state_analysis import StateAnalysis
 
     task, examples = questions.task, questions.examples
@@ -125,7 +125,7 @@ def _analyse(
         )
         scores: list[ProbeScore] = []
         if labels:
-            probing = bar.add_task("probing", total=len(places_to_look(collected, labels)))
+            probing = bar.add_task("probing", total=len(probe_places(collected, labels)))
             scores = train_probes(
                 collected,
                 examples,

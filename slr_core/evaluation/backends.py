@@ -1,4 +1,4 @@
-"""Where answers come from: a model in this process, or a server."""
+"""Backends that answer prompts: a model in this process, or a server."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from slr_core.params import LoopParams, SamplingParams
 from slr_core.types import Request
 
 SLOTS = 64
-"""Questions that the engine answers at once; its cache is as large as its memory allows, whatever this is."""
+"""Number of questions that the engine answers at once; the memory of its cache does not depend on it."""
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """What a method wants of every prompt.
+    """How a method wants its prompts answered.
 
     Attributes:
-        loop: arguments of :meth:`LoopParams.resolve` over the checkpoint's defaults.
-        max_new_tokens: the checkpoint's default where ``None``; a model in this process takes what fits of it.
-        temperature: 0 is greedy.
-        samples: answers per prompt.
+        loop: fields of :class:`~slr_core.params.LoopParams`; the checkpoint supplies the others.
+        max_new_tokens: maximum length of an answer; ``None``: the checkpoint's default. A model in this process lowers
+            it to what fits.
+        temperature: sampling temperature; 0 is greedy.
+        samples: number of answers per prompt.
     """
 
     loop: Mapping[str, Any] = field(default_factory=dict)
@@ -47,7 +48,7 @@ class Backend(Protocol):
     """Answers prompts.
 
     Attributes:
-        batches_at_once: so many batches keep it busy; :meth:`answer` may be called from as many threads.
+        batches_at_once: number of threads that may call :meth:`answer` at the same time; so many batches keep it busy.
     """
 
     batches_at_once: int
@@ -55,12 +56,12 @@ class Backend(Protocol):
     def answer(
         self, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int]
     ) -> list[list[MethodAnswer]]:
-        """``options.samples`` answers per prompt; prompt i draws from ``seeds[i]`` on."""
+        """``options.samples`` answers per prompt; sample j of prompt i has the seed ``seeds[i] + j``."""
         ...
 
 
 class Local:
-    """A model in this process, run by the engine that serves."""
+    """A model in this process, run by the engine."""
 
     batches_at_once = 4
 
@@ -70,13 +71,13 @@ class Local:
 
     @property
     def engine(self) -> Engine:
-        """It is started when it is first asked for, and ends with this backend."""
+        """The engine. It starts on first use and is closed with this backend."""
         with self._starting:
             return self._engine
 
     @property
     def rows_per_step(self) -> float | None:
-        """How full the engine's steps were on average; ``None`` where it was not used."""
+        """Mean number of rows in the engine's steps; ``None`` if the engine was not used."""
         counters = self.engine.counters if "_engine" in vars(self) else None
         return counters.row_steps / counters.steps if counters and counters.steps else None
 
@@ -90,8 +91,15 @@ class Local:
     def answer(
         self, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int], run_loop: RunLoop | None = None
     ) -> list[list[MethodAnswer]]:
-        """As :class:`Backend`; ``think`` interferes with the loops, which come prompt by prompt, sample by sample:
-        that is the reference's work, and it must have the model alone."""
+        """As :meth:`Backend.answer`.
+
+        Args:
+            prompts: to answer.
+            options: how to answer.
+            seeds: one per prompt.
+            run_loop: replaces the loop; its rows are ordered by prompt, then by sample. The reference implementation
+                then runs instead of the engine, and no other thread may use the model.
+        """
         requests = [
             self.request(prompt, options, seed + sample)
             for prompt, seed in zip(prompts, seeds, strict=True)
@@ -109,10 +117,10 @@ class Local:
         return _grouped(answered, options.samples)
 
     def request(self, prompt: str, options: GenerationOptions, seed: int) -> Request:
-        """One answer's request, its length cut to what fits.
+        """The request for one answer, with ``max_new_tokens`` lowered to what fits.
 
         Raises:
-            RequestError: nothing does.
+            RequestError: nothing fits.
         """
         loop = LoopParams(**options.loop).resolve(self.reasoner.config.loop)
         request = prepare(self.reasoner, prompt, loop, sampling=SamplingParams(options.temperature, seed=seed))
@@ -124,7 +132,7 @@ class Local:
 
 
 class Remote:
-    """A running server, asked through ``POST /trace``, one batch after the other.
+    """A running server; sends one batch after the other to ``POST /trace``.
 
     Args:
         url: the server's URL.
@@ -153,7 +161,7 @@ class Remote:
     def answer(
         self, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int]
     ) -> list[list[MethodAnswer]]:
-        """As :class:`Backend`. Greedy prompts go together, sampled ones one by one: each has its own seed.
+        """As :meth:`Backend.answer`. Greedy prompts share a request; sampled ones do not, as each has its own seed.
 
         Raises:
             RequestError: the server refuses a request.
@@ -177,7 +185,7 @@ class Remote:
         try:
             results = self.client.trace(prompt, **fields)["results"]
             if any(result["budget_reduced"] for result in results):
-                raise EngineError("it reduced an iteration budget; --elastic-floor 1 turns that off")
+                raise EngineError("the server reduced an iteration budget; its option --elastic-floor 1 turns that off")
             return [_from_json(result) for result in results]
         except RequestError as error:
             raise RequestError(f"{self.url}: {error}", error.param) from error

@@ -1,8 +1,9 @@
-"""Interfering with thoughts: noise while a loop runs, or other thoughts in place of its own.
+"""Interventions on thoughts: noise while a loop runs, or other thoughts in place of its own.
 
-If an answer does not depend on what the states hold, replacing them changes nothing: these are the controls
-that tell thinking from extra passes. Every function returns a :data:`slr_core.generation.reference.RunLoop` for one
-batch; its randomness is drawn row by row, so that a row's batch does not matter.
+If replacing the thoughts does not change an answer, the answer does not depend on their content: these controls
+separate reasoning from the effect of additional passes. :func:`add_noise` and :func:`replace_states` return a
+:data:`slr_core.generation.reference.RunLoop` for one batch. Random numbers are drawn per row, so that a row does not
+depend on the others of its batch.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import ResolvedLoopParams
 
 Edit = Callable[[list[Tensor]], list[Tensor]]
-"""From every row's kept states ``[t + 1, W, d]``, h_0 first, to those that take their place."""
+"""Maps the kept states of every row, ``[t + 1, W, d]`` with h_0 first, to those that replace them."""
 
 
 def add_noise(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, start_only: bool = False) -> RunLoop:
-    """Gaussian noise on h_0 and, unless ``start_only``, on every h_t; ``scale`` is its share of a state's RMS."""
+    """Add Gaussian noise to h_0 and, unless ``start_only``, to every h_t.
+
+    Args:
+        reasoner: the model.
+        scale: standard deviation of the noise, as a share of a state's RMS.
+        seeds: one per row.
+        start_only: whether only h_0 is changed.
+    """
 
     def run_loop(context: Context, settings: Sequence[ResolvedLoopParams]) -> LoopOutput:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -33,9 +41,9 @@ def add_noise(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, s
         def disturb(hidden: Tensor) -> Tensor:
             noise = torch.zeros_like(hidden)
             for row, generator in enumerate(generators):
-                own = context.valid_mask[row]
-                drawn = torch.randn(int(own.sum()), hidden.shape[-1], generator=generator)
-                noise[row, own] = drawn.to(noise)
+                valid_mask = context.valid_mask[row]
+                sample = torch.randn(int(valid_mask.sum()), hidden.shape[-1], generator=generator)
+                noise[row, valid_mask] = sample.to(noise)
             return hidden + scale * hidden.float().pow(2).mean(-1, keepdim=True).sqrt().to(hidden.dtype) * noise
 
         context.initial = context.hidden = disturb(context.hidden)
@@ -51,23 +59,23 @@ def add_noise(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, s
 
 
 def replace_states(reasoner: LatentReasoner, edit: Edit) -> RunLoop:
-    """Let every loop run, then run it again on states that ``edit`` put in place of its own."""
+    """Run every loop, then run it again on the states that ``edit`` returns for its own."""
 
     def run_loop(context: Context, settings: Sequence[ResolvedLoopParams]) -> LoopOutput:
-        # The prompt as it was before the loop grew the context.
+        # The context before the loop extends it.
         again = context.fork()
         output = loop_until_exit(reasoner, context, settings)
         kept = torch.tensor(output.kept_iterations, device=reasoner.device)
-        own = [states[: count + 1] for states, count in zip(output.states, output.kept_iterations, strict=True)]
-        edited = edit(own)
+        kept_states = [states[: count + 1] for states, count in zip(output.states, output.kept_iterations, strict=True)]
+        edited = edit(kept_states)
         states = _padded(edited, again)
         for t in range(1, states.shape[1]):
             again.hidden = states[:, t - 1]
             reasoner.iterate(again, t, kept >= t)
         reasoner.close(again, states, kept)
-        # The latent decoder reads them, and not the context.
-        put = [torch.cat([new, old[len(new) :]]) for new, old in zip(edited, output.states, strict=True)]
-        return replace(output, context=again, states=put)
+        # The latent decoder reads these states, not the context.
+        new_states = [torch.cat([new, old[len(new) :]]) for new, old in zip(edited, output.states, strict=True)]
+        return replace(output, context=again, states=new_states)
 
     return run_loop
 
@@ -80,7 +88,7 @@ def _padded(rows: list[Tensor], context: Context) -> Tensor:
 
 
 def shuffle_thoughts(seeds: Sequence[int]) -> Edit:
-    """Every row's thoughts in another order."""
+    """Shuffle the thoughts of every row."""
 
     def edit(rows: list[Tensor]) -> list[Tensor]:
         return [_shuffle(row, torch.Generator().manual_seed(seed)) for row, seed in zip(rows, seeds, strict=True)]
@@ -99,33 +107,35 @@ def _shuffle(row: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def randomize_thoughts(seeds: Sequence[int]) -> Edit:
-    """Noise of the same lengths in place of every row's thoughts."""
+    """Replace the thoughts of every row by noise of the same norms."""
 
     def edit(rows: list[Tensor]) -> list[Tensor]:
         edited = []
         for row, seed in zip(rows, seeds, strict=True):
-            drawn = torch.randn(row[1:].shape, generator=torch.Generator().manual_seed(seed)).to(row)
-            lengths = row[1:].norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
-            edited.append(torch.cat([row[:1], drawn * lengths]))
+            noise = torch.randn(row[1:].shape, generator=torch.Generator().manual_seed(seed)).to(row)
+            scale = row[1:].norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+            edited.append(torch.cat([row[:1], noise * scale]))
         return edited
 
     return edit
 
 
 def swap_thoughts(rows: list[Tensor]) -> list[Tensor]:
-    """Every row gets the thoughts of the row before it, the last of them repeated where they are too few.
+    """Give every row the thoughts of the row before it; if they are too few, the last one is repeated.
 
     Raises:
-        ConfigError: the rows' workspaces differ in size, as prompts do.
+        ConfigError: the rows' workspaces differ in size, as in the workspace ``prompt``.
     """
     if len({row.shape[1] for row in rows}) > 1:
-        raise ConfigError("foreign thoughts need a workspace of one size; that of `prompt` is the prompt's")
+        raise ConfigError(
+            "foreign_thoughts needs a workspace of one size; in `prompt` the size is the length of the prompt"
+        )
     edited = []
     for i, row in enumerate(rows):
         thoughts = rows[i - 1][1:]
         if len(thoughts) == 0:
             edited.append(row)
             continue
-        taken = torch.arange(len(row) - 1, device=row.device).clamp_max(len(thoughts) - 1)
-        edited.append(torch.cat([row[:1], thoughts[taken]]))
+        indices = torch.arange(len(row) - 1, device=row.device).clamp_max(len(thoughts) - 1)
+        edited.append(torch.cat([row[:1], thoughts[indices]]))
     return edited

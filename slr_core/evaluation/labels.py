@@ -1,4 +1,4 @@
-"""What a latent state may hold: labels of questions and iterations, which probes are trained to read."""
+"""Labels of questions and iterations, which probes are trained to predict from latent states."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Value = str | frozenset[str]
 
 @dataclass(frozen=True)
 class Label:
-    """Something that a state may hold.
+    """A quantity that a state may contain.
 
     Attributes:
         name: of the label.
-        help: what it is, in a line.
-        of: its value for a question at an iteration: a class, or the set of classes that apply; ``None`` or the
-            empty set where there is none, and the question is then left out.
+        help: its meaning, in one line.
+        of: its value for a question at an iteration: a class, or the set of classes that apply. Questions for which it
+            is ``None`` or the empty set are left out.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Label:
 
 def _frontier(example: Example, t: int) -> Value | None:
     levels = frontiers(example)
-    # At 0 it is the person asked about, and no concept.
+    # At 0 it is the person in the question, not a concept.
     return frozenset(levels[t]) if 0 < t < len(levels) else None
 
 
@@ -40,11 +40,11 @@ def _remaining(example: Example, t: int) -> Value | None:
 
 def _option(example: Example, _: int) -> Value | None:
     graph, symbols = graph_of(example), example.extra["idx_to_symbol"]
-    asked = re.findall(r"\w+", example.question)[-3:]
+    options = re.findall(r"\w+", example.question)[-3:]
     target, other = symbols[graph.target], symbols[graph.neg_target]
-    if target not in asked or other not in asked:
+    if target not in options or other not in options:
         return None
-    return "first" if asked.index(target) < asked.index(other) else "second"
+    return "first" if options.index(target) < options.index(other) else "second"
 
 
 def _target_of(example: Example, _: int) -> Value | None:
@@ -56,7 +56,7 @@ def _step(example: Example, t: int) -> str | None:
 
 
 def _sum(example: Example, t: int) -> str | None:
-    """What the column of step t adds up to; in a multiplication, nothing."""
+    """The sum of the digits in the column of step t; ``None`` in a multiplication."""
     found = re.fullmatch(r"\d \+ \d \+ \d = (\d+)", _step(example, t) or "")
     return found.group(1) if found else None
 
@@ -87,17 +87,17 @@ def _answer(example: Example, _: int) -> Value | None:
 _TRUTH = Label("answer", "whether the statement is true", _answer)
 LABELS: dict[str, tuple[Label, ...]] = {
     "prosqa": (
-        Label("frontier", "the concepts at distance t from the person asked about", _frontier),
-        Label("distance", "hops that are left to the right option after t", _remaining),
-        Label("option", "which of the two options is right, the first or the second named", _option),
-        Label("target", "the right option itself, of all concepts", _target_of),
+        Label("frontier", "the concepts at distance t from the person in the question", _frontier),
+        Label("distance", "number of hops from distance t to the right option", _remaining),
+        Label("option", "whether the first or the second of the two options is right", _option),
+        Label("target", "the right option, among all concepts", _target_of),
     ),
     "prontoqa": (_TRUTH,),
-    "reachability": (Label("frontier", "the nodes first reached after t links", _reached), _TRUTH),
+    "reachability": (Label("frontier", "the nodes reached after t links and not before", _reached), _TRUTH),
     "arithmetic": (
-        Label("digit", "the digit that column t of the addition leaves", _digit),
-        Label("carry", "whether column t carries", _carry),
+        Label("digit", "the result digit of column t of the addition", _digit),
+        Label("carry", "whether column t has a carry", _carry),
     ),
-    "state_tracking": (Label("row", "which element lies where after t rearrangements", _row),),
+    "state_tracking": (Label("row", "the element at each place after t rearrangements", _row),),
 }
-"""What can be looked for, by the name of the task; a new task puts its labels here."""
+"""The labels of each task, by its name; add those of a new task here."""

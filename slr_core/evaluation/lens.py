@@ -1,7 +1,7 @@
-"""What states read as: the model's own head at every iteration (logit lens), thoughts in words, paths in the plane.
+"""Logit lens, decoded thoughts, and the movement of the states.
 
-The logit lens (nostalgebraist, 2020) needs no training, and shows what a state would say; a probe
-(:mod:`slr_core.evaluation.probes`) shows what it holds.
+The logit lens (nostalgebraist, 2020) applies the model's LM head to the state of every iteration. It needs no training
+and shows which token a state would produce; a probe (:mod:`slr_core.evaluation.probes`) shows what a state contains.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from slr_core.tasks.prosqa import ProsQA, frontiers
 from slr_core.training.graphs import NodeTokens
 
 COMMON = 5
-"""Readings and thoughts to list per iteration."""
+"""Number of tokens and thoughts to list per iteration."""
 SHOWN = 100
-"""Questions whose points are kept for a picture."""
+"""Number of questions whose trajectories are stored for a plot."""
 EXAMPLES = 3
-"""Questions whose readings are kept one by one."""
-_ROWS = 64  # at a time through the head: vocabularies are large
+"""Number of questions whose readings are stored one by one."""
+_ROWS = 64  # of the head at a time: vocabularies are large
 
 
 @dataclass(frozen=True)
 class LensReading:
-    """What the head says of the states of one iteration.
+    """The logit lens on the states of one iteration.
 
     Attributes:
         t: the iteration; 0 is h_0.
-        questions: with a state here.
-        entropy: mean, in nats.
-        answer: mean probability of the token that the answer begins with in the end.
-        settled: share of questions whose top token is already that one.
-        frontier: mean probability that falls on the ProsQA frontier at distance t, over the questions that have
-            one; ``None`` where none has, or where nodes are no single tokens.
-        frontier_questions: how many have one.
-        common: the commonest top tokens and their shares.
-        thoughts: the commonest thoughts in words and their shares; empty without a latent decoder.
+        questions: number of questions with a state at t.
+        entropy: mean entropy, in nats.
+        answer: mean probability of the first token of the final answer.
+        settled: share of questions whose top token is that token.
+        frontier: mean probability of the ProsQA frontier at distance t, over the questions that have one; ``None`` if
+            none has, or if names of nodes are not single tokens.
+        frontier_questions: number of questions that have one.
+        common: the most frequent top tokens and their shares.
+        thoughts: the most frequent decoded thoughts and their shares; empty without a latent decoder.
     """
 
     t: int
@@ -60,15 +60,15 @@ class LensReading:
 
 @dataclass(frozen=True)
 class QuestionReadings:
-    """One question, iteration by iteration.
+    """The logit lens on one question, iteration by iteration.
 
     Attributes:
-        question: as the data has it.
+        question: its text.
         text: the answer.
-        right: whether the task accepts it.
-        first: the iteration of the first reading: 0 where h_0 is a state, else 1.
+        right: whether the task accepts the answer.
+        first: the iteration of the first reading: 0 if h_0 is a state, else 1.
         readings: the top token of each iteration from ``first`` on, and its probability.
-        thoughts: in words, from iteration 1 on; ``None`` without a latent decoder.
+        thoughts: the decoded thoughts from iteration 1 on; ``None`` without a latent decoder.
     """
 
     question: str
@@ -81,12 +81,12 @@ class QuestionReadings:
 
 @dataclass(frozen=True)
 class Lens:
-    """The outcome of :func:`read_lens`.
+    """The logit lens on a set of questions.
 
     Attributes:
         readings: per iteration, over all questions.
         by_difficulty: the same per number of reasoning steps, ascending.
-        examples: the first questions of all.
+        examples: the first questions, one by one.
     """
 
     readings: tuple[LensReading, ...]
@@ -96,7 +96,7 @@ class Lens:
 
 @dataclass(frozen=True)
 class _Raw:
-    """Question by question and iteration by iteration, ``[N, T + 1]``; NaN where there is nothing."""
+    """Values per question and iteration, ``[N, T + 1]``; NaN if undefined."""
 
     usable: Tensor
     entropy: Tensor
@@ -108,11 +108,11 @@ class _Raw:
 
 @torch.inference_mode()
 def read_lens(reasoner: LatentReasoner, task: Task, examples: Sequence[Example], collected: CollectedStates) -> Lens:
-    """Hold the model's head to every state at the position where the next token is read.
+    """Apply the LM head to every state at the position from which the next token is read.
 
     Args:
-        reasoner: that the states come from.
-        task: that the questions come from.
+        reasoner: the model of the states.
+        task: the task of the questions.
         examples: the questions, in order.
         collected: their states.
     """
@@ -128,7 +128,7 @@ def read_lens(reasoner: LatentReasoner, task: Task, examples: Sequence[Example],
 
 
 def _frontier_tokens(reasoner: LatentReasoner, task: Task, examples: Sequence[Example]) -> list[list[list[int]]] | None:
-    """Per question and distance, the tokens by which its nodes are named in training."""
+    """Per question and distance, the tokens that name its nodes in training."""
     if not isinstance(task, ProsQA):
         return None
     node = NodeTokens(reasoner.tokenizer)
@@ -136,7 +136,7 @@ def _frontier_tokens(reasoner: LatentReasoner, task: Task, examples: Sequence[Ex
     try:
         return [[node.all(level) for level in own] for own in levels]
     except DataError:
-        return None  # this tokenizer cuts the names of nodes into pieces
+        return None  # this tokenizer splits the names of nodes
 
 
 def _through_head(reasoner: LatentReasoner, collected: CollectedStates, frontier: list[list[list[int]]] | None) -> _Raw:
@@ -194,7 +194,7 @@ def _readings(
 
 
 def _most(counts: Counter[Any]) -> list[tuple[Any, int]]:
-    # Of equals, the first in order: which question came first must not matter.
+    # Ties in alphabetical order: the order of the questions must not matter.
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:COMMON]
 
 
@@ -226,7 +226,7 @@ def _question_readings(
 
 @dataclass(frozen=True)
 class Quartiles:
-    """A quantity over many questions: its quartiles."""
+    """The quartiles of a quantity over many questions."""
 
     low: float
     median: float
@@ -235,11 +235,11 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Movement:
-    """How far the states moved, at iteration 1, 2, ...; ``None`` where it is undefined for every question.
+    """How far the states moved at iteration 1, 2, ...; ``None`` if undefined for every question.
 
     Attributes:
-        relative_change: the length of the step, as a share of the state before.
-        contraction: the length of the step, as a share of the step before.
+        relative_change: norm of the step divided by the norm of the state before it.
+        contraction: norm of the step divided by the norm of the step before it.
     """
 
     relative_change: tuple[Quartiles | None, ...]
@@ -247,7 +247,7 @@ class Movement:
 
 
 def measure_movement(collected: CollectedStates) -> Movement:
-    """Of every question, as its loop measured it."""
+    """Quartiles of what the loops measured, over all questions."""
     return Movement(
         *(
             tuple(
@@ -271,13 +271,13 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Trajectories:
-    """States in the plane of their two largest principal components, over all questions and iterations.
+    """States in the plane of their first two principal components, over all questions and iterations.
 
     Attributes:
         explained: the components' shares of the variance.
-        first: the iteration at which every path begins.
-        paths: the mean path per difficulty, one point an iteration.
-        points: the paths of the first questions (:data:`SHOWN`), with their difficulty.
+        first: the iteration of the first point of every path.
+        paths: the mean path per difficulty, one point per iteration.
+        points: the paths of the first :data:`SHOWN` questions, with their difficulty.
     """
 
     explained: tuple[float, float]
@@ -289,19 +289,19 @@ class Trajectories:
 def project_trajectories(
     collected: CollectedStates, task: Task, examples: Sequence[Example], *, place: str = READOUT
 ) -> Trajectories | None:
-    """Principal components of the states of all questions whose loop ran to its end; ``None`` with fewer than two."""
+    """Project the states of all questions whose loop ran to its end; ``None`` for fewer than two questions."""
     states = collected.states[place].double()
     first = 1 if states[:, 0].isnan().all() else 0
-    whole = states[:, first:].isfinite().all(-1).all(-1)
-    if whole.sum() < 2:
+    complete = states[:, first:].isfinite().all(-1).all(-1)
+    if complete.sum() < 2:
         return None
-    levels = [task.difficulty(example) for example, ran in zip(examples, whole.tolist(), strict=True) if ran]
-    paths = states[whole][:, first:]
+    levels = [task.difficulty(example) for example, ran in zip(examples, complete.tolist(), strict=True) if ran]
+    paths = states[complete][:, first:]
     flat = paths.flatten(0, 1)
     centred = flat - flat.mean(0)
     variances, directions = torch.linalg.eigh(centred.T @ centred)
     axes = directions[:, [-1, -2]]
-    # The sign of a principal component is arbitrary: let its largest entry be positive.
+    # The sign of a principal component is arbitrary; its largest entry becomes positive.
     largest = axes.abs().argmax(0)
     axes = axes * axes[largest, torch.arange(2)].sign()
     plane = (centred @ axes).unflatten(0, paths.shape[:2])

@@ -1,7 +1,7 @@
-"""The methods that are compared: the loop, its controls, and what models do without one.
+"""The methods to compare: the loop, its controls, and methods without a loop.
 
-A method is a name, the weights it needs, and a function from prompts to answers. ``weights`` names a
-checkpoint trained for it (``no_thought`` is the same recipe without its loop); ``None`` is the model under test.
+A method is a name, the weights that it needs, and a function from prompts to answers. ``weights`` names a checkpoint
+trained for the method (``no_thought``: the same recipe without its loop); ``None`` is the model under test.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from slr_core.tasks.base import Task
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """What the methods have in common.
+    """The settings of all methods.
 
     Attributes:
-        loop: changes of the loop's settings, for the methods that loop.
-        cot_tokens: most tokens of a chain of thought.
-        samples: rollouts of the methods that vote or choose.
-        temperature: of their sampling.
-        beams: of the beam search.
+        loop: fields of :class:`~slr_core.params.LoopParams`, for the methods with a loop.
+        cot_tokens: maximum length of a chain of thought, in tokens.
+        samples: number of samples of the methods that vote or choose.
+        temperature: their sampling temperature.
+        beams: number of beams of the beam search.
         noise: standard deviation of latent noise, as a share of a state's RMS.
-        seed: of everything random.
+        seed: seed of all random choices.
     """
 
     loop: dict[str, Any]
@@ -57,13 +57,13 @@ class Batch:
     """Questions that are answered together.
 
     Attributes:
-        backend: with the weights of the method.
-        task: knows what counts of an answer.
-        prompts: as the task puts them.
-        seeds: one a question, far enough apart for every sample.
-        settings: of the comparison.
-        before: the prompt before the first one in the whole set, before its first the last; ``None`` where there is
-            no other.
+        backend: holds the weights of the method.
+        task: reads the answers.
+        prompts: of the questions.
+        seeds: one per question, far enough apart for every sample.
+        settings: settings of all methods.
+        before: the prompt that precedes the first one in the whole set, whose last prompt precedes its first; ``None``
+            for a set of one.
     """
 
     backend: Backend
@@ -74,7 +74,11 @@ class Batch:
     before: str | None = None
 
     def local(self, method: str) -> Local:
-        """The backend, where the method reaches into the model."""
+        """The backend, if it is a model in this process.
+
+        Raises:
+            ConfigError: it is not; ``method`` names what needs one.
+        """
         if not isinstance(self.backend, Local):
             raise ConfigError(f"{method} needs the model in this process, not a server")
         return self.backend
@@ -82,15 +86,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a comparison.
+    """A way to answer questions: one row of a comparison.
 
     Attributes:
         name: on the command line and in every table.
-        help: what it does, in a line.
+        help: what it does, in one line.
         run: answers a batch.
-        weights: name of the checkpoint that it needs besides the model under test; ``None``: none.
+        weights: name of the checkpoint that it needs instead of the model under test; ``None``: that model.
         remote: whether a server can run it.
-        control: whether it is there to be compared against, not to win.
+        control: whether it is a control, which shows what the loop's own contribution is.
     """
 
     name: str
@@ -111,7 +115,7 @@ def _loop(**changes: Any) -> Callable[[Batch], list[MethodAnswer]]:
 
 def _plain(batch: Batch) -> list[MethodAnswer]:
     answers = batch.backend.answer(batch.prompts, GenerationOptions({"max_iterations": 0}), batch.seeds)
-    return [own[0] for own in answers]
+    return [samples[0] for samples in answers]
 
 
 def _cot(batch: Batch) -> list[MethodAnswer]:
@@ -126,9 +130,9 @@ def _self_consistency(batch: Batch) -> list[MethodAnswer]:
 
 
 def _vote(task: Task, answers: Sequence[MethodAnswer]) -> MethodAnswer:
-    """The text whose answer most rollouts share; of equals, the first."""
+    """The first text with the most frequent answer."""
     votes = Counter(answer for text in answers if (answer := task.extract(text.text)) is not None)
-    if not votes:
+    if not votes:  # no text states an answer
         return MethodAnswer.combine(answers[0].text, answers)
     winner = votes.most_common(1)[0][0]
     return MethodAnswer.combine(next(a.text for a in answers if task.extract(a.text) == winner), answers)
@@ -136,19 +140,20 @@ def _vote(task: Task, answers: Sequence[MethodAnswer]) -> MethodAnswer:
 
 def _slr_vote(batch: Batch) -> list[MethodAnswer]:
     s, local = batch.settings, batch.local("slr_vote")
-    rollouts = []
+    rounds = []
     for sample in range(s.samples):
         run_loop = add_noise(local.reasoner, s.noise, [seed + sample for seed in batch.seeds])
         answers = local.answer(batch.prompts, GenerationOptions(s.loop), batch.seeds, run_loop)
-        rollouts.append([own[0] for own in answers])
-    return [_vote(batch.task, own) for own in zip(*rollouts, strict=True)]
+        rounds.append([samples[0] for samples in answers])
+    return [_vote(batch.task, samples) for samples in zip(*rounds, strict=True)]
 
 
 def _noisy_start(batch: Batch) -> list[MethodAnswer]:
     local = batch.local("noise in h_0")
     run_loop = add_noise(local.reasoner, batch.settings.noise, batch.seeds, start_only=True)
     return [
-        own[0] for own in local.answer(batch.prompts, GenerationOptions(batch.settings.loop), batch.seeds, run_loop)
+        samples[0]
+        for samples in local.answer(batch.prompts, GenerationOptions(batch.settings.loop), batch.seeds, run_loop)
     ]
 
 
@@ -158,21 +163,21 @@ def _replaced(run_loop: Callable[[LatentReasoner, Sequence[int]], RunLoop]) -> C
         answers = local.answer(
             batch.prompts, GenerationOptions(batch.settings.loop), batch.seeds, run_loop(local.reasoner, batch.seeds)
         )
-        return [own[0] for own in answers]
+        return [samples[0] for samples in answers]
 
     return run
 
 
-def _foreign(batch: Batch) -> list[MethodAnswer]:
+def _foreign_thoughts(batch: Batch) -> list[MethodAnswer]:
     local = batch.local("replacing thoughts")
     if batch.before is None:
-        raise ConfigError("thoughts of another question need another question")
-    # The question before comes along to lend its thoughts: whose thoughts a question gets is no matter of the batch.
+        raise ConfigError("foreign_thoughts needs at least two questions")
+    # The preceding question is part of the batch, so that thoughts do not depend on where batches are cut.
     prompts, seeds = [batch.before, *batch.prompts], [0, *batch.seeds]
     answers = local.answer(
         prompts, GenerationOptions(batch.settings.loop), seeds, replace_states(local.reasoner, swap_thoughts)
     )
-    return [own[0] for own in answers[1:]]
+    return [samples[0] for samples in answers[1:]]
 
 
 def _beam(batch: Batch) -> list[MethodAnswer]:
@@ -186,18 +191,18 @@ def _best_of_n(batch: Batch) -> list[MethodAnswer]:
     return _search(batch, s.cot_tokens, **sampling)
 
 
-_UNTOUCHED: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-"""Against what a base's generation config, or transformers itself (top_k 50), would put in: as our own sampling."""
+_PLAIN_SAMPLING: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+"""Override defaults of the base's generation config and of transformers (top_k 50), as in the engine's sampling."""
 
 
 @torch.inference_mode()
 def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[MethodAnswer]:
-    """Texts by ``transformers``' own search over the plain base; of several, the likeliest per token."""
+    """Generate with transformers' own search over the base; of several texts, take the likeliest per token."""
     local = batch.local("beam search")
     reasoner = local.reasoner
     answered = []
     for prompt, seed in zip(batch.prompts, batch.seeds, strict=True):
-        # Sampling draws from torch's global generator, so one prompt at a time: its batch must not matter.
+        # Sampling uses torch's global generator: one prompt at a time, so that prompts do not depend on each other.
         torch.manual_seed(seed)
         request = local.request(prompt, GenerationOptions({"max_iterations": 0}, max_new_tokens), seed)
         ids = [*request.prompt_ids, *request.answer_prefix_ids]
@@ -212,7 +217,7 @@ def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[MethodAns
             output_logits=True,
             output_scores=True,
             return_dict_in_generate=True,
-            **_UNTOUCHED,
+            **_PLAIN_SAMPLING,
             **options,
         )
         texts = [str(reasoner.tokenizer.decode(row[len(ids) :], skip_special_tokens=True)) for row in output.sequences]
@@ -221,7 +226,7 @@ def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[MethodAns
         width = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
         answered.append(
             MethodAnswer(
-                text=_cut(texts[best], request.stop),
+                text=_truncate(texts[best], request.stop),
                 prompt_tokens=len(request.prompt_ids),
                 tokens=steps * width,
                 forward_passes=1 + (steps - 1) * width,
@@ -232,7 +237,7 @@ def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[MethodAns
     return answered
 
 
-def _cut(text: str, stop: Sequence[str]) -> str:
+def _truncate(text: str, stop: Sequence[str]) -> str:
     return text[: min((at for end in stop if (at := text.find(end)) >= 0), default=len(text))]
 
 
@@ -240,61 +245,69 @@ def _mean_log_probability(reasoner: LatentReasoner, output: Any, start: int) -> 
     scores = getattr(output, "sequences_scores", None)
     if scores is not None:
         return torch.as_tensor(scores)
-    written = output.sequences[:, start:]
+    generated = output.sequences[:, start:]
     logits = torch.stack(output.logits, dim=1).float().log_softmax(-1)
-    chosen = logits.gather(-1, written[..., None])[..., 0]
-    ends = torch.isin(written, torch.tensor(sorted(reasoner.end_tokens), device=written.device, dtype=written.dtype))
-    counts = (ends.long().cumsum(-1) - ends.long()) == 0  # up to and with the first end token
+    chosen = logits.gather(-1, generated[..., None])[..., 0]
+    ends = torch.isin(
+        generated, torch.tensor(sorted(reasoner.end_tokens), device=generated.device, dtype=generated.dtype)
+    )
+    counts = (ends.long().cumsum(-1) - ends.long()) == 0  # up to and including the first end token
     return (chosen * counts).sum(-1) / counts.sum(-1)
 
 
 _ALL = (
-    Method("no_cot", "the model's base answers at once", _plain, control=True),
-    Method("cot", "a chain of thought in words, then the answer", _cot, weights="cot"),
-    Method("self_consistency", "several sampled chains of thought, the majority's answer", _self_consistency, "cot"),
+    Method("no_cot", "the base model answers directly", _plain, control=True),
+    Method("cot", "a written chain of thought, then the answer", _cot, weights="cot"),
+    Method("self_consistency", "several sampled chains of thought, majority vote", _self_consistency, "cot"),
     Method("beam", "a chain of thought by beam search", _beam, "cot", remote=False),
-    Method("best_of_n", "several sampled chains of thought, the likeliest", _best_of_n, "cot", remote=False),
-    Method("pause", "pause tokens before the answer, trained so", _loop(), "pause"),
-    Method("slr", "the latent loop, which stops by itself", _loop()),
-    Method("slr_fixed", "the latent loop, always to its last iteration", _loop(criterion="fixed")),
-    Method("slr_vote", "several loops with noise in their states, the majority's answer", _slr_vote, remote=False),
-    Method("no_thought", "trained alike without the loop", _plain, "no_thought", control=True),
+    Method("best_of_n", "several sampled chains of thought, the likeliest one", _best_of_n, "cot", remote=False),
+    Method("pause", "pause tokens before the answer, with a model trained for it", _loop(), "pause"),
+    Method("slr", "the latent loop with early exit", _loop()),
+    Method("slr_fixed", "the latent loop, always all iterations", _loop(criterion="fixed")),
+    Method("slr_vote", "several loops with noise in their states, majority vote", _slr_vote, remote=False),
+    Method("no_thought", "trained with the same recipe without the loop", _plain, "no_thought", control=True),
     Method(
-        "pause_as_thought", "trained alike, every thought a learned vector", _loop(), "pause_as_thought", control=True
+        "pause_as_thought",
+        "trained with the same recipe; every thought is a learned vector",
+        _loop(),
+        "pause_as_thought",
+        control=True,
     ),
-    Method("multipass_pause", "the same, one pass a thought", _loop(), "multipass_pause", control=True),
+    Method(
+        "multipass_pause", "as pause_as_thought, with one pass per thought", _loop(), "multipass_pause", control=True
+    ),
     Method(
         "shuffled_thoughts",
-        "the loop's own thoughts in another order",
+        "the loop's thoughts in random order",
         _replaced(lambda reasoner, seeds: replace_states(reasoner, shuffle_thoughts(seeds))),
         remote=False,
         control=True,
     ),
     Method(
         "noised_thoughts",
-        "noise of the same length in place of the thoughts",
+        "noise of the same norms in place of the thoughts",
         _replaced(lambda reasoner, seeds: replace_states(reasoner, randomize_thoughts(seeds))),
         remote=False,
         control=True,
     ),
     Method(
         "foreign_thoughts",
-        "the thoughts of the question before",
-        _foreign,
+        "the thoughts of the preceding question",
+        _foreign_thoughts,
         remote=False,
         control=True,
     ),
 )
 METHODS = {method.name: method for method in _ALL}
-NOISY_START = Method("noisy_start", "the latent loop from a disturbed h_0", _noisy_start, remote=False)
-"""Not compared: its noise is what varies, in :mod:`slr_core.evaluation.stability`."""
+NOISY_START = Method("noisy_start", "the latent loop with noise in h_0", _noisy_start, remote=False)
+"""Not part of a comparison: :mod:`slr_core.evaluation.stability` runs it with different amounts of noise."""
 
 
 def get_method(name: str) -> Method:
-    """A method by name.
+    """The method of this name.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none.
     """
     if name not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {name}")

@@ -1,4 +1,4 @@
-"""What became of each question, one JSON line each: whatever a table or a plot shows is made of these."""
+"""The outcome of each question, from which all tables and plots are made; one JSON line each."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ class Outcome:
     """One question answered by one method.
 
     Attributes:
-        key: which question: its place in the set and a hash of its text.
-        difficulty: reasoning steps that the question needs.
-        text: what was written.
-        answer: what counts of it; ``None`` where nothing could be found.
-        correct: whether the task says so.
-        steps_hold: whether the steps written before the answer hold and lead to the right one; ``None`` where there
-            are none, or the task has no rule for them.
-        iterations: loop iterations; of several rollouts, their mean.
-        exit_reason: why the loop ended; empty for a method without one.
-        relative_change: of each iteration, ``None`` where undefined.
-        contraction_rate: geometric mean of the contractions, ``None`` where undefined.
-        oscillating: whether the loop ended moving between two states.
+        key: the question: its index in the set and a hash of its text.
+        difficulty: number of reasoning steps that the question needs.
+        text: the generated text.
+        answer: the answer that the task reads from it; ``None`` if there is none.
+        correct: whether the task accepts the answer.
+        steps_hold: whether the steps written before the answer are valid and lead to the right one; ``None`` if there
+            are none, or if the task cannot check them.
+        iterations: loop iterations; the mean over several samples.
+        exit_reason: why the loop ended; empty for a method without a loop.
+        relative_change: of each iteration; ``None`` if undefined.
+        contraction_rate: geometric mean of the contractions; ``None`` if undefined.
+        oscillating: whether the loop ended alternating between two states.
         prompt_tokens: tokens of the prompt.
-        tokens: tokens written, all rollouts together.
-        forward_passes: passes of the base model, all rollouts together, as if the question had been alone.
-        flops: floating-point operations of those passes, estimated; ``None`` where the model is out of sight.
-        added_parameters: what the loop adds to the base, 0 where no iteration ran; ``None`` as for ``flops``.
-        seconds: the question's share of its batch's wall time.
+        tokens: generated tokens; the sum over several samples.
+        forward_passes: passes of the base model for the question alone; the sum over several samples.
+        flops: estimated floating-point operations of these passes; ``None`` for a server.
+        added_parameters: parameters that the loop adds to the base, 0 if no iteration ran; ``None`` for a server.
+        seconds: the question's share of the wall time of its batch.
     """
 
     key: str
@@ -60,19 +60,24 @@ class Outcome:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """The inverse; ``TypeError`` or ``KeyError`` where ``data`` is something else."""
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            TypeError: ``data`` is something else.
+            KeyError: ``data`` lacks a field.
+        """
         known = {field.name: data[field.name] for field in fields(cls)}
         return cls(**{**known, "relative_change": tuple(known["relative_change"])})
 
 
 def question_key(index: int, example: Example) -> str:
-    """Names the question at ``index`` of a set; another text at the same place has another name."""
+    """A name for the question at ``index`` of a set; it changes with the text."""
     return f"{index}:{sha256(example.question.encode('utf-8')).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
 class MethodAnswer:
-    """What a method gives back for one question, before it is graded."""
+    """A method's answer to one question, before it is graded; the attributes are those of :class:`Outcome`."""
 
     text: str
     iterations: float = 0.0
@@ -88,7 +93,7 @@ class MethodAnswer:
 
     @classmethod
     def from_result(cls, result: Result, flops: float, added_parameters: int) -> Self:
-        """One result of the loop."""
+        """The answer that one result of the loop is."""
         return cls(
             text=result.text,
             iterations=result.iterations,
@@ -104,19 +109,19 @@ class MethodAnswer:
         )
 
     @classmethod
-    def combine(cls, text: str, rollouts: Sequence[MethodAnswer]) -> MethodAnswer:
-        """Several rollouts of one question that ``text`` was made of: their costs add up."""
-        first = rollouts[0]
+    def combine(cls, text: str, samples: Sequence[MethodAnswer]) -> MethodAnswer:
+        """The answer ``text``, chosen from several samples of one question: their costs add up."""
+        first = samples[0]
         return cls(
             text=text,
-            iterations=sum(r.iterations for r in rollouts) / len(rollouts),
+            iterations=sum(r.iterations for r in samples) / len(samples),
             exit_reason=first.exit_reason,
             relative_change=first.relative_change,
             contraction_rate=first.contraction_rate,
-            oscillating=any(r.oscillating for r in rollouts),
+            oscillating=any(r.oscillating for r in samples),
             prompt_tokens=first.prompt_tokens,
-            tokens=sum(r.tokens for r in rollouts),
-            forward_passes=sum(r.forward_passes for r in rollouts),
-            flops=None if first.flops is None else sum(r.flops or 0.0 for r in rollouts),
+            tokens=sum(r.tokens for r in samples),
+            forward_passes=sum(r.forward_passes for r in samples),
+            flops=None if first.flops is None else sum(r.flops or 0.0 for r in samples),
             added_parameters=first.added_parameters,
         )

@@ -1,7 +1,7 @@
-"""Figures as SVG text, for a page or a file: the same text for the same figures, readable on light and on dark.
+"""Plots as SVG text, for a page or a file. The same data give the same text.
 
-Backgrounds are transparent, axes and text of a grey that stands out from white and from black alike, and the
-colours are those of Okabe and Ito, which the colour-blind tell apart; markers and strokes differ as well.
+Plots are readable on light and dark pages: backgrounds are transparent, axes and text are grey. The colours are those
+of Okabe and Ito, which colour-blind readers can distinguish; markers and strokes differ, too.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 STROKES = ("-", "--", "-.", ":")
 WIDTH = 6.4
-"""Inches of a whole figure."""
+"""Width of a figure, in inches."""
 
-_STYLE: Any = {  # matplotlib's stubs want every name of a setting as a literal
+_STYLE: Any = {  # matplotlib's stubs require literal names
     "svg.hashsalt": "slr",
     "svg.fonttype": "none",
-    "text.parse_math": False,  # names with dollars are names
+    "text.parse_math": False,  # a name may contain dollar signs
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
@@ -65,20 +65,20 @@ _STYLE: Any = {  # matplotlib's stubs want every name of a setting as a literal
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure of a report: its title, what to look for, and its SVG."""
+    """A plot of a report: title, caption and SVG."""
 
     title: str
     caption: str
     svg: str
 
 
-# -- figures of answers -----------------------------------------------------------------------------------
+# -- plots of answers -----------------------------------------------------------------------------------
 
 
 def draw_accuracy_by_depth(
     by_depth: Mapping[int, Summary], trained: int, rules: Mapping[str, float] | None = None
 ) -> str:
-    """Accuracy with its 95 % band, and how loops moved, when forced to a depth; the trained depth is marked."""
+    """Draw accuracy with its 95 % interval, contraction rate and shares of oscillating and diverged loops by depth."""
     depths = sorted(by_depth)
     with _drawing("Accuracy against forced iterations", 4.6) as (figure, svg):
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -101,7 +101,7 @@ def draw_accuracy_by_depth(
 
 
 def draw_exit_frontier(exits: Sequence[ExitPoint], default: Summary | None = None) -> str:
-    """Accuracy against mean iterations: one line per criterion over its thresholds, and the loop as configured."""
+    """Draw accuracy against mean iterations: a line per criterion over its thresholds, and the loop as configured."""
     with _drawing("Accuracy against mean iterations, by exit criterion") as (figure, svg):
         axes = _axes(figure)
         for i, criterion in enumerate(dict.fromkeys(e.criterion for e in exits)):
@@ -116,7 +116,7 @@ def draw_exit_frontier(exits: Sequence[ExitPoint], default: Summary | None = Non
 
 
 def draw_noise_sensitivity(noise: Mapping[float, tuple[Summary, float]], default: Summary | None = None) -> str:
-    """Accuracy, and the share of answers that changed, against the noise in h_0."""
+    """Draw accuracy and the share of changed answers against the noise in h_0."""
     scales = sorted(noise)
     with _drawing("Sensitivity to noise in the first state") as (figure, svg):
         axes = _axes(figure)
@@ -136,7 +136,7 @@ def draw_noise_sensitivity(noise: Mapping[float, tuple[Summary, float]], default
 def draw_methods(
     summaries: Mapping[str, Summary], *, controls: Iterable[str] = (), rules: Mapping[str, float] | None = None
 ) -> str:
-    """Every method's accuracy with its 95 % interval; controls are hollow, shortcut rules are lines."""
+    """Draw the accuracy of every method with its 95 % interval; controls are hollow, shortcut rules are lines."""
     names, hollow = list(summaries), set(controls)
     with _drawing("Accuracy of the methods, with 95 % intervals", 0.9 + 0.28 * len(names)) as (figure, svg):
         axes = _axes(figure)
@@ -161,11 +161,11 @@ def draw_methods(
     return svg()
 
 
-# -- figures of states ------------------------------------------------------------------------------------
+# -- plots of states ------------------------------------------------------------------------------------
 
 
 def draw_change_and_contraction(moved: Movement) -> str:
-    """How far the state moves at each iteration, and how that compares to the step before: medians and quartiles."""
+    """Draw relative change and contraction per iteration: medians and quartiles."""
     with _drawing("Steps of the state, medians and quartiles", 2.7) as (figure, svg):
         left, right = figure.subplots(1, 2)
         _quartiles(left, moved.relative_change, 0)
@@ -179,7 +179,7 @@ def draw_change_and_contraction(moved: Movement) -> str:
 
 
 def draw_probe_scores(scores: Sequence[ProbeScore]) -> str:
-    """What each probe reads, per iteration: a panel per label and place, with shuffled labels and chance."""
+    """Draw the score of each probe per iteration: a panel per label and place, with shuffled labels and chance."""
     panels = list(dict.fromkeys((s.label, s.place) for s in scores))
     several_places = len({place for _, place in panels}) > 1
     kinds = list(dict.fromkeys(s.probe for s in scores))
@@ -215,16 +215,16 @@ def draw_probe_scores(scores: Sequence[ProbeScore]) -> str:
 
 
 def draw_lens_curves(lens: Lens) -> str:
-    """What the model's head says of the states at each iteration: towards the answer, and how sure it is."""
+    """Draw the logit lens per iteration: probability of the answer and of the frontier, and entropy."""
     with _drawing("Logit lens, per iteration", 3.0) as (figure, svg):
         left, right = figure.subplots(1, 2)
         times = [r.t for r in lens.readings]
         left.plot(times, [r.answer for r in lens.readings], label="p(answer's first token)", **_line(0))
-        left.plot(times, [r.settled for r in lens.readings], label="it is the top token", **_line(1))
+        left.plot(times, [r.settled for r in lens.readings], label="share where it is the top token", **_line(1))
         reached = [(r.t, r.frontier) for r in lens.readings if r.frontier is not None]
         if reached:
             left.plot(*_transposed(reached), label="p(frontier at distance t)", **_line(2))
-        left.set(title="where the probability goes", xlabel="iteration", ylabel="mean", ylim=(-0.03, 1.04))
+        left.set(title="probability of the answer", xlabel="iteration", ylabel="mean", ylim=(-0.03, 1.04))
         for i, (level, readings) in enumerate(lens.by_difficulty.items()):
             name = f"{level} steps" if len(lens.by_difficulty) > 1 else None
             right.plot([r.t for r in readings], [r.entropy for r in readings], label=name, **_line(i))
@@ -232,17 +232,17 @@ def draw_lens_curves(lens: Lens) -> str:
         right.set_ylim(bottom=0)
         for axes in (left, right):
             _whole_numbers(axes)
-            _below(axes)
+            _legend_below(axes)
     return svg()
 
 
-def draw_readings(told: Sequence[QuestionReadings]) -> str:
-    """A column per question: the top token of every state, the darker the likelier, and the thought in words."""
-    rows = max((question.first + len(question.readings) for question in told), default=1)
-    thinks = any(thought for question in told for thought in question.thoughts)
-    with _drawing("What the states read as", 0.9 + (0.36 if thinks else 0.24) * rows) as (figure, svg):
+def draw_readings(questions: Sequence[QuestionReadings]) -> str:
+    """Draw a column per question: the top token of every state, darker if likelier, and the decoded thought."""
+    rows = max((question.first + len(question.readings) for question in questions), default=1)
+    has_thoughts = any(thought for question in questions for thought in question.thoughts)
+    with _drawing("Top token of every state", 0.9 + (0.36 if has_thoughts else 0.24) * rows) as (figure, svg):
         axes = _axes(figure)
-        for column, question in enumerate(told):
+        for column, question in enumerate(questions):
             for t, (token, p) in enumerate(question.readings, start=question.first):
                 said = [f"{_short(token.strip())}  {p:.2f}"]
                 if 0 < t <= len(question.thoughts) and question.thoughts[t - 1] is not None:
@@ -251,7 +251,7 @@ def draw_readings(told: Sequence[QuestionReadings]) -> str:
                 axes.text(column + 0.03, t, "\n".join(said), va="center", fontsize=8)
             end = f"{_short(question.text)} ({'right' if question.right else 'wrong'})"
             axes.text(column + 0.03, rows, end, va="center", fontsize=8, weight="bold")
-        axes.set(ylabel="iteration", xlim=(0, max(1, len(told))), ylim=(rows + 0.5, -0.5), xticks=[])
+        axes.set(ylabel="iteration", xlim=(0, max(1, len(questions))), ylim=(rows + 0.5, -0.5), xticks=[])
         axes.set_yticks(range(rows))
         axes.tick_params(length=0)
         axes.grid(visible=False)
@@ -264,7 +264,7 @@ def _short(text: str) -> str:
 
 
 def draw_pca_trajectories(paths: Trajectories) -> str:
-    """States in the plane of their principal components: faint single paths, and the mean path per difficulty."""
+    """Draw states in the plane of their principal components: single paths, and the mean path per difficulty."""
     levels = list(paths.paths)
     with _drawing("States in the plane, mean path per difficulty", 4.4) as (figure, svg):
         axes = _axes(figure)
@@ -273,7 +273,7 @@ def draw_pca_trajectories(paths: Trajectories) -> str:
         for i, level in enumerate(levels):
             xs, ys = _transposed(paths.paths[level])
             axes.plot(xs, ys, label=f"{level} steps", **_line(i))
-            for t, (x, y) in _apart(list(enumerate(zip(xs, ys, strict=True), start=paths.first)), axes):
+            for t, (x, y) in _labelled_points(list(enumerate(zip(xs, ys, strict=True), start=paths.first)), axes):
                 axes.annotate(
                     str(t), (x, y), (4, 3), textcoords="offset points", fontsize=7, color=COLOURS[i % len(COLOURS)]
                 )
@@ -291,7 +291,7 @@ def draw_pca_trajectories(paths: Trajectories) -> str:
 
 @contextmanager
 def _drawing(title: str, height: float = 3.4) -> Iterator[tuple[Figure, Callable[[], str]]]:
-    """A figure to draw on, and the function that gives its SVG once the block is left."""
+    """A figure to draw on, and a function that returns its SVG after the block."""
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -299,7 +299,7 @@ def _drawing(title: str, height: float = 3.4) -> Iterator[tuple[Figure, Callable
         raise missing_extra("plotting", "eval", error) from error
     text = io.StringIO()
     with mpl.rc_context(_STYLE):
-        # A figure of its own, outside pyplot: no window, no global state.
+        # Without pyplot, which has global state.
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure, lambda: _embeddable(text.getvalue(), title)
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
@@ -308,12 +308,12 @@ def _drawing(title: str, height: float = 3.4) -> Iterator[tuple[Figure, Callable
 
 
 def _embeddable(text: str, title: str) -> str:
-    """One ``<svg>`` element, named for those who cannot see it, that shrinks with its page."""
+    """The ``<svg>`` element alone, with a label for screen readers, at most as wide as its page."""
     text = text[text.index("<svg") :]
     named = f'<svg role="img" aria-label="{escape(title)}" style="max-width: 100%; height: auto"'
     text = named + text[len("<svg") :]
-    # Numbered groups would be there twice on a page with two figures, and nothing refers to them. What is referred
-    # to is named by a hash of its content.
+    # Numbered ids would occur twice on a page with two plots, and nothing refers to them. Other ids are hashes of the
+    # content.
     return re.sub(r'<g id="[^"]*_\d+"', "<g", text)
 
 
@@ -322,7 +322,7 @@ def _axes(figure: Figure) -> Axes:
 
 
 def _line(i: int) -> dict[str, Any]:
-    """Colour, marker and stroke of the line at place ``i``: told apart without the colour as well."""
+    """Colour, marker and stroke of the line with index ``i``."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "marker": MARKERS[i % len(MARKERS)],
@@ -361,7 +361,7 @@ def _rules(axes: Axes, rules: Mapping[str, float], *, upright: bool = False) -> 
         else:
             axes.axhline(score, **style)
             where = {"xy": (1, score), "xytext": (0, 3), "xycoords": ("axes fraction", "data"), "ha": "right"}
-        axes.annotate(f"shortcut {name}", textcoords="offset points", fontsize=8, **where)
+        axes.annotate(f"shortcut rule {name}", textcoords="offset points", fontsize=8, **where)
 
 
 def _whole_numbers(axes: Axes) -> None:
@@ -371,20 +371,20 @@ def _whole_numbers(axes: Axes) -> None:
 
 
 def _legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
-    """A legend under the figure, where it hides nothing."""
+    """Put a legend below the figure."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
-def _below(axes: Axes) -> None:
-    """The same under one of several axes."""
+def _legend_below(axes: Axes) -> None:
+    """Put a legend below one of several axes."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22))
 
 
-def _apart(places: Sequence[tuple[int, Point]], axes: Axes) -> Iterator[tuple[int, Point]]:
-    """Those that are far enough from the one before to be labelled: a path that has settled is one blot of numbers."""
+def _labelled_points(places: Sequence[tuple[int, Point]], axes: Axes) -> Iterator[tuple[int, Point]]:
+    """The points that are far enough from the previous labelled one to have a label."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     last: Point | None = None
     for t, (x, y) in places:

@@ -1,8 +1,8 @@
-"""What can be read from latent states: small classifiers on them, held against shuffled labels and mere chance.
+"""Probes: small classifiers on latent states, compared with shuffled labels and with chance.
 
-A probe shows that a state holds something, not that the model uses it (Hewitt and Liang, 2019, arXiv 1909.03368;
-Belinkov, 2022, arXiv 2102.12452): so every score comes with that of the same probe trained on labels that were
-dealt out anew over the questions, and with that of a guess which never sees a state.
+A probe shows that a state contains something, not that the model uses it (Hewitt and Liang, 2019, arXiv 1909.03368;
+Belinkov, 2022, arXiv 2102.12452). Every score therefore comes with the score of the same probe trained on labels that
+are shuffled over the questions, and with the score of a guess without any state.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from slr_core.types import IterationRecord, Result
 Probe = Literal["linear", "mlp"]
 PROBES: tuple[Probe, ...] = get_args(Probe)
 READOUT, MEAN = "readout", "mean"
-"""Places: the position where the next token is read, and the mean over the workspace."""
-FEWEST = 10
-"""Fewest questions to train on, and to test on, for a score to be given."""
+"""Places: the position from which the next token is read, and the mean over the workspace."""
+MIN_QUESTIONS = 10
+"""Minimum number of training questions, and of test questions, for a score."""
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.intp]
@@ -46,16 +46,16 @@ Rows = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class CollectedStates:
-    """A set of questions, each with its loop run to the end.
+    """The states of a set of questions, each with a loop of the same number of iterations.
 
     Attributes:
-        iterations: how far each loop was made to run.
-        states: per place ``[N, iterations + 1, d]`` fp32 on the CPU, h_0 first; NaN where there is no state:
-            h_0 where it is an input, and whatever comes after a loop that the guard ended.
-        tokens: the first token of each answer.
+        iterations: number of iterations of each loop.
+        states: per place ``[N, iterations + 1, d]`` fp32 on the CPU, h_0 first; NaN where there is no state: for h_0 if
+            it is an input, and after the end of a loop that the divergence guard ended.
+        tokens: ``[N]``, the first token of each answer.
         texts: the answers.
-        right: whether the task accepts them.
-        records: each question's iterations.
+        right: whether the task accepts each answer.
+        records: the iteration records of each question.
     """
 
     iterations: int
@@ -79,23 +79,23 @@ def collect_states(
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda done: None,
 ) -> CollectedStates:
-    """Answer every question after a loop of exactly ``iterations``, by the code that serves, and keep its states.
+    """Answer every question after a loop of exactly ``iterations``, and keep the states.
 
     Args:
-        reasoner: in eval mode.
+        reasoner: the model, in eval mode.
         task: puts the questions and grades the answers.
-        examples: at least one.
-        iterations: by default as many as the checkpoint allows a loop.
-        batch_size: questions at a time; it changes the speed alone.
-        progress: told how many more questions are done.
+        examples: at least one question.
+        iterations: number of iterations; by default the checkpoint's maximum.
+        batch_size: number of questions per batch; affects speed only.
+        progress: called with the number of further questions that are done.
 
     Raises:
-        ConfigError: a loop without iterations has no states to look at.
+        ConfigError: ``iterations`` is below 1.
         RequestError: a question does not fit the model.
     """
     iterations = reasoner.config.loop.max_iterations if iterations is None else iterations
     if iterations < 1:
-        raise ConfigError(f"looking into a loop needs at least 1 iteration, got {iterations}")
+        raise ConfigError(f"analysing a loop needs at least 1 iteration, got {iterations}")
     loop = LoopParams(criterion="fixed", min_iterations=iterations, max_iterations=iterations).resolve(
         reasoner.config.loop
     )
@@ -122,7 +122,7 @@ def collect_states(
 
 
 def _at(states: Tensor, place: str, iterations: int, starts_from_state: bool) -> Tensor:
-    """``[iterations + 1, d]`` of one question from what its loop left, ``[t + 1, W, d]``."""
+    """The states of one question at a place, ``[iterations + 1, d]``, from those of its loop, ``[t + 1, W, d]``."""
     kept = states[:, -1] if place == READOUT else states.mean(1)
     full = torch.full((iterations + 1, kept.shape[-1]), torch.nan)
     first = 0 if starts_from_state else 1
@@ -135,22 +135,22 @@ def _at(states: Tensor, place: str, iterations: int, starts_from_state: bool) ->
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """What one probe read at one iteration, on questions that it was not trained on.
+    """The score of one probe at one iteration, on held-out questions.
 
     Attributes:
-        label: what was looked for.
-        place: of the state: see :data:`READOUT`.
-        probe: the kind.
+        label: name of the label.
+        place: place of the state, see :data:`READOUT`.
+        probe: kind of the probe.
         t: the iteration.
-        metric: ``accuracy`` of classes; ``ranking precision`` of sets: with the classes ranked by how likely they
-            are to apply, the share of right ones among those ranked no lower than a right one, averaged over the
-            right ones and then over the questions.
-        score: on the questions held out.
-        interval: 95 % of it, over those questions.
-        shuffled: the mean score of the same probe trained on labels dealt out anew over the questions.
-        chance: the score of always giving the commonest class, or of ranking classes by how common they are.
-        trained_on: questions.
-        tested_on: questions.
+        metric: ``accuracy`` for classes; ``ranking precision`` for sets: with the classes ranked by predicted
+            probability, the share of right ones among those ranked no lower than a right one, averaged over the right
+            ones and then over the questions.
+        score: on the held-out questions.
+        interval: 95 % interval of the score.
+        shuffled: mean score of the same probe trained on shuffled labels.
+        chance: score of always predicting the most frequent class, or of ranking the classes by frequency.
+        trained_on: number of training questions.
+        tested_on: number of test questions.
     """
 
     label: str
@@ -179,18 +179,18 @@ def train_probes(
 ) -> list[ProbeScore]:
     """Train and test every probe for every label, place and iteration.
 
-    The split is by question, and the same everywhere: no probe is tested on a question that it, or the one of
-    another iteration, has seen. Where too few questions have the label (:data:`FEWEST`), or all have the same one,
-    there is no score.
+    The split is by question and always the same: no probe is tested on a question that it, or the probe of another
+    iteration, was trained on. There is no score if fewer than :data:`MIN_QUESTIONS` questions have the label, or if it
+    is the same for all.
 
     Args:
         collected: the states.
-        examples: the questions they belong to, in order.
-        labels: what to look for.
-        probes: which kinds.
-        seed: of split, shuffles and the probes' own weights.
-        shuffles: trainings on shuffled labels; at least one.
-        test_share: share of the questions held out.
+        examples: the questions of the states, in order.
+        labels: the labels to predict.
+        probes: the kinds of probes.
+        seed: seed of the split, the shuffled labels and the weights of the probes.
+        shuffles: number of trainings on shuffled labels; at least 1.
+        test_share: share of held-out questions.
         progress: called once per label, place and iteration.
 
     Raises:
@@ -201,11 +201,11 @@ def train_probes(
     _require_sklearn()
     held_out = _held_out(examples, test_share, seed)
     scores = []
-    for label, place, t in places_to_look(collected, labels):
+    for label, place, t in probe_places(collected, labels):
         values = [label.of(example, t) for example in examples]
         has = collected.usable(place, t).numpy() & np.array([bool(value) for value in values])
         train, test = np.flatnonzero(has & ~held_out), np.flatnonzero(has & held_out)
-        if min(len(train), len(test)) >= FEWEST:
+        if min(len(train), len(test)) >= MIN_QUESTIONS:
             x = collected.states[place][:, t].double().numpy()
             target = _target([values[i] or "" for i in train], [values[i] or "" for i in test])
             if target.varies:
@@ -216,14 +216,14 @@ def train_probes(
     return scores
 
 
-def places_to_look(collected: CollectedStates, labels: Sequence[Label]) -> list[tuple[Label, str, int]]:
-    """Every label, place and iteration, in the order of the scores."""
+def probe_places(collected: CollectedStates, labels: Sequence[Label]) -> list[tuple[Label, str, int]]:
+    """All combinations of label, place and iteration, in the order of the scores."""
     iterations = range(collected.iterations + 1)
     return [(label, place, t) for label in labels for place in collected.states for t in iterations]
 
 
 def _held_out(examples: Sequence[Example], share: float, seed: int) -> NDArray[np.bool_]:
-    # A question that occurs twice lies on one side.
+    # Equal questions are on the same side of the split.
     texts = sorted({example.question for example in examples})
     order = np.random.default_rng(seed).permutation(len(texts))
     chosen = {texts[i] for i in order[: round(share * len(texts))]}
@@ -231,22 +231,22 @@ def _held_out(examples: Sequence[Example], share: float, seed: int) -> NDArray[n
 
 
 class _Target:
-    """A label's values as arrays: what probes are trained on, and how their answers score, question by question."""
+    """The values of a label as arrays, and the scores of predictions of it."""
 
     metric: str
     train: NDArray[Any]
     varies: bool
 
     def scores(self, trainer: _Trainer, train: NDArray[Any]) -> Floats:
-        """Per test question, of a probe trained on targets like ``train``."""
+        """The score per test question, ``[m]``, of a probe trained on the targets ``train``."""
         raise NotImplementedError
 
     def chance(self) -> float:
-        """The score without any state."""
+        """The mean score of a guess without any state."""
         raise NotImplementedError
 
     def interval(self, scores: Floats) -> tuple[float, float]:
-        """95 % of the mean score."""
+        """95 % interval of the mean score."""
         raise NotImplementedError
 
 
@@ -262,7 +262,7 @@ class _Classes(_Target):
 
     def chance(self) -> float:
         counts = Counter(self.train.tolist())
-        # Of equals, the first in order of their names.
+        # Ties in alphabetical order.
         commonest = min(counts, key=lambda value: (-counts[value], value))
         return float((self.test == commonest).mean())
 
@@ -279,7 +279,7 @@ class _Sets(_Target):
         self.varies = bool(_varying(self.train).any())
 
     def scores(self, trainer: _Trainer, train: NDArray[Any]) -> Floats:
-        # A column that never varies in training keeps its frequency there.
+        # A column that is constant in training keeps its training frequency.
         likely = np.tile(train.mean(0), (len(self.test), 1))
         varying = _varying(train)
         likely[:, varying] = trainer.likely(train[:, varying])
@@ -306,10 +306,10 @@ def _matrix(values: Sequence[Iterable[str]], names: Sequence[str]) -> NDArray[np
 
 
 def ranking_precision(likely: Floats, truth: NDArray[Any]) -> Floats:
-    """Label ranking average precision of each row (Tsoumakas et al., 2010); a tie ranks below.
+    """Label ranking average precision of each row (Tsoumakas et al., 2010); ties count as ranked lower.
 
     Args:
-        likely: ``[n, k]``, the higher the likelier.
+        likely: ``[n, k]``, scores of the classes.
         truth: ``[n, k]``, non-zero where a class applies; at least one per row.
     """
     applies = truth.astype(bool)
@@ -319,7 +319,7 @@ def ranking_precision(likely: Floats, truth: NDArray[Any]) -> Floats:
 
 
 class _Trainer:
-    """Trains probes of one kind on the same states: all features at mean 0 and deviation 1 over the training set."""
+    """Trains probes of one kind on the same states, standardized over the training set."""
 
     def __init__(self, kind: Probe, x: Floats, x_test: Floats, seed: int) -> None:
         from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
@@ -329,11 +329,11 @@ class _Trainer:
         self.x, self.x_test = scaler.transform(x), scaler.transform(x_test)
 
     def predict(self, y: NDArray[Any]) -> NDArray[Any]:
-        """The class of each test question."""
+        """The predicted class of each test question, ``[m]``."""
         return np.asarray(self._fitted(y).predict(self.x_test))
 
     def likely(self, y: NDArray[Any]) -> Floats:
-        """How likely each class is to apply to each test question, ``[m, k]``."""
+        """The probability of each class for each test question, ``[m, k]``."""
         if self.kind == "mlp" and y.shape[1] > 1:
             return np.asarray(self._fitted(y).predict_proba(self.x_test))
         columns = [self._fitted(column).predict_proba(self.x_test)[:, 1] for column in y.T]
@@ -349,9 +349,9 @@ class _Trainer:
             model = LogisticRegression(C=0.1, max_iter=300)
         else:
             model = MLPClassifier((64,), solver="lbfgs", alpha=1.0, max_iter=200, random_state=self.seed)
-        # Small problems, many of them: threads would only get in each other's way.
+        # Many small problems: one thread is fastest.
         with warnings.catch_warnings(), threadpool_limits(1):
-            # On shuffled labels there is nothing to converge to; what counts is the score.
+            # On shuffled labels, training need not converge.
             warnings.simplefilter("ignore", ConvergenceWarning)
             return model.fit(self.x, y)
 

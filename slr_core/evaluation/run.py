@@ -1,4 +1,4 @@
-"""Run methods over questions, keep every outcome, go on after an interruption."""
+"""Run methods on questions and store every outcome, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 def run_spec(
     method: Method, settings: MethodSettings, task: Task, questions: Questions, model: dict[str, Any]
 ) -> dict[str, Any]:
-    """All that decides the outcomes of a run: see :class:`slr_core.evaluation.store.Run`."""
+    """The settings that determine the outcomes of a run: see :class:`slr_core.evaluation.store.MethodRun`."""
     return {
         "method": method.name,
         "settings": asdict(settings),
@@ -39,13 +39,13 @@ def run_spec(
 
 
 def identify_model(path: str | None) -> dict[str, Any]:
-    """Name and hash of a checkpoint; what is no folder, a hub id or a URL, has its name alone."""
+    """Name and hash of a checkpoint folder; a hub id or a URL has no hash."""
     folder = local_path(path)
     if not folder.is_dir():
         return {"name": path}
     digest = sha256()
     for file in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors")):
-        # Not what a training run leaves beside its model: checkpoints of its own, and how long it took.
+        # Not what a training run writes beside the model: its own checkpoints and its manifest.
         if file.relative_to(folder).parts[0] not in ("steps", "training.json"):
             digest.update(str(file.relative_to(folder)).encode() + b"\0" + sha256(file.read_bytes()).digest())
     return {"name": folder.resolve().name, "sha256": digest.hexdigest()}
@@ -64,24 +64,26 @@ def run_method(
     warm_up: bool = False,
     progress: Callable[[int], None] = lambda answered: None,
 ) -> list[Outcome]:
-    """Answer what ``run`` does not hold yet; the outcomes in the order of the questions.
+    """Answer the questions that ``run`` does not hold yet.
 
-    Batches are cut at fixed places. What reaches into the model computes a question beside the same others in a run
-    that went on as in one that was never interrupted; the engine beside whatever else is under way, which changes
-    rounding alone.
+    Batches are the same in a continued run as in one without interruption. The engine mixes batches, which changes
+    results by rounding only.
 
     Args:
         method: how to answer.
-        backend: with the weights of the method.
+        backend: holds the weights of the method.
         task: puts the questions and grades the answers.
-        examples: at least one.
-        settings: of all methods.
-        store: where outcomes are kept; by default nowhere.
-        run: of the store, by default an empty one.
-        batch_size: questions at a time; it changes the speed, not the answers.
+        examples: at least one question.
+        settings: settings of all methods.
+        store: stores the outcomes; by default nothing is stored.
+        run: a run of ``store``; by default an empty one.
+        batch_size: number of questions per batch; affects speed, not answers.
         warm_up: answer one question before the clock starts: the first answer also starts the engine and allocates
             memory, so that times would otherwise depend on the order of methods.
-        progress: told how many more questions are done.
+        progress: called with the number of further questions that are done.
+
+    Returns:
+        The outcomes of all questions, in their order.
 
     Raises:
         RequestError: a question does not fit the model.
@@ -109,7 +111,7 @@ def run_method(
     if chunks and warm_up:
         answer(chunks[0][0][:1])
     ended = time.perf_counter()
-    # What reaches into the model must have it alone; the others go on with the next batch where one thins out.
+    # The engine takes the next batch when one leaves rows free; other methods must not share the model.
     with ThreadPoolExecutor(backend.batches_at_once if method.remote else 1) as pool:
         try:
             for (chunk, missing), answers in zip(chunks, pool.map(answer, [c for c, _ in chunks]), strict=True):
@@ -135,5 +137,5 @@ def run_method(
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[list[T]]:
     rest = iter(items)
-    while chunk := list(islice(rest, size)):  # itertools.batched wants Python 3.12
+    while chunk := list(islice(rest, size)):  # itertools.batched needs Python 3.12
         yield chunk

@@ -1,7 +1,7 @@
-"""Is the loop stable, and does it stop at the right time?
+"""Measure whether a loop is stable and whether it stops at the right time.
 
-Forced to every depth, a question has an answer at each; what an exit rule would have cost and scored follows
-from those answers and from the distances on the way, for every criterion and threshold, without running again.
+Every loop is forced to every depth, which gives an answer at each. From these answers and the distances between states
+follow the cost and the accuracy of every exit criterion and threshold, without further runs.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from slr_core.tasks.sources import Questions
 from slr_core.types import finite_or_none
 
 NOISES = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Noise in h_0 for the sensitivity, as shares of its RMS."""
+"""Amounts of noise added to h_0, as shares of its RMS."""
 THRESHOLDS = 12
-"""Thresholds per criterion, spread over the quantiles of the distances that were met."""
+"""Number of thresholds per criterion, spread over the quantiles of the measured distances."""
 PAST = 4
-"""How many times the trained depth a loop is forced to."""
+"""Largest forced depth, as a multiple of the trained depth."""
 
 Distance = dict[str, float | None]
-"""One iteration's measures, by the names of :class:`slr_core.loop.convergence.Distances`."""
+"""The measures of one iteration, by the names of :class:`slr_core.loop.convergence.Distances`."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class ExitPoint:
     """One criterion at one threshold.
 
     Attributes:
-        criterion: which.
-        threshold: in its unit.
-        iterations: mean iterations.
-        accuracy: of the answers at the exits.
-        excess: mean of exit minus the first iteration from which the answer no longer changes.
+        criterion: name of the exit criterion.
+        threshold: in the unit of the criterion.
+        iterations: mean number of iterations.
+        accuracy: accuracy of the answers at the exits.
+        excess: mean number of iterations beyond the first one from which the answer no longer changes.
     """
 
     criterion: str
@@ -61,16 +61,16 @@ class ExitPoint:
 
 @dataclass(frozen=True)
 class StabilityReport:
-    """The outcome of :func:`study`.
+    """The results of a :class:`StabilityStudy`.
 
     Attributes:
-        trained: iterations with weights of their own.
-        by_depth: figures when forced to 0, 1, 2, ... iterations.
-        noise: figures per scale of the noise in h_0, and the share of answers that it changed.
+        trained: number of trained iterations.
+        by_depth: figures of loops forced to 0, 1, 2, ... iterations.
+        noise: per amount of noise in h_0, the figures and the share of answers that changed.
         default: figures of the loop as configured.
-        excess: its mean excess iterations.
-        correlation: rank correlation of its iterations with difficulty; ``None`` where one does not vary.
-        exits: every criterion over its thresholds.
+        excess: mean excess iterations of the loop as configured.
+        correlation: rank correlation of its iterations with difficulty; ``None`` if one of them is constant.
+        exits: every criterion at its thresholds.
     """
 
     trained: int
@@ -87,7 +87,7 @@ class StabilityReport:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """The inverse, also of what went through a file."""
+        """The inverse of :meth:`to_json`."""
         return cls(
             trained=data["trained"],
             by_depth={int(t): _summary(figures) for t, figures in data["by_depth"].items()},
@@ -116,16 +116,16 @@ def _summary(figures: dict[str, Any]) -> Summary:
 
 
 class StabilityStudy:
-    """A model on a set of questions.
+    """Measures the stability of a model on a set of questions.
 
     Args:
         local: the model.
         task: puts the questions and grades the answers.
-        questions: what is asked.
-        model: its name and hash, as :func:`slr_core.evaluation.run.model_of` gives them.
-        store: keeps every outcome; a study that was interrupted goes on.
-        batch_size: questions at a time.
-        progress: told the name of a run and how many more of its questions are done.
+        questions: the questions to answer.
+        model: name and hash of the model, from :func:`slr_core.evaluation.run.identify_model`.
+        store: stores every outcome, so that an interrupted study can continue.
+        batch_size: number of questions per batch.
+        progress: called with the name of a run and the number of further questions that are done.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class StabilityStudy:
         self.model, self.store, self.batch_size, self.progress = model, store, batch_size, progress
 
     def run(self, past: int = PAST, seed: int = 0) -> StabilityReport:
-        """Every measure; the loop is forced to ``past`` times its trained depth."""
+        """Run all measurements; the loop is forced to up to ``past`` times its trained depth."""
         loop = self.local.reasoner.config.loop
         plain = MethodSettings({}, seed=seed)
         depths = [
@@ -205,7 +205,7 @@ class StabilityStudy:
 
 @torch.inference_mode()
 def measure_distances(reasoner: LatentReasoner, prompts: Sequence[str], iterations: int) -> list[list[Distance]]:
-    """Every measure of every iteration, prompt by prompt, of loops that run to ``iterations``."""
+    """Per prompt, the measures of every iteration of a loop that runs to ``iterations``."""
     text = reasoner.config.text
     ids = [reasoner.tokenizer(text.prompt_prefix + prompt + text.prompt_suffix).input_ids for prompt in prompts]
     context = reasoner.encode(*pad_ids(ids, reasoner.device))
@@ -235,7 +235,7 @@ def _forced(t: int) -> dict[str, Any]:
 
 
 def _exit(path: list[Distance], rule: ExitRule) -> tuple[int, int]:
-    """The last iteration that a loop with these distances runs, and the one that it keeps."""
+    """The last iteration that a loop with these distances runs, and the one whose state it keeps."""
     for t, measured in enumerate(path, start=1):
         norm = measured["norm"]
         reason = rule.update(
@@ -247,11 +247,11 @@ def _exit(path: list[Distance], rule: ExitRule) -> tuple[int, int]:
         )
         if reason is not None:
             return t, rule.last_good_iteration(t, norm is not None) if reason == "diverged" else t
-    raise AssertionError("a rule ends its loop at the latest with the last iteration")
+    raise AssertionError("an exit rule stops at the last iteration at the latest")
 
 
 def _settled(texts: Sequence[str]) -> int:
-    """The first place from which all texts are the last one."""
+    """The first index from which all texts equal the last one."""
     first = len(texts) - 1
     while first > 0 and texts[first - 1] == texts[-1]:
         first -= 1

@@ -1,4 +1,4 @@
-"""All that was found by looking into the states, as one record that a results file keeps and a report draws."""
+"""The results of ``slr probe``, as one record that a results file stores and a report draws."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from slr_core.evaluation.probes import ProbeScore
 
 @dataclass(frozen=True)
 class StateAnalysis:
-    """What ``slr probe`` found.
+    """Measurements on the hidden states of a loop.
 
     Attributes:
-        iterations: how far every loop was made to run.
-        accuracy: of the answers after them.
-        lens: what the states read as.
-        movement: how far they moved.
-        trajectories: their paths in the plane; ``None`` where too few loops ran to the end.
-        probes: what classifiers found in them.
+        iterations: number of iterations of every loop.
+        accuracy: accuracy of the answers after them.
+        lens: the logit lens on every state.
+        movement: how far the states moved.
+        trajectories: the states in the plane of their principal components; ``None`` if too few loops ran to the end.
+        probes: scores of classifiers on the states.
     """
 
     iterations: int
@@ -39,41 +39,44 @@ class StateAnalysis:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """The inverse, also of what went through a file; ``ValueError`` where ``data`` is something else."""
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: ``data`` is something else.
+        """
         return TypeAdapter(cls).validate_python(data)
 
     def plots(self) -> dict[str, Plot]:
-        """Its plots by name."""
+        """The plots, by name."""
         drawn = {
             "lens": Plot(
                 "Logit lens",
-                "What the model's own head says of the states: how much goes to the answer, and how sure it is.",
+                "The LM head applied to every state: the probability of the answer, and the entropy.",
                 plots.draw_lens_curves(self.lens),
             ),
             "readings": Plot(
-                "States in words",
-                "The first questions: the likeliest token of every state and its probability, and the thought in "
-                "words where the checkpoint has a latent decoder. Below each: the answer, and whether it is right.",
+                "Logit lens, question by question",
+                "The first questions: the likeliest token of every state and its probability, and the decoded thought "
+                "if the checkpoint has a latent decoder. Below each question: the answer, and whether it is right.",
                 plots.draw_readings(self.lens.examples),
             ),
             "steps": Plot(
                 "Steps of the states",
-                "Medians and quartiles over the questions. A loop that settles takes ever shorter steps.",
+                "Medians and quartiles over the questions. In a loop that converges, steps get shorter.",
                 plots.draw_change_and_contraction(self.movement),
             ),
         }
         if self.trajectories is not None:
             drawn["trajectories"] = Plot(
-                "Paths of the states",
-                "Principal components over all questions and iterations; numbers are iterations.",
+                "Trajectories of the states",
+                "Principal components over all questions and iterations; the numbers are iterations.",
                 plots.draw_pca_trajectories(self.trajectories),
             )
         if self.probes:
             drawn["probes"] = Plot(
                 "Probes",
-                "What classifiers find in the states of questions that they were not trained on. What counts is the "
-                "distance to the same probe on shuffled labels; that a state holds something does not mean that the "
-                "model uses it.",
+                "Scores of classifiers on the states of held-out questions. Compare each with the same probe trained "
+                "on shuffled labels. A high score shows that a state contains the label, not that the model uses it.",
                 plots.draw_probe_scores(self.probes),
             )
         return drawn

@@ -1,4 +1,4 @@
-"""Figures of many outcomes, and whether two methods differ."""
+"""Summaries of outcomes, and paired tests between methods."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class Summary:
     """Figures over a set of questions.
 
     Attributes:
-        questions: how many.
-        accuracy: share answered right.
+        questions: number of questions.
+        accuracy: share of right answers.
         interval: 95 % Wilson score interval of the accuracy.
-        steps_hold: share of the answers with written steps whose steps hold; ``None`` where there are none.
-        iterations: mean loop iterations.
-        converged: share that ended by the criterion.
-        diverged: share that ended by the guard.
-        oscillating: share that ended moving between two states.
-        contraction_rate: mean over the questions where it is defined.
-        forward_passes: mean passes of the base model per question, as if each had been alone.
-        tokens: mean tokens written.
-        flops: mean floating-point operations, estimated; ``None`` where unknown.
-        added_parameters: what the loop adds to the base, 0 where it never ran; ``None`` where unknown.
-        seconds: mean share of the batches' wall time.
-        relative_change: mean relative change at iteration 1, 2, ... over the questions that got there.
+        steps_hold: share of valid steps among the answers with written steps; ``None`` if there are none.
+        iterations: mean number of loop iterations.
+        converged: share of loops that the criterion ended.
+        diverged: share of loops that the divergence guard ended.
+        oscillating: share of loops that ended alternating between two states.
+        contraction_rate: mean over the questions for which it is defined.
+        forward_passes: mean number of passes of the base model, each question alone.
+        tokens: mean number of generated tokens.
+        flops: mean of the estimated floating-point operations; ``None`` if unknown.
+        added_parameters: parameters that the loop adds to the base, 0 if no loop ran; ``None`` if unknown.
+        seconds: mean share of the wall time of the batches.
+        relative_change: mean relative change at iteration 1, 2, ... over the questions that reached it.
     """
 
     questions: int
@@ -50,7 +50,7 @@ class Summary:
 
 
 def summarize(outcomes: Sequence[Outcome]) -> Summary:
-    """Figures of at least one outcome."""
+    """Summarize one or more outcomes."""
     changes = [
         [o.relative_change[t] for o in outcomes if len(o.relative_change) > t] for t in range(_deepest(outcomes))
     ]
@@ -77,7 +77,7 @@ def summarize(outcomes: Sequence[Outcome]) -> Summary:
 
 
 def summarize_by_difficulty(outcomes: Sequence[Outcome]) -> dict[int, Summary]:
-    """The same per number of reasoning steps, ascending."""
+    """Summarize per number of reasoning steps, ascending."""
     levels = sorted({o.difficulty for o in outcomes})
     return {level: summarize([o for o in outcomes if o.difficulty == level]) for level in levels}
 
@@ -92,7 +92,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson, 1927); unlike the normal one it behaves near 0 and 1."""
+    """Wilson score interval of a proportion (Wilson, 1927), which is valid near 0 and 1, too."""
     p = successes / trials
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
@@ -101,13 +101,13 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two methods on the same questions.
+    """A paired test of two methods on the same questions.
 
     Attributes:
-        questions: that both answered.
-        only_first: right by the first method alone.
-        only_second: right by the second alone.
-        p: two-sided exact McNemar test of the two being equally good.
+        questions: number of questions that both answered.
+        only_first: number that only the first method answers right.
+        only_second: number that only the second method answers right.
+        p: p-value of the two-sided exact McNemar test; the null hypothesis is that both are equally accurate.
     """
 
     questions: int
@@ -117,7 +117,7 @@ class PairedTest:
 
 
 def paired_test(first: Sequence[Outcome], second: Sequence[Outcome]) -> PairedTest:
-    """Compare two methods question by question (McNemar, 1947; exact, from the binomial)."""
+    """Compare two methods question by question (McNemar, 1947; exact, from the binomial distribution)."""
     others = {o.key: o for o in second}
     pairs = [(o.correct, others[o.key].correct) for o in first if o.key in others]
     only_first, only_second = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
@@ -127,7 +127,7 @@ def paired_test(first: Sequence[Outcome], second: Sequence[Outcome]) -> PairedTe
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's rho with ties at their mean rank; ``None`` where one side does not vary."""
+    """Spearman's rho, ties at their mean rank; ``None`` if one side is constant."""
     a, b = _ranks(x), _ranks(y)
     mean_a, mean_b = fmean(a), fmean(b)
     spread = sqrt(sum((v - mean_a) ** 2 for v in a) * sum((v - mean_b) ** 2 for v in b))

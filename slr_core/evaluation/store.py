@@ -1,4 +1,4 @@
-"""The results file: JSON lines that an interrupted run goes on with, and every report is made from."""
+"""The results file: JSON lines from which an interrupted run continues and a report is made."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class MethodRun:
     """One method on one set of questions.
 
     Attributes:
-        spec: all that decides its outcomes, as JSON: model and its hash, method and settings, task, data and
-            its hash, seed. What only describes it (command, versions) lies in ``about``.
-        about: further facts for the manifest.
+        spec: everything that determines the outcomes, as JSON: model and its hash, method and settings, task, data and
+            its hash, seed.
+        about: what only describes the run, for the manifest: command, versions.
         outcomes: by question.
     """
 
@@ -30,19 +30,19 @@ class MethodRun:
 
     @property
     def id(self) -> str:
-        """A name that two runs share exactly when their specs are equal."""
+        """A hash of the spec: two runs have the same id if and only if their specs are equal."""
         return sha256(json.dumps(self.spec, sort_keys=True).encode("utf-8")).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class StoredFigure:
-    """Something computed beyond single outcomes: a stability study, probes.
+    """Results beyond single outcomes, such as a stability study or probes.
 
     Attributes:
-        kind: of figure, which a report knows how to show.
-        spec: all that decides it, as for a :class:`MethodRun`.
-        data: the figures, as JSON.
-        about: further facts for the manifest.
+        kind: by which a report chooses how to show it.
+        spec: everything that determines it, as for a :class:`MethodRun`.
+        data: the results, as JSON.
+        about: what only describes it, for the manifest.
     """
 
     kind: str
@@ -55,12 +55,13 @@ _STARTS = (b'{"run": "', b'{"of": "', b'{"figure": "')
 
 
 class Store:
-    """A results file, read at once and appended to.
+    """A results file; it is read when this is created, and then appended to.
 
-    A line that a crash cut short is dropped, and its question answered again. Without a path, nothing is written.
+    An incomplete last line, left by a crash, is dropped, and its question is answered again. Without a path, nothing is
+    written.
 
     Raises:
-        DataError: the file is there and is something else.
+        DataError: the file exists and is not a results file.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -72,7 +73,7 @@ class Store:
             self._read(self.path)
 
     def open(self, spec: dict[str, Any], about: dict[str, Any] | None = None) -> MethodRun:
-        """The run of this spec: what was done of it before, or a new one."""
+        """The run of this spec, with its outcomes so far; a new one if there is none."""
         run = MethodRun(spec, about or {})
         if run.id not in self.runs:
             self.runs[run.id] = run
@@ -80,19 +81,19 @@ class Store:
         return self.runs[run.id]
 
     def add(self, run: MethodRun, outcome: Outcome) -> None:
-        """Keep an outcome, on disk before this returns."""
+        """Store an outcome; it is in the file when this returns."""
         run.outcomes[outcome.key] = outcome
         self._append({"of": run.id, **outcome.to_json()})
 
     def keep(self, kind: str, spec: dict[str, Any], data: dict[str, Any], about: dict[str, Any]) -> None:
-        """Keep what was computed beyond single outcomes, in place of an earlier figure of the same kind and spec."""
+        """Store a figure; it replaces an earlier one of the same kind and spec."""
         figure = StoredFigure(kind, spec, data, about)
         self._replace(figure)
         self._append({"figure": kind, "spec": spec, "data": data, "about": about})
 
     def kept(self, kind: str, spec: dict[str, Any]) -> dict[str, Any] | None:
-        """The figures of this kind and spec, where there are any."""
-        # As they come back from a file: a tuple is then a list.
+        """The data of the figure of this kind and spec; ``None`` if there is none."""
+        # As read from a file, where a tuple is a list.
         spec = json.loads(json.dumps(spec))
         return next((f.data for f in self.figures if f.kind == kind and json.loads(json.dumps(f.spec)) == spec), None)
 
@@ -104,7 +105,7 @@ class Store:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._whole is not None:
-            # What follows would be glued to the torn line.
+            # Otherwise the next line would be appended to the incomplete one.
             os.truncate(self.path, self._whole)
             self._whole = None
         with self.path.open("a", encoding="utf-8") as file:
@@ -117,7 +118,7 @@ class Store:
             raise DataError(f"cannot read {path}: {error}") from error
         whole, newline, torn = raw.rpartition(b"\n")
         if torn:
-            # Only what can be one of our lines is cut off later: it could be somebody's file.
+            # Only what can be a line of a results file is cut off later: this could be another file.
             if not any(torn.startswith(start[: len(torn)]) for start in _STARTS):
                 raise DataError(f"{path}: not a results file")
             self._whole = len(whole + newline)
@@ -125,7 +126,7 @@ class Store:
             try:
                 record = json.loads(line)
                 if "run" in record:
-                    # Two processes may both have opened it: what came in between is not lost.
+                    # Two processes may both have opened the run: keep the outcomes in between.
                     self.runs.setdefault(record["run"], MethodRun(_object(record, "spec"), _object(record, "about")))
                 elif "figure" in record:
                     facts = (_object(record, name) for name in ("spec", "data", "about"))

@@ -1,4 +1,4 @@
-"""Train a recipe over values of its settings and over seeds, and evaluate every model alike."""
+"""Train a recipe with different settings and seeds, and evaluate every model in the same way."""
 
 from __future__ import annotations
 
@@ -33,38 +33,38 @@ class _Model(BaseModel):
 
 
 class SweepEvaluation(_Model):
-    """Questions that every model of a sweep is asked, and how."""
+    """Questions that every model of a sweep answers, and the methods that answer them."""
 
     task: str
-    data: str | None = Field(None, description="a .jsonl or .jsonl.gz file")
-    split: str | None = Field(None, description="a split of the public data set")
-    generate: int | None = Field(None, ge=1, description="so many generated questions")
-    seed: int = Field(0, ge=0, description="of the generated ones")
-    dials: dict[str, Dial] = Field({}, description="of the generator")
+    data: str | None = Field(None, description="file of questions, .jsonl or .jsonl.gz")
+    split: str | None = Field(None, description="split of the task's public data set")
+    generate: int | None = Field(None, ge=1, description="number of questions to generate")
+    seed: int = Field(0, ge=0, description="seed of the generated questions")
+    dials: dict[str, Dial] = Field({}, description="options of the question generator")
     limit: int | None = Field(None, ge=1)
-    methods: tuple[str, ...] = Field(("slr",), min_length=1, description="each on every model")
-    loop: dict[str, int | float | str] = Field({}, description="changes of the loop's settings, for all methods")
+    methods: tuple[str, ...] = Field(("slr",), min_length=1, description="methods that answer, each with every model")
+    loop: dict[str, int | float | str] = Field({}, description="loop parameters, for all methods")
 
 
 class SweepConfig(_Model):
-    """A whole ``SPEC.yaml``."""
+    """The sweep file."""
 
-    recipe: str = Field(description="the training recipe, relative to the spec's own folder")
-    output_dir: str = Field(description="a folder per model, and results.jsonl, below it")
-    set: dict[str, Any] = Field({}, description="settings of the recipe that hold for every model, by dotted name")
-    vary: dict[str, tuple[Any, ...]] = Field({}, description="values per setting: every combination is trained")
+    recipe: str = Field(description="training recipe, relative to the folder of the sweep file")
+    output_dir: str = Field(description="folder for the models and results.jsonl")
+    set: dict[str, Any] = Field({}, description="settings of the recipe for every model, by dotted name")
+    vary: dict[str, tuple[Any, ...]] = Field({}, description="values per setting; every combination is trained")
     variants: dict[str, dict[str, Any]] = Field(
-        {}, description="settings by a name of their own, where a product says too much; each with all of `vary`"
+        {}, description="named sets of settings; each is combined with all of `vary`"
     )
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="each combination is trained with each")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="training seeds, for each combination")
     evaluate: tuple[SweepEvaluation, ...] = Field(min_length=1)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
-        """Read a spec.
+        """Read a sweep file.
 
         Raises:
-            ConfigError: it is not YAML, or a field is unknown or out of range.
+            ConfigError: the file is not YAML, or a field is unknown or out of range.
         """
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -78,9 +78,9 @@ class Variant:
     """One model of a sweep.
 
     Attributes:
-        values: what varies, by dotted name, and the name it has in the spec as ``variant``.
-        seed: of its training.
-        config: its recipe.
+        values: the settings that vary, by dotted name, and the name in ``variants``, if any, as ``variant``.
+        seed: training seed.
+        config: the recipe.
     """
 
     values: dict[str, Any]
@@ -89,21 +89,21 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """For tables: without the settings that all share, and without the seed."""
+        """The settings that vary, without the seed."""
         named = (_plain(value) if key == "variant" else f"{key}={_plain(value)}" for key, value in self.values.items())
         return ", ".join(named)
 
     @property
     def name(self) -> str:
-        """One model's own."""
+        """A name for the model: the label and the seed."""
         return f"{self.label}, seed={self.seed}" if self.values else f"seed={self.seed}"
 
 
-def variants(sweep: SweepConfig, folder: Path) -> Iterator[Variant]:
-    """Every model of a sweep whose spec lies in ``folder``, all checked before the first is trained.
+def expand_variants(sweep: SweepConfig, folder: Path) -> Iterator[Variant]:
+    """Yield every model of a sweep whose file lies in ``folder``.
 
     Raises:
-        ConfigError: a setting or a combination is not one of the recipe's.
+        ConfigError: a setting or a combination is not valid in the recipe.
     """
     named = [({"variant": name}, own) for name, own in sweep.variants.items()] or [({}, {})]
     for (name, own), values in product(named, product(*sweep.vary.values())):
@@ -111,7 +111,7 @@ def variants(sweep: SweepConfig, folder: Path) -> Iterator[Variant]:
         for seed in sweep.seeds:
             settings = {**sweep.set, **own, **chosen, "seed": seed}
             place = Path(sweep.output_dir) / "models" / _slug({**name, **chosen, "seed": seed}, settings)
-            # JSON is YAML.
+            # JSON is valid YAML.
             overrides = tuple(
                 f"{key}={json.dumps(value)}" for key, value in {**settings, "output_dir": str(place)}.items()
             )
@@ -124,8 +124,8 @@ class SweepRow:
 
     Attributes:
         variant: the model.
-        questions: task, source and, where they are changed, the settings of the loop.
-        method: by name.
+        questions: task, source and changed loop parameters.
+        method: name of the method.
         summary: the figures.
     """
 
@@ -135,7 +135,7 @@ class SweepRow:
     summary: Summary
 
     def to_json(self) -> dict[str, Any]:
-        """The row without the recipe."""
+        """The row as JSON, without the recipe."""
         return {
             "variant": self.variant.label,
             "seed": self.variant.seed,
@@ -148,40 +148,40 @@ class SweepRow:
 def run_sweep(
     spec: str | Path, *, about: dict[str, Any] | None = None, progress: Callable[[str], None] = lambda doing: None
 ) -> list[SweepRow]:
-    """Train and evaluate what is not done yet; a sweep that was interrupted goes on where it was.
+    """Train and evaluate the models of a sweep; an interrupted sweep continues.
 
     Args:
-        spec: a YAML file: :class:`SweepConfig`.
-        about: facts for the manifest of the results.
-        progress: told what is done next.
+        spec: the sweep file, see :class:`SweepConfig`.
+        about: entries for the manifest of the results.
+        progress: called with a description of each step.
 
     Raises:
-        ConfigError: the spec, a recipe or a method is wrong.
-        TrainingError: a training did not go well.
+        ConfigError: the sweep file, a recipe or a method is invalid.
+        TrainingError: a training failed.
     """
     sweep = SweepConfig.from_yaml(spec)
-    planned = list(variants(sweep, Path(spec).parent))
-    asked = [
+    planned = list(expand_variants(sweep, Path(spec).parent))
+    evaluations = [
         (
-            judge,
+            evaluation,
             load(
-                tasks.get(judge.task),
-                data=judge.data,
-                split=judge.split,
-                generate=judge.generate,
-                seed=judge.seed,
-                dials=judge.dials,
-                limit=judge.limit,
+                tasks.get(evaluation.task),
+                data=evaluation.data,
+                split=evaluation.split,
+                generate=evaluation.generate,
+                seed=evaluation.seed,
+                dials=evaluation.dials,
+                limit=evaluation.limit,
             ),
-            [get_method(name) for name in judge.methods],
+            [get_method(name) for name in evaluation.methods],
         )
-        for judge in sweep.evaluate
+        for evaluation in sweep.evaluate
     ]
-    for _, _, methods in asked:
+    for _, _, methods in evaluations:
         for method in methods:
             if method.weights is not None:
                 raise ConfigError(
-                    f"evaluate.methods: {method.name} needs weights of its own, a sweep has one model each"
+                    f"evaluate.methods: {method.name} needs weights trained for it, which a sweep does not have"
                 )
     store, rows = Store(Path(sweep.output_dir) / "results.jsonl"), []
     for i, variant in enumerate(planned, start=1):
@@ -192,25 +192,27 @@ def run_sweep(
         progress(f"{i} of {len(planned)}: evaluating {variant.name}")
         backend = Local(LatentReasoner.from_pretrained(str(place)))
         model = {**identify_model(str(place)), "name": variant.name}
-        for judge, questions, methods in asked:
-            task, settings = tasks.get(judge.task), MethodSettings(dict(judge.loop))
+        for evaluation, questions, methods in evaluations:
+            task, settings = tasks.get(evaluation.task), MethodSettings(dict(evaluation.loop))
             for method in methods:
                 opened = store.open(run_spec(method, settings, task, questions, model), about)
                 outcomes = run_method(
                     method, backend, task, questions.examples, settings, store=store, run=opened, warm_up=True
                 )
-                rows.append(SweepRow(variant, _asked(judge, questions.source), method.name, summarize(outcomes)))
+                rows.append(
+                    SweepRow(variant, _describe(evaluation, questions.source), method.name, summarize(outcomes))
+                )
     return rows
 
 
-def _asked(judge: SweepEvaluation, source: str) -> str:
-    settings = "".join(f"; {name}={value}" for name, value in judge.loop.items())
-    return f"{judge.task}: {source}{settings}"
+def _describe(evaluation: SweepEvaluation, source: str) -> str:
+    settings = "".join(f"; {name}={value}" for name, value in evaluation.loop.items())
+    return f"{evaluation.task}: {source}{settings}"
 
 
 def _slug(values: dict[str, Any], settings: dict[str, Any]) -> str:
     text = "_".join(f"{key.rpartition('.')[2]}={_plain(value)}" for key, value in values.items())
-    # Shortened names could meet, and a name in a spec can change its meaning, so each has a hash of its settings.
+    # With a hash of the settings: shortened names may be equal, and a variant may be redefined.
     readable = "".join(c if c.isalnum() or c in "=_.-" else "-" for c in text)[:100]
     return f"{readable}_{sha256(json.dumps(settings).encode('utf-8')).hexdigest()[:8]}"
 

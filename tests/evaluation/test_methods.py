@@ -76,7 +76,7 @@ def test_thoughts_are_replaced(local):
 
 
 def test_thoughts_of_another_question_need_another_question(local):
-    with pytest.raises(ConfigError, match="another question"):
+    with pytest.raises(ConfigError, match="at least two questions"):
         METHODS["foreign_thoughts"].run(batch(local, tiny.PROMPTS[:1], None))
 
 

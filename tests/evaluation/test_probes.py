@@ -18,7 +18,7 @@ from slr_core.evaluation.probes import (
     READOUT,
     CollectedStates,
     collect_states,
-    places_to_look,
+    probe_places,
     ranking_precision,
     train_probes,
 )
@@ -264,7 +264,7 @@ def test_progress_counts_every_question_and_every_place_to_look():
     assert done == [3, 3, 1]
     looked: list[None] = []
     train_probes(collected, examples, [CLASS], progress=lambda: looked.append(None))
-    assert len(looked) == len(places_to_look(collected, [CLASS])) == 6
+    assert len(looked) == len(probe_places(collected, [CLASS])) == 6
 
 
 # -- labels -----------------------------------------------------------------------------------------------
