@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from slr_core._version import __version__
-from slr_core.cli.options import console, load_model, progress_bars
+from slr_core.cli.options import API_KEY_FLAG, console, load_model, progress_bars
 
 if TYPE_CHECKING:
     from slr_core.cli.questions import QuestionSet
@@ -75,12 +75,18 @@ def versions() -> dict[str, str]:
     import transformers
 
     return {
-        "command": shlex.join(["slr", *sys.argv[1:]]),
+        "command": shlex.join(["slr", *_without_key(sys.argv[1:])]),
         "slr": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _without_key(arguments: list[str]) -> list[str]:
+    """Arguments that may be stored: without the value of ``--api-key``."""
+    shown = [f"{API_KEY_FLAG}=***" if word.startswith(f"{API_KEY_FLAG}=") else word for word in arguments]
+    return ["***" if before == API_KEY_FLAG else word for before, word in zip(["", *shown], shown, strict=False)]
 
 
 def manifest(questions: QuestionSet, model: str | None, settings: MethodSettings) -> dict[str, Any]:

@@ -71,7 +71,8 @@ TopP = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens whose probabilities add up to this.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Sampling seed.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="SLR_API_KEY", help="API key of the server.")]
+API_KEY_FLAG = "--api-key"
+ApiKey = Annotated[str | None, typer.Option(API_KEY_FLAG, envvar="SLR_API_KEY", help="API key of the server.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
 
 

@@ -124,12 +124,20 @@ def test_eval_goes_on_with_its_results(run, folder, tmp_path):
     assert len(Store(results).runs) == 2
 
 
-def test_eval_through_a_server(run, folder, tmp_path):
+KEY = "a key of the server's operator"
+
+
+def test_eval_through_a_server(run, folder, tmp_path, monkeypatch):
     here, there = tmp_path / "here.json", tmp_path / "there.json"
     assert run("eval", "--model", folder, *SMALL, "--output", here)[0] == 0
-    server = Server(folder, tmp_path / "log")
+    server = Server(folder, tmp_path / "log", SLR_API_KEYS=KEY)
     try:
-        assert run("eval", "--server", server.url, *SMALL, "--output", there)[0] == 0
+        refused = run("eval", "--server", server.url, *SMALL)
+        assert run("eval", "--server", server.url, "--api-key", KEY, *SMALL, "--output", there)[0] == 0
+        assert (
+            run("eval", "--server", server.url, f"--api-key={KEY}", *SMALL, "--results", tmp_path / "r.jsonl")[0] == 0
+        )
+        monkeypatch.setenv("SLR_API_KEY", KEY)
         code, out, err = run("eval", "--server", server.url, *SMALL, "--method", "slr_vote")
         compared = run("compare", "--server", server.url, *SMALL, "--methods", "slr,no_cot,noised_thoughts")
     finally:
@@ -141,6 +149,11 @@ def test_eval_through_a_server(run, folder, tmp_path):
         assert its["overall"][name] == mine["overall"][name]
     assert its["overall"]["flops"] is None
     assert its["manifest"]["model"] == {"name": server.url}
+    assert refused[:2] == (1, "")
+    assert "401" in refused[2]
+    for stored in (there, tmp_path / "r.jsonl"):
+        assert "--api-key" in stored.read_text()
+        assert KEY not in stored.read_text(), "a results file is for others to read"
     assert (code, out) == (1, "")
     assert "needs the model in this process" in err
     assert compared[0] == 0
