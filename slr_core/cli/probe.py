@@ -169,7 +169,7 @@ def _draw(folder: Path, found: StateAnalysis) -> None:
 def _print(found: StateAnalysis, questions: QuestionSet, labels: Sequence[Label]) -> None:
     console.print(
         f"{questions.task.name}: {questions.source}; {len(questions.examples)} questions, "
-        f"{found.iterations} iterations each, {found.accuracy:.1%} answered right",
+        f"{found.iterations} iterations each, accuracy {found.accuracy:.3f}",
         highlight=False,
         soft_wrap=True,
     )
@@ -186,28 +186,30 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _print_lens(lens: Lens) -> None:
-    table = _table("\nlogit lens", "t", "entropy", "p(answer)", "settled", "p(frontier)")
-    table.add_column("reads most often as")
-    thinks = any(reading.thoughts for reading in lens.readings)
-    if thinks:
-        table.add_column("thinks most often")
+    table = _table("\nlogit lens", "t", "entropy", "p(answer)", "answer on top", "p(frontier)")
+    table.add_column("top tokens")
+    has_thoughts = any(reading.thoughts for reading in lens.readings)
+    if has_thoughts:
+        table.add_column("thoughts")
     for reading in lens.readings:
-        cells = [_shares(reading.common)] + ([_shares(reading.thoughts)] if thinks else [])
+        cells = [_format_shares(reading.common)] + ([_format_shares(reading.thoughts)] if has_thoughts else [])
         figures = map(number, (reading.entropy, reading.answer, reading.settled, reading.frontier))
         table.add_row(str(reading.t), *figures, *cells)
     console.print(table)
 
 
-def _shares(common: tuple[tuple[str, float], ...]) -> str:
+def _format_shares(common: tuple[tuple[str, float], ...]) -> str:
     return escape("  ".join(f"{word.strip()} {share:.0%}" for word, share in common[:3]))
 
 
 def _print_scores(label: Label, scores: list[ProbeScore]) -> None:
     title = f"\n{label.name}: {label.help}"
     if not scores:
-        console.print(f"{title}\ntoo few questions, or all alike", highlight=False)
+        console.print(f"{title}\ntoo few questions, or the same value for all", highlight=False)
         return
-    table = _table(title, "t", "place", "probe", scores[0].metric, "95 % interval", "shuffled", "chance", "tested on")
+    table = _table(
+        title, "t", "place", "probe", scores[0].metric, "95 % interval", "shuffled labels", "chance", "test questions"
+    )
     for s in scores:
         low, high = s.interval
         figures = (number(s.score), f"{low:.3f} to {high:.3f}", number(s.shuffled), number(s.chance))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +16,7 @@ from rich.table import Table
 
 from slr_core._install import missing_extra
 from slr_core.cli.answering import versions
-from slr_core.cli.options import AsJson, Output, console, show_results
+from slr_core.cli.options import AsJson, Device, Dtype, Output, console, show_results
 
 if TYPE_CHECKING:
     from slr_core.evaluation.sweep import SweepRow
@@ -27,20 +29,26 @@ def sweep(
             help="Sweep file in YAML: the settings to vary and the evaluation.", exists=True, dir_okay=False
         ),
     ],
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
     output: Output = None,
 ) -> None:
     """Train and compare variants of a recipe.
 
     Trains every combination of settings and seeds, evaluates each model, and compares them. Run the same command again
-    to continue an interrupted sweep. `slr report` writes a report from its results.jsonl.
+    to continue an interrupted sweep. `slr report` writes a report from its results.jsonl. --device and --dtype are for
+    the evaluation.
     """
     try:
         from slr_core.evaluation.sweep import run_sweep
     except ImportError as error:
         raise missing_extra("training", "train", error) from error
     status = Console(stderr=True)
-    rows = run_sweep(spec, about=versions(), progress=lambda doing: status.print(escape(doing)))
+    with redirect_stdout(sys.stderr):  # a training prints its losses
+        rows = run_sweep(
+            spec, device=device, dtype=dtype, about=versions(), progress=lambda step: status.print(escape(step))
+        )
     record = {"manifest": {"spec": str(spec), **versions()}, "rows": [row.to_json() for row in rows]}
     show_results(record, lambda: _print(rows), as_json, output)
 
@@ -48,20 +56,29 @@ def sweep(
 def _print(rows: list[SweepRow]) -> None:
     groups: dict[tuple[str, str], dict[str, list[SweepRow]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        values = row.variant.label or "as it is"
+        values = row.variant.label or "unchanged"
         groups[row.questions, row.method][values].append(row)
     for (questions, method), variants in groups.items():
         title = f"{questions}; {method}"
         table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
         table.add_column("variant", no_wrap=True)
-        for column in ("seeds", "accuracy", "spread", "lowest", "highest", "iterations", "converged", "diverged"):
+        for column in (
+            "seeds",
+            "mean accuracy",
+            "standard deviation",
+            "lowest",
+            "highest",
+            "iterations",
+            "converged",
+            "diverged",
+        ):
             table.add_column(column, justify="right", no_wrap=True)
-        for values, own in variants.items():
-            scores = [row.summary.accuracy for row in own]
+        for values, same in variants.items():
+            scores = [row.summary.accuracy for row in same]
             cells = [fmean(scores), pstdev(scores), min(scores), max(scores)]
             means = [
-                fmean(getattr(row.summary, name) for row in own) for name in ("iterations", "converged", "diverged")
+                fmean(getattr(row.summary, name) for row in same) for name in ("iterations", "converged", "diverged")
             ]
             shown = [f"{means[0]:.2f}", f"{means[1]:.1%}", f"{means[2]:.1%}"]
-            table.add_row(escape(values), str(len(own)), *(f"{cell:.3f}" for cell in cells), *shown)
+            table.add_row(escape(values), str(len(same)), *(f"{cell:.3f}" for cell in cells), *shown)
         console.print(table)

@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from slr_core import tasks
 from slr_core.config import validated
+from slr_core.engine.runner.device import load_reasoner
 from slr_core.errors import ConfigError
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import MethodSettings, get_method
 from slr_core.evaluation.run import identify_model, run_method, run_spec
 from slr_core.evaluation.statistics import Summary, summarize
 from slr_core.evaluation.store import Store
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Dial
 from slr_core.tasks.sources import load
 from slr_core.training.config import TrainConfig
@@ -146,12 +146,19 @@ class SweepRow:
 
 
 def run_sweep(
-    spec: str | Path, *, about: dict[str, Any] | None = None, progress: Callable[[str], None] = lambda doing: None
+    spec: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    about: dict[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> list[SweepRow]:
     """Train and evaluate the models of a sweep; an interrupted sweep continues.
 
     Args:
         spec: the sweep file, see :class:`SweepConfig`.
+        device: device of the evaluation, see :func:`~slr_core.engine.runner.device.resolve_device`.
+        dtype: dtype of the evaluation, see :func:`~slr_core.engine.runner.device.load_reasoner`.
         about: entries for the manifest of the results.
         progress: called with a description of each step.
 
@@ -190,7 +197,7 @@ def run_sweep(
             progress(f"{i} of {len(planned)}: training {variant.name}")
             train(variant.config, resume=any((place / "steps").glob("checkpoint-*")))
         progress(f"{i} of {len(planned)}: evaluating {variant.name}")
-        backend = Local(LatentReasoner.from_pretrained(str(place)))
+        backend = Local(load_reasoner(str(place), device=device, dtype=dtype))
         model = {**identify_model(str(place)), "name": variant.name}
         for evaluation, questions, methods in evaluations:
             task, settings = tasks.get(evaluation.task), MethodSettings(dict(evaluation.loop))

@@ -6,6 +6,7 @@ import yaml
 from typer.testing import CliRunner
 
 from slr_core import cli
+from slr_core.engine.runner.device import load_reasoner
 from slr_core.errors import ConfigError
 from slr_core.evaluation import sweep
 from slr_core.evaluation.store import Store
@@ -143,9 +144,17 @@ def test_the_command_prints_a_table_and_keeps_its_rows(spec, trained, tmp_path):
     arguments = ["sweep", str(spec(vary={}, evaluate=judges)), "--output", str(tmp_path / "rows.json")]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("as it is") == 2
+    assert result.stdout.count("unchanged") == 2
     record = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["seed"], row["iterations"] == 1) for row in record["rows"][1::2]] == [(0, True), (1, True)]
+
+
+def test_command_prints_nothing_but_json(spec, tmp_path):
+    """A training prints its losses."""
+    result = CliRunner().invoke(cli.app, ["sweep", str(spec(vary={}, seeds=[0])), "--json"])
+    assert result.exit_code == 0
+    assert len(json.loads(result.stdout)["rows"]) == 2
+    assert "loss" in result.stderr
 
 
 def test_variants_have_names_and_settings_of_their_own(spec, trained):
@@ -161,6 +170,19 @@ def test_variants_have_names_and_settings_of_their_own(spec, trained):
         f"{name}, chains={chains}" for name in named for chains in (1, 2)
     ]
     assert rows[0].variant.name == "both, chains=1, seed=0"
+
+
+def test_device_and_dtype(spec, trained, monkeypatch):
+    """Of the models that are evaluated."""
+    asked = []
+
+    def load(path, **options):
+        asked.append(options)
+        return load_reasoner(path)
+
+    monkeypatch.setattr(sweep, "load_reasoner", load)
+    sweep.run_sweep(spec(vary={}, seeds=[0]), device="cpu", dtype="bfloat16")
+    assert asked == [{"device": "cpu", "dtype": "bfloat16"}]
 
 
 def test_a_variant_that_means_something_else_is_trained_again(spec, trained):
