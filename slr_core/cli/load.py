@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from slr_core.cli.options import ApiKey, AsJson, Output, console, progress_bars, show_results
-from slr_core.cli.questions import Data, TaskName, named_task
+from slr_core.cli.questions import Data, TaskName
 from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,9 +52,10 @@ def load(
     import asyncio
 
     from slr_core.evaluation.load_generator import LoadPlan, run_load
-    from slr_core.tasks.sources import load as load_questions
+    from slr_core.tasks import resolve_task
+    from slr_core.tasks.sources import load_questions
 
-    chosen = named_task("prosqa" if task is None and data is None else task)
+    chosen = resolve_task("prosqa" if task is None and data is None else task, data)
     if hops and (data is not None or chosen.name != "prosqa"):
         raise ConfigError("--hops is for generated ProsQA questions")
     plan = LoadPlan(

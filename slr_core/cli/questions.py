@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slr_core.errors import ConfigError
-from slr_core.tasks import TASKS
+from slr_core.tasks import TASKS, resolve_task, task_names
 
 if TYPE_CHECKING:
     from slr_core.tasks.base import Task
 
 
 def _complete_task(incomplete: str) -> list[str]:
-    return [name for name in TASKS if name.startswith(incomplete)]
+    return [name for name in task_names() if name.startswith(incomplete)]
 
 
 def _complete_split(context: typer.Context, incomplete: str) -> list[str]:
@@ -41,7 +41,13 @@ def _list_by_task(names: Callable[[Task], Iterable[str]]) -> str:
 
 TaskName = Annotated[
     str | None,
-    typer.Option("--task", help=f"Task, which grades the answers: {', '.join(TASKS)}.", autocompletion=_complete_task),
+    typer.Option(
+        "--task",
+        help=f"Task, which grades the answers: {', '.join(TASKS)}, or module:object for one of your own. For any "
+        "questions and answers: text, or text:contains, text:number, text:choice, text:regex=PATTERN to compare "
+        "answers otherwise. Not needed if the file tells.",
+        autocompletion=_complete_task,
+    ),
 ]
 Data = Annotated[Path | None, typer.Option(help="File of questions, .jsonl or .jsonl.gz.")]
 Split = Annotated[
@@ -66,19 +72,6 @@ GeneratorOptions = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first questions, this many.")]
 
 
-def named_task(name: str | None) -> Task:
-    """The task of ``--task``.
-
-    Raises:
-        ConfigError: none is named, or there is none of that name.
-    """
-    from slr_core import tasks
-
-    if name is None:
-        raise ConfigError(f"name the task with --task: {', '.join(TASKS)}")
-    return tasks.get(name)
-
-
 class QuestionSet:
     """A task and the questions that the options name.
 
@@ -97,12 +90,12 @@ class QuestionSet:
         generator_options: list[str] | None,
         limit: int | None,
     ) -> None:
-        from slr_core.tasks.sources import load
+        from slr_core.tasks.sources import load_questions
 
         if sum(source is not None for source in (data, split, generate)) != 1:
             raise ConfigError("give exactly one of --data FILE, --split NAME and --generate N")
-        self.task: Task = named_task(task)
-        self.loaded = load(
+        self.task: Task = resolve_task(task, data)
+        self.loaded = load_questions(
             self.task,
             data=data,
             split=split,

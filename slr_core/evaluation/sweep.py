@@ -23,7 +23,7 @@ from slr_core.evaluation.run import identify_model, run_method, run_spec
 from slr_core.evaluation.statistics import Summary, summarize
 from slr_core.evaluation.store import Store
 from slr_core.tasks.base import Dial
-from slr_core.tasks.sources import load
+from slr_core.tasks.sources import load_questions
 from slr_core.training.config import TrainConfig
 from slr_core.training.trainer import MANIFEST, train
 
@@ -171,8 +171,8 @@ def run_sweep(
     evaluations = [
         (
             evaluation,
-            load(
-                tasks.get(evaluation.task),
+            load_questions(
+                tasks.get_task(evaluation.task),
                 data=evaluation.data,
                 split=evaluation.split,
                 generate=evaluation.generate,
@@ -200,7 +200,7 @@ def run_sweep(
         backend = Local(load_reasoner(str(place), device=device, dtype=dtype))
         model = {**identify_model(str(place)), "name": variant.name}
         for evaluation, questions, methods in evaluations:
-            task, settings = tasks.get(evaluation.task), MethodSettings(dict(evaluation.loop))
+            task, settings = tasks.get_task(evaluation.task), MethodSettings(dict(evaluation.loop))
             for method in methods:
                 opened = store.open(run_spec(method, settings, task, questions, model), about)
                 outcomes = run_method(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from slr_core.errors import ConfigError, DataError
 from slr_core.tasks.base import Card, Dial, Example, Task
-from slr_core.tasks.reading import number, stated_number
+from slr_core.tasks.reading import reference_number, stated_number
 
 _OPERATIONS = {"add": "+", "multiply": "*"}
 _MOST_DIGITS = 100
@@ -31,6 +31,15 @@ class Arithmetic(Task):
         },
     )
 
+    def check_example(self, example: Example) -> None:
+        """It must ask for a sum or product, and the answer must be a number.
+
+        Raises:
+            DataError: one of them is not so.
+        """
+        _problem(example)
+        reference_number(example)
+
     def extract(self, text: str) -> str | None:
         """The stated number, see :func:`~slr_core.tasks.reading.stated_number`."""
         found = stated_number(text)
@@ -38,14 +47,12 @@ class Arithmetic(Task):
 
     def grade(self, example: Example, text: str) -> bool:
         """Exact."""
-        found, gold = stated_number(text), number(example.answer)
-        return found is not None and gold is not None and found.values[:1] == (gold,)
+        gold, found = reference_number(example), stated_number(text)
+        return found is not None and found.values[:1] == (gold,)
 
     def baselines(self, example: Example) -> dict[str, float]:
         """Whether the result needs no carry."""
-        found = _PROBLEM.search(example.question)
-        if found is None:
-            raise DataError(f"not an arithmetic question: {example.question[:80]!r}")
+        found = _problem(example)
         a, b = ([int(digit) for digit in found.group(i)[::-1]] for i in (1, 3))
         return {"no_carry": float(all(column < 10 for column in _columns(a, b, found.group(2))))}
 
@@ -60,6 +67,13 @@ class Arithmetic(Task):
         if operation not in _OPERATIONS:
             raise ConfigError(f"arithmetic: operation must be {' or '.join(_OPERATIONS)}, got {operation}")
         return _stream(digits, _OPERATIONS[operation], random.Random(seed))
+
+
+def _problem(example: Example) -> re.Match[str]:
+    found = _PROBLEM.search(example.question)
+    if found is None:
+        raise DataError(f"not an arithmetic question: {example.question[:80]!r}; other questions are for the task text")
+    return found
 
 
 def _stream(digits: int, sign: str, rng: random.Random) -> Iterator[Example]:

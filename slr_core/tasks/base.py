@@ -69,14 +69,14 @@ class Task(ABC):
     """A source of questions and the rule that grades their answers.
 
     Attributes:
-        name: under which the registry knows it.
+        name: the one by which :func:`slr_core.tasks.get_task` finds it.
         card: about the data.
         hub: the public data, by the name under which a split is asked for; empty where none is known.
         dials: the generator's settings and their defaults; empty where questions cannot be generated.
         needs: modules of the extra ``eval`` without which nothing can be graded.
     """
 
-    name: ClassVar[str]
+    name: str
     card: ClassVar[Card]
     hub: ClassVar[Mapping[str, HubSplit]] = {}
     dials: ClassVar[Mapping[str, Dial]] = {}
@@ -88,6 +88,17 @@ class Task(ABC):
         The published evaluations of latent reasoners (Coconut, CODI) put the bare question.
         """
         return example.question
+
+    def recognizes(self, example: Example) -> bool:
+        """Whether the fields of ``example`` tell that it belongs to this task and to no other."""
+        return False
+
+    def check_example(self, example: Example) -> None:  # noqa: B027  # most tasks can grade any answer
+        """Check that ``example`` has what the task needs in order to grade it.
+
+        Raises:
+            DataError: it has not.
+        """
 
     @abstractmethod
     def extract(self, text: str) -> str | None:
@@ -152,6 +163,8 @@ def _dial(task: str, name: str, value: Dial, default: Dial) -> Dial:
 def read_jsonl(path: str | Path) -> list[Example]:
     """Read a ``.jsonl`` or ``.jsonl.gz`` file, one ``{"question", "steps", "answer", ...}`` a line.
 
+    ``steps`` may be left out, and all further fields are kept.
+
     Raises:
         DataError: the file is missing, is not JSON lines, or a line lacks a field (the line is named).
     """
@@ -170,10 +183,11 @@ def _parse(path: Path, lines: Sequence[str]) -> Iterator[Example]:
             continue
         try:
             record = json.loads(line)
-            question, steps, answer = record.pop("question"), record.pop("steps"), record.pop("answer")
+            question, steps, answer = record.pop("question"), record.pop("steps", []), record.pop("answer")
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f'{path}, line {number}: expected {{"question": str, "steps": [str], "answer": str}} ({error!r})'
+                f'{path}, line {number}: expected {{"question": str, "answer": str}}, and "steps": [str] if there are '
+                f"any ({error!r})"
             ) from error
         strings = isinstance(steps, list) and all(isinstance(x, str) for x in (question, answer, *steps))
         if not strings:

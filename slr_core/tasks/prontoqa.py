@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from slr_core.errors import ConfigError, DataError
 from slr_core.tasks.base import Card, Dial, Example, Task
 from slr_core.tasks.prosqa import CONCEPTS as _MORE_CONCEPTS
-from slr_core.tasks.reading import stated_truth, written_steps
+from slr_core.tasks.reading import check_truth, stated_truth, written_steps
 
 NAMES = tuple("Alex Fae Max Polly Rex Sally Sam Stella Wren".split())
 CONCEPTS = tuple(
@@ -176,6 +176,13 @@ _PREMISE = re.compile(r"\b(?!Each|Every)[A-Z]\w+ is an? (\w+)\.")
 _QUESTION = re.compile(r"True or false: (?P<name>\w+) is (?P<negated>not )?(?P<what>\w+)\.\s*$")
 
 
+def _asked(example: Example) -> re.Match[str]:
+    asked = _QUESTION.search(example.question)
+    if asked is None:
+        raise DataError(f"not a ProntoQA question: {example.question[-80:]!r}; other questions are for the task text")
+    return asked
+
+
 def mention_rule(example: Example) -> float:
     """Expected score of the shortcut that makes no hop and never looks at the person asked about.
 
@@ -184,9 +191,7 @@ def mention_rule(example: Example) -> float:
     It scores 1.000 on the official training and validation files (9,200 questions), 0.5 on balanced
     ones.
     """
-    asked = _QUESTION.search(example.question)
-    if asked is None:
-        raise DataError(f"not a ProntoQA question: {example.question[-80:]!r}")
+    asked = _asked(example)
     mentions: Counter[str] = Counter(_PREMISE.findall(example.question))
     about: list[tuple[str, bool]] = []
     for rule in _RULE.finditer(example.question):
@@ -209,9 +214,7 @@ def proves(example: Example, steps: Sequence[str]) -> bool:
     Each is a rule of the question, or says of the person what a premise says or what follows from a rule written
     before and from what is known by then. The last says of the property asked about what the answer says.
     """
-    asked = _QUESTION.search(example.question)
-    if asked is None:
-        raise DataError(f"not a ProntoQA question: {example.question[-80:]!r}")
+    asked = _asked(example)
     given = example.question[: asked.start()]
     rules = set(map(_rule, _RULE.finditer(given)))
     known = {(said["what"], bool(said["negated"])) for said in _SAID.finditer(given) if said["name"] == asked["name"]}
@@ -260,6 +263,15 @@ class ProntoQA(Task):
             "questions with balanced=true",
         },
     )
+
+    def check_example(self, example: Example) -> None:
+        """It must ask whether something is true or false.
+
+        Raises:
+            DataError: it does not.
+        """
+        _asked(example)
+        check_truth(example)
 
     def extract(self, text: str) -> str | None:
         """``True`` or ``False``, see :func:`~slr_core.tasks.reading.stated_truth`."""

@@ -29,6 +29,7 @@ CONCEPTS = tuple(
 # root 1 alone, or from anywhere, with these cumulative probabilities.
 _POOL_ROOT_0, _POOL_ROOT_1 = 0.35, 0.80
 _DEPTH_WEIGHT = 1.5
+_GRAPH_FIELDS = {"idx_to_symbol", "edges", "root", "target", "neg_target"}
 _ROOT_LABEL = (1, 2)  # bit 1: descends from root 0; bit 2: descends from root 1
 
 
@@ -267,7 +268,10 @@ def graph_of(example: Example) -> Graph:
             neg_target=int(extra["neg_target"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"a ProsQA example needs idx_to_symbol, edges, root, target, neg_target ({error!r})") from error
+        raise DataError(
+            f"a ProsQA example needs the fields idx_to_symbol, edges, root, target and neg_target ({error!r}); "
+            "other questions are for the task text"
+        ) from error
     named = (graph.root, graph.target, graph.neg_target, *(n for edge in graph.edges for n in edge))
     if not all(0 <= n < graph.nodes for n in named):
         raise DataError(f"a ProsQA example names a node that it does not have: {graph.nodes} nodes, {max(named)} named")
@@ -333,6 +337,18 @@ class ProsQA(Task):
             "depth_rule": "never looks at the person: 0.911 on the official test file, 0.925 on valid, 0.5 on balanced"
         },
     )
+
+    def recognizes(self, example: Example) -> bool:
+        """Whether it has the fields of a graph."""
+        return example.extra.keys() >= _GRAPH_FIELDS
+
+    def check_example(self, example: Example) -> None:
+        """The graph behind the question must be there.
+
+        Raises:
+            DataError: it is not.
+        """
+        graph_of(example)
 
     def extract(self, text: str) -> str | None:
         """The text after the last ``#``, as published; without one, the last line."""

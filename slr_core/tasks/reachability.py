@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from slr_core.errors import ConfigError
+from slr_core.errors import ConfigError, DataError
 from slr_core.tasks.base import Card, Dial, Example, Task
 from slr_core.tasks.prosqa import distances
-from slr_core.tasks.reading import stated_truth
+from slr_core.tasks.reading import check_truth, stated_truth
 
 _BOTH = 3  # bit 1: may be reached from the first start, bit 2: from the second
 
@@ -32,6 +32,20 @@ class Reachability(Task):
         grading="as prontoqa",
         shortcuts={"always_true": "0.5 by construction"},
     )
+
+    def recognizes(self, example: Example) -> bool:
+        """Whether it has the fields of a graph with links."""
+        return example.extra.keys() >= {"hops", "links", "source", "target"}
+
+    def check_example(self, example: Example) -> None:
+        """The answer must be True or False, and the length of the chains given.
+
+        Raises:
+            DataError: one of them is not so.
+        """
+        check_truth(example)
+        if not isinstance(example.extra.get("hops"), int):
+            raise DataError("a reachability question needs the field hops; other questions are for the task text")
 
     def extract(self, text: str) -> str | None:
         """``True`` or ``False``, see :func:`~slr_core.tasks.reading.stated_truth`."""

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from slr_core.errors import DataError
+from slr_core.tasks.base import Example
+
 _LONGEST = 10_000
 _SENTENCE_END = re.compile(r"(?<!\bMrs)(?<!\bM[rs])(?<!\bDr)(?<!\bSt)[.!?](?=\s|$)|\n|$")
 _ANSWER_IS = re.compile(r"\banswers?\b[^.\n:=]{0,40}?(?:\b(?:is|are|was|would be|should be)\b|[:=])[\s:*_]*", re.I)
@@ -213,6 +216,32 @@ def stated_truth(text: str) -> str | None:
         if found:
             return None if found[-1]["negated"] else found[-1]["word"].capitalize()
     return None
+
+
+def check_truth(example: Example) -> None:
+    """Check that the reference answer is ``True`` or ``False``.
+
+    Raises:
+        DataError: it is not.
+    """
+    if example.answer not in ("True", "False"):
+        raise DataError(
+            f"the reference answer {example.answer[:80]!r} is not True or False: other answers are for the task text"
+        )
+
+
+def reference_number(example: Example) -> Fraction:
+    """The reference answer as a number.
+
+    Raises:
+        DataError: it is not one.
+    """
+    value = number(example.answer)
+    if value is None:
+        raise DataError(
+            f"the reference answer {example.answer[:80]!r} is not a number: other answers are for the task text"
+        )
+    return value
 
 
 def written_steps(text: str) -> list[str]:

@@ -30,7 +30,7 @@ class Questions:
     sha256: str
 
 
-def load(
+def load_questions(
     task: Task,
     *,
     data: str | Path | None = None,
@@ -53,7 +53,7 @@ def load(
 
     Raises:
         ConfigError: not exactly one source, or one that the task does not have.
-        DataError: the file or split cannot be read, or holds nothing.
+        DataError: the file or split cannot be read, holds nothing, or holds a question that the task cannot grade.
     """
     if sum(source is not None for source in (data, split, generate)) != 1:
         raise ConfigError("give exactly one source of questions: a data file, a split, or a number to generate")
@@ -75,7 +75,17 @@ def load(
     chosen = tuple(examples[:limit])
     if not chosen:
         raise DataError(f"{source}: no questions in it")
+    if generate is None:
+        _check(task, chosen, source)
     return Questions(chosen, source, fingerprint(chosen))
+
+
+def _check(task: Task, examples: tuple[Example, ...], source: str) -> None:
+    for number, example in enumerate(examples, start=1):
+        try:
+            task.check_example(example)
+        except DataError as error:
+            raise DataError(f"{source}, question {number}, task {task.name}: {error}") from error
 
 
 def fingerprint(examples: tuple[Example, ...]) -> str:

@@ -34,6 +34,14 @@ class StateTracking(Task):
         shortcuts={"identity": "answers the row of the start: 1 / elements! (0.167, 0.042, 0.008)"},
     )
 
+    def check_example(self, example: Example) -> None:
+        """It must name the row of the start.
+
+        Raises:
+            DataError: it does not.
+        """
+        _start(example)
+
     def extract(self, text: str) -> str | None:
         """The last row of letters, with single spaces."""
         where = statement(text, _ROW.search)
@@ -48,10 +56,7 @@ class StateTracking(Task):
 
     def baselines(self, example: Example) -> dict[str, float]:
         """Whether the row in the end is that of the start."""
-        start = _START.search(example.question)
-        if start is None:
-            raise DataError(f"not a state-tracking question: {example.question[:80]!r}")
-        return {"identity": float(start.group(1) == example.answer)}
+        return {"identity": float(_start(example) == example.answer)}
 
     def _generate(self, seed: int, dials: Mapping[str, Any]) -> Iterator[Example]:
         elements, length = dials["elements"], dials["length"]
@@ -60,6 +65,15 @@ class StateTracking(Task):
         if length < 1:
             raise ConfigError(f"state_tracking: length must be at least 1, got {length}")
         return _stream(elements, length, random.Random(seed))
+
+
+def _start(example: Example) -> str:
+    found = _START.search(example.question)
+    if found is None:
+        raise DataError(
+            f"not a state-tracking question: {example.question[:80]!r}; other questions are for the task text"
+        )
+    return found.group(1)
 
 
 def _stream(elements: int, length: int, rng: random.Random) -> Iterator[Example]:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any, ClassVar
 
 from slr_core.tasks.base import Card, Example, HubSplit, Task
-from slr_core.tasks.reading import number, stated_number, statement
+from slr_core.tasks.reading import number, reference_number, stated_number, statement
 
 _TOLERANCE = Fraction(1, 1000)
 _GRADING = (
@@ -29,16 +29,27 @@ def close(value: Fraction, gold: Fraction) -> bool:
 class WordProblem(Task):
     """A number is asked for."""
 
+    def check_example(self, example: Example) -> None:
+        """The reference answer must be a number.
+
+        Raises:
+            DataError: it is not.
+        """
+        reference_number(example)
+
     def extract(self, text: str) -> str | None:
         """The stated number, see :func:`~slr_core.tasks.reading.stated_number`."""
         found = stated_number(text)
         return found.text if found else None
 
     def grade(self, example: Example, text: str) -> bool:
-        """Numeric comparison, see :func:`close`."""
-        gold = number(example.answer)
-        found = stated_number(text)
-        return gold is not None and found is not None and any(close(value, gold) for value in found.values)
+        """Numeric comparison, see :func:`close`.
+
+        Raises:
+            DataError: the reference answer is not a number.
+        """
+        gold, found = reference_number(example), stated_number(text)
+        return found is not None and any(close(value, gold) for value in found.values)
 
 
 class GSM8K(WordProblem):
@@ -154,6 +165,9 @@ class ASDiv(WordProblem):
             "the hub's split has 90 questions more; those with several answers ('5; 3') are never graded right",
         ),
     )
+
+    def check_example(self, example: Example) -> None:
+        """Any answer can be compared: there are words, times and ratios among them."""
 
     def extract(self, text: str) -> str | None:
         """The stated number, time or ratio; where there is none, the statement itself."""

@@ -14,7 +14,7 @@ from slr_core import tasks
 from slr_core.errors import DataError
 from slr_core.tasks.base import Dial, Example, Task
 from slr_core.tasks.prosqa import GraphSpec, generate_graph, to_example
-from slr_core.tasks.sources import load
+from slr_core.tasks.sources import load_questions
 from slr_core.training.stages import DataConfig
 
 CONTINUES = "continues"
@@ -116,7 +116,7 @@ class PlainText(Source):
 @cache
 def _read(task: str, file: str | None, split: str | None) -> tuple[tuple[Example, ...], str, str]:
     # Stages name the same file again and again.
-    questions = load(tasks.get(task), data=file, split=split)
+    questions = load_questions(tasks.get_task(task), data=file, split=split)
     return questions.examples, questions.source, questions.sha256
 
 
@@ -132,7 +132,7 @@ def source_of(config: DataConfig, seed: int) -> Source:
     if not config.generated:
         examples, about, digest = _read(config.task, config.file, config.split)
         return Listed(examples, seed, f"{config.task}, {about}", digest)
-    task = tasks.get(config.task)
+    task = tasks.get_task(config.task)
     if config.graphs:
         return Graphs(GraphSpec(**config.dials))  # type: ignore[arg-type]  # checked by the config
     return Generated(task, dict(config.dials))

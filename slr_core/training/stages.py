@@ -34,7 +34,7 @@ class DataConfig(Settings):
             raise ValueError("give one of file, split and text, or none to generate questions")
         if self.dials and not self.generated:
             raise ValueError("dials are for generated questions")
-        task = tasks.get(self.task)
+        task = tasks.get_task(self.task)
         if self.generated:
             task.generate(0, **self.dials)
         return self

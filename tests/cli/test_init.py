@@ -45,7 +45,7 @@ def test_untrained_until_trained(run, plain, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     questions = [{"question": f"w{i}", "steps": [], "answer": f"w{i + 1}"} for i in range(4)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    stage = {"steps": 2, "iterations": 2, "data": [{"task": "gsm8k", "file": str(tmp_path / "questions.jsonl")}]}
+    stage = {"steps": 2, "iterations": 2, "data": [{"task": "text", "file": str(tmp_path / "questions.jsonl")}]}
     recipe.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), "stages": [stage]}))
     code, _, err = run(*(str(recipe) if word == "RECIPE.yaml" else word for word in command[1:]))
     assert code == 0, err

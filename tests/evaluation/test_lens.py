@@ -150,13 +150,13 @@ def bundled() -> LatentReasoner:
 
 
 def prosqa(count: int) -> list[Example]:
-    return list(islice(tasks.get("prosqa").generate(0, nodes=10, min_hops=2, max_hops=3, balanced=True), count))
+    return list(islice(tasks.get_task("prosqa").generate(0, nodes=10, min_hops=2, max_hops=3, balanced=True), count))
 
 
 def test_the_bundled_checkpoint_reads_as_the_frontier_and_then_as_its_answer(bundled):
     examples = prosqa(8)
-    collected = collect_states(bundled, tasks.get("prosqa"), examples, iterations=5)
-    lens = read_lens(bundled, tasks.get("prosqa"), examples, collected)
+    collected = collect_states(bundled, tasks.get_task("prosqa"), examples, iterations=5)
+    lens = read_lens(bundled, tasks.get_task("prosqa"), examples, collected)
     by_t = {r.t: r for r in lens.readings}
     far = sum(len(e.steps) == 3 for e in examples)
     assert [by_t[t].frontier_questions for t in range(6)] == [8, 8, 8, far, 0, 0]
@@ -171,7 +171,7 @@ def test_the_bundled_checkpoint_reads_as_the_frontier_and_then_as_its_answer(bun
 def test_the_frontier_is_left_out_where_a_node_takes_several_tokens():
     made = reasoner(text={"max_new_tokens": 1})  # its tokenizer knows no word of the question
     examples = [replace(e, question=tiny.words(1, 2)) for e in prosqa(2)]
-    lens = read_lens(made, tasks.get("prosqa"), examples, collect_states(made, tasks.get("prosqa"), examples))
+    lens = read_lens(made, tasks.get_task("prosqa"), examples, collect_states(made, tasks.get_task("prosqa"), examples))
     assert {r.frontier for r in lens.readings} == {None}
     assert {r.frontier_questions for r in lens.readings} == {0}
 

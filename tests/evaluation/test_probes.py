@@ -271,7 +271,7 @@ def test_progress_counts_every_question_and_every_place_to_look():
 
 
 def drawn(task: str, count: int = 30, **dials: Any) -> list[Example]:
-    return list(islice(tasks.get(task).generate(0, **dials), count))
+    return list(islice(tasks.get_task(task).generate(0, **dials), count))
 
 
 def value(task: str, name: str, example: Example, t: int) -> Any:

@@ -49,6 +49,11 @@ def test_windows_line_ends(tmp_path):
     assert len(read_jsonl(written(tmp_path, (json.dumps(LINE) + "\r\n") * 3))) == 3
 
 
+def test_steps_may_be_left_out(tmp_path):
+    path = written(tmp_path, json.dumps({"question": "q?", "answer": "c", "id": 7}))
+    assert read_jsonl(path) == [Example("q?", (), "c", {"id": 7})]
+
+
 def test_an_empty_file_has_no_examples(tmp_path):
     assert read_jsonl(written(tmp_path, "")) == []
 
@@ -60,7 +65,6 @@ BAD_LINES = {
     "a-number": "3",
     "null": "null",
     "no-question": json.dumps({k: v for k, v in LINE.items() if k != "question"}),
-    "no-steps": json.dumps({k: v for k, v in LINE.items() if k != "steps"}),
     "no-answer": json.dumps({k: v for k, v in LINE.items() if k != "answer"}),
     "question-a-number": json.dumps({**LINE, "question": 3}),
     "answer-null": json.dumps({**LINE, "answer": None}),

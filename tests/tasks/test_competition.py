@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 pytest.importorskip("math_verify")
 
 from slr_core.errors import ConfigError, DataError
-from slr_core.tasks import equivalence, get
+from slr_core.tasks import equivalence, get_task
 from slr_core.tasks.base import Example, read_jsonl
 from slr_core.tasks.competition import same, sentences, tidied
 from slr_core.tasks.equivalence import Comparer, equivalent
@@ -86,7 +86,7 @@ def test_too_long_an_answer_is_wrong_without_asking():
 def test_no_latex_however_broken_raises(parts):
     text = "".join(parts)
     assert same("\\frac{1}{3}", text) is False
-    assert isinstance(get("math").grade(Example("q", (), "\\frac{1}{3}"), text), bool)
+    assert isinstance(get_task("math").grade(Example("q", (), "\\frac{1}{3}"), text), bool)
 
 
 # -- tidying and extraction ------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_tidying_never_raises(text):
     ],
 )
 def test_the_answer_is_found(text, answer):
-    assert get("math").extract(text) == answer
+    assert get_task("math").extract(text) == answer
 
 
 def test_a_full_stop_in_a_formula_ends_no_step():
@@ -153,7 +153,7 @@ def test_a_full_stop_in_a_formula_ends_no_step():
 
 
 def test_rows_of_both_public_sets_become_examples():
-    task = get("math")
+    task = get_task("math")
     row = {"problem": "p?", "level": "Level 3", "type": "Algebra", "solution": "So. It is $\\boxed{\\frac{1}{2}}$."}
     example = task.from_row(row)
     assert (example.question, example.answer) == ("p?", "\\frac{1}{2}")
@@ -175,7 +175,7 @@ def test_rows_of_both_public_sets_become_examples():
 
 
 def misread(examples):
-    task = get("math")
+    task = get_task("math")
     return [i for i, e in enumerate(examples) if not task.grade(e, e.extra["solution"])]
 
 
@@ -203,14 +203,14 @@ BROKEN = {
 @pytest.mark.parametrize("file", ["train", "test"])
 def test_answers_as_another_normaliser_wrote_them_are_graded_right(file, shared_data):
     examples = read_jsonl(shared_data / "math" / f"{file}.jsonl.gz")
-    wrong = {i for i, e in enumerate(examples) if not get("math").grade(e, f"\\boxed{{{e.extra['answer_norm']}}}")}
+    wrong = {i for i, e in enumerate(examples) if not get_task("math").grade(e, f"\\boxed{{{e.extra['answer_norm']}}}")}
     assert wrong == BROKEN[file]
 
 
 @pytest.mark.slow
 def test_the_answers_of_other_problems_are_graded_wrong(shared_data):
     examples = read_jsonl(shared_data / "math" / "test500.jsonl.gz")[::2]
-    task = get("math")
+    task = get_task("math")
     for example, other in pairwise(examples):
         if tidied(example.answer) != tidied(other.answer):
             assert not task.grade(example, other.extra["solution"]), (example.answer, other.answer)

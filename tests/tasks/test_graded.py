@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slr_core.tasks import TASKS, get
+from slr_core.tasks import TASKS, get_task
 from slr_core.tasks.base import Example
 
 LINES = [json.loads(line) for line in Path(__file__).with_name("graded.jsonl").read_text("utf-8").splitlines()]
@@ -18,8 +18,8 @@ def test_the_grader_agrees_with_every_line_judged_by_hand(task):
     for line in LINES:
         if line["task"] == task:
             example = Example(line.get("question", ""), (), line["answer"])
-            if get(task).grade(example, line["text"]) is not line["right"]:
-                wrong.append((line, get(task).extract(line["text"])))
+            if get_task(task).grade(example, line["text"]) is not line["right"]:
+                wrong.append((line, get_task(task).extract(line["text"])))
     assert wrong == []
 
 

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slr_core.errors import DataError
-from slr_core.tasks import get
+from slr_core.tasks import get_task
 from slr_core.tasks.base import Example
 
 
 def take(name, count, seed=0, **dials):
-    return list(islice(get(name).generate(seed, **dials), count))
+    return list(islice(get_task(name).generate(seed, **dials), count))
 
 
 def shortcut(name, rule, count=2000, **dials):
-    return mean(get(name).baselines(e)[rule] for e in take(name, count, **dials))
+    return mean(get_task(name).baselines(e)[rule] for e in take(name, count, **dials))
 
 
 # -- reachability ----------------------------------------------------------------------------------------
@@ -118,13 +118,13 @@ def test_dropping_carries_is_worth_what_the_card_says():
     [("12 + 34", 1), ("19 + 34", 0), ("91 + 34", 0), ("12 * 34", 0), ("12 * 13", 1), ("20 * 40", 1), ("11 * 55", 0)],
 )
 def test_the_carry_rule_is_right_where_nothing_is_carried(question, score):
-    assert get("arithmetic").baselines(Example(f"What is {question}?", (), "")) == {"no_carry": score}
+    assert get_task("arithmetic").baselines(Example(f"What is {question}?", (), "")) == {"no_carry": score}
 
 
 def test_the_baselines_refuse_a_question_of_another_task():
     for name in ("arithmetic", "state_tracking"):
         with pytest.raises(DataError, match="not a"):
-            get(name).baselines(Example("Is Tom a lempus?", (), "Tom is a lempus."))
+            get_task(name).baselines(Example("Is Tom a lempus?", (), "Tom is a lempus."))
 
 
 # -- state tracking --------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slr_core.tasks import get
+from slr_core.tasks import get_task
 from slr_core.tasks.base import Example, read_jsonl
 from slr_core.tasks.reading import number, numbers, stated_number, statement
 from slr_core.tasks.word_problems import close, plain
@@ -43,7 +43,7 @@ def test_a_float_as_a_program_prints_it_is_read_exactly(x):
 @given(st.text(alphabet="0123456789.,-+/:%$eE^\\{}()=# \n*x½²٣answeri", max_size=40))
 def test_nothing_that_is_written_makes_a_reader_raise(text):
     for name in FAMILY:
-        task = get(name)
+        task = get_task(name)
         found = task.extract(text)
         assert found is None or found.strip() == found != ""
         assert isinstance(task.grade(Example("q", (), "5"), text), bool)
@@ -54,12 +54,12 @@ def test_nothing_that_is_written_makes_a_reader_raise(text):
 )
 @pytest.mark.parametrize("name", ["gsm8k", "asdiv", "prontoqa", "state_tracking", "prosqa", "arithmetic"])
 def test_a_very_long_text_is_graded_too(name, text):
-    assert not get(name).grade(Example("q", (), "5"), text)
+    assert not get_task(name).grade(Example("q", (), "5"), text)
 
 
 def test_only_the_end_of_a_long_text_is_read():
-    assert get("gsm8k").grade(Example("q", (), "72"), "step 3 of 9. " * 10_000 + "#### 72")
-    assert not get("gsm8k").grade(Example("q", (), "72"), "#### 72\n" + "and so on. " * 10_000)
+    assert get_task("gsm8k").grade(Example("q", (), "72"), "step 3 of 9. " * 10_000 + "#### 72")
+    assert not get_task("gsm8k").grade(Example("q", (), "72"), "#### 72\n" + "and so on. " * 10_000)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ ROWS = {
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_row_of_the_public_set_becomes_an_example(name):
     row, example = ROWS[name]
-    assert get(name).from_row(row) == example
-    assert get(name).grade(example, f"The answer is {example.answer}.")
+    assert get_task(name).from_row(row) == example
+    assert get_task(name).grade(example, f"The answer is {example.answer}.")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_row_of_the_public_set_becomes_an_example(name):
 )
 def test_an_answer_of_asdiv_that_is_no_number_with_a_unit_stays_as_it_is(raw, answer):
     row = ROWS["asdiv"][0] | {"answer": raw}
-    assert get("asdiv").from_row(row).answer == answer
+    assert get_task("asdiv").from_row(row).answer == answer
 
 
 # -- gold answers through the readers --------------------------------------------------------------------
@@ -192,7 +192,7 @@ def solutions(example):
 
 
 def misread(name, examples):
-    task = get(name)
+    task = get_task(name)
     return [i for i, e in enumerate(examples) if not all(task.grade(e, text) for text in solutions(e))]
 
 
@@ -221,7 +221,7 @@ def test_every_gold_solution_is_graded_right(name, file, shared_data):
 @pytest.mark.parametrize(("name", "file"), FILES)
 def test_the_gold_solution_of_the_next_question_is_graded_wrong(name, file, shared_data):
     examples = read_jsonl(shared_data / f"{file}.jsonl.gz")[:300]
-    task = get(name)
+    task = get_task(name)
     for example, other in pairwise(examples):
         if number(example.answer) != number(other.answer) or (
             number(example.answer) is None and example.answer != other.answer

@@ -63,10 +63,12 @@ def test_adapters_on_a_frozen_base_learn_what_the_base_cannot_do(tmp_path):
     stage = config.stages[0].model_copy(update={"steps": 120})
     folder = train(config.model_copy(update={"stages": (stage,)}))
     dials = dict(stage.data[0].dials)
-    questions = list(islice(tasks.get("prosqa").generate(999, **dials), 200))
+    questions = list(islice(tasks.get_task("prosqa").generate(999, **dials), 200))
     backend = Local(LatentReasoner.from_pretrained(str(folder)))
     looped, plain = (
-        summarize(run_method(get_method(name), backend, tasks.get("prosqa"), questions, MethodSettings({}))).accuracy
+        summarize(
+            run_method(get_method(name), backend, tasks.get_task("prosqa"), questions, MethodSettings({}))
+        ).accuracy
         for name in ("slr", "no_cot")
     )
     assert plain < 0.62

@@ -85,7 +85,7 @@ PRONTO = prontoqa_tokenizer()
 
 @given(st.integers(0, 10**6), st.booleans())
 def test_prontoqa_survives_with_two_tokens_a_sentence(seed, balanced):
-    example = next(tasks.get("prontoqa").generate(seed, hops=5, balanced=balanced))
+    example = next(tasks.get_task("prontoqa").generate(seed, hops=5, balanced=balanced))
     for text in (example.question, example.answer, *example.steps, " ".join([*example.steps, "#", example.answer])):
         ids = PRONTO(text).input_ids
         assert PRONTO.unk_token_id not in ids

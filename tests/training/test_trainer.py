@@ -192,7 +192,7 @@ def file_stage(path, **changes):
 
 
 def test_a_file_of_any_task_trains_a_model_with_words_of_its_own(tmp_path):
-    examples = list(islice(tasks.get("state_tracking").generate(0, elements=3, length=2), 10))
+    examples = list(islice(tasks.get_task("state_tracking").generate(0, elements=3, length=2), 10))
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(example.to_json()) + "\n" for example in examples))
     base = {**DATA["base"], "tokenizer": "words"}
