@@ -88,7 +88,13 @@ def _time(case: Case, rounds: int) -> tuple[float, float]:
                 "max_position_embeddings": 512,
             },
             "loop": LOOP,
-            "stages": ({"steps": 1, "iterations": case.thoughts, "data": ({"dials": {"nodes": 8, "max_hops": 3}},)},),
+            "stages": (
+                {
+                    "steps": 1,
+                    "iterations": case.thoughts,
+                    "data": ({"task": "prosqa", "generator_options": {"nodes": 8, "max_hops": 3}},),
+                },
+            ),
         }
     )
     reasoner = build(config).train()

@@ -25,7 +25,7 @@ def _complete_split(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def _complete_generator_option(context: typer.Context, incomplete: str) -> list[str]:
-    names = [f"{option}=" for task in _tasks_of(context) for option in task.dials]
+    names = [f"{option}=" for task in _tasks_of(context) for option in task.generator_options]
     return [name for name in dict.fromkeys(names) if name.startswith(incomplete)]
 
 
@@ -64,7 +64,7 @@ GeneratorOptions = Annotated[
     typer.Option(
         "--generator-option",
         help="Option of the question generator, as name=value; repeatable. "
-        + _list_by_task(lambda task: task.dials)
+        + _list_by_task(lambda task: task.generator_options)
         + ".",
         autocompletion=_complete_generator_option,
     ),
@@ -101,7 +101,7 @@ class QuestionSet:
             split=split,
             generate=generate,
             seed=seed,
-            dials=dict(_parse_generator_option(text) for text in generator_options or ()),
+            generator_options=dict(_parse_generator_option(text) for text in generator_options or ()),
             limit=limit,
         )
         self.examples, self.source = self.loaded.examples, self.loaded.source

@@ -22,7 +22,7 @@ from slr_core.evaluation.methods import MethodSettings, get_method
 from slr_core.evaluation.run import identify_model, run_method, run_spec
 from slr_core.evaluation.statistics import Summary, summarize
 from slr_core.evaluation.store import Store
-from slr_core.tasks.base import Dial
+from slr_core.tasks.base import OptionValue
 from slr_core.tasks.sources import load_questions
 from slr_core.training.config import TrainConfig
 from slr_core.training.trainer import MANIFEST, train
@@ -40,7 +40,7 @@ class SweepEvaluation(_Model):
     split: str | None = Field(None, description="split of the task's public data set")
     generate: int | None = Field(None, ge=1, description="number of questions to generate")
     seed: int = Field(0, ge=0, description="seed of the generated questions")
-    dials: dict[str, Dial] = Field({}, description="options of the question generator")
+    generator_options: dict[str, OptionValue] = Field({}, description="options of the question generator")
     limit: int | None = Field(None, ge=1)
     methods: tuple[str, ...] = Field(("slr",), min_length=1, description="methods that answer, each with every model")
     loop: dict[str, int | float | str] = Field({}, description="loop parameters, for all methods")
@@ -177,7 +177,7 @@ def run_sweep(
                 split=evaluation.split,
                 generate=evaluation.generate,
                 seed=evaluation.seed,
-                dials=evaluation.dials,
+                generator_options=evaluation.generator_options,
                 limit=evaluation.limit,
             ),
             [get_method(name) for name in evaluation.methods],

@@ -4,7 +4,7 @@ from slr_core.tasks import get_task
 from slr_core.tasks.sources import load_questions
 
 task = get_task("state_tracking")
-questions = load_questions(task, generate=100, seed=0, dials={"length": 8})
+questions = load_questions(task, generate=100, seed=0, generator_options={"length": 8})
 """
 
 from slr_core.tasks.base import Example, Task

@@ -1,4 +1,4 @@
-"""Multi-digit arithmetic: addition and multiplication, the number of digits as the dial."""
+"""Multi-digit arithmetic: addition and multiplication, of a chosen number of digits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from slr_core.errors import ConfigError, DataError
-from slr_core.tasks.base import Card, Dial, Example, Task
+from slr_core.tasks.base import Card, Example, OptionValue, Task
 from slr_core.tasks.reading import reference_number, stated_number
 
 _OPERATIONS = {"add": "+", "multiply": "*"}
@@ -20,9 +20,9 @@ class Arithmetic(Task):
     """The task: the exact result; the number of digits as difficulty."""
 
     name = "arithmetic"
-    dials: ClassVar[Mapping[str, Dial]] = {"digits": 4, "operation": "add"}
+    generator_options: ClassVar[Mapping[str, OptionValue]] = {"digits": 4, "operation": "add"}
     card = Card(
-        origin="generated here: both operands have exactly the dialled number of digits",
+        origin="generated here: both operands have exactly the number of digits that is asked for",
         licence="Apache-2.0, as this project",
         splits={},
         grading="the number stated as the answer, else the last one; exact, commas do not count",
@@ -60,8 +60,8 @@ class Arithmetic(Task):
         """Digits of the longer operand."""
         return max(len(word) for word in re.findall(r"\d+", example.question))
 
-    def _generate(self, seed: int, dials: Mapping[str, Any]) -> Iterator[Example]:
-        digits, operation = dials["digits"], dials["operation"]
+    def _generate(self, seed: int, options: Mapping[str, Any]) -> Iterator[Example]:
+        digits, operation = options["digits"], options["operation"]
         if not 1 <= digits <= _MOST_DIGITS:
             raise ConfigError(f"arithmetic: digits must be 1 to {_MOST_DIGITS}, got {digits}")
         if operation not in _OPERATIONS:

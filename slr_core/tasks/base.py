@@ -32,7 +32,7 @@ class Example:
         return {"question": self.question, "steps": list(self.steps), "answer": self.answer, **self.extra}
 
 
-Dial = int | float | bool | str
+OptionValue = int | float | bool | str
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class Task(ABC):
         name: the one by which :func:`slr_core.tasks.get_task` finds it.
         card: about the data.
         hub: the public data, by the name under which a split is asked for; empty where none is known.
-        dials: the generator's settings and their defaults; empty where questions cannot be generated.
+        generator_options: the generator's settings and their defaults; empty where questions cannot be generated.
         needs: modules of the extra ``eval`` without which nothing can be graded.
     """
 
     name: str
     card: ClassVar[Card]
     hub: ClassVar[Mapping[str, HubSplit]] = {}
-    dials: ClassVar[Mapping[str, Dial]] = {}
+    generator_options: ClassVar[Mapping[str, OptionValue]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
 
     def prompt(self, example: Example) -> str:
@@ -127,30 +127,34 @@ class Task(ABC):
         """One row of the public data set as an example."""
         raise ConfigError(f"the task {self.name} has no public data set")
 
-    def generate(self, seed: int, **dials: Dial) -> Iterator[Example]:
-        """Endless stream of examples, the same for the same seed and dials.
+    def generate(self, seed: int, **options: OptionValue) -> Iterator[Example]:
+        """Endless stream of examples, the same for the same seed and options.
 
-        A dial given as a string is read as its default's type.
+        An option given as a string is converted to the type of its default.
 
         Raises:
-            ConfigError: there is no generator, no such dial, or a value that it does not take.
+            ConfigError: there is no generator, no such option, or its value is out of range.
         """
-        if not self.dials:
+        if not self.generator_options:
             raise ConfigError(f"the task {self.name} cannot generate questions: give a file or a split")
-        unknown = sorted(dials.keys() - self.dials.keys())
+        unknown = sorted(options.keys() - self.generator_options.keys())
         if unknown:
-            raise ConfigError(f"{self.name} has no dial {unknown[0]}; it has {', '.join(self.dials)}")
-        settings = dict(self.dials) | {k: _dial(self.name, k, v, self.dials[k]) for k, v in dials.items()}
+            raise ConfigError(
+                f"{self.name} has no generator option {unknown[0]}; it has {', '.join(self.generator_options)}"
+            )
+        settings = dict(self.generator_options) | {
+            k: _converted(self.name, k, v, self.generator_options[k]) for k, v in options.items()
+        }
         return self._generate(seed, settings)
 
-    def _generate(self, seed: int, dials: Mapping[str, Any]) -> Iterator[Example]:
+    def _generate(self, seed: int, options: Mapping[str, Any]) -> Iterator[Example]:
         raise NotImplementedError
 
 
-def _dial(task: str, name: str, value: Dial, default: Dial) -> Dial:
+def _converted(task: str, name: str, value: OptionValue, default: OptionValue) -> OptionValue:
     kind = type(default)
     if isinstance(value, str):
-        words: dict[str, Dial] = {"true": True, "false": False}
+        words: dict[str, OptionValue] = {"true": True, "false": False}
         try:
             return words[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from slr_core.errors import ConfigError, DataError
-from slr_core.tasks.base import Card, Dial, Example, Task
+from slr_core.tasks.base import Card, Example, OptionValue, Task
 from slr_core.tasks.prosqa import CONCEPTS as _MORE_CONCEPTS
 from slr_core.tasks.reading import check_truth, stated_truth, written_steps
 
@@ -246,7 +246,7 @@ class ProntoQA(Task):
     """The task: True or False; hops as difficulty."""
 
     name = "prontoqa"
-    dials: ClassVar[Mapping[str, Dial]] = {"hops": 5, "balanced": False}
+    generator_options: ClassVar[Mapping[str, OptionValue]] = {"hops": 5, "balanced": False}
     card = Card(
         origin="Saparov and He 2022 (arXiv 2210.01240), asaparov/prontoqa run with the flags of coconut's README",
         licence="Apache-2.0 (generator), splits as coconut's (MIT)",
@@ -294,5 +294,5 @@ class ProntoQA(Task):
         """Rules to apply: one less than the steps, the last of which states the conclusion."""
         return len(example.steps) - 1
 
-    def _generate(self, seed: int, dials: Mapping[str, Any]) -> Iterator[Example]:
-        return generate(dials["hops"], dials["balanced"], seed)
+    def _generate(self, seed: int, options: Mapping[str, Any]) -> Iterator[Example]:
+        return generate(options["hops"], options["balanced"], seed)

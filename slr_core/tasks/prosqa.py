@@ -15,7 +15,7 @@ from math import exp
 from typing import Any, ClassVar
 
 from slr_core.errors import ConfigError, DataError
-from slr_core.tasks.base import Card, Dial, Example, Task
+from slr_core.tasks.base import Card, Example, OptionValue, Task
 from slr_core.tasks.reading import written_steps
 
 NAMES = tuple("Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split())
@@ -316,7 +316,9 @@ class ProsQA(Task):
     """The task: grading by the answer sentence, the depth rule as baseline, hops as difficulty."""
 
     name = "prosqa"
-    dials: ClassVar[Mapping[str, Dial]] = {f.name: getattr(GraphSpec, f.name) for f in fields(GraphSpec)}
+    generator_options: ClassVar[Mapping[str, OptionValue]] = {
+        f.name: getattr(GraphSpec, f.name) for f in fields(GraphSpec)
+    }
     card = Card(
         origin="Hao et al. 2024 (Coconut, arXiv 2412.06769); facebookresearch/coconut, data/prosqa_*.json",
         licence="MIT",
@@ -379,5 +381,5 @@ class ProsQA(Task):
         """See :func:`depth_rule`."""
         return {"depth_rule": depth_rule(example)}
 
-    def _generate(self, seed: int, dials: Mapping[str, Any]) -> Iterator[Example]:
-        return generate(GraphSpec(**dials), seed)
+    def _generate(self, seed: int, options: Mapping[str, Any]) -> Iterator[Example]:
+        return generate(GraphSpec(**options), seed)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from slr_core.errors import ConfigError, DataError
-from slr_core.tasks.base import Card, Dial, Example, Task
+from slr_core.tasks.base import Card, Example, OptionValue, Task
 from slr_core.tasks.prosqa import distances
 from slr_core.tasks.reading import check_truth, stated_truth
 
@@ -24,7 +24,7 @@ class Reachability(Task):
     """The task: True or False; the length of the chains as difficulty."""
 
     name = "reachability"
-    dials: ClassVar[Mapping[str, Dial]] = {"hops": 4, "nodes": 16, "degree": 1.5}
+    generator_options: ClassVar[Mapping[str, OptionValue]] = {"hops": 4, "nodes": 16, "degree": 1.5}
     card = Card(
         origin="generated here",
         licence="Apache-2.0, as this project",
@@ -63,8 +63,8 @@ class Reachability(Task):
         """Links of the shortest way from a start to its end."""
         return int(example.extra["hops"])
 
-    def _generate(self, seed: int, dials: Mapping[str, Any]) -> Iterator[Example]:
-        hops, nodes, degree = dials["hops"], dials["nodes"], dials["degree"]
+    def _generate(self, seed: int, options: Mapping[str, Any]) -> Iterator[Example]:
+        hops, nodes, degree = options["hops"], options["nodes"], options["degree"]
         if hops < 1 or nodes < 2 * (hops + 1):
             raise ConfigError(
                 f"reachability: hops must be at least 1 and nodes at least 2 * (hops + 1): {hops}, {nodes}"

@@ -96,7 +96,7 @@ def resolve_task(name: str | None, file: str | Path | None) -> Task:
     if name is not None:
         return get_task(name)
     if file is None:
-        raise ConfigError(f"name the task (--task): {', '.join(task_names())}")
+        raise ConfigError(f"name the task (--task; in a recipe: task): {', '.join(task_names())}")
     return infer_task(file)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from slr_core._install import missing_extra
 from slr_core.errors import ConfigError, DataError
-from slr_core.tasks.base import Dial, Example, Task, read_jsonl
+from slr_core.tasks.base import Example, OptionValue, Task, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def load_questions(
     split: str | None = None,
     generate: int | None = None,
     seed: int = 0,
-    dials: Mapping[str, Dial] | None = None,
+    generator_options: Mapping[str, OptionValue] | None = None,
     limit: int | None = None,
 ) -> Questions:
     """The questions of a task, from exactly one of three sources.
@@ -48,7 +48,7 @@ def load_questions(
         split: a name of ``task.hub``, read from the hub (or its cache) through ``datasets``.
         generate: how many to generate.
         seed: of the generated ones.
-        dials: of the generator, see ``task.dials``.
+        generator_options: of the generator, see ``task.generator_options``.
         limit: the first so many only.
 
     Raises:
@@ -57,8 +57,8 @@ def load_questions(
     """
     if sum(source is not None for source in (data, split, generate)) != 1:
         raise ConfigError("give exactly one source of questions: a data file, a split, or a number to generate")
-    if dials and generate is None:
-        raise ConfigError(f"dials ({', '.join(dials)}) are for generated questions")
+    if generator_options and generate is None:
+        raise ConfigError(f"generator options ({', '.join(generator_options)}) are for generated questions")
     if (limit is not None and limit < 1) or (generate is not None and generate < 1):
         raise ConfigError(f"limit and the number to generate must be at least 1, got {limit} and {generate}")
     if data is not None:
@@ -69,8 +69,8 @@ def load_questions(
         where = task.hub[split]
         source = f"hub: {where.dataset}{f' ({where.subset})' if where.subset else ''}, {where.split}"
     else:
-        examples = list(islice(task.generate(seed, **dict(dials or {})), generate))
-        settings = dict(task.dials) | dict(dials or {})
+        examples = list(islice(task.generate(seed, **dict(generator_options or {})), generate))
+        settings = dict(task.generator_options) | dict(generator_options or {})
         source = f"generated, seed {seed}, {', '.join(f'{k}={v}' for k, v in settings.items())}"
     chosen = tuple(examples[:limit])
     if not chosen:

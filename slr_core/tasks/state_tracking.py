@@ -1,7 +1,7 @@
 """State tracking: a row of elements is rearranged again and again; what is the order in the end.
 
 The word problem of the symmetric groups. For five elements it is complete for NC1, which constant-depth
-transformers are believed not to reach without steps: the length is a dial on needed computation.
+transformers are believed not to reach without steps: the length decides how much computation a question needs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from slr_core.errors import ConfigError, DataError
-from slr_core.tasks.base import Card, Dial, Example, Task
+from slr_core.tasks.base import Card, Example, OptionValue, Task
 from slr_core.tasks.reading import statement
 
 _LETTERS = "abcde"
@@ -24,7 +24,7 @@ class StateTracking(Task):
     """The task: the row in the end; the number of rearrangements as difficulty."""
 
     name = "state_tracking"
-    dials: ClassVar[Mapping[str, Dial]] = {"elements": 5, "length": 8}
+    generator_options: ClassVar[Mapping[str, OptionValue]] = {"elements": 5, "length": 8}
     card = Card(
         origin="generated here: uniform permutations of 3 to 5 elements, one after the other",
         licence="Apache-2.0, as this project",
@@ -58,8 +58,8 @@ class StateTracking(Task):
         """Whether the row in the end is that of the start."""
         return {"identity": float(_start(example) == example.answer)}
 
-    def _generate(self, seed: int, dials: Mapping[str, Any]) -> Iterator[Example]:
-        elements, length = dials["elements"], dials["length"]
+    def _generate(self, seed: int, options: Mapping[str, Any]) -> Iterator[Example]:
+        elements, length = options["elements"], options["length"]
         if not 3 <= elements <= len(_LETTERS):
             raise ConfigError(f"state_tracking: elements must be 3 to {len(_LETTERS)}, got {elements}")
         if length < 1:

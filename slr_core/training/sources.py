@@ -12,7 +12,7 @@ from pathlib import Path
 
 from slr_core import tasks
 from slr_core.errors import DataError
-from slr_core.tasks.base import Dial, Example, Task
+from slr_core.tasks.base import Example, OptionValue, Task
 from slr_core.tasks.prosqa import GraphSpec, generate_graph, to_example
 from slr_core.tasks.sources import load_questions
 from slr_core.training.stages import DataConfig
@@ -54,13 +54,13 @@ class Graphs(Source):
 class Generated(Source):
     """The questions of any other task's generator."""
 
-    def __init__(self, task: Task, dials: dict[str, Dial]) -> None:
-        self.task, self.dials = task, dials
-        self.about = f"{task.name}, generated: {dict(task.dials) | dials}"
+    def __init__(self, task: Task, generator_options: dict[str, OptionValue]) -> None:
+        self.task, self.generator_options = task, generator_options
+        self.about = f"{task.name}, generated: {dict(task.generator_options) | generator_options}"
 
     def draw(self, step: int, count: int, rng: random.Random) -> Iterator[Example]:
         """Fresh questions, from a seed of the step."""
-        return islice(self.task.generate(rng.getrandbits(63), **self.dials), count)
+        return islice(self.task.generate(rng.getrandbits(63), **self.generator_options), count)
 
 
 class Listed(Source):
@@ -129,10 +129,11 @@ def source_of(config: DataConfig, seed: int) -> Source:
     """
     if config.text is not None:
         return PlainText(config.text, config.characters)
+    assert config.task is not None  # the config has checked it
     if not config.generated:
         examples, about, digest = _read(config.task, config.file, config.split)
         return Listed(examples, seed, f"{config.task}, {about}", digest)
     task = tasks.get_task(config.task)
     if config.graphs:
-        return Graphs(GraphSpec(**config.dials))  # type: ignore[arg-type]  # checked by the config
-    return Generated(task, dict(config.dials))
+        return Graphs(GraphSpec(**config.generator_options))  # type: ignore[arg-type]  # checked by the config
+    return Generated(task, dict(config.generator_options))

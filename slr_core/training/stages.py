@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from math import exp, log
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slr_core import tasks
-from slr_core.tasks.base import Dial
+from slr_core.tasks.base import OptionValue
 
 
 class Settings(BaseModel):
@@ -21,22 +21,34 @@ class Settings(BaseModel):
 class DataConfig(Settings):
     """Questions of one task, generated unless a file or a split is named; or plain text."""
 
-    task: str = Field("prosqa", description="a name of slr_core.tasks")
+    task: str | None = Field(
+        None, description="name of the task, as for `--task`; a file that tells its task needs none (prosqa)"
+    )
     file: str | None = Field(None, description="a .jsonl or .jsonl.gz file")
     split: str | None = Field(None, description="a split of the public data set, by `datasets`")
-    dials: dict[str, Dial] = Field({}, description="of the task's generator; a dial left out has the task's default")
+    generator_options: dict[str, OptionValue] = Field(
+        {}, description="of the task's generator; an option left out has the task's default"
+    )
     text: str | None = Field(None, description="a UTF-8 text file for pre-training, in place of a task's questions")
     characters: int = Field(512, ge=16, description="length of the pieces that `text` is cut into")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_of_file(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("file"), str) and data.get("task") is None:
+            return {**data, "task": tasks.infer_task(data["file"]).name}
+        return data
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if sum(source is not None for source in (self.file, self.split, self.text)) > 1:
             raise ValueError("give one of file, split and text, or none to generate questions")
-        if self.dials and not self.generated:
-            raise ValueError("dials are for generated questions")
-        task = tasks.get_task(self.task)
-        if self.generated:
-            task.generate(0, **self.dials)
+        if self.generator_options and not self.generated:
+            raise ValueError("generator_options are only for generated questions")
+        if self.text is None:
+            task = tasks.resolve_task(self.task, None)
+            if self.generated:
+                task.generate(0, **self.generator_options)
         return self
 
     @property

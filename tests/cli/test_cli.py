@@ -156,7 +156,7 @@ def test_tasks_are_listed():
     output = letters(shown("eval"))
     assert letters(", ".join(TASKS)) in output
     for task in TASKS.values():
-        for names in (task.dials, task.hub):
+        for names in (task.generator_options, task.hub):
             assert not names or letters(f"{task.name}: {', '.join(names)}") in output
 
 

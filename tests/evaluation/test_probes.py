@@ -270,8 +270,8 @@ def test_progress_counts_every_question_and_every_place_to_look():
 # -- labels -----------------------------------------------------------------------------------------------
 
 
-def drawn(task: str, count: int = 30, **dials: Any) -> list[Example]:
-    return list(islice(tasks.get_task(task).generate(0, **dials), count))
+def drawn(task: str, count: int = 30, **options: Any) -> list[Example]:
+    return list(islice(tasks.get_task(task).generate(0, **options), count))
 
 
 def value(task: str, name: str, example: Example, t: int) -> Any:

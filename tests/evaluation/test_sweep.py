@@ -15,7 +15,7 @@ from tests.training.recipe import DATA
 JUDGE = {
     "task": "prosqa",
     "generate": 4,
-    "dials": {"nodes": 6, "min_hops": 1, "max_hops": 2, "balanced": True},
+    "generator_options": {"nodes": 6, "min_hops": 1, "max_hops": 2, "balanced": True},
     "methods": ["slr", "no_cot"],
 }
 
@@ -114,7 +114,7 @@ def test_an_interrupted_training_is_resumed(spec, monkeypatch, tmp_path):
         ({"evaluate": [{**JUDGE, "methods": ["thinking"]}]}, "thinking"),
         ({"evaluate": [{**JUDGE, "methods": ["cot"]}]}, "cot"),
         ({"evaluate": [{**JUDGE, "task": "chess"}]}, "chess"),
-        ({"evaluate": [{**JUDGE, "dials": {"knights": 2}}]}, "knights"),
+        ({"evaluate": [{**JUDGE, "generator_options": {"knights": 2}}]}, "knights"),
         ({"recipe": "none.yaml"}, "none.yaml"),
         ({"colour": "red"}, "colour"),
     ],

@@ -79,7 +79,7 @@ def specs(draw):
 
 @given(specs(), st.integers(0, 10**6))
 @settings(max_examples=150)
-def test_an_example_is_what_its_dials_ask_for(spec, seed):
+def test_an_example_is_what_its_options_ask_for(spec, seed):
     example = next(generate(spec, seed))
     graph, symbols = graph_of(example), example.extra["idx_to_symbol"]
     assert 4 <= graph.nodes <= spec.nodes
@@ -205,7 +205,7 @@ def test_balanced_roots_and_options_are_coin_flips():
     ],
     ids=str,
 )
-def test_impossible_dials_are_refused(options):
+def test_impossible_options_are_refused(options):
     # Those that were let through would draw graphs forever.
     with pytest.raises(ConfigError):
         GraphSpec(**options)
@@ -214,7 +214,7 @@ def test_impossible_dials_are_refused(options):
 def test_default_is_balanced():
     """The other form has a shortcut: nobody should be given it without asking."""
     examples = list(itertools.islice(ProsQA().generate(3), 50))
-    assert ProsQA.dials["balanced"] is True
+    assert ProsQA.generator_options["balanced"] is True
     assert {depth_rule(example) for example in examples} == {0.5}
 
 

@@ -16,8 +16,8 @@ NAMES = (
 GENERATED = ["prosqa", "prontoqa", "reachability", "arithmetic", "state_tracking"]
 
 
-def take(task, count, seed=0, **dials):
-    stream = task.generate(seed, **dials)
+def take(task, count, seed=0, **options):
+    stream = task.generate(seed, **options)
     return [next(stream) for _ in range(count)]
 
 
@@ -135,7 +135,7 @@ def test_a_file_that_does_not_tell_its_task(lines, tmp_path):
 def test_a_named_task_comes_before_the_file(tmp_path):
     assert resolve_task("text", file_of(tmp_path, PLAIN)) is TASKS["text"]
     assert resolve_task("svamp", None) is TASKS["svamp"]
-    with pytest.raises(ConfigError, match=r"name the task \(--task\): text, prosqa"):
+    with pytest.raises(ConfigError, match=r"name the task .*: text, prosqa"):
         resolve_task(None, None)
     with pytest.raises(DataError, match="nowhere"):
         resolve_task(None, tmp_path / "nowhere.jsonl")
@@ -183,9 +183,9 @@ def test_every_task_has_a_card_that_says_what_matters(name):
     assert card.origin
     assert card.licence
     assert card.grading
-    assert card.splits or task.dials or name == "text"
+    assert card.splits or task.generator_options or name == "text"
     assert all(isinstance(where, HubSplit) for where in task.hub.values())
-    assert task.hub or task.dials or name == "text"
+    assert task.hub or task.generator_options or name == "text"
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -217,7 +217,7 @@ def test_a_task_without_a_generator_says_so(name):
         get_task(name).generate(0)
 
 
-def test_dials_given_as_text_are_read_as_their_kind():
+def test_options_given_as_text_are_read_as_their_kind():
     task = get_task("reachability")
     as_text = take(task, 5, hops="2", nodes="8", degree="2")
     assert as_text == take(task, 5, hops=2, nodes=8, degree=2.0) == take(task, 5, hops=2, nodes=8, degree=2)
@@ -229,7 +229,7 @@ def test_dials_given_as_text_are_read_as_their_kind():
 
 
 @pytest.mark.parametrize(
-    ("name", "dials", "named"),
+    ("name", "options", "named"),
     [
         ("prosqa", {"hops": 3}, "hops.*min_hops"),
         ("prosqa", {"nodes": "many"}, "nodes"),
@@ -253,9 +253,9 @@ def test_dials_given_as_text_are_read_as_their_kind():
     ],
     ids=str,
 )
-def test_a_dial_that_does_not_exist_or_cannot_be_is_refused_at_once(name, dials, named):
+def test_an_option_that_does_not_exist_or_cannot_be_is_refused_at_once(name, options, named):
     with pytest.raises(ConfigError, match=named):
-        get_task(name).generate(0, **dials)  # before the first question is asked for
+        get_task(name).generate(0, **options)  # before the first question is asked for
 
 
 def test_tasks_without_a_public_set_refuse_a_row():
@@ -263,7 +263,7 @@ def test_tasks_without_a_public_set_refuse_a_row():
         get_task("prosqa").from_row({"question": "q"})
 
 
-def test_difficulty_is_what_the_dial_or_the_data_says():
+def test_difficulty_is_what_the_option_or_the_data_says():
     assert {get_task("reachability").difficulty(e) for e in take(get_task("reachability"), 5, hops=3)} == {3}
     assert {get_task("arithmetic").difficulty(e) for e in take(get_task("arithmetic"), 5, digits=7)} == {7}
     assert {get_task("state_tracking").difficulty(e) for e in take(get_task("state_tracking"), 5, length=6)} == {6}

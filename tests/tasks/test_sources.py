@@ -57,12 +57,15 @@ def test_a_split_of_the_hub(hub):
 
 
 def test_the_generator():
-    found = load_questions(get_task("state_tracking"), generate=4, seed=2, dials={"length": "3"})
+    found = load_questions(get_task("state_tracking"), generate=4, seed=2, generator_options={"length": "3"})
     stream = get_task("state_tracking").generate(2, length=3)
     assert found.examples == tuple(next(stream) for _ in range(4))
     assert found.source == "generated, seed 2, elements=5, length=3"
-    assert load_questions(get_task("state_tracking"), generate=4, seed=2, dials={"length": 3}) == found
-    assert load_questions(get_task("state_tracking"), generate=4, seed=3, dials={"length": 3}).sha256 != found.sha256
+    assert load_questions(get_task("state_tracking"), generate=4, seed=2, generator_options={"length": 3}) == found
+    assert (
+        load_questions(get_task("state_tracking"), generate=4, seed=3, generator_options={"length": 3}).sha256
+        != found.sha256
+    )
 
 
 def test_the_fingerprint_is_of_the_questions_and_not_of_the_file(data, tmp_path):
@@ -87,7 +90,7 @@ def test_exactly_one_source_has_to_be_given(data):
         with pytest.raises(ConfigError, match="exactly one source"):
             load_questions(task, **sources)
     with pytest.raises(ConfigError, match=r"length.*are for generated"):
-        load_questions(task, data=data, dials={"length": 3})
+        load_questions(task, data=data, generator_options={"length": 3})
     for numbers in ({"generate": 0}, {"generate": -1}, {"generate": 3, "limit": 0}):
         with pytest.raises(ConfigError, match="at least 1"):
             load_questions(task, **numbers)

@@ -12,12 +12,12 @@ from slr_core.tasks import get_task
 from slr_core.tasks.base import Example
 
 
-def take(name, count, seed=0, **dials):
-    return list(islice(get_task(name).generate(seed, **dials), count))
+def take(name, count, seed=0, **options):
+    return list(islice(get_task(name).generate(seed, **options), count))
 
 
-def shortcut(name, rule, count=2000, **dials):
-    return mean(get_task(name).baselines(e)[rule] for e in take(name, count, **dials))
+def shortcut(name, rule, count=2000, **options):
+    return mean(get_task(name).baselines(e)[rule] for e in take(name, count, **options))
 
 
 # -- reachability ----------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from slr_core.config import validated
 from slr_core.training.config import TrainConfig
 
 GRAPHS = [
-    {"dials": {"nodes": 6, "min_hops": 1, "max_hops": 2, "balanced": True}},
-    {"dials": {"nodes": 8, "min_hops": 2, "max_hops": 3, "balanced": False}},
+    {"task": "prosqa", "generator_options": {"nodes": 6, "min_hops": 1, "max_hops": 2, "balanced": True}},
+    {"task": "prosqa", "generator_options": {"nodes": 8, "min_hops": 2, "max_hops": 3, "balanced": False}},
 ]
 
 DATA: dict[str, Any] = {

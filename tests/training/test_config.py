@@ -27,7 +27,7 @@ def test_a_recipe_is_read(path):
     config = TrainConfig.from_yaml(path)
     assert config == recipe() == TrainConfig.from_yaml(str(path))
     assert config.total_steps == 6
-    assert config.stages[1].data[1].dials["max_hops"] == 3
+    assert config.stages[1].data[1].generator_options["max_hops"] == 3
     assert config.schedule == config.stages
 
 
@@ -86,14 +86,21 @@ WRONG = {
     "no-data": ({"stages": [{"steps": 1, "iterations": 1, "data": []}]}, "stages.0.data"),
     "steps": ({"stages": [{"steps": 0, "iterations": 1, "data": GRAPHS}]}, "stages.0.steps"),
     "iterations": ({"stages": [{"steps": 1, "iterations": 65, "data": GRAPHS}]}, "stages.0.iterations"),
-    "dials": (
-        {"stages": [data(dials={"nodes": 8, "min_hops": 2, "max_hops": 9})]},
+    "generator_options": (
+        {"stages": [data(task="prosqa", generator_options={"nodes": 8, "min_hops": 2, "max_hops": 9})]},
         "data.0: Value error, hops must satisfy",
     ),
-    "no-dial": ({"stages": [data(dials={"sides": 8})]}, "has no dial sides"),
+    "no-option": ({"stages": [data(task="prosqa", generator_options={"sides": 8})]}, "has no generator option sides"),
+    "task-unnamed": ({"stages": [data()]}, "name the task (--task; in a recipe: task): text, prosqa"),
     "no-task": ({"stages": [data(task="chess")]}, "there is no task chess"),
-    "two-sources": ({"stages": [data(file="a.jsonl", split="test")]}, "give one of file, split and text"),
-    "dials-of-a-file": ({"stages": [data(file="a.jsonl", dials={"nodes": 8})]}, "dials are for generated questions"),
+    "two-sources": (
+        {"stages": [data(task="prosqa", file="a.jsonl", split="test")]},
+        "give one of file, split and text",
+    ),
+    "options-of-a-file": (
+        {"stages": [data(task="prosqa", file="a.jsonl", generator_options={"nodes": 8})]},
+        "generator_options are only for generated questions",
+    ),
     "not-generated": ({"stages": [data(task="gsm8k")]}, "cannot generate"),
     "base-and-sizes": ({"base": {"from": "x", "hidden_size": 64}}, "leave out hidden_size"),
     "no-teacher": ({"objectives": {"teacher_states": 1}}, "need a teacher"),

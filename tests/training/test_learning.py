@@ -48,8 +48,8 @@ def test_every_variant_of_an_ablation_starts(name):
 
 @pytest.mark.slow
 def test_the_first_stage_learns_to_look_up_one_hop(tmp_path):
-    dials = "{nodes: 8, min_hops: 1, max_hops: 1, balanced: true}"
-    first = f"stages=[{{steps: 550, iterations: 1, data: [{{task: prosqa, dials: {dials}}}]}}]"
+    options = "{nodes: 8, min_hops: 1, max_hops: 1, balanced: true}"
+    first = f"stages=[{{steps: 550, iterations: 1, data: [{{task: prosqa, generator_options: {options}}}]}}]"
     config = TrainConfig.from_yaml(RECIPES / "prosqa.yaml", (first, f"output_dir={tmp_path}", "threads=1"))
     last = json.loads((train(config) / "training.json").read_text())["last_log"]
     # Without looking anything up, the best guess over the concepts of a graph costs about 1.7 nats.
@@ -62,8 +62,8 @@ def test_adapters_on_a_frozen_base_learn_what_the_base_cannot_do(tmp_path):
     config = TrainConfig.from_yaml(RECIPES / "adapters.yaml", (f"output_dir={tmp_path / 'out'}", "threads=1"))
     stage = config.stages[0].model_copy(update={"steps": 120})
     folder = train(config.model_copy(update={"stages": (stage,)}))
-    dials = dict(stage.data[0].dials)
-    questions = list(islice(tasks.get_task("prosqa").generate(999, **dials), 200))
+    options = dict(stage.data[0].generator_options)
+    questions = list(islice(tasks.get_task("prosqa").generate(999, **options), 200))
     backend = Local(LatentReasoner.from_pretrained(str(folder)))
     looped, plain = (
         summarize(

@@ -61,7 +61,12 @@ def test_longer_steps_are_cut_and_thoughts_take_the_place_of_positions():
 
 def test_steps_left_in_words_are_not_asked_of_the_loop():
     stages = [
-        {"steps": 1, "iterations": 4, "replaced": 1, "data": [{"dials": {"nodes": 8, "min_hops": 2, "max_hops": 3}}]}
+        {
+            "steps": 1,
+            "iterations": 4,
+            "replaced": 1,
+            "data": [{"task": "prosqa", "generator_options": {"nodes": 8, "min_hops": 2, "max_hops": 3}}],
+        }
     ]
     made = Setup({"steps": 1.0, "answer": 1.0}, stages=stages)
     states = last_states(made)[:, 1:, 0]
