@@ -119,6 +119,16 @@ def test_make_targets_exist(path):
     assert used <= set(targets)
 
 
+def test_panels_exist():
+    """Panels stand in italics; a title that goes on after a comma may be cut there."""
+    dashboards = [json.loads(file.read_text()) for file in (ROOT / "deploy/grafana/dashboards").glob("*.json")]
+    titles = {panel["title"].split(",")[0] for dashboard in dashboards for panel in dashboard["panels"]}
+    manual = (ROOT / "docs/operations.md").read_text()
+    named = set(re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", re.sub(r"\s+", " ", manual)))
+    assert len(named) > 10
+    assert named - titles == {"Accuracy against mean iterations"}  # a plot of the report
+
+
 # -- what the README shows happens ---------------------------------------------------------------------------
 
 
