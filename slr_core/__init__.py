@@ -1,4 +1,4 @@
-"""Stable Latent Reasoning: language models that think in their hidden states.
+"""Stable Latent Reasoning: language models that reason in their hidden states before they write.
 
 from slr_core import Engine
 
@@ -10,39 +10,74 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from slr_core._version import __version__
-from slr_core.errors import CheckpointError, ConfigError, DataError, EngineError, RequestError, SLRError, TrainingError
+from slr_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeadlineError,
+    EngineError,
+    RequestError,
+    SLRError,
+    TrainingError,
+)
 
 if TYPE_CHECKING:
+    from slr_core.client.client import AsyncClient, Client
     from slr_core.config import SLRConfig
-    from slr_core.engine import Engine
-    from slr_core.model.reasoner import LatentReasoner
-    from slr_core.params import LoopParams
+    from slr_core.engine import Engine, Event, FinishedEvent, IterationEvent, TokenEvent
+    from slr_core.model.reasoner import LatentReasoner, ReasonerOutput
+    from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
+    from slr_core.types import IterationRecord, Request, Result, Stability, Timings, Tokens, TokenScore
 
 __all__ = [
+    "AsyncClient",
     "CheckpointError",
+    "Client",
     "ConfigError",
     "DataError",
+    "DeadlineError",
     "Engine",
     "EngineError",
+    "Event",
+    "FinishedEvent",
+    "IterationEvent",
+    "IterationRecord",
     "LatentReasoner",
     "LoopParams",
+    "ReasonerOutput",
+    "Request",
     "RequestError",
+    "ResolvedLoopParams",
+    "Result",
     "SLRConfig",
     "SLRError",
+    "SamplingParams",
+    "Stability",
+    "Timings",
+    "TokenEvent",
+    "TokenScore",
+    "Tokens",
     "TrainingError",
     "__version__",
 ]
 
-_LAZY = {
-    "Engine": "slr_core.engine",
-    "LatentReasoner": "slr_core.model.reasoner",
-    "LoopParams": "slr_core.params",
-    "SLRConfig": "slr_core.config",
+# torch and transformers take seconds to import, so these names are imported when they are first used.
+_MODULES = {
+    "slr_core.client.client": ("AsyncClient", "Client"),
+    "slr_core.config": ("SLRConfig",),
+    "slr_core.engine": ("Engine", "Event", "FinishedEvent", "IterationEvent", "TokenEvent"),
+    "slr_core.model.reasoner": ("LatentReasoner", "ReasonerOutput"),
+    "slr_core.params": ("LoopParams", "ResolvedLoopParams", "SamplingParams"),
+    "slr_core.types": ("IterationRecord", "Request", "Result", "Stability", "Timings", "TokenScore", "Tokens"),
 }
+_LAZY = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import: only those who use the model pay for them.
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

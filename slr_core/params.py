@@ -1,19 +1,27 @@
-"""What a request may set: how tokens are sampled, and how long its loop runs."""
+"""Parameters of a request: how tokens are sampled, and how long its loop runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-
-import torch
+from typing import TYPE_CHECKING
 
 from slr_core.config import DEFAULT_THRESHOLDS, Criterion, LoopConfig
 from slr_core.errors import RequestError
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep the whole vocabulary.
+    """How tokens are chosen.
+
+    Args:
+        temperature: divides the logits; 0 is greedy.
+        top_k: sample from this many of the most likely tokens; 0: from all.
+        top_p: sample from the smallest set of the most likely tokens with this probability mass, in (0, 1].
+        seed: sampling seed; ``None``: different for every request.
 
     Raises:
         RequestError: a value is out of range.
@@ -25,19 +33,21 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, fine, accepted in (
-            ("temperature", 0 <= self.temperature < inf, "a number from 0"),
-            ("top_k", self.top_k >= 0, "a whole number from 0"),
+        for name, valid, accepted in (
+            ("temperature", 0 <= self.temperature < inf, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**64, "a whole number from 0 to 2**64 - 1"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64 - 1"),
         ):
-            if not fine:
+            if not valid:
                 raise RequestError(f"{name} must be {accepted}, got {getattr(self, name)}", param=name)
 
     def generator(self) -> torch.Generator | None:
-        """The request's own source of randomness: its draws do not depend on its batch."""
+        """A generator for one request, so that its samples do not depend on its batch; ``None`` if greedy."""
         if self.temperature == 0:
             return None
+        import torch  # here, so that a client that only sets parameters starts without it
+
         generator = torch.Generator()
         if self.seed is None:
             generator.seed()
@@ -48,14 +58,14 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class LoopParams:
-    """How long a loop runs. A field that stays ``None`` is the checkpoint's.
+    """How long a loop runs. A field that is ``None`` takes the checkpoint's default.
 
     Args:
-        max_iterations: most iterations, at least 0; 0 is the base model without a loop.
-        min_iterations: iterations before the loop may stop by itself, at least 0.
-        criterion: the exit criterion, one of :data:`slr_core.config.DEFAULT_THRESHOLDS`.
-        threshold: the criterion must fall below it, at least 0.
-        patience: for so many iterations in a row, at least 1.
+        max_iterations: maximum number of iterations; 0: the base model without a loop.
+        min_iterations: number of iterations before the loop may stop by itself.
+        criterion: the convergence criterion, a key of :data:`slr_core.config.DEFAULT_THRESHOLDS`.
+        threshold: the loop converges when the criterion falls below it; at least 0.
+        patience: number of iterations in a row below the threshold; at least 1.
 
     Raises:
         RequestError: a value is out of range, or ``min_iterations`` is above ``max_iterations``.
@@ -70,7 +80,7 @@ class LoopParams:
     def __post_init__(self) -> None:
         for name, least in (("max_iterations", 0), ("min_iterations", 0), ("patience", 1), ("threshold", 0)):
             value = getattr(self, name)
-            if value is not None and not value >= least:  # so written, NaN is refused too
+            if value is not None and not value >= least:  # not `value < least`: NaN is refused too
                 raise RequestError(f"{name} must be at least {least}, got {value}", param=name)
         if self.criterion is not None and self.criterion not in DEFAULT_THRESHOLDS:
             raise RequestError(
@@ -85,8 +95,8 @@ class LoopParams:
     def resolve(self, loop: LoopConfig) -> ResolvedLoopParams:
         """Fill in the checkpoint's defaults.
 
-        A criterion given without a threshold takes that criterion's default threshold. A default
-        minimum gives way to an explicit maximum, and a default maximum to an explicit minimum.
+        A criterion without a threshold takes that criterion's default threshold. A default minimum is lowered to an
+        explicit maximum, and a default maximum is raised to an explicit minimum.
 
         Raises:
             RequestError: the criterion needs a halting head that the checkpoint does not have, or the loop would
@@ -122,5 +132,5 @@ class ResolvedLoopParams:
 
     @property
     def reads_head(self) -> bool:
-        """Whether the criterion needs the LM head at every iteration."""
+        """Whether the criterion needs the LM head's logits at every iteration."""
         return self.criterion in ("kl", "entropy_change", "argmax_stable")
