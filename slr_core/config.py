@@ -1,7 +1,7 @@
-"""Every setting of a latent reasoner, with its default and its meaning, in one place.
+"""Every setting of a latent reasoner, with its default and its meaning.
 
-:class:`SLRConfig` is what ``slr_config.json`` holds. Each part of the loop is a small model of its
-own, so that an ablation is a config change: ``config.replace(loop={"residual": {"source": "none"}})``.
+:class:`SLRConfig` is the content of ``slr_config.json``. Each part of the loop has its own settings, so that an
+ablation is a config change: ``config.replace(loop={"residual": {"source": "none"}})``.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ DEFAULT_THRESHOLDS: dict[str, float] = {
     "learned": 0.5,
     "fixed": 0.0,
 }
-"""The threshold of a criterion that is named without one. Every criterion is a distance that is
-small when settled; ``argmax_stable`` is 0 or 1, ``learned`` is 1 - p_halt, ``fixed`` never falls below its
-threshold."""
+"""Default threshold of each criterion. A criterion is a distance between two iterations that is small when the loop
+has converged: ``argmax_stable`` is 0 or 1, ``learned`` is 1 - p_halt, ``fixed`` never falls below its threshold."""
 
 Threshold = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
@@ -44,12 +43,13 @@ class _Model(BaseModel):
 
 
 class ProjectionConfig(_Model):
-    """How a state becomes the next iteration's input."""
+    """``project``: the input of an iteration from the state before it."""
 
     kind: Literal["identity", "rms_match", "linear", "mlp", "pause"] = Field(
         "rms_match",
-        description="rms_match rescales the state to the RMS of the embedding table; pause is a control for the "
-        "workspace `append`: a learned vector whatever the state, so that no thought reaches the next",
+        description="identity: the state itself; rms_match: rescaled to the RMS of the embedding table; linear, mlp: "
+        "learned maps; pause: a learned vector in place of the state, a control without feedback for the workspace "
+        "`append`",
     )
 
 
@@ -57,13 +57,15 @@ class TimestepConfig(_Model):
     """The timestep embedding e_t."""
 
     kind: Literal["none", "sinusoidal", "learned"] = Field(
-        "sinusoidal", description="sinusoidal features through an MLP, one learned vector per iteration, or nothing"
+        "sinusoidal",
+        description="none: no embedding; sinusoidal: sinusoidal features through an MLP; learned: one vector per "
+        "trained iteration",
     )
     combine: Literal["add", "concat"] = Field(
-        "add", description="add e_t to the projected state, or concatenate both and map back to the hidden size"
+        "add", description="add: add e_t to the projected state; concat: concatenate both and map to the hidden size"
     )
     noise_level: bool = Field(
-        False, description="e_t also depends on the log of the last relative change, through a small MLP"
+        False, description="add to e_t a function of the last relative change (its logarithm through a small MLP)"
     )
 
 
@@ -74,76 +76,88 @@ class LoopLoraConfig(_Model):
     """The loop adapters L_t."""
 
     kind: Literal["per_iteration", "shared", "none"] = Field(
-        "per_iteration", description="one adapter per iteration, one for all, or none"
+        "per_iteration",
+        description="per_iteration: one adapter per trained iteration; shared: one for all; none: the plain base model",
     )
-    rank: Rank | tuple[Rank, ...] = Field(8, description="rank of the adapters, or one rank per trained iteration")
-    alpha: float = Field(16.0, gt=0, le=1e4, description="scale: the update is multiplied by alpha / rank")
+    rank: Rank | tuple[Rank, ...] = Field(
+        8, description="rank of the adapters: one number, or one per trained iteration"
+    )
+    alpha: float = Field(
+        16.0, gt=0, le=1e4, description="scale of the adapters: their output is multiplied by alpha / rank"
+    )
     target_modules: tuple[str, ...] | None = Field(
-        None, description="names of the linear layers that are adapted; None: every linear layer but the LM head"
+        None, description="names of the linear layers with an adapter; None: all linear layers except the LM head"
     )
     past_end: Literal["last", "cycle", "error"] = Field(
-        "last", description="adapter and timestep embedding past the last trained iteration"
+        "last",
+        description="adapter and timestep embedding after the last trained iteration: last: those of the last; cycle: "
+        "start again with the first; error: refuse such requests",
     )
     decode_rank: Rank | None = Field(
-        None, description="rank of the adapter `decode`, which writes the answer after a loop; None: the plain base"
+        None, description="rank of the adapter `decode`, active while the answer is decoded; None: no such adapter"
     )
 
 
 class ResidualConfig(_Model):
-    """How an iteration's output and an earlier state make the next state."""
+    """``residual``: the next state from the output of an iteration and an earlier state s."""
 
-    source: Literal["none", "initial", "previous"] = Field("previous", description="h_0, or h_{t-1}, or nothing")
+    source: Literal["none", "initial", "previous"] = Field(
+        "previous", description="the earlier state s: none, initial (h_0) or previous (h_{t-1})"
+    )
     mix: Literal["add", "convex", "gated"] = Field(
         "gated",
-        description="add: g + scale*s; convex: alpha*g + (1-alpha)*s; gated: the same with a learned alpha per channel",
+        description="add: g + scale*s; convex: alpha*g + (1-alpha)*s; gated: convex with a learned alpha per channel",
     )
-    scale: float = Field(0.1, ge=-10, le=10, description="the factor of `add`")
-    alpha: float = Field(0.9, gt=0, le=1, description="the share of g in `convex`, and where `gated` starts")
-    norm: bool = Field(False, description="an RMS norm with a learned weight after the mix")
+    scale: float = Field(0.1, ge=-10, le=10, description="scale of the mix `add`")
+    alpha: float = Field(0.9, gt=0, le=1, description="alpha of the mix `convex`, and initial alpha of `gated`")
+    norm: bool = Field(False, description="apply an RMS norm with a learned weight after the mix")
 
     @model_validator(mode="after")
     def _gate_can_start(self) -> Self:
         if self.mix == "gated" and self.alpha == 1:
-            raise ValueError("alpha must be below 1 for the mix `gated`, which starts there")
+            raise ValueError("alpha must be below 1 for the mix `gated`, whose initial value it is")
         return self
 
 
 class ConvergenceConfig(_Model):
-    """When the loop stops by itself."""
+    """When the loop converges and stops."""
 
-    criterion: Criterion = Field("relative_change", description="the distance that is compared to the threshold")
+    criterion: Criterion = Field("relative_change", description="distance that is compared with the threshold")
     threshold: Threshold | None = Field(
-        None, description="stop below this; None: the default of the criterion (DEFAULT_THRESHOLDS)"
+        None, description="stop when the criterion falls below it; None: the criterion's default (DEFAULT_THRESHOLDS)"
     )
-    patience: int = Field(1, ge=1, le=64, description="consecutive iterations below the threshold before stopping")
+    patience: int = Field(1, ge=1, le=64, description="consecutive iterations below the threshold")
 
     @property
     def effective_threshold(self) -> float:
-        """The threshold in force: the one given, or the criterion's default."""
+        """The threshold, or the criterion's default if it is ``None``."""
         return DEFAULT_THRESHOLDS[self.criterion] if self.threshold is None else self.threshold
 
 
 class GuardConfig(_Model):
-    """When a loop counts as diverged. A non-finite state always does."""
+    """When a loop counts as diverged. A state that is not finite always does."""
 
     expanding_iterations: int = Field(
-        3, ge=1, le=64, description="consecutive iterations with contraction above 1 before the norm is looked at"
+        3, ge=1, le=64, description="consecutive iterations with a contraction above 1 before the norm is checked"
     )
     norm_factor: float = Field(
-        10.0, gt=1, le=1e6, description="diverged when, expanding for so long, the norm exceeds this multiple of |h_1|"
+        10.0,
+        gt=1,
+        le=1e6,
+        description="then the loop has diverged if the norm of the state exceeds this multiple of |h_1|",
     )
 
 
 class LatentDecoderConfig(_Model):
-    """A small transformer that reads latent states by cross-attention and writes text.
+    """A small transformer that reads latent states by cross-attention and decodes them to text.
 
-    It shares the base model's embeddings and LM head, so that its size does not depend on the vocabulary.
+    It uses the base model's embeddings and LM head, so its size does not depend on the vocabulary.
     """
 
     hidden_size: int = Field(128, ge=8, le=8192, multiple_of=2, description="width of its layers")
     layers: int = Field(2, ge=1, le=48, description="transformer layers")
-    heads: int = Field(4, ge=1, le=128, description="attention heads; they divide the width")
-    max_thought_tokens: int = Field(16, ge=1, le=1024, description="longest thought of a trace, in tokens")
+    heads: int = Field(4, ge=1, le=128, description="attention heads; their number divides the width")
+    max_thought_tokens: int = Field(16, ge=1, le=1024, description="maximum tokens of a thought in a trace")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -153,41 +167,48 @@ class LatentDecoderConfig(_Model):
 
 
 class DecoderConfig(_Model):
-    """Who puts states into words."""
+    """What decodes states to text."""
 
     answers: Literal["lm_head", "latent_decoder"] = Field(
-        "lm_head", description="who writes the answer after a loop: the base model's head, or the latent decoder"
+        "lm_head", description="decodes the answer after a loop: the base model with its LM head, or the latent decoder"
     )
     latent_decoder: LatentDecoderConfig | None = Field(
-        None, description="with one, every iteration of a trace has a `thought`; None: there is none"
+        None,
+        description="latent decoder, which also adds a `thought` to every iteration of a trace; None: no such decoder",
     )
 
     @model_validator(mode="after")
     def _writer_exists(self) -> Self:
         if self.answers == "latent_decoder" and self.latent_decoder is None:
-            raise ValueError("answers `latent_decoder` needs a latent_decoder; `latent_decoder: {}` takes the defaults")
+            raise ValueError("answers `latent_decoder` needs a latent_decoder; `latent_decoder: {}` uses its defaults")
         return self
 
 
 class LoopConfig(_Model):
-    """The loop: workspace, stabilisers, exit, decoder."""
+    """The loop: workspace, iterations, modules, exit and decoder."""
 
     workspace: WorkspaceKind = Field(
         "append",
         description="append: a chain of continuous thoughts; block: block_size latent positions after the prompt, "
         "refined in place; prompt: the prompt's own positions",
     )
-    block_size: int = Field(8, ge=1, le=1024, description="positions of the workspace `block`; the others ignore it")
-    trained_iterations: int = Field(6, ge=1, le=64, description="iterations that have weights of their own")
-    max_iterations: int = Field(6, ge=0, le=256, description="default T of a request")
-    min_iterations: int = Field(1, ge=0, le=256, description="default minimum of a request")
+    block_size: int = Field(
+        8, ge=1, le=1024, description="positions of the workspace `block`; other workspaces ignore it"
+    )
+    trained_iterations: int = Field(
+        6, ge=1, le=64, description="iterations with their own adapter and timestep embedding"
+    )
+    max_iterations: int = Field(6, ge=0, le=256, description="default maximum iterations of a request")
+    min_iterations: int = Field(1, ge=0, le=256, description="default minimum iterations of a request")
     projection: ProjectionConfig = ProjectionConfig()
     timestep: TimestepConfig = TimestepConfig()
     lora: LoopLoraConfig = LoopLoraConfig()
     residual: ResidualConfig = ResidualConfig()
     convergence: ConvergenceConfig = ConvergenceConfig()
     guard: GuardConfig = GuardConfig()
-    halting_head: bool = Field(False, description="a linear head that learns when to stop: the criterion `learned`")
+    halting_head: bool = Field(
+        False, description="add a linear head that learns when to stop, for the criterion `learned`"
+    )
     decoder: DecoderConfig = DecoderConfig()
 
     @model_validator(mode="after")
@@ -195,7 +216,7 @@ class LoopConfig(_Model):
         if self.lora.past_end == "error" and self.max_iterations > self.trained_iterations:
             raise ValueError("max_iterations must be at most trained_iterations under lora.past_end `error`")
         if self.projection.kind == "pause" and self.workspace != "append":
-            raise ValueError("projection.kind `pause` needs workspace `append`: the others would lose their own input")
+            raise ValueError("projection.kind `pause` needs workspace `append`: in the others the input would be lost")
         if isinstance(self.lora.rank, tuple):
             if self.lora.kind != "per_iteration":
                 raise ValueError(f"lora.rank must be one number for lora.kind `{self.lora.kind}`")
@@ -210,7 +231,7 @@ class LoopConfig(_Model):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the loop adapters: the folders below ``loops/``."""
+        """Names of the loop adapters, which are their folders in ``loops/``."""
         count = {"per_iteration": self.trained_iterations, "shared": 1, "none": 0}[self.lora.kind]
         return tuple(f"loop_{t:02d}" for t in range(1, count + 1))
 
@@ -219,25 +240,25 @@ TokenId = Annotated[int, Field(ge=0)]
 
 
 class TextConfig(_Model):
-    """How a prompt becomes text, and when an answer ends."""
+    """Texts around a prompt and its answer, and when an answer ends."""
 
-    prompt_prefix: str = Field("", description="put before every prompt of /generate and /trace")
-    prompt_suffix: str = Field("", description="put after every prompt of /generate and /trace")
+    prompt_prefix: str = Field("", description="text before every prompt of /generate and /trace")
+    prompt_suffix: str = Field("", description="text after every prompt of /generate and /trace")
     answer_prefix: str = Field(
-        "", description="what every answer begins with: fed after the loop, not written and not part of the answer"
+        "", description="text that is fed after the loop, before the answer; it is not part of the answer"
     )
     chat_template: str | None = Field(
-        None, description="Jinja template of a chat, in place of the tokenizer's own; run in a sandbox"
+        None, description="Jinja template for chats, run in a sandbox; None: the tokenizer's"
     )
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="strings that end an answer; they are not part of it"
+        (), description="strings that end an answer and are not part of it"
     )
-    stop_token_ids: tuple[TokenId, ...] = Field((), description="tokens that end an answer, besides the end token")
+    stop_token_ids: tuple[TokenId, ...] = Field((), description="token ids that end an answer, besides the end token")
     max_new_tokens: int = Field(64, ge=1, le=65536, description="default token limit of an answer")
 
 
 class SLRConfig(_Model):
-    """The whole of ``slr_config.json``."""
+    """The content of ``slr_config.json``."""
 
     format_version: int = Field(
         FORMAT_VERSION, ge=1, le=FORMAT_VERSION, description="version of the checkpoint folder's format"
@@ -270,7 +291,7 @@ class SLRConfig(_Model):
         return cls.from_dict(data)
 
     def to_json(self) -> str:
-        """Canonical JSON text, as it is written to a checkpoint."""
+        """The JSON text that is written to a checkpoint."""
         return self.model_dump_json(indent=2) + "\n"
 
     def replace(self, **changes: Any) -> Self:

@@ -1,31 +1,31 @@
-"""The one exception tree.
+"""The exceptions of this project.
 
     SLRError
-      ConfigError       a setting is wrong (also a ValueError): the field and what would be accepted
-      CheckpointError   a checkpoint folder cannot be used: the path and what is wrong with it
-      DataError         a data file or example cannot be used
-      TrainingError     a training run cannot go on
-      RequestError      a request cannot be run (also a ValueError); ``param`` names its field
-      EngineError       the engine failed or is closed; the request was not at fault
-        DeadlineError   the request's deadline passed before its answer was there
+      ConfigError       a setting is wrong (also a ValueError)
+      CheckpointError   a checkpoint folder cannot be loaded or saved
+      DataError         a data file or an example cannot be used
+      TrainingError     a training run cannot continue
+      RequestError      a request cannot be run (also a ValueError)
+      EngineError       the engine failed or is closed
+        DeadlineError   the request's deadline passed
 
-Every error that this project raises on purpose derives from :class:`SLRError`; the server maps the
-tree to HTTP status codes in one place.
+Every error that this project raises on purpose derives from :class:`SLRError`. The server maps the classes to HTTP
+status codes in :mod:`slr_server.errors`.
 """
 
 from __future__ import annotations
 
 
 class SLRError(Exception):
-    """Base of every deliberate error."""
+    """Base class of the errors that this project raises on purpose."""
 
 
 class ConfigError(SLRError, ValueError):
-    """A setting is wrong. The message names the field and what would be accepted."""
+    """A setting is wrong. The message names the field and the accepted values."""
 
 
 class CheckpointError(SLRError):
-    """A checkpoint folder cannot be loaded or saved. The message names the path and the fault."""
+    """A checkpoint folder cannot be loaded or saved. The message names the path and what is wrong with it."""
 
 
 class DataError(SLRError):
@@ -33,14 +33,14 @@ class DataError(SLRError):
 
 
 class TrainingError(SLRError):
-    """A training run cannot go on; what it saved before is good."""
+    """A training run cannot continue. Checkpoints that it saved before are valid."""
 
 
 class RequestError(SLRError, ValueError):
-    """A request cannot be run as asked.
+    """A request cannot be run: a prompt or a parameter is invalid.
 
     Attributes:
-        param: the request field at fault, where it is one.
+        param: the invalid request field; ``None`` if the error is not about a single field.
     """
 
     def __init__(self, message: str, param: str | None = None) -> None:
@@ -49,8 +49,8 @@ class RequestError(SLRError, ValueError):
 
 
 class EngineError(SLRError):
-    """The engine failed or is shut down; repeating the request elsewhere may succeed."""
+    """The engine failed or is closed. The request itself is valid: another engine may answer it."""
 
 
 class DeadlineError(EngineError):
-    """The request's deadline passed before its answer was there."""
+    """The request's deadline passed before its answer was complete."""

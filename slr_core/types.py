@@ -1,4 +1,4 @@
-"""What the parts of the system hand to one another: a request, its result and the records of its loop."""
+"""The data that the parts exchange: a request, its result, and the records of its loop."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
     from slr_core.params import ResolvedLoopParams, SamplingParams
 
-ExitReason = Literal["converged", "max_iterations", "diverged", "cancelled"]
+ExitReason = Literal["converged", "max_iterations", "diverged"]
+"""Why a loop ended."""
 FinishReason = Literal["stop", "length"]
+"""Why an answer ended."""
 Messages = Sequence[Mapping[str, str]]
-"""A chat: ``{"role": ..., "content": ...}`` each."""
+"""A chat, one ``{"role": ..., "content": ...}`` per message."""
 
 
 def finite_or_none(value: float | None) -> float | None:
@@ -25,8 +27,10 @@ def finite_or_none(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, ready to run: tokenized, every setting resolved. Made by :func:`prepare`, which says what each
-    field means."""
+    """One prompt, tokenized, with every setting resolved.
+
+    Made by :func:`slr_core.generation.prepare.prepare`, which documents the fields.
+    """
 
     prompt_ids: tuple[int, ...]
     answer_prefix_ids: tuple[int, ...]
@@ -44,19 +48,30 @@ class Request:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A prompt that is taken as it is: none of the checkpoint's texts apply to it."""
+    """A prompt of token ids, used as it is: without the checkpoint's prompt prefix, suffix and answer prefix."""
 
     ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """One iteration of one request, as ``POST /trace`` shows it.
+    """One iteration of one request, as ``POST /trace`` returns it.
 
-    Distances are dimensionless except ``norm`` (length of the state), ``entropy`` and ``kl`` (nats) and
-    ``duration_s`` (seconds). ``None`` marks what is undefined (whatever compares with a state that is none,
-    such as contraction at the first iteration; whatever is not finite) or was not asked for (the head's
-    measures outside a trace, ``thought`` without a latent decoder).
+    ``None`` marks values that are undefined (no earlier state to compare with, or not finite) or not computed (the LM
+    head's measures outside a trace).
+
+    Attributes:
+        t: the iteration, from 1.
+        relative_change: norm of the step divided by the norm of the state before.
+        cosine: 1 - cosine similarity of the states before and after.
+        norm: norm of the new state.
+        contraction: norm of the step divided by that of the step before; above 1 the loop expands.
+        kl: divergence of the next-token distribution from that of the iteration before, in nats.
+        entropy: entropy of the next-token distribution, in nats.
+        adapter: name of the loop adapter; ``None``: the plain base model.
+        duration_s: seconds.
+        top_tokens: the most likely next tokens and their probabilities.
+        thought: the state decoded to text; ``None`` outside a trace and without a latent decoder.
     """
 
     t: int
@@ -91,10 +106,10 @@ class Stability:
     """Summary of a trace.
 
     Attributes:
-        contraction_rate: geometric mean of the contractions; below 1 the steps shrink. ``None`` with
-            fewer than two iterations.
-        oscillating: the loop ended moving between two states: see :func:`is_oscillating`.
-        converged: the loop ended because its criterion was met.
+        contraction_rate: geometric mean of the contractions; below 1 the steps shrink. ``None`` if no
+            contraction is defined.
+        oscillating: whether the loop ended alternating between two states.
+        converged: whether the loop ended because its criterion was met.
     """
 
     contraction_rate: float | None
@@ -104,12 +119,12 @@ class Stability:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token in its place.
+    """Log-probability of a token.
 
     Attributes:
         token_id: the token.
-        logprob: its natural log-probability after what stands before it; ``None`` where nothing does.
-        top: the likeliest tokens there and their log-probabilities, best first.
+        logprob: its natural log-probability given the tokens before it; ``None`` for the first token of a prompt.
+        top: the most likely tokens in its place and their log-probabilities, most likely first.
     """
 
     token_id: int
@@ -119,7 +134,11 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds. ``loop_s`` ends when the request leaves the loop; waiting for its batch counts as decoding."""
+    """Durations in seconds.
+
+    ``loop_s`` ends when the request leaves the loop; time spent waiting for its batch after that is part of
+    ``decode_s``.
+    """
 
     queue_s: float
     prefill_s: float
@@ -130,11 +149,24 @@ class Timings:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a request.
+    """The answer to a request.
 
-    ``final_change`` is the relative change of the last iteration; ``forward_passes`` what the request
-    alone would have cost; ``first_token_s`` the seconds from its arrival to its first token. The head's
-    measures in ``records`` are complete for a traced request alone.
+    Attributes:
+        text: the answer, without the stop string that ended it.
+        token_ids: its tokens, the end token included.
+        finish_reason: why the answer ended.
+        iterations: iterations that the loop ran.
+        exit_reason: why the loop ended.
+        final_change: relative change of the last iteration; ``None`` where undefined.
+        prompt_tokens: tokens of the prompt.
+        forward_passes: forward passes that the request would take alone.
+        timings: duration of each stage.
+        first_token_s: seconds from arrival to the first token.
+        records: one per iteration; the LM head's measures are complete only for a traced request.
+        stability: summary of the records.
+        states: h_0 ... h_t, ``[t + 1, W, d]`` fp32 on the CPU; ``None`` unless requested.
+        scores: log-probabilities of ``token_ids``; empty unless requested.
+        prompt_scores: log-probabilities of the prompt's tokens by the base model; empty unless requested.
     """
 
     text: str
@@ -150,15 +182,12 @@ class Result:
     records: tuple[IterationRecord, ...]
     stability: Stability
     states: Tensor | None = None
-    """h_0 ... h_t as they were, ``[t + 1, W, d]``, on the CPU; where the request asked for them."""
     scores: tuple[TokenScore, ...] = ()
-    """Of the tokens written; where the request asked for log-probabilities."""
     prompt_scores: tuple[TokenScore, ...] = ()
-    """Of the prompt's tokens by the base model; where the request asked for them."""
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens written, the end token included."""
+        """Tokens of the answer, the end token included."""
         return len(self.token_ids)
 
     def to_dict(self, *, trace: bool = False, states: bool = False) -> dict[str, Any]:

@@ -150,7 +150,7 @@ MISFITS = {
     "nobody-answers": (
         {"decoder": {"answers": "latent_decoder"}},
         "loop.decoder: Value error, answers `latent_decoder` needs a latent_decoder; "
-        "`latent_decoder: {}` takes the defaults",
+        "`latent_decoder: {}` uses its defaults",
     ),
     "shared-ranks": (
         {"lora": {"kind": "shared", "rank": [8]}},
@@ -174,7 +174,7 @@ MISFITS = {
     ),
     "pause-of-a-prompt": (
         {"workspace": "prompt", "projection": {"kind": "pause"}},
-        "loop: Value error, projection.kind `pause` needs workspace `append`: the others would lose their own input",
+        "loop: Value error, projection.kind `pause` needs workspace `append`: in the others the input would be lost",
     ),
     "past-the-end": (
         {"trained_iterations": 3, "max_iterations": 4, "lora": {"past_end": "error"}},

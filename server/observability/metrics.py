@@ -92,7 +92,7 @@ class Metrics:
             "Answers by the exit reason of their loop; cancelled: the request was dropped, waiting or running",
             ("reason",),
         )
-        self._exits = {reason: exits.labels(reason) for reason in get_args(ExitReason)}
+        self._exits = {reason: exits.labels(reason) for reason in (*get_args(ExitReason), "cancelled")}
         self._saved = counter(
             "slr_loop_saved_iterations_total", "Iterations that converged loops left unused of their maximum"
         )
