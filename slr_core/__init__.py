@@ -22,7 +22,7 @@ from slr_core.errors import (
 )
 
 if TYPE_CHECKING:
-    from slr_core.client.client import AsyncClient, Client
+    from slr_core.client import AsyncClient, Client
     from slr_core.config import SLRConfig
     from slr_core.engine import Engine, Event, FinishedEvent, IterationEvent, TokenEvent
     from slr_core.model.reasoner import LatentReasoner, ReasonerOutput
@@ -63,7 +63,7 @@ __all__ = [
 
 # torch and transformers take seconds to import, so these names are imported when they are first used.
 _MODULES = {
-    "slr_core.client.client": ("AsyncClient", "Client"),
+    "slr_core.client": ("AsyncClient", "Client"),
     "slr_core.config": ("SLRConfig",),
     "slr_core.engine": ("Engine", "Event", "FinishedEvent", "IterationEvent", "TokenEvent"),
     "slr_core.model.reasoner": ("LatentReasoner", "ReasonerOutput"),
