@@ -14,7 +14,7 @@ from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import MethodSettings, get_method
 from slr_core.evaluation.run import run_method
 from slr_core.evaluation.statistics import summarize
-from slr_core.evaluation.sweep import SweepConfig, variants
+from slr_core.evaluation.sweep import SweepConfig, expand_variants
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build
 from slr_core.training.config import TrainConfig
@@ -32,7 +32,7 @@ def test_every_variant_of_an_ablation_starts(name):
     sweep = SweepConfig.from_yaml(spec)
     assert len(sweep.seeds) == 3
     assert [judge.loop.get("max_iterations") for judge in sweep.evaluate] == [6, 24, None]
-    planned = [variant for variant in variants(sweep, spec.parent) if variant.seed == 0]
+    planned = [variant for variant in expand_variants(sweep, spec.parent) if variant.seed == 0]
     assert len(planned) == len(sweep.variants) >= 2
     for variant in planned:
         config = variant.config.model_copy(
