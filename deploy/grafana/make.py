@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
+from grafana_foundation_sdk.builders.timeseries import Panel
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
 from deploy.grafana.panels import (
@@ -53,6 +54,13 @@ def quantiles(histogram: str) -> dict[str, str]:
     return {name: quantile(q, histogram) for name, q in QUANTILES.items()}
 
 
+def answer_latency() -> Panel:
+    """The panel of quantiles of an answer's time."""
+    return time_series(
+        "Latency", "Time from arrival to the complete answer, queueing included.", SECONDS, quantiles(LATENCY)
+    )
+
+
 def overview() -> Dashboard:
     """The state of all servers at a glance."""
     return build_dashboard(
@@ -98,12 +106,7 @@ def overview() -> Dashboard:
                     {"{{status}}": rate("slr_requests_total", by="status")},
                     stacked=True,
                 ),
-                time_series(
-                    "Latency",
-                    "Time from arrival to the complete answer, queueing included.",
-                    SECONDS,
-                    quantiles(LATENCY),
-                ),
+                answer_latency(),
                 time_series(
                     "Refusals by reason",
                     "`queue_full`: add servers. `unavailable`: the server is loading, draining or stalled. All others "
@@ -249,12 +252,7 @@ def latency() -> Dashboard:
         "Where the time of an answer is spent, and how many answers share a step of the engine.",
         {
             "Answers": [
-                time_series(
-                    "Latency",
-                    "Time from arrival to the complete answer, queueing included.",
-                    SECONDS,
-                    quantiles(LATENCY),
-                ),
+                answer_latency(),
                 time_series(
                     "Time to first token",
                     "Time from arrival to the first token, queueing included.",
