@@ -27,7 +27,7 @@ from slr_core.engine.runner.device import (
     release_workers,
     restore_default_threads,
 )
-from slr_core.engine.runner.kv_cache import token_bytes
+from slr_core.engine.runner.kv_cache import position_bytes
 from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.engine.sequence import Sequence
 from slr_core.engine.statistics import Counters, Step
@@ -102,7 +102,7 @@ class Engine:
         self.slots = slots
         self.threads = threads or torch.get_num_threads()
         """Torch threads of the engine."""
-        room = int(cache_gib * GIB) // (slots * token_bytes(reasoner.base))
+        room = int(cache_gib * GIB) // (slots * position_bytes(reasoner.base))
         self.capacity = min(reasoner.max_positions, room) if capacity is None else capacity
         if self.capacity < 2:
             raise ConfigError(

@@ -9,7 +9,7 @@ import torch
 from slr_core.engine import Engine, IterationEvent
 from slr_core.engine import engine as engine_module
 from slr_core.engine.engine import GIB
-from slr_core.engine.runner.kv_cache import token_bytes
+from slr_core.engine.runner.kv_cache import position_bytes
 from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.errors import CheckpointError, ConfigError, EngineError, RequestError
 from slr_core.generation.reference import generate
@@ -164,7 +164,7 @@ def test_an_engine_that_could_serve_nobody_is_refused(made, options, message):
 
 
 def test_a_slot_is_as_long_as_the_model_or_as_memory_allows(made):
-    column = token_bytes(made.base)
+    column = position_bytes(made.base)
     for gib, capacity in ((4.0, tiny.POSITIONS), (4 * 30 * column / GIB, 30), ((4 * 31 * column - 1) / GIB, 30)):
         with Engine(made, slots=4, cache_gib=gib) as serving:
             assert serving.capacity == capacity

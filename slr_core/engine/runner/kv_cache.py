@@ -120,7 +120,7 @@ def shape(base: PreTrainedModel) -> tuple[int, int, int]:
     return config.num_hidden_layers, heads, head_dim
 
 
-def token_bytes(base: PreTrainedModel) -> int:
-    """Memory of one column of a slot, in bytes."""
+def position_bytes(base: PreTrainedModel) -> int:
+    """Memory of one position of a slot, in bytes."""
     layers, heads, head_dim = shape(base)
     return 2 * layers * heads * head_dim * base.dtype.itemsize

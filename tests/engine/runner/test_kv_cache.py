@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from slr_core.engine.runner.kv_cache import KVCache, shape, token_bytes
+from slr_core.engine.runner.kv_cache import KVCache, position_bytes, shape
 from slr_core.errors import ConfigError
 from slr_core.model.base_support import attention_mask
 from tests import tiny
@@ -146,9 +146,9 @@ def test_a_column_costs_what_transformers_own_cache_holds(kind, dtype):
         own = base(input_ids=torch.arange(3, 10)[None], use_cache=True).past_key_values
     keys = own.layers[0].keys
     assert shape(base) == (len(own.layers), keys.shape[1], keys.shape[3])
-    assert token_bytes(base) * 7 == sum(layer.keys.nbytes + layer.values.nbytes for layer in own.layers)
+    assert position_bytes(base) * 7 == sum(layer.keys.nbytes + layer.values.nbytes for layer in own.layers)
     cache = KVCache(base, SLOTS, CAPACITY)
-    assert cache.store.nbytes == token_bytes(base) * SLOTS * (CAPACITY + 1)
+    assert cache.store.nbytes == position_bytes(base) * SLOTS * (CAPACITY + 1)
     assert cache.store.dtype == dtype
 
 
