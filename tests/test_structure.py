@@ -57,15 +57,8 @@ ENDPOINTS = ("slr_core.cli.", "slr_server.routes.")
 
 PENDING = (
     "slr_core/engine/engine.py has",
-    "DeadlineError",
     "GuardConfig: ",
-    "Timings: ",
-    "Usage: ",
-    "build: ",
     "generate: ",
-    "number: ",
-    "pad: ",
-    "token_bytes: ",
 )
 """Beginnings of faults that are still to be mended."""
 
@@ -445,6 +438,18 @@ def test_finds_serve(tree, tmp_path):
     assert import_without(["slr_core.a"], SERVE_ONLY, tmp_path) == (0, "")
     code, message = import_without(["slr_core.a", "slr_core.b"], SERVE_ONLY, tmp_path)
     assert (code, message) == (1, "ImportError: fastapi belongs to the extra serve")
+
+
+def test_pending(modules):
+    """A fault that has been mended leaves the list, so that it cannot come back unseen."""
+    faults = [
+        *too_long(ROOT),
+        *same_name(modules),
+        *circles(modules),
+        *against_direction(modules),
+        *unexported(modules),
+    ]
+    assert [entry for entry in PENDING if not any(str(fault).startswith(entry) for fault in faults)] == []
 
 
 def test_same_name_reasons(modules):
