@@ -19,7 +19,6 @@ from transformers.utils import logging
 from slr_core.engine import Engine
 from slr_core.engine.core import Step
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopParams
 from slr_core.tasks.prosqa import GraphSpec, generate
 from slr_core.types import Request, Result
 from slr_server.observability.metrics import Metrics
@@ -54,8 +53,7 @@ def measure(reasoner: LatentReasoner, at_once: int) -> tuple[float, float]:
     turns: list[tuple[float, float]] = []
     questions = [example.question for example in islice(generate(GraphSpec(10, 2, 4, True), 0), ANSWERS)]
     with Engine(reasoner, slots=at_once, prefix_gib=0, threads=1, on_step=record) as engine:
-        loop = LoopParams().resolve(reasoner.config.loop)
-        requests = [engine.prepare(question, loop) for question in questions]
+        requests = [engine.prepare(question) for question in questions]
         _run(engine, requests[:at_once], at_once)  # warm-up
         for _ in range(TURNS):
             steps.clear()

@@ -110,8 +110,11 @@ def compare(answers: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, i
     sample = random.Random(1).sample(answers, min(SAMPLE, len(answers)))
     near = mismatches = 0
     for body, answer in sample:
-        loop = LoopParams(max_iterations=8, **body["convergence"]).resolve(reasoner.config.loop)
-        (alone,) = generate(reasoner, [prepare(reasoner, body["prompt"], loop, max_new_tokens=8)])
+        request = prepare(
+            reasoner, body["prompt"], LoopParams(max_iterations=8, **body["convergence"]), max_new_tokens=8
+        )
+        (alone,) = generate(reasoner, [request])
+        loop = request.loop
         measured = [getattr(record, MEASURES.get(loop.criterion, "norm")) for record in alone.records]
         if any(x is not None and abs(x - loop.threshold) <= NEAR * loop.threshold for x in measured):
             near += 1

@@ -183,9 +183,9 @@ PROMPTS = (
 
 
 def request(made: LatentReasoner, prompt: str, loop: dict[str, Any] | None = None, **options: Any) -> Request:
-    """A prepared request; ``loop`` goes to ``LoopParams.resolve``."""
+    """A prepared request; ``loop`` goes to ``LoopParams``."""
     options.setdefault("max_new_tokens", 6)
-    return prepare(made, prompt, LoopParams(**loop or {}).resolve(made.config.loop), **options)
+    return prepare(made, prompt, LoopParams(**loop or {}), **options)
 
 
 def ids(prompt: str) -> list[int]:

@@ -24,10 +24,10 @@ from slr_core.cli.options import (
     TopK,
     TopP,
     load_model,
-    loop_settings,
 )
 from slr_core.cli.streaming import print_stream
 from slr_core.errors import RequestError
+from slr_core.params import LoopParams, SamplingParams
 from slr_core.suggest import did_you_mean
 
 COMMANDS = {"/reset": "start a new conversation", "/help": "list the commands", "/exit": "quit (also Ctrl-D)"}
@@ -54,10 +54,9 @@ def chat(
     Answers are streamed. /reset starts a new conversation, /exit quits, Ctrl-C cancels an answer.
     """
     from slr_core.engine import Engine
-    from slr_core.params import SamplingParams
 
     reasoner = load_model(model, device, dtype)
-    loop = loop_settings(reasoner, max_iterations, min_iterations, criterion, threshold, patience)
+    loop = LoopParams(max_iterations, min_iterations, criterion, threshold, patience)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "sampling": SamplingParams(temperature, top_k, top_p, seed),

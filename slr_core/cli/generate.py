@@ -25,14 +25,13 @@ from slr_core.cli.options import (
     TopK,
     TopP,
     load_model,
-    loop_settings,
     show_results,
 )
 from slr_core.errors import ConfigError
+from slr_core.params import LoopParams, SamplingParams
 
 if TYPE_CHECKING:
     from slr_core.model.reasoner import LatentReasoner
-    from slr_core.params import ResolvedLoopParams
     from slr_core.types import Messages, Result
 
 UseTemplate = Annotated[
@@ -64,12 +63,11 @@ def generate(
 
     The answer goes to standard output; iterations, exit reason and time go to standard error.
     """
-    from slr_core.params import SamplingParams
 
     if stream and as_json:
         raise ConfigError("--stream and --json exclude each other")
     reasoner = load_model(model, device, dtype)
-    loop = loop_settings(reasoner, max_iterations, min_iterations, criterion, threshold, patience)
+    loop = LoopParams(max_iterations, min_iterations, criterion, threshold, patience)
     options = {"max_new_tokens": max_new_tokens, "sampling": SamplingParams(temperature, top_k, top_p, seed)}
     answer = _stream if stream else run_prompt
     result = answer(reasoner, read_prompt(prompt, chat), loop, **options)
@@ -88,7 +86,7 @@ def read_prompt(prompt: str, chat: bool) -> str | Messages:
     return [{"role": "user", "content": text}] if chat else text
 
 
-def run_prompt(reasoner: LatentReasoner, prompt: str | Messages, loop: ResolvedLoopParams, **options: Any) -> Result:
+def run_prompt(reasoner: LatentReasoner, prompt: str | Messages, loop: LoopParams, **options: Any) -> Result:
     """Answer one prompt with the reference implementation; ``options`` are those of :func:`prepare`.
 
     Raises:
@@ -100,7 +98,7 @@ def run_prompt(reasoner: LatentReasoner, prompt: str | Messages, loop: ResolvedL
     return generate(reasoner, [prepare(reasoner, prompt, loop, **options)])[0]
 
 
-def _stream(reasoner: LatentReasoner, prompt: str | Messages, loop: ResolvedLoopParams, **options: Any) -> Result:
+def _stream(reasoner: LatentReasoner, prompt: str | Messages, loop: LoopParams, **options: Any) -> Result:
     from slr_core.cli.streaming import print_stream
     from slr_core.engine import Engine
 

@@ -17,7 +17,6 @@ from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from slr_core.model.reasoner import LatentReasoner
-    from slr_core.params import ResolvedLoopParams
 
 # A file or a pipe has no width: tables are not wrapped at 80 columns there.
 console = Console() if sys.stdout.isatty() else Console(width=160)
@@ -102,20 +101,6 @@ def load_model(model: str | None, device: str, dtype: str) -> LatentReasoner:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return load_reasoner(model, device=device, dtype=dtype)
-
-
-def loop_settings(
-    reasoner: LatentReasoner,
-    max_iterations: int | None,
-    min_iterations: int | None,
-    criterion: Criterion | None,
-    threshold: float | None,
-    patience: int | None,
-) -> ResolvedLoopParams:
-    """The loop settings of the options; the checkpoint supplies those not given."""
-    from slr_core.params import LoopParams
-
-    return LoopParams(max_iterations, min_iterations, criterion, threshold, patience).resolve(reasoner.config.loop)
 
 
 def progress_bars() -> Progress:

@@ -25,11 +25,11 @@ from slr_core.cli.options import (
     Threshold,
     console,
     load_model,
-    loop_settings,
     number,
     show_results,
 )
 from slr_core.errors import ConfigError
+from slr_core.params import LoopParams
 
 if TYPE_CHECKING:
     from slr_core.types import Result, Stability
@@ -64,7 +64,7 @@ def trace(
     if states is not None and not states.absolute().parent.is_dir():
         raise ConfigError(f"--states {states}: the folder does not exist")
     reasoner = load_model(model, device, dtype)
-    loop = loop_settings(reasoner, max_iterations, min_iterations, criterion, threshold, patience)
+    loop = LoopParams(max_iterations, min_iterations, criterion, threshold, patience)
     result = run_prompt(
         reasoner,
         read_prompt(prompt, chat),

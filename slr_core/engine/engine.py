@@ -170,7 +170,12 @@ class Engine:
     # -- requests ----------------------------------------------------------------------------------
 
     def prepare(
-        self, prompt: str | Messages | Tokens, loop: ResolvedLoopParams, *, loop_set: str | None = None, **options: Any
+        self,
+        prompt: str | Messages | Tokens,
+        loop: LoopParams | ResolvedLoopParams | None = None,
+        *,
+        loop_set: str | None = None,
+        **options: Any,
     ) -> Request:
         """A request that fits this engine's slots; see :func:`slr_core.generation.prepare`.
 
@@ -276,7 +281,7 @@ class Engine:
         Raises:
             RequestError: a prompt or a setting cannot be run.
         """
-        settings = LoopParams(**loop).resolve(self._loops.find(loop_set).config)
+        settings = LoopParams(**loop)
         options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
         requests = [
             self.prepare(prompt, settings, loop_set=loop_set, **options)

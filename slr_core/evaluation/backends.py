@@ -122,11 +122,11 @@ class Local:
         Raises:
             RequestError: nothing fits.
         """
-        loop = LoopParams(**options.loop).resolve(self.reasoner.config.loop)
-        request = prepare(self.reasoner, prompt, loop, sampling=SamplingParams(options.temperature, seed=seed))
+        sampling = SamplingParams(options.temperature, seed=seed)
+        request = prepare(self.reasoner, prompt, LoopParams(**options.loop), sampling=sampling)
         if options.max_new_tokens is None:
             return request
-        taken = self.reasoner.workspace.loop_positions(loop.max_iterations) + len(request.answer_prefix_ids)
+        taken = self.reasoner.workspace.loop_positions(request.loop.max_iterations) + len(request.answer_prefix_ids)
         fits = self.reasoner.max_positions - len(request.prompt_ids) - taken
         return replace(request, max_new_tokens=min(options.max_new_tokens, fits))
 

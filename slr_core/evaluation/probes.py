@@ -96,9 +96,7 @@ def collect_states(
     iterations = reasoner.config.loop.max_iterations if iterations is None else iterations
     if iterations < 1:
         raise ConfigError(f"analysing a loop needs at least 1 iteration, got {iterations}")
-    loop = LoopParams(criterion="fixed", min_iterations=iterations, max_iterations=iterations).resolve(
-        reasoner.config.loop
-    )
+    loop = LoopParams(criterion="fixed", min_iterations=iterations, max_iterations=iterations)
     places = (READOUT,) if reasoner.config.loop.workspace == "append" else (READOUT, MEAN)
     states: dict[str, list[Tensor]] = {place: [] for place in places}
     results: list[Result] = []

@@ -82,7 +82,7 @@ def test_relative_change_falls(answers: list[Outcome]) -> None:
 
 def test_no_iterations_is_the_base_model(reasoner: LatentReasoner, questions: list[Example]) -> None:
     base = AutoModelForCausalLM.from_pretrained(DEFAULT_CHECKPOINT / "base").eval()
-    settings = LoopParams(max_iterations=0).resolve(reasoner.config.loop)
+    settings = LoopParams(max_iterations=0)
     for example in questions[:20]:
         request = prepare(reasoner, example.question, settings, max_new_tokens=4)
         (result,) = generate(reasoner, [request])
@@ -93,13 +93,12 @@ def test_no_iterations_is_the_base_model(reasoner: LatentReasoner, questions: li
 
 
 def test_a_mixed_batch_answers_as_each_question_alone(reasoner: LatentReasoner, questions: list[Example]) -> None:
-    loop = reasoner.config.loop
     mixed = [
-        LoopParams().resolve(loop),
-        LoopParams(max_iterations=0).resolve(loop),
-        LoopParams(max_iterations=3).resolve(loop),
-        LoopParams(min_iterations=7).resolve(loop),
-        LoopParams(criterion="argmax_stable").resolve(loop),
+        LoopParams(),
+        LoopParams(max_iterations=0),
+        LoopParams(max_iterations=3),
+        LoopParams(min_iterations=7),
+        LoopParams(criterion="argmax_stable"),
     ]
     requests = [prepare(reasoner, e.question, mixed[i % len(mixed)]) for i, e in enumerate(questions[:60])]
     for request, together in zip(requests, generate(reasoner, requests), strict=True):
@@ -118,7 +117,7 @@ def test_a_mixed_batch_answers_as_each_question_alone(reasoner: LatentReasoner, 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
 def test_first_iteration_is_pefts_own_adapter(reasoner: LatentReasoner, questions: list[Example]) -> None:
-    request = prepare(reasoner, questions[0].question, LoopParams().resolve(reasoner.config.loop))
+    request = prepare(reasoner, questions[0].question)
     prompt = torch.tensor([request.prompt_ids])
     with torch.inference_mode():
         context = reasoner.encode(prompt, torch.ones_like(prompt))
@@ -169,6 +168,6 @@ def test_prontoqa_proves_step_by_step_and_stays_where_it_is() -> None:
 def test_prontoqa_says_its_thoughts_in_words() -> None:
     reasoner = LatentReasoner.from_pretrained("prontoqa")
     for example in islice(prontoqa.generate(5, False, SEED), 5):
-        request = prepare(reasoner, example.question, LoopParams().resolve(reasoner.config.loop), trace=True)
+        request = prepare(reasoner, example.question, trace=True)
         (result,) = generate(reasoner, [request])
         assert [record.thought for record in result.records][:6] == list(example.steps)

@@ -74,7 +74,7 @@ def test_entropies_are_those_of_the_trace():
 def test_what_the_answer_begins_with_is_what_the_model_writes_after_the_whole_loop():
     made = reasoner()
     collected = collect_states(made, Steps(), ASKED, iterations=2)
-    loop = LoopParams(criterion="fixed", max_iterations=2, min_iterations=2).resolve(made.config.loop)
+    loop = LoopParams(criterion="fixed", max_iterations=2, min_iterations=2)
     for i, result in enumerate(generate(made, [prepare(made, e.question, loop) for e in ASKED])):
         assert collected.tokens[i] == result.token_ids[0]
         assert collected.texts[i] == result.text

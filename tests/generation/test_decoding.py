@@ -402,8 +402,7 @@ def test_stop_tokens_of_the_config_end_an_answer():
 def test_the_whole_budget_can_be_used(workspace, kind):
     made = reasoner(workspace, kind=kind, text={"answer_prefix": "w7 w8"})
     taken = {"append": 4, "block": 3, "prompt": 0}[workspace] + 2
-    settings = LoopParams(**fixed(4)).resolve(made.config.loop)
-    request = prepare(made, tiny.words(*range(20)), settings)
+    request = prepare(made, tiny.words(*range(20)), LoopParams(**fixed(4)))
     assert request.max_new_tokens == tiny.POSITIONS - 20 - taken
     (result,) = generate(made, [request])
     assert result.completion_tokens == request.max_new_tokens or result.finish_reason == "stop"

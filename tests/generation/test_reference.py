@@ -18,16 +18,12 @@ def made():
     return tiny.reasoner()
 
 
-def loop(made, **options):
-    return LoopParams(**options).resolve(made.config.loop)
-
-
 # -- prepare ---------------------------------------------------------------------------------------------
 
 
 def test_prefix_suffix_and_stops_of_the_checkpoint_are_applied():
     made = tiny.reasoner(text={"prompt_prefix": "w1 ", "prompt_suffix": " w2", "stop": ["w9"], "max_new_tokens": 7})
-    request = prepare(made, "w5", loop(made), stop=("w8",))
+    request = prepare(made, "w5", LoopParams(), stop=("w8",))
     assert request.prompt_ids == tuple(tiny.ids("w1 w5 w2"))
     assert request.stop == ("w9", "w8")
     assert request.max_new_tokens == 7
@@ -36,14 +32,14 @@ def test_prefix_suffix_and_stops_of_the_checkpoint_are_applied():
 @pytest.mark.parametrize("prompt", ["", "   ", "\n\t", "w1 \ud800"])
 def test_a_prompt_without_text_is_refused(made, prompt):
     with pytest.raises(RequestError) as caught:
-        prepare(made, prompt, loop(made))
+        prepare(made, prompt, LoopParams())
     assert caught.value.param == "prompt"
 
 
 def test_the_longest_prompt_that_fits_and_the_next(made):
     iterations = 5
     fits = tiny.POSITIONS - iterations - 1
-    settings = loop(made, max_iterations=iterations)
+    settings = LoopParams(max_iterations=iterations)
     request = prepare(made, tiny.words(*[1] * fits), settings)
     assert request.max_new_tokens == 1
     with pytest.raises(RequestError, match=f"at most {fits} fit") as caught:
@@ -54,7 +50,7 @@ def test_the_longest_prompt_that_fits_and_the_next(made):
 
 
 def test_an_explicit_limit_must_fit_and_a_default_gives_way(made):
-    settings, prompt = loop(made, max_iterations=4), tiny.words(*[1] * 50)
+    settings, prompt = LoopParams(max_iterations=4), tiny.words(*[1] * 50)
     assert prepare(made, prompt, settings, max_new_tokens=10).max_new_tokens == 10
     assert prepare(made, prompt, settings).max_new_tokens == 10
     with pytest.raises(RequestError, match=r"at most 10 .* got 11") as caught:
@@ -65,7 +61,7 @@ def test_an_explicit_limit_must_fit_and_a_default_gives_way(made):
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_the_whole_budget_can_be_used(kind):
     made = tiny.reasoner(kind)
-    request = prepare(made, tiny.words(*range(20)), loop(made, max_iterations=4, criterion="fixed"), max_new_tokens=40)
+    request = prepare(made, tiny.words(*range(20)), LoopParams(max_iterations=4, criterion="fixed"), max_new_tokens=40)
     (result,) = generate(made, [request])
     assert result.iterations == 4
     assert result.completion_tokens == 40 or result.finish_reason == "stop"
@@ -80,7 +76,7 @@ TAKEN = [("append", 0, 0), ("append", 5, 5), ("block", 0, 0), ("block", 5, 3), (
 def test_a_loop_takes_the_positions_of_its_workspace(workspace, iterations, taken, prefix):
     text = {"answer_prefix": tiny.words(*range(prefix))}
     made = tiny.reasoner(loop={"workspace": workspace, "block_size": 3}, text=text)
-    settings = loop(made, max_iterations=iterations)
+    settings = LoopParams(max_iterations=iterations)
     fits = tiny.POSITIONS - taken - prefix - 1
     assert prepare(made, tiny.words(*[1] * fits), settings).max_new_tokens == 1
     with pytest.raises(RequestError, match=f"prompt has {fits + 1} tokens; .* at most {fits} fit") as caught:
@@ -91,7 +87,7 @@ def test_a_loop_takes_the_positions_of_its_workspace(workspace, iterations, take
 
 
 def test_what_fits_a_slot_is_less_than_what_fits_the_model(made):
-    settings, prompt = loop(made, max_iterations=4), tiny.words(*[1] * 10)
+    settings, prompt = LoopParams(max_iterations=4), tiny.words(*[1] * 10)
     assert prepare(made, prompt, settings, limit=20).max_new_tokens == 6
     assert prepare(made, prompt, settings, max_new_tokens=6, limit=20).max_new_tokens == 6
     with pytest.raises(RequestError, match=r"max_new_tokens must be at most 6 .* got 7"):
@@ -101,7 +97,7 @@ def test_what_fits_a_slot_is_less_than_what_fits_the_model(made):
 
 
 def test_a_slot_longer_than_the_model_changes_nothing(made):
-    settings, prompt = loop(made, max_iterations=4), tiny.words(*[1] * 10)
+    settings, prompt = LoopParams(max_iterations=4), tiny.words(*[1] * 10)
     most = tiny.POSITIONS - 10 - 4
     assert prepare(made, prompt, settings, limit=10**6).max_new_tokens == most
     with pytest.raises(RequestError, match=f"max_new_tokens must be at most {most}"):
@@ -110,10 +106,10 @@ def test_a_slot_longer_than_the_model_changes_nothing(made):
 
 def test_an_answer_prefix_is_tokens_of_its_own():
     made = tiny.reasoner(text={"answer_prefix": "w7 w8", "prompt_suffix": " w2"})
-    request = prepare(made, "w5", loop(made))
+    request = prepare(made, "w5", LoopParams())
     assert request.prompt_ids == tuple(tiny.ids("w5 w2"))
     assert request.answer_prefix_ids == tuple(tiny.ids("w7 w8"))
-    assert prepare(tiny.reasoner(), "w5", loop(made)).answer_prefix_ids == ()
+    assert prepare(tiny.reasoner(), "w5", LoopParams()).answer_prefix_ids == ()
 
 
 # -- chats -----------------------------------------------------------------------------------------------
@@ -140,26 +136,26 @@ def chatty(template, **text):
 
 def test_a_chat_gets_the_configs_template_and_no_prefix():
     made = tiny.reasoner(text={"chat_template": TEMPLATE, "prompt_prefix": "w9 ", "prompt_suffix": " w9"})
-    assert prepare(made, CHAT, loop(made)).prompt_ids == tuple(tiny.ids(RENDERED))
+    assert prepare(made, CHAT, LoopParams()).prompt_ids == tuple(tiny.ids(RENDERED))
 
 
 def test_the_tokenizers_template_serves_where_the_config_has_none():
-    assert prepare(chatty(TEMPLATE), CHAT, loop(tiny.reasoner())).prompt_ids == tuple(tiny.ids(RENDERED))
+    assert prepare(chatty(TEMPLATE), CHAT, LoopParams()).prompt_ids == tuple(tiny.ids(RENDERED))
     made = chatty("w36", chat_template=TEMPLATE)
-    assert prepare(made, CHAT, loop(made)).prompt_ids == tuple(tiny.ids(RENDERED))
+    assert prepare(made, CHAT, LoopParams()).prompt_ids == tuple(tiny.ids(RENDERED))
 
 
 def test_of_several_templates_of_a_tokenizer_the_default_serves():
     made = chatty({"default": TEMPLATE, "rag": "w36"})
-    assert prepare(made, CHAT, loop(made)).prompt_ids == tuple(tiny.ids(RENDERED))
+    assert prepare(made, CHAT, LoopParams()).prompt_ids == tuple(tiny.ids(RENDERED))
     made = chatty({"rag": "w36"})
     with pytest.raises(RequestError, match="multiple chat templates"):
-        prepare(made, CHAT, loop(made))
+        prepare(made, CHAT, LoopParams())
 
 
 def test_a_chat_is_answered_as_its_text():
     made = tiny.reasoner(text={"chat_template": TEMPLATE})
-    chat, text = (prepare(made, asked, loop(made), max_new_tokens=4) for asked in (CHAT, RENDERED))
+    chat, text = (prepare(made, asked, LoopParams(), max_new_tokens=4) for asked in (CHAT, RENDERED))
     (first,), (second,) = generate(made, [chat]), generate(made, [text])
     assert first.token_ids == second.token_ids
 
@@ -169,15 +165,15 @@ def test_special_tokens_are_added_to_a_text_alone():
     made = chatty(TEMPLATE, answer_prefix="w7")
     opening = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 2)])
     made.tokenizer.backend_tokenizer.post_processor = opening
-    assert prepare(made, "w5", loop(made)).prompt_ids == (2, *tiny.ids("w5"))
-    chat = prepare(made, CHAT, loop(made))
+    assert prepare(made, "w5", LoopParams()).prompt_ids == (2, *tiny.ids("w5"))
+    chat = prepare(made, CHAT, LoopParams())
     assert chat.prompt_ids == tuple(tiny.ids(RENDERED))
     assert chat.answer_prefix_ids == tuple(tiny.ids("w7"))
 
 
 def test_without_a_template_there_are_no_chats(made):
     with pytest.raises(RequestError, match="no chat template") as caught:
-        prepare(made, CHAT, loop(made))
+        prepare(made, CHAT, LoopParams())
     assert caught.value.param == "messages"
 
 
@@ -197,7 +193,7 @@ BAD_CHATS = {
 def test_messages_that_cannot_be_rendered_are_refused(case):
     made = tiny.reasoner(text={"chat_template": STRICT})
     with pytest.raises(RequestError):
-        prepare(made, BAD_CHATS[case], loop(made))
+        prepare(made, BAD_CHATS[case], LoopParams())
 
 
 BAD_TEMPLATES = {
@@ -215,7 +211,7 @@ BAD_TEMPLATES = {
 def test_a_template_that_fails_is_an_error_of_the_request(case):
     made = tiny.reasoner(text={"chat_template": BAD_TEMPLATES[case]})
     with pytest.raises(RequestError):
-        prepare(made, CHAT, loop(made))
+        prepare(made, CHAT, LoopParams())
 
 
 ESCAPES = [
@@ -234,7 +230,7 @@ def test_a_template_runs_in_a_sandbox(template):
     # A checkpoint is data: what its template reaches for is refused, or empty.
     made = tiny.reasoner(text={"chat_template": template})
     with pytest.raises(RequestError, match=r"refuses|holds no tokens"):
-        prepare(made, CHAT, loop(made))
+        prepare(made, CHAT, LoopParams())
     assert len(CHAT) == 3
 
 

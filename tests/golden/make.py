@@ -108,7 +108,7 @@ def requests(made: LatentReasoner) -> list[Request]:
         prepare(
             made,
             request["prompt"],
-            LoopParams(**request["loop"]).resolve(made.config.loop),
+            LoopParams(**request["loop"]),
             max_new_tokens=4,
             trace=True,
             include_states=True,
