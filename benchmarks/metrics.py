@@ -19,7 +19,7 @@ from transformers.utils import logging
 from slr_core.engine import Engine
 from slr_core.engine.core import Step
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.tasks.prosqa import GraphSpec, generate
+from slr_core.tasks.prosqa import GraphSpec, generate_prosqa
 from slr_core.types import Request, Result
 from slr_server.observability.metrics import Metrics
 
@@ -51,7 +51,7 @@ def measure(reasoner: LatentReasoner, at_once: int) -> tuple[float, float]:
         ends.append(time.thread_time())
 
     turns: list[tuple[float, float]] = []
-    questions = [example.question for example in islice(generate(GraphSpec(10, 2, 4, True), 0), ANSWERS)]
+    questions = [example.question for example in islice(generate_prosqa(GraphSpec(10, 2, 4, True), 0), ANSWERS)]
     with Engine(reasoner, slots=at_once, prefix_gib=0, threads=1, on_step=record) as engine:
         requests = [engine.prepare(question) for question in questions]
         _run(engine, requests[:at_once], at_once)  # warm-up

@@ -31,7 +31,7 @@ from slr_core.evaluation.run import run_method
 from slr_core.evaluation.statistics import summarize, summarize_by_difficulty
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Example, read_jsonl
-from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate
+from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate_prosqa
 
 SEED = 20261123
 FULL_SIZE = GraphSpec(28, 3, 6, True)
@@ -104,9 +104,9 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable_progress_bar()
 
-    sets = {name: list(islice(generate(spec, SEED), options.questions)) for name, spec in GENERATED.items()} | _read(
-        options.data
-    )
+    sets = {
+        name: list(islice(generate_prosqa(spec, SEED), options.questions)) for name, spec in GENERATED.items()
+    } | _read(options.data)
     tested = Local(LatentReasoner.from_pretrained(options.model))
     methods = {
         "with its loop": (tested, METHODS["slr"]),
@@ -177,7 +177,7 @@ def _forced(bar: Bar, backend: Local, sets: dict[str, list[Example]]) -> dict[st
 
 
 def _diverged(bar: Bar, backend: Local, count: int) -> int:
-    examples = list(islice(generate(FULL_SIZE, SEED + 1), count))
+    examples = list(islice(generate_prosqa(FULL_SIZE, SEED + 1), count))
     outcomes = _answer(bar, backend, METHODS["slr"], examples)
     return sum(outcome.exit_reason == "diverged" for outcome in outcomes)
 

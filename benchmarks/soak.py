@@ -32,7 +32,7 @@ from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
-from slr_core.tasks import prosqa
+from slr_core.tasks.prosqa import GraphSpec, generate_prosqa
 
 CLIENTS, SAMPLE, NEAR = 24, 500, 1e-3
 MEASURES = {"relative_change": "relative_change", "cosine": "cosine", "kl": "kl"}
@@ -142,9 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     prompts = [
         example.question
-        for example in islice(
-            prosqa.generate(prosqa.GraphSpec(nodes=10, min_hops=2, max_hops=4, balanced=False), 3), 200
-        )
+        for example in islice(generate_prosqa(GraphSpec(nodes=10, min_hops=2, max_hops=4, balanced=False), 3), 200)
     ]
     command = [sys.executable, "-m", "slr_server.cli", "--port", "0", "--threads", "1", "--log-level", "warning"]
     process = subprocess.Popen([*command, "--elastic-floor", "1"], stdout=subprocess.PIPE, text=True)

@@ -55,11 +55,7 @@ SAME_NAME = {
 ENDPOINTS = ("slr_core.cli.", "slr_server.routes.")
 """A command or an endpoint is called after what it runs: there, the name belongs to the user's interface."""
 
-PENDING = (
-    "slr_core/engine/engine.py has",
-    "GuardConfig: ",
-    "generate: ",
-)
+PENDING = ("slr_core/engine/engine.py has",)
 """Beginnings of faults that are still to be mended."""
 
 SERVE_ONLY = ("fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic_settings")

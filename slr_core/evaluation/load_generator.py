@@ -21,7 +21,7 @@ import httpx
 
 from slr_core.errors import ConfigError, EngineError
 from slr_core.tasks.base import Example, Task
-from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate
+from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate_prosqa
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 OK, NO_ANSWER, UNREACHABLE = "200", "no answer", "unreachable"
@@ -91,7 +91,7 @@ def _repeated(examples: Sequence[Example], seed: int) -> Iterator[Example]:
 
 
 def _prosqa(hops: Sequence[int], seed: int) -> Iterator[Example]:
-    streams = {h: generate(GraphSpec(max(10, 2 * h + 2), h, h, balanced=True), seed + h) for h in hops}
+    streams = {h: generate_prosqa(GraphSpec(max(10, 2 * h + 2), h, h, balanced=True), seed + h) for h in hops}
     rng = random.Random(seed)
     while True:
         yield next(streams[rng.choice(hops)])

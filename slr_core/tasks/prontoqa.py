@@ -82,7 +82,7 @@ class _Words:
         self._families = self._rng.sample(families, len(families))
 
 
-def generate(hops: int, balanced: bool, seed: int) -> Iterator[Example]:
+def generate_prontoqa(hops: int, balanced: bool, seed: int) -> Iterator[Example]:
     """Endless stream of questions that need ``hops`` rules, the same for the same arguments."""
     if not 1 <= hops <= MOST_HOPS:
         raise ConfigError(f"prontoqa: hops must be 1 to {MOST_HOPS} (there are no more properties), got {hops}")
@@ -295,4 +295,4 @@ class ProntoQA(Task):
         return len(example.steps) - 1
 
     def _generate(self, seed: int, options: Mapping[str, Any]) -> Iterator[Example]:
-        return generate(options["hops"], options["balanced"], seed)
+        return generate_prontoqa(options["hops"], options["balanced"], seed)

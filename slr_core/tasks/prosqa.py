@@ -74,7 +74,7 @@ class Graph:
     neg_target: int
 
 
-def generate(spec: GraphSpec, seed: int) -> Iterator[Example]:
+def generate_prosqa(spec: GraphSpec, seed: int) -> Iterator[Example]:
     """Endless stream of examples, the same for the same ``spec`` and ``seed``."""
     rng = random.Random(seed)
     while True:
@@ -382,4 +382,4 @@ class ProsQA(Task):
         return {"depth_rule": depth_rule(example)}
 
     def _generate(self, seed: int, options: Mapping[str, Any]) -> Iterator[Example]:
-        return generate(GraphSpec(**options), seed)
+        return generate_prosqa(GraphSpec(**options), seed)

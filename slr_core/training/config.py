@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 
 from slr_core.config import LoopConfig, TextConfig, validated
 from slr_core.errors import ConfigError
-from slr_core.training.stages import CurriculumConfig, Settings, StageConfig
+from slr_core.training.stages import CurriculumConfig, RecipeModel, StageConfig
 
 
-class BaseConfig(Settings):
+class BaseConfig(RecipeModel):
     """The base model: a Llama-shaped one from random weights, or one that exists already."""
 
     source: str | None = Field(
@@ -42,7 +42,7 @@ class BaseConfig(Settings):
         return self
 
 
-class OptimizerConfig(Settings):
+class OptimizerConfig(RecipeModel):
     """AdamW with a warm-up and a cosine down to a floor."""
 
     learning_rate: float = Field(2e-3, gt=0, lt=1)
@@ -55,7 +55,7 @@ class OptimizerConfig(Settings):
     accumulate: int = Field(1, ge=1, description="passes that a device cuts its part of a batch into, to save memory")
 
 
-class ObjectiveWeights(Settings):
+class ObjectiveWeights(RecipeModel):
     """Weights of the loss terms; a term of weight 0 is not computed. See :mod:`slr_core.training.objectives`."""
 
     answer: float = Field(1.0, ge=0, description="cross-entropy of what is written after the loop")
@@ -82,7 +82,7 @@ class ObjectiveWeights(Settings):
         return self
 
 
-class GuardConfig(Settings):
+class TrainingGuardConfig(RecipeModel):
     """When a run counts as diverged; it stops, and its last good checkpoint stays. A non-finite loss always does."""
 
     loss_factor: float = Field(10.0, gt=1, description="times the highest loss of the first 20 steps")
@@ -90,7 +90,7 @@ class GuardConfig(Settings):
     patience: int = Field(5, ge=1, description="steps in a row above either")
 
 
-class TrainConfig(Settings):
+class TrainConfig(RecipeModel):
     """A whole recipe."""
 
     output_dir: str
@@ -107,7 +107,7 @@ class TrainConfig(Settings):
     teacher: str | None = Field(None, description="a latent reasoner's checkpoint, for the objectives teacher_*")
     optimizer: OptimizerConfig = OptimizerConfig()
     objectives: ObjectiveWeights = ObjectiveWeights()
-    guard: GuardConfig = GuardConfig()
+    guard: TrainingGuardConfig = TrainingGuardConfig()
     thoughts_per_step: int = Field(
         1, ge=1, description="c: iterations (workspace block: positions) per step of a chain"
     )

@@ -12,13 +12,13 @@ from slr_core import tasks
 from slr_core.tasks.base import OptionValue
 
 
-class Settings(BaseModel):
+class RecipeModel(BaseModel):
     """A group of settings: unknown names and loose types are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True)
 
 
-class DataConfig(Settings):
+class DataConfig(RecipeModel):
     """Questions of one task, generated unless a file or a split is named; or plain text."""
 
     task: str | None = Field(
@@ -62,7 +62,7 @@ class DataConfig(Settings):
         return self.task == "prosqa" and self.text is None
 
 
-class SampledIterations(Settings):
+class SampledIterations(RecipeModel):
     """A loop length drawn anew for every batch, log-normal Poisson as in Huginn (arXiv 2502.05171, section 3.3).
 
     ``1 + Poisson(exp(tau))`` with tau normal of standard deviation ``sigma`` and such a mean that the draw's
@@ -90,7 +90,7 @@ class SampledIterations(Settings):
         return min(self.most, max(self.least, 1 + count))
 
 
-class StageConfig(Settings):
+class StageConfig(RecipeModel):
     """A stretch of training with one mix of data and one loop length."""
 
     steps: int = Field(ge=1, description="optimizer steps")
@@ -121,7 +121,7 @@ class StageConfig(Settings):
         return self.iterations if isinstance(self.iterations, int) else self.iterations.most
 
 
-class CurriculumConfig(Settings):
+class CurriculumConfig(RecipeModel):
     """The multi-stage curriculum of Coconut (Hao et al., 2024, arXiv 2412.06769), written out as stages.
 
     Stage 0 writes the whole chain of thought; stage k lets the loop stand for its first k steps, with

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 
 from slr_core.errors import TrainingError
-from slr_core.training.config import GuardConfig
+from slr_core.training.config import TrainingGuardConfig
 
 _FIRST = 20
 
@@ -13,7 +13,7 @@ _FIRST = 20
 class Watch:
     """Sees the loss and the gradient norm of every step."""
 
-    def __init__(self, guard: GuardConfig) -> None:
+    def __init__(self, guard: TrainingGuardConfig) -> None:
         self.guard = guard
         self._seen = {"loss": 0, "gradient": 0}
         self._highest = {"loss": 0.0, "gradient": 0.0}

@@ -21,11 +21,9 @@ from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
-from slr_core.tasks import prontoqa
 from slr_core.tasks.base import Example
-from slr_core.tasks.prontoqa import ProntoQA
-from slr_core.tasks.prosqa import GraphSpec, ProsQA
-from slr_core.tasks.prosqa import generate as make
+from slr_core.tasks.prontoqa import ProntoQA, generate_prontoqa
+from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate_prosqa
 
 SEED = 4711  # not the seed of the card's figures, nor one that training used
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "prosqa.json"
@@ -38,7 +36,7 @@ def reasoner() -> LatentReasoner:
 
 @pytest.fixture(scope="module")
 def questions() -> list[Example]:
-    return list(islice(make(GraphSpec(10, 2, 4, balanced=True), SEED), 500))
+    return list(islice(generate_prosqa(GraphSpec(10, 2, 4, balanced=True), SEED), 500))
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +152,7 @@ def test_card_quotes_the_committed_figures() -> None:
 
 
 def test_prontoqa_proves_step_by_step_and_stays_where_it_is() -> None:
-    questions = list(islice(prontoqa.generate(5, False, SEED), 100))
+    questions = list(islice(generate_prontoqa(5, False, SEED), 100))
     backend = Local(LatentReasoner.from_pretrained("prontoqa"))
     own = run_method(METHODS["slr"], backend, ProntoQA(), questions, MethodSettings({}))
     assert summarize(own).accuracy >= 0.97
@@ -167,7 +165,7 @@ def test_prontoqa_proves_step_by_step_and_stays_where_it_is() -> None:
 
 def test_prontoqa_says_its_thoughts_in_words() -> None:
     reasoner = LatentReasoner.from_pretrained("prontoqa")
-    for example in islice(prontoqa.generate(5, False, SEED), 5):
+    for example in islice(generate_prontoqa(5, False, SEED), 5):
         request = prepare(reasoner, example.question, trace=True)
         (result,) = generate(reasoner, [request])
         assert [record.thought for record in result.records][:6] == list(example.steps)

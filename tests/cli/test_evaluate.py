@@ -15,8 +15,7 @@ from slr_core.evaluation.stability import ExitPoint, best_exits
 from slr_core.evaluation.statistics import summarize, wilson_interval
 from slr_core.evaluation.store import Store
 from slr_core.tasks.base import read_jsonl
-from slr_core.tasks.prosqa import GraphSpec, ProsQA
-from slr_core.tasks.prosqa import generate as make
+from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate_prosqa
 from tests.server.test_process import Server
 
 OPTION, TASK = "--generator-option", ["--task", "prosqa"]
@@ -30,7 +29,7 @@ def data(tmp_path):
     """A file of five questions."""
     path = tmp_path / "set" / "questions.jsonl"
     path.parent.mkdir()
-    stream = make(GraphSpec(8, 1, 3), 0)
+    stream = generate_prosqa(GraphSpec(8, 1, 3), 0)
     path.write_text("".join(json.dumps(next(stream).to_json()) + "\n" for _ in range(5)))
     return path
 

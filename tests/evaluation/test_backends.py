@@ -14,8 +14,7 @@ from slr_core.evaluation.methods import METHODS, MethodSettings
 from slr_core.evaluation.run import run_method
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.tasks.prosqa import GraphSpec, ProsQA
-from slr_core.tasks.prosqa import generate as make
+from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate_prosqa
 from tests import tiny
 from tests.server.test_process import Server
 
@@ -167,7 +166,7 @@ def test_what_is_no_url_is_refused():
 
 @pytest.mark.slow
 def test_300_questions_have_identical_answers_and_iterations_in_process_and_through_the_server(tmp_path):
-    questions = list(islice(make(GraphSpec(10, 2, 4, balanced=True), 31), 300))
+    questions = list(islice(generate_prosqa(GraphSpec(10, 2, 4, balanced=True), 31), 300))
     here = run_method(METHODS["slr"], Local(LatentReasoner.from_pretrained()), ProsQA(), questions, MethodSettings({}))
     for remote in _served(DEFAULT_CHECKPOINT, tmp_path / "log"):
         there = run_method(METHODS["slr"], remote, ProsQA(), questions, MethodSettings({}), batch_size=50)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slr_core.errors import DataError
 from slr_core.tasks.base import Example, read_jsonl
-from slr_core.tasks.prontoqa import CONCEPTS, MOST_HOPS, NAMES, PROPERTIES, ProntoQA, generate, mention_rule
+from slr_core.tasks.prontoqa import CONCEPTS, MOST_HOPS, NAMES, PROPERTIES, ProntoQA, generate_prontoqa, mention_rule
 
 FAMILY = {word: i for i, family in enumerate(PROPERTIES) for word in family}
 RULE = re.compile(r"(?:(Each|Every) (\w+) is|([A-Z]\w+)es are) (not )?(an? )?(\w+)")
@@ -95,7 +95,7 @@ def like_the_official(found, tolerance):
 
 
 def take(hops, count, balanced=False, seed=0):
-    return list(islice(generate(hops, balanced, seed), count))
+    return list(islice(generate_prontoqa(hops, balanced, seed), count))
 
 
 @given(st.integers(1, MOST_HOPS), st.booleans(), st.integers(0, 10**6))

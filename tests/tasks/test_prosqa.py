@@ -19,7 +19,7 @@ from slr_core.tasks.prosqa import (
     depth_rule,
     distances,
     frontiers,
-    generate,
+    generate_prosqa,
     graph_of,
 )
 
@@ -80,7 +80,7 @@ def specs(draw):
 @given(specs(), st.integers(0, 10**6))
 @settings(max_examples=150)
 def test_an_example_is_what_its_options_ask_for(spec, seed):
-    example = next(generate(spec, seed))
+    example = next(generate_prosqa(spec, seed))
     graph, symbols = graph_of(example), example.extra["idx_to_symbol"]
     assert 4 <= graph.nodes <= spec.nodes
     assert len(set(graph.edges)) == len(graph.edges)
@@ -103,7 +103,7 @@ def test_an_example_is_what_its_options_ask_for(spec, seed):
 
 @given(specs(), st.integers(0, 10**6))
 def test_the_text_says_what_the_graph_is(spec, seed):
-    example = next(generate(spec, seed))
+    example = next(generate_prosqa(spec, seed))
     graph, symbols = graph_of(example), example.extra["idx_to_symbol"]
     assert QUESTION.fullmatch(example.question)
     facts, person, options = words_of(example.question)
@@ -120,7 +120,7 @@ def test_the_text_says_what_the_graph_is(spec, seed):
 
 @given(specs(), st.integers(0, 10**6))
 def test_the_steps_are_a_path_of_stated_facts(spec, seed):
-    example = next(generate(spec, seed))
+    example = next(generate_prosqa(spec, seed))
     _, person, _ = words_of(example.question)
     assert all(STEP.fullmatch(step) and step in example.question for step in example.steps)
     path = [words for step in example.steps for words in re.findall(r"(?:Every )?(\w+) is a (\w+)\.", step)]
@@ -131,7 +131,7 @@ def test_the_steps_are_a_path_of_stated_facts(spec, seed):
 
 @given(specs(), st.integers(0, 10**6))
 def test_frontiers_are_the_nodes_at_each_distance(spec, seed):
-    example = next(generate(spec, seed))
+    example = next(generate_prosqa(spec, seed))
     facts, person, _ = words_of(example.question)
     distance = relaxed(facts, [person])
     hops = distance[example.answer.split()[-1].rstrip(".")]
@@ -152,7 +152,7 @@ def test_distances_are_the_shortest(seed):
 @given(specs(), st.integers(0, 10**6))
 def test_balanced_leaves_nothing_to_the_depth_rule(spec, seed):
     assume(spec.balanced)
-    example = next(generate(spec, seed))
+    example = next(generate_prosqa(spec, seed))
     graph = graph_of(example)
     depth = relaxed(graph.edges, parentless(graph))
     assert depth[graph.target] == depth[graph.neg_target]
@@ -162,7 +162,7 @@ def test_balanced_leaves_nothing_to_the_depth_rule(spec, seed):
 
 @given(st.integers(0, 10**6))
 def test_the_depth_rule_takes_the_option_farther_from_its_nearest_parentless_node(seed):
-    example = next(generate(GraphSpec(balanced=False), seed))
+    example = next(generate_prosqa(GraphSpec(balanced=False), seed))
     graph = graph_of(example)
     depth = relaxed(graph.edges, parentless(graph))
     target, other = depth[graph.target], depth[graph.neg_target]
@@ -170,7 +170,7 @@ def test_the_depth_rule_takes_the_option_farther_from_its_nearest_parentless_nod
 
 
 def take(spec, seed, count):
-    return list(itertools.islice(generate(spec, seed), count))
+    return list(itertools.islice(generate_prosqa(spec, seed), count))
 
 
 def test_the_stream_is_that_of_its_seed():

@@ -8,7 +8,7 @@ import torch
 from slr_core.config import TextConfig, validated
 from slr_core.errors import DataError
 from slr_core.tasks.base import Example
-from slr_core.tasks.prosqa import GraphSpec, generate
+from slr_core.tasks.prosqa import GraphSpec, generate_prosqa
 from slr_core.training.data import IGNORE, Collator, Item, LoopPlan, pad
 from slr_core.training.graphs import draw_chains
 from slr_core.training.tokenizer import prosqa_tokenizer
@@ -255,7 +255,7 @@ def test_thoughts_per_step_count_as_work():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_chains_start_at_parents_and_follow_the_edges(seed):
-    example = next(generate(GraphSpec(14, 1, 3, balanced=False), seed))
+    example = next(generate_prosqa(GraphSpec(14, 1, 3, balanced=False), seed))
     symbols, edges = example.extra["idx_to_symbol"], example.extra["edges"]
     parents = {symbols[p] for p, _ in edges}
     chains = draw_chains(example, 5, 3, random.Random(seed))

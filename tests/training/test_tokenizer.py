@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from slr_core import tasks
 from slr_core.tasks.base import read_jsonl
-from slr_core.tasks.prosqa import CONCEPTS, NAMES, GraphSpec, generate
+from slr_core.tasks.prosqa import CONCEPTS, NAMES, GraphSpec, generate_prosqa
 from slr_core.training.tokenizer import prontoqa_tokenizer, prosqa_tokenizer, start_embeddings, word_tokenizer
 
 TOKENIZER = prosqa_tokenizer()
@@ -16,7 +16,7 @@ def back(text):
 
 @given(st.integers(0, 10**6), st.sampled_from([8, 16, 28]), st.booleans())
 def test_questions_and_answers_survive(seed, nodes, balanced):
-    example = next(generate(GraphSpec(nodes, 1, 2, balanced), seed))
+    example = next(generate_prosqa(GraphSpec(nodes, 1, 2, balanced), seed))
     for text in (example.question, example.answer, *example.steps):
         assert back(text) == text
         assert TOKENIZER.unk_token_id not in TOKENIZER(text).input_ids
@@ -68,7 +68,7 @@ def test_tokens_of_one_word_start_alike():
 @given(st.integers(0, 10**6))
 def test_a_chain_of_thought_survives_with_its_mark(seed):
     tokenizer = prosqa_tokenizer(chain_of_thought=True)
-    example = next(generate(GraphSpec(12, 2, 4, True), seed))
+    example = next(generate_prosqa(GraphSpec(12, 2, 4, True), seed))
     text = " ".join([*example.steps, "#", example.answer])
     ids = tokenizer(text).input_ids
     assert tokenizer.unk_token_id not in ids

@@ -15,7 +15,7 @@ from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Example
 from slr_core.tasks.sources import fingerprint
 from slr_core.training.build import build
-from slr_core.training.config import GuardConfig
+from slr_core.training.config import TrainingGuardConfig
 from slr_core.training.sources import Listed
 from slr_core.training.trainer import MANIFEST, LoopTrainer, _ResetOptimizer, train
 from slr_core.training.watch import Watch
@@ -262,7 +262,7 @@ def test_a_run_that_blows_up_stops_and_keeps_its_last_good_checkpoint(factor, sa
 
 
 def test_the_watch_wants_several_steps_in_a_row():
-    watch = Watch(GuardConfig(loss_factor=10.0, patience=3))
+    watch = Watch(TrainingGuardConfig(loss_factor=10.0, patience=3))
     for step in range(20):
         watch.loss(1.0 + step % 2, step)
     for step, value in enumerate([21.0, 21.0, 19.0, 21.0, 21.0]):

@@ -40,7 +40,7 @@ def token_loss(logits: Tensor, labels: Tensor) -> Mean:
     return mean_of(losses, labels.flatten() != IGNORE)
 
 
-class Written(NamedTuple):
+class TokenOutputs(NamedTuple):
     """A text run in words: the logits before each of its tokens ``[B, A, V]``, the states at them ``[B, A, d]``."""
 
     logits: Tensor
@@ -105,7 +105,7 @@ class Rollout:
         """Logits ``[B, A, V]`` before each token of ``answer_ids``, teacher-forced, written after the loop."""
         if self.reasoner.answers_from_states and self.iterations:
             return self._from_states()
-        return write(self.reasoner, self.closed.fork(), self.batch["answer_ids"], looped=self.exits > 0).logits
+        return teacher_force(self.reasoner, self.closed.fork(), self.batch["answer_ids"], looped=self.exits > 0).logits
 
     def _from_states(self) -> Tensor:
         memory, present = (
@@ -119,11 +119,11 @@ class Rollout:
         return self.reasoner.decode_latent(memory, present, self.batch["answer_ids"][:, :-1].clamp_min(0))
 
     @cached_property
-    def in_words(self) -> Written:
+    def in_words(self) -> TokenOutputs:
         """The chain of thought and the answer written by the un-looped model, over the same cached prompt."""
         context = self.prompt.fork()
         context.passes = []
-        return write(self.reasoner, context, self.batch["cot_ids"])
+        return teacher_force(self.reasoner, context, self.batch["cot_ids"])
 
     @cached_property
     def taught(self) -> Rollout:
@@ -150,7 +150,9 @@ class Rollout:
         return self.workspace[:, -1], 0
 
 
-def write(reasoner: LatentReasoner, context: Context, ids: Tensor, looped: Tensor | None = None) -> Written:
+def teacher_force(
+    reasoner: LatentReasoner, context: Context, ids: Tensor, looped: Tensor | None = None
+) -> TokenOutputs:
     """Feed ``ids`` ``[B, A]`` (padded with -100) after ``context``, which gains their columns.
 
     Args:
@@ -163,4 +165,4 @@ def write(reasoner: LatentReasoner, context: Context, ids: Tensor, looped: Tenso
         looped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     states = reasoner.forward_after_loop(context, reasoner.embed(ids.clamp_min(0)), ids != IGNORE, looped)
     before = torch.cat([context.state[:, None], states[:, :-1]], dim=1)
-    return Written(reasoner.head(before), states, context.passes[-1] if context.passes else ())
+    return TokenOutputs(reasoner.head(before), states, context.passes[-1] if context.passes else ())
