@@ -1,43 +1,43 @@
-"""Compares mathematical expressions with math-verify, in a process of its own: see ``equivalence``.
-
-Reads ``{"gold": str, "answer": str}`` a line, writes ``{"equal": bool}`` a line. It is run as a script and
-imports nothing of this project.
-"""
+"""What runs in the child process of :mod:`slr_core.tasks.equivalence`."""
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
+import os
+import signal
+
+_MEMORY_GIB = 4
 
 
-def _limit_memory(gibibytes: int) -> None:
+def set_up_worker() -> None:
+    """Load math-verify, silence output, limit the memory, and let SIGTERM end the process at once."""
+    import math_verify  # type: ignore[import-untyped]  # noqa: F401
+
+    logging.disable(logging.CRITICAL)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler would wait for a long operation on integers
     try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (gibibytes << 30, gibibytes << 30))
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_GIB << 30, _MEMORY_GIB << 30))
     except (ImportError, OSError, ValueError):
-        pass  # not every system can
+        pass  # not every system has this limit
 
 
-def main() -> None:
-    """Answer lines until the input ends."""
-    replies, sys.stdout = sys.stdout, sys.stderr  # nothing else may write there
-    _limit_memory(4)
-    from math_verify import parse, verify  # type: ignore[import-untyped]
+def compare(gold: str, answer: str) -> bool:
+    """Whether math-verify calls the two equal. False where it fails."""
+    from math_verify import parse, verify
 
-    logging.disable(logging.CRITICAL)
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            # No timeouts here: those of math-verify are signals. The process that asks has one, and ends this one.
-            gold, answer = (parse(f"${request[k]}$", parsing_timeout=None) for k in ("gold", "answer"))
-            equal = bool(verify(gold, answer, timeout_seconds=None))
-        except (Exception, RecursionError, MemoryError):
-            equal = False
-        print(json.dumps({"equal": equal}), file=replies, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        # No time limits here: those of math-verify are signals. The parent process has one.
+        return bool(
+            verify(
+                parse(f"${gold}$", parsing_timeout=None),
+                parse(f"${answer}$", parsing_timeout=None),
+                timeout_seconds=None,
+            )
+        )
+    except (Exception, RecursionError, MemoryError):
+        return False

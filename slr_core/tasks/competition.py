@@ -18,7 +18,7 @@ class CompetitionMath(Task):
     """The task: equal as written after tidying, or by math-verify; the stated level as difficulty."""
 
     name = "math"
-    needs = ("math_verify",)
+    needs = ("math_verify", "pebble")
     hub: ClassVar[Mapping[str, HubSplit]] = {
         "train": HubSplit(_HUB, None, "train"),
         "test": HubSplit(_HUB, None, "test"),

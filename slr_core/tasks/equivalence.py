@@ -1,107 +1,90 @@
-"""Whether two mathematical answers are the same, by math-verify, within a time limit and from any thread.
+"""Whether two mathematical answers are equal, by math-verify, within a time limit and from any thread.
 
-Comparing with sympy may take forever (``9^{9^{9^9}}``), and math-verify's own time limit is a signal,
-which only a main thread may use. So the comparison runs in one child process, ended when it is late.
+A comparison by sympy may never end (``9^{9^{9^9}}``), and math-verify's own time limit is a signal, which works in the
+main thread only. Comparisons therefore run in a child process, which pebble ends when one exceeds its time.
 """
 
 from __future__ import annotations
 
 import atexit
-import json
-import queue
-import subprocess
-import sys
-from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
-from pathlib import Path
-from threading import Lock, Thread
-from typing import IO
+from multiprocessing import get_context
+from threading import Lock
+from typing import TYPE_CHECKING
 
 from slr_core._install import missing_extra
 from slr_core.errors import ConfigError
+from slr_core.tasks._equivalence_worker import compare, set_up_worker
 
-_WORKER = Path(__file__).with_name("_equivalence_worker.py")
-_START_SECONDS = 120.0  # sympy takes seconds to import, more on a busy machine
-_LONGEST = 1000  # characters; no answer of the data has more than a third of it
+if TYPE_CHECKING:
+    from pebble import ProcessPool
+
+_START_S = 120.0  # sympy takes seconds to import, more on a busy machine
+_MAX_CHARACTERS = 1000  # no answer of the data has more than a third of it
 
 
 class Comparer:
-    """A child process that compares, started at the first question and again after one that took too long."""
+    """A child process that compares, started with the first comparison and again after one that took too long."""
 
-    def __init__(self, seconds: float = 5.0) -> None:
-        """Give every comparison ``seconds``."""
-        self.seconds = seconds
+    def __init__(self, timeout_s: float = 5.0) -> None:
+        """Give every comparison ``timeout_s`` seconds."""
+        self.timeout_s = timeout_s
         self._lock = Lock()
-        self._process: subprocess.Popen[str] | None = None
-        self._replies: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._pool: ProcessPool | None = None
 
     def equal(self, gold: str, answer: str) -> bool:
-        """Whether math-verify holds the two for equal; False where it fails, or takes too long.
+        """Whether math-verify calls the two equal; False where the comparison fails or takes too long.
 
         Raises:
-            ConfigError: math-verify is not installed or cannot be started.
+            ConfigError: math-verify or pebble is not installed, or the child process does not start.
         """
-        if max(len(gold), len(answer)) > _LONGEST:
+        if max(len(gold), len(answer)) > _MAX_CHARACTERS:
             return False
+        missing = [name for name in ("math_verify", "pebble") if find_spec(name) is None]
+        if missing:
+            raise missing_extra("comparing answers", "eval", f"not installed: {', '.join(missing)}")
         with self._lock:
-            process = self._process or self._start()
-            try:
-                assert process.stdin is not None
-                process.stdin.write(json.dumps({"gold": gold, "answer": answer}) + "\n")
-                process.stdin.flush()
-                reply = self._replies.get(timeout=self.seconds)
-            except (OSError, queue.Empty):
-                reply = None
-            if reply is None:  # late, or dead
-                self._stop()
-                return False
-            return bool(json.loads(reply)["equal"])
+            for _ in range(2):  # a second time if the child process died before this comparison
+                result = self._run(gold, answer)
+                if result is not None:
+                    return result
+        raise ConfigError(
+            "the process that compares answers does not start (its standard error says why); in a script, "
+            "grade under `if __name__ == '__main__':`"
+        )
 
     def close(self) -> None:
         """End the child process."""
         with self._lock:
             self._stop()
 
-    def _start(self) -> subprocess.Popen[str]:
-        if find_spec("math_verify") is None:
-            raise missing_extra("comparing answers", "eval", "no module math_verify")
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", str(_WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
-        self._process, self._replies = process, queue.SimpleQueue()
-        assert process.stdout is not None
-        Thread(target=_forward, args=(process.stdout, self._replies), daemon=True).start()
+    def _run(self, gold: str, answer: str) -> bool | None:
+        """The result, or None where no child process took the comparison."""
+        from pebble import ProcessExpired, ProcessPool
+
+        if self._pool is None:
+            # Not "fork": the parent may run threads.
+            self._pool = ProcessPool(max_workers=1, initializer=set_up_worker, context=get_context("spawn"))
+        future = None
         try:
-            ready = self._replies.get(timeout=_START_SECONDS)
-        except queue.Empty:
-            ready = None
-        if ready is None:
-            self._stop()
-            raise ConfigError(f"math-verify could not be started: {sys.executable} {_WORKER.name} ended or hung")
-        return process
+            future = self._pool.schedule(compare, args=(gold, answer), timeout=self.timeout_s)
+            return future.result(timeout=_START_S + self.timeout_s)
+        except ProcessExpired:  # for example out of memory
+            return False
+        except TimeoutError:
+            if future is not None and future.done():
+                return False
+        except RuntimeError:  # the pool has no process
+            pass
+        self._stop()
+        return None
 
     def _stop(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        assert process.stdin is not None
-        with suppress(OSError):  # what was not read yet cannot be flushed
-            process.stdin.close()
-
-
-def _forward(lines: IO[str], replies: queue.SimpleQueue[str | None]) -> None:
-    with lines:
-        for line in lines:
-            replies.put(line)
-    replies.put(None)
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.stop()  # type: ignore[no-untyped-call]
+            pool.join()
 
 
 _shared = Comparer()
@@ -110,5 +93,5 @@ atexit.register(_shared.close)
 
 @lru_cache(maxsize=65536)
 def equivalent(gold: str, answer: str) -> bool:
-    """:meth:`Comparer.equal` of one process for all, remembered."""
+    """:meth:`Comparer.equal` in one child process for all callers; results are cached."""
     return _shared.equal(gold, answer)
