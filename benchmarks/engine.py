@@ -112,7 +112,7 @@ def under_load(name: str, engine: Engine, watch: Watch, turns: int) -> Iterator[
     batches, few = requests[: 2 * ROWS if large else 8 * ROWS], requests[:8]
     with recorded(engine) as passes:
         watch.run(engine, requests)
-    on_its_thread = engine._between_steps
+    on_its_thread = engine._thread.call
     most = max(rows for rows, _, _ in passes.shapes)
     cache = on_its_thread(lambda: KVCache(engine.model, most, engine.capacity))
 
@@ -128,7 +128,7 @@ def under_load(name: str, engine: Engine, watch: Watch, turns: int) -> Iterator[
     ours, bound, joined, batched, single, recording, sampling = best(
         turns,
         lambda: paces.append(watch.run(engine, requests)),
-        lambda: on_its_thread(lambda: bare(engine, passes.apart, passes.heads, cache)),
+        lambda: on_its_thread(lambda: bare(engine, passes.unpacked, passes.heads, cache)),
         lambda: on_its_thread(lambda: bare(engine, passes.shapes, passes.heads, cache)),
         lambda: on_its_thread(lockstep),
         lambda: on_its_thread(reference),
@@ -144,7 +144,7 @@ def under_load(name: str, engine: Engine, watch: Watch, turns: int) -> Iterator[
         f"at least {0.85 if large else 0.6}",
         f"{len(requests)} requests in {ours:.2f} s, bound {bound:.2f} s",
     )
-    detail = f"{len(passes.shapes)} passes, {len(passes.apart)} apart, bound {joined:.2f} s"
+    detail = f"{len(passes.shapes)} passes, {len(passes.unpacked)} unpacked, bound {joined:.2f} s"
     yield Figure("the same, bound in as few passes as the engine's", name, joined / ours, "reported", detail)
     against = f"{rate}, {work(batches) / batched:.0f} in lockstep"
     yield Figure("throughput under L / lockstep batches", name, batched / work(batches) / pace, "at least 1.4", against)
@@ -172,7 +172,7 @@ def long_prompts(name: str, engine: Engine, watch: Watch, turns: int) -> Figure:
     _, single = best(
         min(2, turns),
         lambda: paces.append(watch.run(engine, requests)),
-        lambda: engine._between_steps(reference),
+        lambda: engine._thread.call(reference),
     )
     own = work(requests[:8]) / single
     detail = f"{1 / min(paces):.0f} passes of rows a second, {own:.0f} one at a time"
@@ -204,7 +204,7 @@ def alone(name: str, engine: Engine, turns: int) -> Figure:
     ours, theirs = best(
         3 * turns * (1 + many // 5),
         lambda: [engine.submit(request).result() for _ in range(many)],
-        lambda: engine._between_steps(lambda: [generate(engine.reasoner, [request]) for _ in range(many)]),
+        lambda: engine._thread.call(lambda: [generate(engine.reasoner, [request]) for _ in range(many)]),
     )
     detail = f"{1000 * ours / many:.0f} ms, {1000 * theirs / many:.0f} ms"
     return Figure("a lone request's latency / the reference's", name, ours / theirs, "at most 1.05", detail)
@@ -213,19 +213,19 @@ def alone(name: str, engine: Engine, turns: int) -> Figure:
 def adapters(name: str, reasoner: LatentReasoner, turns: int) -> Iterator[Figure]:
     """A decode or loop pass of 32 rows with 8 different adapters, against none and against PEFT's own mixed batch."""
     base, width = reasoner.base, 40
-    bank, cache, names = LoraBatch(base), KVCache(base, ROWS, width), reasoner.config.loop.adapters
-    bank.fill([(base, adapter) for adapter in names])
-    bank.tune(ROWS, 1)
+    lora_batch, cache, names = LoraBatch(base), KVCache(base, ROWS, width), reasoner.config.loop.adapters
+    lora_batch.set_adapters([(base, adapter) for adapter in names])
+    lora_batch.tune(ROWS, 1)
 
     def step(rows: list[int | None]) -> None:
-        bank.use(rows)
-        forward(bank.model, cache, ROWS, 1, width)
+        lora_batch.use(rows)
+        forward(lora_batch.model, cache, ROWS, 1, width)
 
     def peft() -> None:
         with mixed_by_peft(base, [names[row % len(names)] for row in range(ROWS)]):
             forward(base, cache, ROWS, 1, width)
 
-    weights = [weight for layer in bank.layers.values() for weight in (layer.down, layer.up)]
+    weights = [weight for layer in lora_batch.layers.values() for weight in layer.weights[:2]]
     with torch.inference_mode():
         ours, none, theirs, reading = best(
             5 * turns,
@@ -234,7 +234,7 @@ def adapters(name: str, reasoner: LatentReasoner, turns: int) -> Iterator[Figure
             peft,
             lambda: [weight.sum() for weight in weights],
         )
-    methods = ", ".join(sorted({layer.method for layer in bank.layers.values()}))
+    methods = ", ".join(sorted({layer.method for layer in lora_batch.layers.values()}))
     detail = f"{1000 * ours:.0f} ms, {1000 * none:.0f} ms without, {methods}"
     yield Figure("step with 8 adapters / with none", name, ours / none, "at most 1.25", detail)
     yield Figure("PEFT's mixed batch / that step", name, theirs / ours, "at least 3", f"{1000 * theirs:.0f} ms")

@@ -16,8 +16,7 @@ from itertools import islice
 import torch
 from transformers.utils import logging
 
-from slr_core.engine import Engine
-from slr_core.engine.core import Step
+from slr_core.engine import Engine, StepStats
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.prosqa import GraphSpec, generate_prosqa
 from slr_core.types import Request, Result
@@ -43,10 +42,10 @@ def main() -> None:
 
 def measure(reasoner: LatentReasoner, at_once: int) -> tuple[float, float]:
     """Seconds of a step without metrics, and of recording the metrics of a step."""
-    steps: list[Step] = []
+    steps: list[StepStats] = []
     ends: list[float] = []
 
-    def record(step: Step) -> None:
+    def record(step: StepStats) -> None:
         steps.append(step)
         ends.append(time.thread_time())
 
@@ -76,7 +75,7 @@ def _run(engine: Engine, requests: list[Request], at_once: int) -> list[Result]:
     return results
 
 
-def _record(metrics: Metrics, steps: list[Step], requests: list[Request], results: list[Result]) -> None:
+def _record(metrics: Metrics, steps: list[StepStats], requests: list[Request], results: list[Result]) -> None:
     for step in steps:
         metrics.record_step(step)
     for request, result in zip(requests, results, strict=True):

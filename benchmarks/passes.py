@@ -1,4 +1,4 @@
-"""ModelRunner of the base model without the engine, PEFT's way of mixing adapters, and where a pass's time goes."""
+"""Forward passes of the base model without the engine, PEFT's mixed batches, and the parts of a step's time."""
 
 from __future__ import annotations
 
@@ -16,54 +16,54 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from slr_core.engine import Engine
-from slr_core.engine.runner.attention import Part
 from slr_core.engine.runner.kv_cache import KVCache
+from slr_core.engine.runner.packing import PackedSegment
 from slr_core.model.base_support import hidden_size
 
 
 @dataclass(frozen=True)
-class ModelRunner:
-    """What an engine ran.
+class RecordedPasses:
+    """The passes of an engine.
 
     Attributes:
-        shapes: rows, positions and columns of each pass.
-        apart: the same, but single positions and prompts of each length class in passes of their own, as a model
+        shapes: of each pass the rows, the positions of a row, and the cache positions that it reads.
+        unpacked: the same, with single positions and prompts of each length class in separate passes, as a model
             without the engine would have to run them.
-        heads: rows read by the head, each time.
+        heads: rows of each call of the LM head.
     """
 
     shapes: list[tuple[int, int, int]]
-    apart: list[tuple[int, int, int]]
+    unpacked: list[tuple[int, int, int]]
     heads: list[int]
 
 
 @contextmanager
-def recorded(engine: Engine) -> Iterator[ModelRunner]:
-    """Note every pass inside the block."""
-    passes = ModelRunner([], [], [])
+def recorded(engine: Engine) -> Iterator[RecordedPasses]:
+    """Record all passes inside the context."""
+    passes = RecordedPasses([], [], [])
 
-    def note(_module: Any, _args: Any, options: dict[str, Any]) -> None:
+    def record(_module: Any, _args: Any, options: dict[str, Any]) -> None:
         rows, queries, _ = options["inputs_embeds"].shape
-        joint = options.get("joint")
-        if joint is None:
+        packed = options.get("packed")
+        if packed is None:
             passes.shapes.append((rows, queries, options["attention_mask"].shape[-1]))
-            passes.apart.append(passes.shapes[-1])
+            passes.unpacked.append(passes.shapes[-1])
             return
-        passes.shapes.append((rows, 1, max(part.width for part in joint.parts)))
-        classes: dict[int, list[Part]] = {}
-        for part in joint.parts:
-            classes.setdefault((part.mask.shape[2] - 1).bit_length(), []).append(part)
-        for parts in classes.values():
-            length, columns = max(part.mask.shape[2] for part in parts), max(part.width for part in parts)
-            own = sum(part.own.stop - part.own.start for part in parts) if length == 1 else len(parts)
-            passes.apart.append((own, length, columns))
+        passes.shapes.append((rows, 1, max(segment.width for segment in packed.segments)))
+        classes: dict[int, list[PackedSegment]] = {}
+        for segment in packed.segments:
+            classes.setdefault((segment.mask.shape[2] - 1).bit_length(), []).append(segment)
+        for segments in classes.values():
+            length, width = max(x.mask.shape[2] for x in segments), max(x.width for x in segments)
+            count = sum(x.rows.stop - x.rows.start for x in segments) if length == 1 else len(segments)
+            passes.unpacked.append((count, length, width))
 
-    def note_head(_module: Any, args: tuple[torch.Tensor]) -> None:
+    def record_head(_module: Any, args: tuple[torch.Tensor]) -> None:
         passes.heads.append(len(args[0]))
 
     hooks = [
-        engine.model.base_model.register_forward_pre_hook(note, with_kwargs=True),
-        engine.model.get_output_embeddings().register_forward_pre_hook(note_head),  # type: ignore[no-untyped-call]
+        engine.model.base_model.register_forward_pre_hook(record, with_kwargs=True),
+        engine.model.get_output_embeddings().register_forward_pre_hook(record_head),  # type: ignore[no-untyped-call]
     ]
     try:
         yield passes
@@ -74,23 +74,23 @@ def recorded(engine: Engine) -> Iterator[ModelRunner]:
 
 @torch.inference_mode()
 def bare(engine: Engine, shapes: list[tuple[int, int, int]], heads: list[int], cache: KVCache) -> None:
-    """ModelRunner of these shapes by the base model alone, over a cache of as many rows as the largest has."""
-    engine._bank.rows = None  # the engine is idle: its model runs without adapters
-    for rows, queries, columns in shapes:
-        forward(engine.model, cache, rows, queries, columns)
+    """Run passes of these shapes with the base model alone, over a cache of as many rows as the largest has."""
+    engine._lora_batch.index = None  # the engine is idle: its model runs without adapters
+    for rows, queries, width in shapes:
+        forward(engine.model, cache, rows, queries, width)
     head = engine.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     for rows in heads:
         head(torch.zeros(rows, hidden_size(engine.model)))
 
 
-def forward(model: Any, cache: KVCache, rows: int, queries: int, columns: int) -> None:
-    """One pass whose rows read so many columns of a cache that nothing copies."""
-    at = torch.arange(columns - queries, columns).expand(rows, queries)
-    cache.bind(range(rows), at, columns)
+def forward(model: Any, cache: KVCache, rows: int, queries: int, width: int) -> None:
+    """Run one pass whose rows read ``width`` positions of the cache."""
+    positions = torch.arange(width - queries, width).expand(rows, queries)
+    cache.bind(range(rows), positions, width)
     model.base_model(
         inputs_embeds=torch.ones(rows, queries, hidden_size(model)),
-        attention_mask=(torch.arange(columns) <= at[..., None])[:, None],
-        position_ids=at,
+        attention_mask=(torch.arange(width) <= positions[..., None])[:, None],
+        position_ids=positions,
         past_key_values=cache,
         use_cache=True,
     )
@@ -98,9 +98,9 @@ def forward(model: Any, cache: KVCache, rows: int, queries: int, columns: int) -
 
 @contextmanager
 def mixed_by_peft(base: nn.Module, names: list[str]) -> Iterator[None]:
-    """PEFT's mixed batch: what ``adapter_names`` does in a PeftModel, for adapters that were injected."""
+    """PEFT's mixed batch: what ``adapter_names`` does in a PeftModel, for injected adapters."""
 
-    def hand_over(_module: Any, args: Any, options: dict[str, Any], adapter_names: list[str]) -> Any:
+    def add_names(_module: Any, args: Any, options: dict[str, Any], adapter_names: list[str]) -> Any:
         options["adapter_names"] = adapter_names
         return args, options
 
@@ -109,7 +109,7 @@ def mixed_by_peft(base: nn.Module, names: list[str]) -> Iterator[None]:
     for layer in layers:
         layer._active_adapter = [names[0]]
     hooks = [
-        layer.register_forward_pre_hook(partial(hand_over, adapter_names=names), with_kwargs=True) for layer in layers
+        layer.register_forward_pre_hook(partial(add_names, adapter_names=names), with_kwargs=True) for layer in layers
     ]
     try:
         yield
@@ -120,14 +120,14 @@ def mixed_by_peft(base: nn.Module, names: list[str]) -> Iterator[None]:
 
 
 PARTS = ("the base's linear layers", "adapters", "attention, norms, cache", "the head", "the engine")
-"""Of a step."""
+"""Parts of a step."""
 
 
 def parts(engine: Engine, run: Callable[[], object]) -> dict[str, float]:
     """Seconds of each of :data:`PARTS` while ``run`` keeps the engine busy."""
     spent: Counter[str] = Counter()
     model = engine.model
-    layers = engine._bank.layers.values()
+    layers = engine._lora_batch.layers.values()
     hooks = [
         *_timed(spent, "model", [model.base_model]),
         *_timed(spent, "layers", layers),
@@ -140,19 +140,19 @@ def parts(engine: Engine, run: Callable[[], object]) -> dict[str, float]:
     finally:
         for hook in hooks:
             hook.remove()
-    all_of_it = time.perf_counter() - began
-    own = (
+    total = time.perf_counter() - began
+    seconds = (
         spent["base"],
         spent["layers"] - spent["base"],
         spent["model"] - spent["layers"],
         spent["head"],
-        all_of_it - spent["model"] - spent["head"],
+        total - spent["model"] - spent["head"],
     )
-    return dict(zip(PARTS, own, strict=True))
+    return dict(zip(PARTS, seconds, strict=True))
 
 
 def _timed(spent: Counter[str], name: str, modules: Any) -> Iterator[RemovableHandle]:
-    """Add the time in modules that do not hold each other to ``spent``."""
+    """Add the time of modules that do not contain each other to ``spent``."""
     began = 0.0
 
     def start(_module: Any, _args: Any) -> None:

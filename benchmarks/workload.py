@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from slr_core import LatentReasoner
 from slr_core.config import SLRConfig
 from slr_core.engine import Engine
-from slr_core.engine.statistics import Step
+from slr_core.engine.statistics import StepStats
 from slr_core.params import ResolvedLoopParams, SamplingParams
 from slr_core.types import Request
 
@@ -90,7 +90,7 @@ def tokens(rng: random.Random, count: int) -> tuple[int, ...]:
 
 
 def work(requests: list[Request]) -> int:
-    """ModelRunner of rows that requests take: the prompt, the iterations, and every token but the first."""
+    """Row-steps that requests take: the prompt, the iterations, and every token but the first."""
     return sum(r.loop.max_iterations + r.max_new_tokens for r in requests)
 
 
@@ -100,7 +100,7 @@ class Watch:
     def __init__(self) -> None:
         self.steps: list[tuple[float, int]] = []
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: StepStats) -> None:
         """Note a step."""
         self.steps.append((time.perf_counter(), step.rows))
 

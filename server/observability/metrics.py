@@ -24,7 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from slr_core._version import __version__
-from slr_core.engine import Counters, Engine, Step
+from slr_core.engine import Engine, EngineCounters, StepStats
 from slr_core.types import ExitReason, Request, Result
 
 from ..errors import CLIENT_CLOSED_REQUEST
@@ -181,14 +181,14 @@ class Metrics:
         """Read this engine's counters at each scrape."""
         self._engine.engine = engine
 
-    def record_step(self, step: Step) -> None:
+    def record_step(self, step: StepStats) -> None:
         """Record a step: the ``on_step`` of an engine."""
         self._step.observe(step.duration_s)
         self._rows.observe(step.rows)
-        if step.looping:
+        if step.iterations:
             self._iteration.observe(step.duration_s)
-            self._iteration_rows.observe(step.looping)
-        self._engine.positions, self._engine.stepped_at = step.columns, time.time()
+            self._iteration_rows.observe(step.iterations)
+        self._engine.positions, self._engine.stepped_at = step.used_positions, time.time()
 
 
 class _EngineCollector(Collector):
@@ -201,7 +201,7 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         engine = self.engine
-        counters = Counters() if engine is None else engine.counters
+        counters = EngineCounters() if engine is None else engine.counters
         for name, documentation, count in (
             ("slr_loop_row_iterations", "Loop iterations of all answers", counters.iterations),
             (

@@ -1,7 +1,17 @@
-"""What serves: requests in from any thread, answers out, one thread that owns torch."""
+"""The engine: accepts requests from any thread, and runs them together on a thread that owns the model."""
 
-from slr_core.engine.engine import DEFAULT_LOOP_SET, Engine
+from slr_core.engine.adapter_sets import DEFAULT_LOOP_SET
+from slr_core.engine.engine import Engine
 from slr_core.engine.events import Event, FinishedEvent, IterationEvent, TokenEvent
-from slr_core.engine.statistics import Counters, Step
+from slr_core.engine.statistics import EngineCounters, StepStats
 
-__all__ = ["DEFAULT_LOOP_SET", "Counters", "Engine", "Event", "FinishedEvent", "IterationEvent", "Step", "TokenEvent"]
+__all__ = [
+    "DEFAULT_LOOP_SET",
+    "Engine",
+    "EngineCounters",
+    "Event",
+    "FinishedEvent",
+    "IterationEvent",
+    "StepStats",
+    "TokenEvent",
+]

@@ -1,4 +1,4 @@
-"""A loop set: what a checkpoint adds to its base model, over rows that are at different iterations."""
+"""A loop adapter set: what a checkpoint adds to its base model, for rows at different iterations."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from slr_core.types import Request
 
 
 class LoopAdapterSet:
-    """The loop's own modules and the places of its adapters in the bank.
+    """A loop's modules and its adapters in the :class:`LoraBatch`.
 
     The formulas are those of :class:`slr_core.model.reasoner.LatentReasoner`, with a timestep for each row.
 
     Args:
-        name: by which requests ask for it.
-        reasoner: whose modules, texts and defaults it has; its base model is not run.
+        name: the name by which requests choose it.
+        reasoner: its modules, texts and defaults are used; its base model is not run.
 
     Attributes:
-        adapters: place in the bank of each adapter, by name; kept up by whoever fills the bank.
+        adapter_ids: ids of its adapters in the LoraBatch, by name; set by :class:`LoopAdapterSets`.
+        timesteps: e_1 ... e_T ``[T, d]``; ``None``: the loop has no timestep embedding.
     """
 
     def __init__(self, name: str, reasoner: LatentReasoner) -> None:
         self.name, self.reasoner = name, reasoner
-        self.adapters: dict[str, int] = {}
-        self._names: dict[int, str | None] = {}
+        self.adapter_ids: dict[str, int] = {}
+        self._adapter_names: dict[int, str | None] = {}
         self.config = reasoner.config.loop
         self.workspace = reasoner.workspace
         timestep, trained = reasoner.timestep, self.config.trained_iterations
         with torch.inference_mode():
-            self.moments = (
+            self.timesteps = (
                 torch.stack([timestep.embedding(t) for t in range(1, trained + 1)]) if timestep.kind != "none" else None
             )
-        """e_1 ... e_T ``[T, d]``."""
 
     @classmethod
-    def beside(cls, owner: LatentReasoner, name: str, path_or_id: str) -> Self:
-        """Load a checkpoint's loop around the base model that ``owner`` has already.
+    def load(cls, owner: LatentReasoner, name: str, path_or_id: str) -> Self:
+        """Load a checkpoint's loop onto the base model of ``owner``.
 
         Raises:
             CheckpointError: it cannot be loaded.
-            ConfigError: its base model is another, or its weights are not finite.
+            ConfigError: its base model is another one, or its weights are not finite.
         """
-        # Not on the owner's device: there is no room for a second base model on it.
+        # On the CPU: the owner's device may have no room for a second base model.
         reasoner = LatentReasoner.from_pretrained(path_or_id, dtype=owner.base.dtype, device="cpu")
         share_base(owner, reasoner)
         reasoner.to(owner.device)
@@ -59,27 +59,27 @@ class LoopAdapterSet:
 
     @property
     def in_place(self) -> bool:
-        """Whether an iteration runs the same positions again: every workspace but ``append``."""
+        """Whether every iteration runs the same positions: in all workspaces but ``append``."""
         return not self.workspace.starts_from_state
 
     def adapter_name(self, t: int) -> str | None:
-        """As :meth:`LatentReasoner.adapter_name`."""
-        if t not in self._names:
-            self._names[t] = self.reasoner.adapter_name(t)
-        return self._names[t]
+        """As :meth:`LatentReasoner.adapter_name`, cached."""
+        if t not in self._adapter_names:
+            self._adapter_names[t] = self.reasoner.adapter_name(t)
+        return self._adapter_names[t]
 
-    def adapter(self, t: int) -> int | None:
-        """Place in the bank of iteration ``t``'s adapter."""
+    def adapter_id(self, t: int) -> int | None:
+        """The adapter of iteration ``t`` in the LoraBatch; ``None``: the base model alone."""
         name = self.adapter_name(t)
-        return None if name is None else self.adapters[name]
+        return None if name is None else self.adapter_ids[name]
 
     @property
-    def decode_adapter(self) -> int | None:
-        """Place in the bank of what writes after a loop."""
-        return self.adapters.get(DECODE)
+    def decode_adapter_id(self) -> int | None:
+        """The adapter of passes after a loop; ``None``: the base model alone."""
+        return self.adapter_ids.get(DECODE)
 
-    def positions(self, request: Request) -> int:
-        """Columns of a slot that a request may come to need."""
+    def reserved_positions(self, request: Request) -> int:
+        """Cache positions that a request needs at most."""
         return (
             len(request.prompt_ids)
             + self.workspace.loop_positions(request.loop.max_iterations)
@@ -88,52 +88,56 @@ class LoopAdapterSet:
             + request.max_new_tokens
         )
 
-    def inputs(self, hidden: Tensor, iterations: Sequence[int], change: Sequence[float | None]) -> Tensor:
-        """``u_t`` ``[n, W, d]`` from h_{t-1} ``[n, W, d]``, each row's ``t`` and its last relative change."""
+    def inputs(self, hidden: Tensor, iterations: Sequence[int], last_changes: Sequence[float | None]) -> Tensor:
+        """``u_t`` ``[n, W, d]`` from h_{t-1} ``[n, W, d]``, and each row's ``t`` and last relative change."""
         timestep, projected = self.reasoner.timestep, self.reasoner.project_in(hidden)
         if not timestep.acts:
             return projected
         device = hidden.device
         e_t = None
-        if self.moments is not None:
+        if self.timesteps is not None:
             loop = self.config
             index = [trained_index(t, loop.trained_iterations, loop.lora.past_end) - 1 for t in iterations]
-            e_t = self.moments[torch.tensor(index, device=device)][:, None]
-        last = None
+            e_t = self.timesteps[torch.tensor(index, device=device)][:, None]
+        changes = None
         if timestep.noise_level:
-            last = torch.tensor([torch.nan if x is None else x for x in change], device=device)[:, None]
-        return timestep.combined(projected, e_t, last)
+            changes = torch.tensor([torch.nan if x is None else x for x in last_changes], device=device)[:, None]
+        return timestep.combined(projected, e_t, changes)
 
 
-def placed(
+def number_adapters(
     sets: Iterable[LoopAdapterSet],
 ) -> tuple[list[tuple[PreTrainedModel, str]], dict[LoopAdapterSet, dict[str, int]]]:
-    """Where to find each adapter of these loop sets, and its name, in the order of their places; then these places."""
+    """Number the adapters of loop adapter sets.
+
+    Returns:
+        The model and the name of each adapter, by id; and the ids of each set's adapters, by name.
+    """
     adapters: list[tuple[PreTrainedModel, str]] = []
-    places: dict[LoopAdapterSet, dict[str, int]] = {}
-    for loops in sets:
-        names = sorted(loops.reasoner.adapters.names)
-        places[loops] = {name: len(adapters) + i for i, name in enumerate(names)}
-        adapters += [(loops.reasoner.base, name) for name in names]
-    return adapters, places
+    ids: dict[LoopAdapterSet, dict[str, int]] = {}
+    for adapter_set in sets:
+        names = sorted(adapter_set.reasoner.adapters.names)
+        ids[adapter_set] = {name: len(adapters) + i for i, name in enumerate(names)}
+        adapters += [(adapter_set.reasoner.base, name) for name in names]
+    return adapters, ids
 
 
 def share_base(owner: LatentReasoner, other: LatentReasoner) -> None:
-    """Let ``other`` use the base weights of ``owner``, and forget its own.
+    """Make ``other`` use the base weights of ``owner``, and free its own.
 
     Raises:
-        ConfigError: they are not the same weights.
+        ConfigError: the weights differ.
     """
     ours, theirs = _base_weights(owner), _base_weights(other)
-    if ours.keys() != theirs.keys() or not all(_same(ours[name], theirs[name]) for name in ours):
+    if ours.keys() != theirs.keys() or not all(_equal(ours[name], theirs[name]) for name in ours):
         raise ConfigError("the checkpoint's base model is not the one that is served")
     for name, weight in theirs.items():
         weight.data = ours[name].data
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
-    alike = (first.dtype, first.shape) == (second.dtype, second.shape)
-    return alike and torch.equal(first.to(second.device), second)
+def _equal(first: Tensor, second: Tensor) -> bool:
+    same_kind = (first.dtype, first.shape) == (second.dtype, second.shape)
+    return same_kind and torch.equal(first.to(second.device), second)
 
 
 def _base_weights(reasoner: LatentReasoner) -> dict[str, Tensor]:

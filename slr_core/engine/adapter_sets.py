@@ -1,100 +1,114 @@
-"""The loop sets that an engine serves, and whose adapters its bank holds."""
+"""The loop adapter sets that an engine serves."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 
-from slr_core.engine.adapter_set import LoopAdapterSet, placed
+from slr_core.engine.adapter_set import LoopAdapterSet, number_adapters
 from slr_core.engine.runner.lora_batch import LoraBatch, check_finite
 from slr_core.errors import ConfigError, RequestError
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_LOOP_SET = "default"
+"""Name of the loop adapter set that an engine starts with."""
+TUNED_PROMPT_TOKENS = 16
+"""Length of the prompts for which the LoraBatch is tuned, in the workspace ``prompt``."""
+
 
 class LoopAdapterSets:
-    """Loop sets by name. What changes the bank runs between two steps, all of it or nothing.
+    """Loop adapter sets by name. A change runs between two steps, and happens completely or not at all.
 
     Args:
-        bank: holds the adapters of those that can be asked for, and of those that somebody still runs.
-        own: the one that the engine started with; it stays.
-        in_use: those that somebody runs or waits for.
-        tune: called when the bank holds others than before.
+        lora_batch: holds the adapters of all sets that requests can choose or still run with.
+        default: the set that the engine starts with. It cannot be removed.
+        tuned_rows: the number of rows for which the LoraBatch is tuned after every change.
+        in_use: returns the sets of waiting and running requests.
 
     Raises:
-        ConfigError: weights of ``own`` are not finite.
+        ConfigError: weights of ``default`` are not finite.
 
     Attributes:
-        named: those that requests can ask for.
-        held: those whose adapters are in the bank.
+        by_name: sets that requests can choose.
+        held: sets whose adapters are in the LoraBatch.
     """
 
     def __init__(
         self,
-        bank: LoraBatch,
-        own: LoopAdapterSet,
+        lora_batch: LoraBatch,
+        default: LoopAdapterSet,
         *,
+        tuned_rows: int,
         in_use: Callable[[], set[LoopAdapterSet]],
-        tune: Callable[[], None],
     ) -> None:
-        check_finite(own.reasoner.base)
-        self.bank, self.valid_mask, self.in_use, self.tune = bank, own, in_use, tune
-        self.named = {own.name: own}
+        check_finite(default.reasoner.base)
+        self.lora_batch, self.default, self.tuned_rows, self.in_use = lora_batch, default, tuned_rows, in_use
+        self.by_name = {default.name: default}
         self.held: set[LoopAdapterSet] = set()
 
     def find(self, name: str | None) -> LoopAdapterSet:
-        """The loop set of this name, or the engine's own.
+        """The set of this name; ``None``: the default one.
 
         Raises:
             RequestError: there is none.
         """
         try:
-            return self.named[self.valid_mask.name if name is None else name]
+            return self.by_name[self.default.name if name is None else name]
         except KeyError:
-            raise RequestError(f"loop_set must be one of {', '.join(self.named)}, got {name}", "loop_set") from None
+            raise RequestError(f"loop_set must be one of {', '.join(self.by_name)}, got {name}", "loop_set") from None
 
     def check_free(self, name: str) -> None:
-        """Raise ConfigError where a loop set has this name."""
-        if name in self.named:
+        """Check that no set has this name.
+
+        Raises:
+            ConfigError: one has.
+        """
+        if name in self.by_name:
             raise ConfigError(f"there is a loop set {name!r} already")
 
-    def add(self, loops: LoopAdapterSet) -> None:
-        """Take requests for another one.
+    def add(self, adapter_set: LoopAdapterSet) -> None:
+        """Accept requests for another set.
 
         Raises:
             ConfigError: the name is taken.
         """
-        self.check_free(loops.name)
-        self.fill(loops)
-        self.named[loops.name] = loops
+        self.check_free(adapter_set.name)
+        self.update_adapters(adapter_set)
+        self.by_name[adapter_set.name] = adapter_set
 
     def remove(self, name: str) -> None:
-        """Take no more requests for one; :meth:`retire` frees its memory.
+        """Accept no more requests for a set; :meth:`drop_unused` frees its memory.
 
         Raises:
-            ConfigError: there is none of this name, or it is the engine's own.
+            ConfigError: there is none of this name, or it is the default one.
         """
-        if name == self.valid_mask.name or name not in self.named:
+        if name == self.default.name or name not in self.by_name:
             raise ConfigError(f"{name!r} is not a loop set that can be removed")
-        del self.named[name]
+        del self.by_name[name]
 
-    def fill(self, *added: LoopAdapterSet) -> None:
-        """Give the bank its adapters, those of ``added`` with them."""
-        sets = list(dict.fromkeys([*self.named.values(), *self.in_use(), *added]))
-        adapters, places = placed(sets)
-        self.bank.fill(adapters)
-        for loops, own in places.items():
-            loops.adapters = own
+    def update_adapters(self, *added: LoopAdapterSet) -> None:
+        """Fill the LoraBatch with the adapters of all sets in use and of ``added``."""
+        sets = list(dict.fromkeys([*self.by_name.values(), *self.in_use(), *added]))
+        adapters, ids = number_adapters(sets)
+        self.lora_batch.set_adapters(adapters)
+        for adapter_set, own_ids in ids.items():
+            adapter_set.adapter_ids = own_ids
         self.held = set(sets)
         self.tune()
 
-    def retire(self) -> None:
-        """Drop the adapters of loop sets that were removed, once nobody runs them any longer."""
-        retired = self.held - set(self.named.values())
-        if not retired or retired <= self.in_use():
+    def tune(self) -> None:
+        """Choose how the LoraBatch computes, by measurement on the current number of threads."""
+        chosen = self.lora_batch.tune(self.tuned_rows, self.default.workspace.width(TUNED_PROMPT_TOKENS))
+        logger.debug("LoRA batch: %d adapters, %s", self.lora_batch.count, chosen)
+
+    def drop_unused(self) -> None:
+        """Drop the adapters of removed sets that no request runs with any longer."""
+        removed = self.held - set(self.by_name.values())
+        if not removed or removed <= self.in_use():
             return
         try:
-            self.fill()
-        except Exception:  # nobody waits for this, and whoever runs has what it needs
-            logger.exception("adapters of removed loop sets stay until the next change")
-            self.held -= retired
+            self.update_adapters()
+        except Exception:  # no caller waits for this, and running requests have their adapters
+            logger.exception("Adapters of removed loop adapter sets stay loaded until the next change")
+            self.held -= removed

@@ -1,79 +1,65 @@
-"""The engine: continuous depth-wise batching on one thread of its own."""
+"""The engine: continuous batching over the depth of loops, on a thread of its own."""
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import logging
-import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from collections.abc import Sequence as Many
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
+from collections.abc import Sequence as Rows
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from math import inf
-from typing import Any, Self, TypeVar
-from weakref import WeakSet
+from queue import SimpleQueue
+from typing import Any, Self
 
 import torch
 
 from slr_core.engine.adapter_set import LoopAdapterSet
-from slr_core.engine.adapter_sets import LoopAdapterSets
+from slr_core.engine.adapter_sets import DEFAULT_LOOP_SET, LoopAdapterSets
 from slr_core.engine.core import Core
-from slr_core.engine.events import Event, FinishedEvent
-from slr_core.engine.prefix_cache import prefix_keys
-from slr_core.engine.runner.device import (
-    fastest_threads,
-    load_reasoner,
-    release_workers,
-    restore_default_threads,
-)
+from slr_core.engine.events import Event
+from slr_core.engine.runner.device import fastest_threads, load_reasoner, release_workers, restore_default_threads
 from slr_core.engine.runner.kv_cache import position_bytes
 from slr_core.engine.runner.lora_batch import LoraBatch
-from slr_core.engine.sequence import Sequence
-from slr_core.engine.statistics import Counters, Step
-from slr_core.errors import ConfigError, EngineError, RequestError
-from slr_core.generation.decoding import DecodeState
+from slr_core.engine.statistics import EngineCounters, StepStats
+from slr_core.engine.thread import EngineThread
+from slr_core.errors import ConfigError, RequestError
 from slr_core.generation.prepare import prepare
-from slr_core.loop.convergence import ExitRule
-from slr_core.loop.diagnostics import LoopTracker
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
 from slr_core.types import Messages, Request, Result, Tokens
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-DEFAULT_LOOP_SET = "default"
-"""The loop set of the checkpoint that an engine starts with."""
-TYPICAL_PROMPT = 16
-"""Tokens of a prompt, where the adapter bank is tuned for whole prompts."""
-TYPICAL_STEP = 8, 64
-"""Rows of a step and columns that they read, where the number of threads is chosen."""
-ABANDON_S = 10.0
-"""How long an engine that was not closed may take for its last step when the process ends."""
+TIMED_STEP = 8, 64
+"""Rows, and positions that they read, of the step that is timed to choose the number of threads."""
 GIB = 2**30
+
+Prompt = str | Tokens
 
 
 class Engine:
-    """Runs requests of any settings together, on one thread that owns the model.
+    """Serves requests with one copy of the model, on one thread that owns it.
 
-    Every step takes each request one pass forward, whatever it does: a chunk of its prompt, iteration ``t`` of
-    its own loop, a token. A request that converges stops looping in that step; one that ends makes room at once.
-    Use as a context manager, or :meth:`close` it.
+    Every step runs one forward pass for each request: a chunk of its prompt, iteration ``t`` of its loop, or its next
+    token. Use as a context manager, or :meth:`close` it.
 
     Args:
         reasoner: the model, in eval mode. Its weights are shared, not copied.
-        slots: most requests at once.
-        capacity: positions of a slot: prompt, thoughts and answer. By default what the model can address, or
-            what ``cache_gib`` holds, whichever is less.
-        cache_gib: memory for all slots, where ``capacity`` is not given.
-        prefix_gib: memory for prompts that may come again; 0 keeps none.
-        prefill_chunk: most prompt positions in one step where a prompt can be run in parts (not in the workspace
-            ``prompt``): a long one holds nobody up for longer.
-        threads: torch threads of the engine; by default as many as a step, measured at the start, is worth.
-        static_shapes: loop and decode passes run in few fixed shapes, which a GPU replays as CUDA graphs; by default
-            where there is a GPU.
-        on_step: hears of every step, on the engine's thread: it must not block.
+        slots: maximum number of requests that run at once.
+        capacity: positions of a slot: prompt, loop and answer. Default: what the model can address, or what
+            ``cache_gib`` has room for, whichever is less.
+        cache_gib: memory of all slots in GiB; ignored if ``capacity`` is given.
+        prefix_gib: memory of the prefix cache in GiB; 0: no prefix cache.
+        prefill_chunk: maximum number of prompt positions in one step. A long prompt is run in chunks, except in the
+            workspace ``prompt``.
+        threads: number of torch threads. Default: the fastest count, measured at startup.
+        static_shapes: run loop and decode passes in a few fixed shapes, which a GPU replays as CUDA graphs. Default:
+            on a GPU.
+        on_step: called after every step, on the engine's thread. It must not block.
+
+    Attributes:
+        reasoner: the model. It may be used while the engine runs, but its weights must not change.
+        model: the base model as the engine runs it: the same weights in other modules.
+        loop_sets: loop adapter sets that requests can choose, by name.
 
     Raises:
         ConfigError: a value is out of range, or the cache has no room for a useful slot.
@@ -90,54 +76,43 @@ class Engine:
         prefill_chunk: int = 512,
         threads: int | None = None,
         static_shapes: bool | None = None,
-        on_step: Callable[[Step], None] | None = None,
+        on_step: Callable[[StepStats], None] | None = None,
     ) -> None:
         for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk), ("threads", threads)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if prefix_gib < 0:
             raise ConfigError(f"prefix_gib must be at least 0, got {prefix_gib:g}")
-        self.reasoner = reasoner
-        """The model that the engine started with; it may be used meanwhile, its weights must not be changed."""
-        self.slots = slots
-        self.threads = threads or torch.get_num_threads()
-        """Torch threads of the engine."""
+        self.reasoner, self.slots, self.threads = reasoner, slots, threads or torch.get_num_threads()
         room = int(cache_gib * GIB) // (slots * position_bytes(reasoner.base))
         self.capacity = min(reasoner.max_positions, room) if capacity is None else capacity
         if self.capacity < 2:
             raise ConfigError(
                 f"a slot has room for {self.capacity} positions; give `capacity`, more `cache_gib` or fewer `slots`"
             )
-        self._arrived: list[Sequence] = []
-        self._commands: list[tuple[Callable[[], Any], Future[Any]]] = []
-        self._bank = LoraBatch(reasoner.base)
-        self.model = self._bank.model
-        """The base model as the engine runs it: the same weights in modules of its own."""
+        self._lora_batch = LoraBatch(reasoner.base)
+        self.model = self._lora_batch.model
         self._core = Core(
-            self._bank,
+            self._lora_batch,
             slots=slots,
             capacity=self.capacity,
             prefix_bytes=int(prefix_gib * GIB),
             prefill_chunk=prefill_chunk,
-            static=reasoner.device.type == "cuda" if static_shapes is None else static_shapes,
+            static_shapes=reasoner.device.type == "cuda" if static_shapes is None else static_shapes,
             on_step=on_step,
         )
-        self._loops = LoopAdapterSets(
-            self._bank, LoopAdapterSet(DEFAULT_LOOP_SET, reasoner), in_use=self._in_use, tune=self._tune
+        self._adapter_sets = LoopAdapterSets(
+            self._lora_batch,
+            LoopAdapterSet(DEFAULT_LOOP_SET, reasoner),
+            tuned_rows=slots,
+            in_use=lambda: {sequence.adapter_set for sequence in self._thread.sequences()},
         )
-        self.loop_sets = self._loops.named
-        """By name, those that requests can ask for."""
-        self.last_progress = time.monotonic()
-        """When the engine last finished a step, or had nothing to do (``time.monotonic``)."""
-        self._changed = threading.Condition()
-        self._closed = self._abandoned = False
-        _engines.add(self)
-        self._thread = threading.Thread(target=self._run, name="slr-engine", daemon=True)
-        self._thread.start()
-        # Measured where it will run, while nobody else computes.
+        self.loop_sets = self._adapter_sets.by_name
+        self._thread = EngineThread(self._core, after_step=self._adapter_sets.drop_unused)
+        # Measured on the thread that will run the steps, while no other thread computes.
         release_workers()
         try:
-            self._between_steps(lambda: self._set_up(threads))
+            self._thread.call(lambda: self._set_up(threads))
         except BaseException:
             self.close()
             raise
@@ -164,25 +139,146 @@ class Engine:
             CheckpointError: the checkpoint cannot be loaded.
             ConfigError: an option is out of range, or the device or dtype cannot be used.
         """
-        reasoner = load_reasoner(path_or_id, device=device, dtype=dtype)
-        return cls(reasoner, **options)
+        return cls(load_reasoner(path_or_id, device=device, dtype=dtype), **options)
 
-    # -- requests ----------------------------------------------------------------------------------
+    # -- answers -----------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Rows[Prompt],
+        sampling_params: SamplingParams | None = None,
+        loop_params: LoopParams | None = None,
+        **options: Any,
+    ) -> list[Result]:
+        """Answer prompts, and wait for the results. Ctrl-C and any other exception cancel what still runs.
+
+        For several samples of one prompt, give it several times: it is prefilled once.
+
+        Args:
+            prompts: one or more texts, which get the checkpoint's prompt prefix and suffix, or tokens.
+            sampling_params: ``None``: greedy. Without a seed every answer is sampled differently.
+            loop_params: fields that are unset take the checkpoint's defaults.
+            options: ``max_new_tokens``, ``stop``, ``loop_set`` and others of :meth:`prepare`; ``deadline`` as in
+                :meth:`submit`.
+
+        Raises:
+            RequestError: a prompt or a parameter cannot be run. Nothing has run then.
+            EngineError: the engine is closed or has failed, or the deadline has passed.
+        """
+        with self._submitted(_as_list(prompts), sampling_params, loop_params, **options) as futures:
+            return [future.result() for future in futures]
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Rows[Prompt],
+        sampling_params: SamplingParams | None = None,
+        loop_params: LoopParams | None = None,
+        **options: Any,
+    ) -> list[Result]:
+        """As :meth:`generate`, without blocking the event loop. Cancelling the task cancels what still runs."""
+        with self._submitted(_as_list(prompts), sampling_params, loop_params, **options) as futures:
+            return await asyncio.gather(*map(asyncio.wrap_future, futures))
+
+    def chat(
+        self,
+        messages: Messages | Rows[Messages],
+        sampling_params: SamplingParams | None = None,
+        loop_params: LoopParams | None = None,
+        **options: Any,
+    ) -> list[Result]:
+        """As :meth:`generate`, for one chat or a list of chats, with the checkpoint's chat template.
+
+        ``messages`` are ``{"role": ..., "content": ...}`` each.
+        """
+        chats: Any = messages if messages and not isinstance(messages[0], Mapping) else [messages]
+        with self._submitted(chats, sampling_params, loop_params, **options) as futures:
+            return [future.result() for future in futures]
+
+    def stream(
+        self,
+        prompt: Prompt | Messages,
+        sampling_params: SamplingParams | None = None,
+        loop_params: LoopParams | None = None,
+        **options: Any,
+    ) -> Generator[Event, None, None]:
+        """Yield the events of a text, tokens or a chat as they come, a :class:`FinishedEvent` last.
+
+        Parameters and errors are those of :meth:`generate`. Ctrl-C, and leaving the iteration, cancel the request.
+        """
+        events: SimpleQueue[Event | None] = SimpleQueue()
+        with self._submitted([prompt], sampling_params, loop_params, on_event=events.put, **options) as (future,):
+            future.add_done_callback(lambda _: events.put(None))
+            while (event := events.get()) is not None:
+                yield event
+            future.result()
+
+    async def astream(
+        self,
+        prompt: Prompt | Messages,
+        sampling_params: SamplingParams | None = None,
+        loop_params: LoopParams | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[Event, None]:
+        """As :meth:`stream`, without blocking the event loop. Cancelling the task cancels the request."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
+
+        def put(event: Event | None) -> None:
+            with suppress(RuntimeError):  # the event loop is closed
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        with self._submitted([prompt], sampling_params, loop_params, on_event=put, **options) as (future,):
+            future.add_done_callback(lambda _: put(None))
+            while (event := await events.get()) is not None:
+                yield event
+            future.result()
+
+    @contextmanager
+    def _submitted(
+        self,
+        prompts: Rows[Prompt | Messages],
+        *params: Any,
+        loop_set: str | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        deadline: float = inf,
+        **options: Any,
+    ) -> Iterator[list[Future[Result]]]:
+        """Submit prompts, unless one of them cannot run. At the end of the context, cancel what still runs."""
+        self._thread.check_may_wait()
+        requests = [self.prepare(prompt, *params, loop_set=loop_set, **options) for prompt in prompts]
+        futures: list[Future[Result]] = []
+        try:
+            for request in requests:
+                futures.append(self.submit(request, loop_set=loop_set, on_event=on_event, deadline=deadline))
+            yield futures
+        finally:
+            for future in futures:
+                future.cancel()
+
+    # -- single requests ---------------------------------------------------------------------------
 
     def prepare(
         self,
-        prompt: str | Messages | Tokens,
-        loop: LoopParams | ResolvedLoopParams | None = None,
+        prompt: Prompt | Messages,
+        sampling_params: SamplingParams | None = None,
+        loop_params: LoopParams | ResolvedLoopParams | None = None,
         *,
         loop_set: str | None = None,
         **options: Any,
     ) -> Request:
-        """A request that fits this engine's slots; see :func:`slr_core.generation.prepare`.
+        """Tokenize a prompt and check that the request fits a slot.
+
+        Args:
+            prompt: a text, a chat or tokens.
+            sampling_params: ``None``: greedy.
+            loop_params: fields that are unset take the checkpoint's defaults.
+            loop_set: the loop adapter set; ``None``: the one that the engine started with.
+            options: others of :func:`slr_core.generation.prepare.prepare`.
 
         Raises:
-            RequestError: it cannot be run.
+            RequestError: the request cannot be run.
         """
-        return prepare(self._loops.find(loop_set).reasoner, prompt, loop, limit=self.capacity, **options)
+        reasoner = self._adapter_sets.find(loop_set).reasoner
+        return prepare(reasoner, prompt, loop_params, sampling=sampling_params, limit=self.capacity, **options)
 
     def submit(
         self,
@@ -192,271 +288,107 @@ class Engine:
         on_event: Callable[[Event], None] | None = None,
         deadline: float = inf,
     ) -> Future[Result]:
-        """Queue a request. Cancelling the future drops it at the next step, whatever it is doing.
+        """Queue a request. Cancelling the future drops it at the next step, in whatever phase it is.
 
         Args:
             request: from :meth:`prepare`.
-            loop_set: by which it was prepared; ``None``: the engine's own checkpoint.
-            on_event: hears of every event, on the engine's thread: it must not block.
-            deadline: ``time.monotonic`` after which the future fails with DeadlineError.
+            loop_set: the loop adapter set for which it was prepared.
+            on_event: called with every event, on the engine's thread. It must not block.
+            deadline: ``time.monotonic`` at which the future fails with DeadlineError.
 
         Raises:
             EngineError: the engine is closed or has failed.
-            RequestError: there is no such loop set, or the request is larger than a slot.
+            RequestError: there is no such loop adapter set, or the request is larger than a slot.
         """
-        loops = self._loops.find(loop_set)
-        reserved = loops.positions(request)
-        if reserved > self.capacity:
-            raise RequestError(f"the request may need {reserved} positions, a slot has {self.capacity}", param="prompt")
-        sequence = Sequence(
-            request=request,
-            loops=loops,
-            future=Future(),
-            on_event=on_event,
-            deadline=deadline,
-            keys=prefix_keys(request.prompt_ids) if self._reuses(request, loops) else (),
-            reserved=reserved,
-            answer=DecodeState(loops.reasoner, request),
-            row=LoopTracker(ExitRule(request.loop, loops.config.guard)),
-        )
-        sequence.future.add_done_callback(sequence.hear_of_end)
-        with self._changed:
-            self._check_open()
-            if self.loop_sets.get(loops.name) is not loops:  # removed meanwhile: the bank may not hold it any longer
-                raise RequestError(f"loop_set {loops.name} has been removed", "loop_set")
-            if not self._arrived and not self._core.busy:
-                self.last_progress = time.monotonic()
-            self._arrived.append(sequence)
-            self._changed.notify()
+        adapter_set = self._adapter_sets.find(loop_set)
+        sequence = self._core.new_sequence(request, adapter_set, on_event=on_event, deadline=deadline)
+
+        def check_not_removed() -> None:
+            if self.loop_sets.get(adapter_set.name) is not adapter_set:
+                raise RequestError(f"loop_set {adapter_set.name} has been removed", "loop_set")
+
+        self._thread.submit(sequence, check_not_removed)
         return sequence.future
 
-    def _reuses(self, request: Request, loops: LoopAdapterSet) -> bool:
-        # What is scored has to be run.
-        return loops.workspace.prefills and self._core.prefixes.max_bytes > 0 and not request.score_prompt
-
-    async def stream(self, request: Request, **options: Any) -> AsyncIterator[Event]:
-        """The events of a request as they come; leaving the iteration early drops it. Options as in :meth:`submit`.
-
-        Raises:
-            EngineError: the engine is closed or failed on it.
-            RequestError: as :meth:`submit`.
-        """
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
-
-        def hear(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        future = self.submit(request, on_event=hear, **options)
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(events.put_nowait, None))
-        try:
-            while (event := await events.get()) is not None:
-                yield event
-                if isinstance(event, FinishedEvent):
-                    return
-            future.result()
-        finally:
-            future.cancel()
-
-    def generate(
-        self,
-        prompts: str | Many[str],
-        *,
-        loop_set: str | None = None,
-        max_new_tokens: int | None = None,
-        sampling: SamplingParams | None = None,
-        stop: str | Many[str] = (),
-        **loop: Any,
-    ) -> list[Result]:
-        """DecodeState prompts; for several samples of one, give it several times: it is run once.
-
-        Args:
-            prompts: one or more texts.
-            loop_set: which loop answers them.
-            max_new_tokens: the checkpoint's default where ``None``.
-            sampling: greedy where ``None``; without a seed every answer has its own.
-            stop: strings that end an answer, besides the checkpoint's.
-            loop: as :meth:`LoopParams.resolve` takes it.
-
-        Raises:
-            RequestError: a prompt or a setting cannot be run.
-        """
-        settings = LoopParams(**loop)
-        options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
-        requests = [
-            self.prepare(prompt, settings, loop_set=loop_set, **options)
-            for prompt in ([prompts] if isinstance(prompts, str) else prompts)
-        ]
-        self._refuse_own_thread()
-        return [f.result() for f in [self.submit(request, loop_set=loop_set) for request in requests]]
-
-    # -- loop sets ---------------------------------------------------------------------------------
+    # -- loop adapter sets -------------------------------------------------------------------------
 
     def load_loop_set(self, name: str, path_or_id: str) -> None:
-        """Serve another checkpoint's loop on the same base model; running requests go on meanwhile.
+        """Serve another checkpoint's loop on the same base model. Running requests go on meanwhile.
 
         Raises:
             CheckpointError: it cannot be loaded.
-            ConfigError: the name is taken, its base model is not this engine's, or its weights are not finite.
+            ConfigError: the name is taken, its base model is another one, or its weights are not finite.
         """
-        self._loops.check_free(name)
+        self._adapter_sets.check_free(name)
         try:
-            added = LoopAdapterSet.beside(self.reasoner, name, path_or_id)
+            added = LoopAdapterSet.load(self.reasoner, name, path_or_id)
         finally:
             release_workers()
-        self._between_steps(lambda: self._loops.add(added))
+        self._thread.call(lambda: self._adapter_sets.add(added))
 
     def remove_loop_set(self, name: str) -> None:
-        """Take no more requests for a loop set; its memory is freed once those under way are done.
+        """Accept no more requests for a loop adapter set. Its memory is freed when its last request has finished.
 
         Raises:
-            ConfigError: there is none of this name, or it is the engine's own.
+            ConfigError: there is none of this name, or it is the one that the engine started with.
         """
-        self._loops.remove(name)
-        self._between_steps(self._loops.retire)
+        self._adapter_sets.remove(name)
+        self._thread.call(self._adapter_sets.drop_unused)
 
     def _set_up(self, threads: int | None) -> None:
         default = torch.get_num_threads()
         torch.set_num_threads(self.threads)
-        self._loops.fill()
+        self._adapter_sets.update_adapters()
         if threads is None and self.model.device.type == "cpu":
-            self.threads = fastest_threads(lambda: self._core.run_idle(*TYPICAL_STEP), self.threads)
-            release_workers()  # as many as the most that were tried
-            self._tune()
+            self.threads = fastest_threads(lambda: self._core.run_idle(*TIMED_STEP), self.threads)
+            release_workers()  # those of the largest count that was tried
+            self._adapter_sets.tune()
         restore_default_threads(default)
 
-    def _tune(self) -> None:
-        chosen = self._bank.tune(self.slots, self.reasoner.workspace.width(TYPICAL_PROMPT))
-        logger.debug("adapter bank: %d adapters, %s", self._bank.count, chosen)
-
-    def _in_use(self) -> set[LoopAdapterSet]:
-        scheduler = self._core.scheduler
-        return {sequence.loops for sequence in (*self._arrived, *scheduler.waiting, *scheduler.running)}
-
-    def _between_steps(self, command: Callable[[], T]) -> T:
-        """What ``command`` returns on the engine's thread."""
-        self._refuse_own_thread()
-        done: Future[T] = Future()
-        with self._changed:
-            self._check_open()
-            self._commands.append((command, done))
-            self._changed.notify()
-        return done.result()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineError("the engine is shut down")
-        if not self._thread.is_alive():
-            raise EngineError("the engine's thread is not in this process, which was forked: make an engine here")
-
-    def _refuse_own_thread(self) -> None:
-        if threading.current_thread() is self._thread:
-            raise EngineError("a listener runs on the engine's thread and must not wait for the engine")
-
-    # -- how it does -------------------------------------------------------------------------------
+    # -- status ------------------------------------------------------------------------------------
 
     @property
-    def counters(self) -> Counters:
-        """What was done since the start."""
+    def counters(self) -> EngineCounters:
+        """Totals since the start."""
         return self._core.counters
 
     @property
     def waiting(self) -> frozenset[Future[Result]]:
-        """The futures of requests that have no slot yet and that somebody still waits for."""
-        with self._changed:
-            waiting = [*self._arrived, *self._core.scheduler.waiting]
-        return frozenset(sequence.future for sequence in waiting if not sequence.cancelled)
+        """Futures of requests that have no slot yet, without cancelled ones."""
+        return frozenset(sequence.future for sequence in self._thread.waiting() if not sequence.cancelled)
 
     @property
     def queued(self) -> int:
-        """How many requests are :attr:`waiting`."""
+        """Number of :attr:`waiting` requests."""
         return len(self.waiting)
 
     @property
     def in_flight(self) -> int:
-        """Requests that have a slot."""
+        """Number of requests that have a slot."""
         return len(self._core.scheduler.running)
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread takes requests."""
-        return self._thread.is_alive() and not self._closed
+        """Whether the engine accepts requests."""
+        return self._thread.alive
 
     def stalled_s(self) -> float:
-        """Seconds without a step while work is pending; 0 when idle."""
-        return time.monotonic() - self.last_progress if self._arrived or self._core.busy else 0.0
-
-    # -- the thread --------------------------------------------------------------------------------
+        """Seconds without a step while requests wait or run; 0 when idle."""
+        return time.monotonic() - self._thread.last_progress if self._thread.busy else 0.0
 
     def close(self, timeout: float | None = None) -> None:
-        """Let the running requests end, refuse those that wait, and stop the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
-
-    def _abandon(self) -> None:
-        """Stop after the step under way, whoever waits: the process ends."""
-        if self._thread.is_alive():
-            self._abandoned = True
-            self.close(timeout=ABANDON_S)
+        """Finish running requests, fail queued ones and end the thread; wait for that at most ``timeout`` seconds."""
+        self._thread.close(timeout)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Close the engine; after an exception, Ctrl-C included, first cancel all requests."""
+        if error is not None:
+            self._thread.cancel_all()
         self.close()
 
-    def _run(self) -> None:
-        error: Exception = EngineError("the engine is shut down")
-        try:
-            while self._wait_for_work():
-                self._core.step()
-                self.last_progress = time.monotonic()
-                self._loops.retire()
-        except BaseException as fault:  # a step keeps faults to their requests: this one is the engine's
-            logger.exception("the engine has failed")
-            error = EngineError(f"the engine has failed: {fault}")
-        with self._changed:
-            self._closed = True
-            self._take_arrivals()
-            commands, self._commands = self._commands, []
-        self._core.abort(error)
-        for _, done in commands:
-            done.set_exception(error)
 
-    def _wait_for_work(self) -> bool:
-        """Take what has arrived, waiting while there is nothing to do; False once the engine is closed and idle."""
-        while not self._abandoned:
-            with self._changed:
-                self._changed.wait_for(lambda: self._arrived or self._commands or self._closed or self._core.busy)
-                self._take_arrivals()
-                commands, self._commands = self._commands, []
-                closed = self._closed
-            for command, done in commands:
-                try:
-                    done.set_result(command())
-                except BaseException as error:  # the caller's, who waits for it
-                    done.set_exception(error)
-            if closed:
-                self._core.refuse_waiting(EngineError("the engine is shut down"))
-            if self._core.busy:
-                return True
-            if closed:
-                return False
-        return False
-
-    def _take_arrivals(self) -> None:
-        self._core.scheduler.waiting.extend(self._arrived)
-        self._arrived.clear()
-
-
-_engines: WeakSet[Engine] = WeakSet()
-
-
-@atexit.register
-def _abandon_all() -> None:
-    # A thread inside torch when the interpreter goes would abort the process, whatever its exit status was to be.
-    for engine in list(_engines):
-        engine._abandon()
+def _as_list(prompts: Prompt | Rows[Prompt]) -> Rows[Prompt]:
+    return [prompts] if isinstance(prompts, str | Tokens) else prompts

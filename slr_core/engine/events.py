@@ -1,4 +1,4 @@
-"""What the engine tells of a request while it runs; every event is immutable and safe to pass between threads."""
+"""Events of a request while it runs. Every event is immutable and can be passed between threads."""
 
 from __future__ import annotations
 
@@ -9,25 +9,30 @@ from slr_core.types import IterationRecord, Result, TokenScore
 
 @dataclass(frozen=True)
 class IterationEvent:
-    """An iteration is done. ``record`` has no thought: the whole loop is put into words at its end."""
+    """An iteration has ended. ``record.thought`` is not set: thoughts are decoded after the loop."""
 
     record: IterationRecord
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A token is written. ``text`` is what may be shown of the answer beyond the last event: it never takes
-    anything back, so it is empty while a character or a stop string may still be under way."""
+    """A token was chosen.
+
+    Attributes:
+        token_id: the token.
+        text: the text that no earlier event had and that no later token can change. It is empty while the answer
+            ends with an incomplete character or with the start of a stop string.
+        score: its log-probability, if the request asks for log-probabilities.
+    """
 
     token_id: int
     text: str
     score: TokenScore | None = None
-    """Where the request asks for log-probabilities."""
 
 
 @dataclass(frozen=True)
 class FinishedEvent:
-    """The last event of a request that came to its end."""
+    """The request has finished: its last event."""
 
     result: Result
 

@@ -1,9 +1,9 @@
-"""Prefix reuse: the keys and values of prompt beginnings, kept after their requests are gone.
+"""Prefix cache: keys and values of prompt prefixes, kept after their requests have finished.
 
-A prompt's whole blocks of :data:`BLOCK` tokens are named by the hash of everything up to their end, so that a
-name says the same wherever it comes up: system prompts and few-shot examples are prefilled once. One more name
-stands for the whole prompt; its entry also keeps h_0, so that ``n`` samples of one prompt are prefilled once.
-The prefill is always the base model's, whatever loop set a request names: all of them share what is kept.
+A prompt's full blocks of :data:`BLOCK` tokens have the hash of all tokens up to the block's end as key, so equal
+prefixes have equal keys: system prompts and few-shot examples are prefilled once. One more key stands for the whole
+prompt. Its entry also holds the state after the prompt, so ``n`` samples of one prompt are prefilled once. Prefill
+always runs the base model, so all loop adapter sets share the entries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK = 16
 
 
 def prefix_keys(ids: tuple[int, ...]) -> tuple[bytes, ...]:
-    """The names of a prompt's whole blocks, then that of the prompt."""
+    """Keys of a prompt's full blocks, then the key of the whole prompt."""
     digest, keys = blake2b(digest_size=16), []
     for start in range(0, len(ids), BLOCK):
         block = ids[start : start + BLOCK]
@@ -33,20 +33,21 @@ def prefix_keys(ids: tuple[int, ...]) -> tuple[bytes, ...]:
 
 
 class _Entry(NamedTuple):
-    columns: Tensor
+    keys_values: Tensor
+    """``[layers, 2, heads, positions, head_dim]``."""
     state: Tensor | None
+    """The state ``[d]`` after the prompt, in the entry of a whole prompt."""
 
     @property
-    def size(self) -> int:
-        state = 0 if self.state is None else self.state.nbytes
-        return self.columns.nbytes + state
+    def nbytes(self) -> int:
+        return self.keys_values.nbytes + (0 if self.state is None else self.state.nbytes)
 
 
 class PrefixCache:
-    """What is kept of prompts, least recently used first out.
+    """Least recently used prefixes are evicted first.
 
     Args:
-        max_bytes: memory for it; 0 keeps nothing.
+        max_bytes: maximum memory; 0 keeps nothing.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -54,49 +55,46 @@ class PrefixCache:
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
 
     def known(self, keys: tuple[bytes, ...]) -> int:
-        """How many of a prompt's keys are at hand, from the first."""
+        """Number of a prompt's keys that are cached, counted up to the first that is not."""
         return next((i for i, key in enumerate(keys) if key not in self._entries), len(keys))
 
     def restore(
         self, keys: tuple[bytes, ...], prompt_tokens: int, cache: KVCache, slot: int
     ) -> tuple[int, Tensor | None]:
-        """Fill a slot with the longest known beginning: the columns filled, and h_0 ``[d]`` if that is all of it.
+        """Copy the longest cached prefix into a slot.
 
-        Without h_0 the last token is left to run, whatever is known.
+        Returns:
+            The number of positions filled, and the state ``[d]`` after the prompt if the whole prompt was cached. If
+            it was not, at least one token is left to run.
         """
         count = self.known(keys)
         if count < len(keys):
             count = min(count, (prompt_tokens - 1) // BLOCK)
         filled, state = 0, None
         for key in keys[:count]:
-            columns, state = self._entries[key]
-            cache.put(slot, filled, columns)
-            filled += columns.shape[-2]
-        self._used(keys[:count])
+            keys_values, state = self._entries[key]
+            cache.write(slot, filled, keys_values)
+            filled += keys_values.shape[-2]
+        self._mark_used(keys[:count])
         return filled, state
 
-    def keep(self, keys: tuple[bytes, ...], prompt_tokens: int, cache: KVCache, slot: int, state: Tensor) -> None:
-        """Keep a prompt that was just prefilled, as far as memory allows."""
+    def save(self, keys: tuple[bytes, ...], prompt_tokens: int, cache: KVCache, slot: int, state: Tensor) -> None:
+        """Store the prefixes of a prompt that was just prefilled, as far as memory allows."""
         for index, key in enumerate(keys):
             if key in self._entries:
                 continue
-            whole = index == len(keys) - 1
-            end = prompt_tokens if whole else (index + 1) * BLOCK
-            entry = _Entry(cache.take(slot, index * BLOCK, end), state.clone() if whole else None)
-            if entry.size > self.max_bytes:
+            is_whole = index == len(keys) - 1
+            end = prompt_tokens if is_whole else (index + 1) * BLOCK
+            entry = _Entry(cache.read(slot, index * BLOCK, end), state.clone() if is_whole else None)
+            if entry.nbytes > self.max_bytes:
                 break
             self._entries[key] = entry
-            self.bytes += entry.size
-        self._used(keys[: self.known(keys)])
+            self.bytes += entry.nbytes
+        self._mark_used(keys[: self.known(keys)])
         while self.bytes > self.max_bytes:
-            self.bytes -= self._entries.popitem(last=False)[1].size
+            self.bytes -= self._entries.popitem(last=False)[1].nbytes
 
-    def _used(self, keys: tuple[bytes, ...]) -> None:
-        # Ends are forgotten before beginnings: without its beginning an end is of no use.
+    def _mark_used(self, keys: tuple[bytes, ...]) -> None:
+        # Later blocks are evicted before earlier ones: without the earlier ones they cannot be used.
         for key in reversed(keys):
             self._entries.move_to_end(key)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._entries.clear()
-        self.bytes = 0

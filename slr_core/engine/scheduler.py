@@ -1,92 +1,133 @@
-"""Who runs next: continuous batching over the depth of loops. Plain Python, no tensors."""
+"""Scheduling: which requests have a slot, and what each of them runs in a step. Plain Python, no tensors."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from slr_core.engine.sequence import Phase, Sequence
 
-Work = tuple[Sequence, int]
-"""A running request and the positions that its next pass runs; 0 where it needs no pass of the base model."""
+MAX_BYPASSES = 8
+"""A waiting request is overtaken by at most this many later ones."""
+
+
+class Work(NamedTuple):
+    """What one request runs in a step.
+
+    Attributes:
+        sequence: the request.
+        queries: positions of its forward pass; 0 if it needs none.
+    """
+
+    sequence: Sequence
+    queries: int
+
+
+Plan = tuple[Work, ...]
+"""One step: each running request at most once, in order of arrival. Prompts beyond the chunk wait for the next one."""
 
 
 class Scheduler:
-    """First come, first served, with a bounded bypass: see :meth:`schedule`.
+    """First come, first served, with bounded bypassing.
 
-    Slots are dense: a request's slot is its index in ``running``, and when one leaves, the last one moves
-    into its place.
+    Slots are dense: a request's slot is its index in ``running``. When a request is released, the last one moves into
+    its slot.
 
     Args:
-        slots: most requests that run at once.
-        max_tokens: most columns that they may come to need together.
-        prefill_chunk: most prompt positions in one step.
-        max_bypasses: how often a waiting request is overtaken, at most.
-        known: how many of a request's prefix keys are at hand.
-        enter: called with each request that gets a slot, before it is decided what it runs.
+        slots: maximum number of running requests.
+        max_positions: maximum number of cache positions that they reserve together.
+        prefill_chunk: maximum number of prompt positions in one step.
+        known_prefixes: returns how many of a request's prefix keys are cached.
+        drop: called with each cancelled or expired request; must :meth:`release` it.
+        admit: called with each request that gets a slot, before its work is decided.
     """
 
     def __init__(
         self,
         slots: int,
-        max_tokens: int,
+        max_positions: int,
         *,
-        prefill_chunk: int = 512,
-        max_bypasses: int = 8,
-        known: Callable[[Sequence], int] = lambda sequence: 0,
-        enter: Callable[[Sequence], None] = lambda sequence: None,
+        prefill_chunk: int,
+        known_prefixes: Callable[[Sequence], int],
+        drop: Callable[[Sequence], None],
+        admit: Callable[[Sequence], None],
     ) -> None:
-        self.slots, self.max_tokens, self.prefill_chunk = slots, max_tokens, prefill_chunk
-        self.max_bypasses, self.known, self.enter = max_bypasses, known, enter
+        self.slots, self.max_positions, self.prefill_chunk = slots, max_positions, prefill_chunk
+        self.known_prefixes, self.drop, self.admit = known_prefixes, drop, admit
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.reserved = 0
 
-    def schedule(self) -> list[Work]:
-        """Decide the next step: who is admitted, and what everyone who then runs does.
+    def schedule(self) -> Plan:
+        """Drop cancelled requests, admit waiting ones, and decide what every running request runs."""
+        self._drop_cancelled()
+        self._admit_waiting()
+        return self._plan()
 
-        The queue is read in order of arrival while there are slots. Who fits gets one; who does not, or whose
-        prompt begins like one that is just being prefilled, keeps its place and may be overtaken, until that
-        happened ``max_bypasses`` times. Everyone who runs gets one pass; prompts share ``prefill_chunk``
-        positions, in the order of arrival: slots change hands, and whoever moves must not overtake.
+    def _drop_cancelled(self) -> None:
+        now = time.monotonic()
+        for sequence in [*self.waiting, *self.running]:
+            if sequence.cancelled or now > sequence.deadline:
+                self.drop(sequence)
+
+    def _admit_waiting(self) -> None:
+        """Give slots to waiting requests, in order of arrival.
+
+        A request that does not fit, or that shares a prefix with a prompt that is being prefilled, stays in the queue
+        and may be overtaken :data:`MAX_BYPASSES` times.
         """
         kept: list[Sequence] = []
         for sequence in list(self.waiting):
             if len(self.running) == self.slots:
                 break
-            patient = sequence.bypassed < self.max_bypasses
-            if self.reserved + sequence.reserved > self.max_tokens or (patient and self._prefix_under_way(sequence)):
+            may_wait = sequence.bypassed < MAX_BYPASSES
+            fits = self.reserved + sequence.reserved <= self.max_positions
+            if not fits or (may_wait and self._shares_running_prefill(sequence)):
                 kept.append(sequence)
             else:
                 self.waiting.remove(sequence)
                 sequence.slot = len(self.running)
                 self.running.append(sequence)
                 self.reserved += sequence.reserved
-                self.enter(sequence)
+                self.admit(sequence)
                 for overtaken in kept:
                     overtaken.bypassed += 1
-            if any(overtaken.bypassed >= self.max_bypasses for overtaken in kept):
+            if any(overtaken.bypassed >= MAX_BYPASSES for overtaken in kept):
                 break
 
-        work: list[Work] = []
+    def _plan(self) -> Plan:
+        """One pass for every running request; prompts share ``prefill_chunk`` positions, in order of arrival.
+
+        Not in order of slots: a request that moves into another slot must not overtake.
+        """
+        plan: list[Work] = []
         budget = self.prefill_chunk
-        for sequence in sorted(self.running, key=lambda running: running.arrived):
+        for sequence in sorted(self.running, key=lambda running: running.arrived_at):
             queries = sequence.queries()
             if sequence.phase is Phase.PREFILL:
                 queries = min(queries, budget)
                 budget -= queries
                 if not queries:
                     continue
-            work.append((sequence, queries))
-        return work
+            plan.append(Work(sequence, queries))
+        return tuple(plan)
 
-    def _prefix_under_way(self, sequence: Sequence) -> bool:
-        """Whether waiting for a prefill that runs would spare a part of this one."""
-        filling = [other for other in self.running if other.phase is Phase.PREFILL]
-        return any(_common(other.keys, sequence.keys) > self.known(sequence) for other in filling)
+    def _shares_running_prefill(self, sequence: Sequence) -> bool:
+        """Whether a running prefill will put more of this request's prefix into the cache."""
+        prefilling = [other for other in self.running if other.phase is Phase.PREFILL]
+        return any(
+            _common_length(other.prefix_keys, sequence.prefix_keys) > self.known_prefixes(sequence)
+            for other in prefilling
+        )
 
     def release(self, sequence: Sequence) -> Sequence | None:
-        """Take a request off the queue or out of its slot; the one that moves into the slot is returned."""
+        """Remove a request from the queue or from its slot.
+
+        Returns:
+            The request that moves into the slot, if any.
+        """
         if sequence.slot < 0:
             self.waiting.remove(sequence)
             return None
@@ -99,7 +140,7 @@ class Scheduler:
         return last
 
 
-def _common(first: tuple[bytes, ...], second: tuple[bytes, ...]) -> int:
+def _common_length(first: tuple[bytes, ...], second: tuple[bytes, ...]) -> int:
     count = 0
     for a, b in zip(first, second, strict=False):
         if a != b:

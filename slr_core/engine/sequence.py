@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from math import inf
+from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from slr_core.generation.decoding import DecodeState
 from slr_core.loop.diagnostics import LoopTracker
 from slr_core.types import Request, Result, TokenScore
 
+logger = logging.getLogger(__name__)
+
 
 class Phase(enum.Enum):
     """What a running request does in its next step."""
@@ -24,76 +28,85 @@ class Phase(enum.Enum):
     PREFILL = "prefill"
     LOOP = "loop"
     CLOSE = "close"
+    """The closing pass."""
     DECODE = "decode"
     LATENT = "latent"
-    """The latent decoder writes: no pass of the base model."""
+    """The latent decoder decodes the answer, without a pass of the base model."""
     DONE = "done"
-    """It leaves its slot at the end of the step."""
+    """Its slot is freed at the end of the step."""
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request, what it has run so far, and who waits for it.
+    """A request and its progress.
 
     Attributes:
-        request: what is asked.
-        loops: the loop set that it runs.
-        future: where its result goes. Nobody marks it as running: cancelling works until the end.
-        cancelled: nobody waits for it any longer; the engine sees it at its next step.
-        settled: the future has been told how it ended.
-        on_event: hears of every event, on the engine's thread.
-        deadline: ``time.monotonic`` after which nobody waits.
-        keys: names of its prompt's prefixes, for their reuse; see :mod:`slr_core.engine.prefix_cache`.
-        reserved: columns that it may come to need.
-        bypassed: requests that were admitted before it though they came later.
-        slot: its place in the cache, -1 while it waits.
-        filled: columns of its slot that hold what it may attend to. Workspaces that are refined in place lie
-            beyond, until their closing pass.
+        request: the request.
+        adapter_set: the loop adapter set that it runs with.
+        future: receives the result. It is never marked as running, so it can be cancelled until the end.
+        on_event: called with every event, on the engine's thread.
+        deadline: ``time.monotonic`` at which the request fails.
+        prefix_keys: keys of the prompt's prefixes, see :mod:`slr_core.engine.prefix_cache`.
+        reserved: cache positions that it needs at most.
+        answer: the answer while it is decoded.
+        tracker: the loop's records, and its exit.
+        cancelled: the future was cancelled. A copy of the future's state, since every step reads it.
+        settled: the future has its outcome.
+        arrived_at: ``time.perf_counter`` at its submission.
+        bypassed: number of later requests that were admitted before it.
+        slot: its index in the cache; -1 while it waits.
+        phase: what it does next.
+        filled: valid cache positions of its slot. Workspaces that are refined in place lie beyond them until the
+            closing pass.
         states: h_0 ... h_t ``[W, d]``.
+        prompt_state: the base model's state ``[d]`` after the prompt, if the workspace prefills; else the prompt's
+            input embeddings ``[P, d]``.
+        head: log-probabilities ``[V]`` of the LM head at the last state, if the request reads them.
+        read_state: the state ``[d]`` at which this step reads the next token.
+        logits: logits ``[V]`` at ``read_state``, up to a constant, if they are known already.
+        pending_tokens: tokens to run next.
+        prompt_scores: scores of the prompt's tokens so far, if the request asks for them.
+        admitted_at: ``time.perf_counter`` when it got its slot.
+        prefilled_at: the same, when its loop began.
+        looped_at: the same, when its loop ended.
     """
 
     request: Request
-    loops: LoopAdapterSet
+    adapter_set: LoopAdapterSet
     future: Future[Result]
     on_event: Callable[[Event], None] | None
     deadline: float
-    keys: tuple[bytes, ...]
+    prefix_keys: tuple[bytes, ...]
     reserved: int
     answer: DecodeState
-    row: LoopTracker
+    tracker: LoopTracker
     cancelled: bool = False
     settled: bool = False
-    arrived: float = field(default_factory=time.perf_counter)
+    arrived_at: float = field(default_factory=time.perf_counter)
     bypassed: int = 0
     slot: int = -1
     phase: Phase = Phase.PREFILL
     filled: int = 0
     states: list[Tensor] = field(default_factory=list)
     prompt_state: Tensor | None = None
-    """The base model's state ``[d]`` after the prompt, where its workspace prefills."""
     head: Tensor | None = None
-    """The head's log-probabilities ``[V]`` at the last state, where the request reads them."""
-    state: Tensor | None = None
-    """Where the next token is read in this step, ``[d]``."""
+    read_state: Tensor | None = None
     logits: Tensor | None = None
-    """The head's at ``state`` ``[V]``, up to a constant, where it was read already."""
-    pending: list[int] = field(default_factory=list)
-    """Tokens to feed next."""
+    pending_tokens: list[int] = field(default_factory=list)
     prompt_scores: list[TokenScore] = field(default_factory=list)
-    """Of its prompt so far, where the request asks for them."""
-    admitted: float = inf
-    prefilled: float = inf
-    looped: float = inf
+    admitted_at: float = inf
+    prefilled_at: float = inf
+    looped_at: float = inf
 
     @property
     def t(self) -> int:
         """Iterations done."""
-        return len(self.row.records)
+        return len(self.tracker.records)
 
     @property
-    def change(self) -> float | None:
-        """The last relative change, where there is one."""
-        return self.row.records[-1].relative_change if self.row.records else None
+    def last_change(self) -> float | None:
+        """Relative change of the last iteration, if it is defined."""
+        return self.tracker.records[-1].relative_change if self.tracker.records else None
 
     @property
     def reads_head(self) -> bool:
@@ -101,17 +114,50 @@ class Sequence:
         return self.request.trace or self.request.top_tokens > 0 or self.request.loop.reads_head
 
     def queries(self) -> int:
-        """Positions that its next pass runs, a prefill as a whole; 0 where it needs no pass."""
+        """Positions of its next pass, with the rest of the prompt as one pass; 0 if it needs no pass."""
         match self.phase:
             case Phase.PREFILL:
                 return len(self.request.prompt_ids) - self.filled
             case Phase.LOOP | Phase.CLOSE:
-                return self.loops.workspace.width(len(self.request.prompt_ids))
+                return self.adapter_set.workspace.width(len(self.request.prompt_ids))
             case Phase.DECODE:
-                return len(self.pending)
+                return len(self.pending_tokens)
             case Phase.LATENT | Phase.DONE:
                 return 0
 
-    def hear_of_end(self, future: Future[Result]) -> None:
-        """For the future's callbacks: looking at a flag is cheaper than at a future, and every step looks."""
+    def advance(self) -> None:
+        """Enter the next phase. Nothing else changes the phase."""
+        kept_iterations = self.tracker.kept_iterations
+        match self.phase:
+            case _ if self.settled:
+                self.phase = Phase.DONE
+            case Phase.PREFILL:
+                self.phase = Phase.LOOP
+            case Phase.LOOP if kept_iterations and self.adapter_set.reasoner.answers_from_states:
+                self.phase = Phase.LATENT
+            case Phase.LOOP if self.adapter_set.workspace.closing_passes(kept_iterations):
+                self.phase = Phase.CLOSE
+            case Phase.LOOP | Phase.CLOSE:
+                self.phase = Phase.DECODE
+
+    def emit(self, event: Event) -> None:
+        """Pass an event on. An exception of the callback is logged: it must not stop the step."""
+        if self.on_event is None:
+            return
+        try:
+            self.on_event(event)
+        except BaseException:  # a callback may raise SystemExit too
+            logger.exception("Event callback failed")
+
+    def settle(self, outcome: Result | Exception) -> None:
+        """Give the future its outcome, unless it has one."""
+        if self.settled:
+            return  # an error after the result
+        self.settled = True
+        if self.future.set_running_or_notify_cancel():
+            settle: Any = self.future.set_exception if isinstance(outcome, Exception) else self.future.set_result
+            settle(outcome)
+
+    def note_cancelled(self, future: Future[Result]) -> None:
+        """Done callback of :attr:`future`."""
         self.cancelled = future.cancelled()

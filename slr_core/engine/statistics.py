@@ -1,4 +1,4 @@
-"""What the engine tells of its work to whoever keeps statistics."""
+"""Figures about the engine's work."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Counters:
-    """What the engine has done since it started.
+class EngineCounters:
+    """Totals since the engine started.
 
     Attributes:
-        steps: steps that ran something.
-        row_steps: rows over all steps; by ``steps``, how full they were.
+        steps: steps that ran at least one request.
+        row_steps: requests run, summed over all steps; divided by ``steps`` it is the mean batch size.
         prefill_tokens: prompt tokens that were run.
-        reused_tokens: prompt tokens that were not, because their prefix was at hand.
-        iterations: iterations of all rows.
-        wasted_iterations: those of them that no answer came of: of requests that were given up or failed, and of a
-            diverged loop those after its last good state.
-        tokens: tokens written.
+        reused_tokens: prompt tokens that were not run, because the prefix cache had them.
+        iterations: iterations, summed over all requests.
+        wasted_iterations: iterations without effect on an answer: those of cancelled and failed requests, and those
+            after the last good state of a diverged loop.
+        tokens: tokens of answers.
     """
 
     steps: int = 0
@@ -30,21 +30,21 @@ class Counters:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step that ran something, for whoever keeps statistics.
+class StepStats:
+    """One step that ran at least one request.
 
     Attributes:
         duration_s: seconds.
         rows: requests that ran.
-        looping: those of them that ran an iteration.
+        iterations: requests that ran an iteration.
         prefill_tokens: prompt tokens that were run.
-        written: tokens.
-        columns: columns of the cache that hold something, all slots together.
+        tokens: tokens of answers.
+        used_positions: cache positions in use at the end of the step, all slots together.
     """
 
     duration_s: float
     rows: int
-    looping: int
+    iterations: int
     prefill_tokens: int
-    written: int
-    columns: int
+    tokens: int
+    used_positions: int

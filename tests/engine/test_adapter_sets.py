@@ -1,4 +1,4 @@
-"""Loop sets that come and go: a change of the bank happens as a whole or not at all."""
+"""Adding and removing loop adapter sets: a change happens completely or not at all."""
 
 from dataclasses import replace
 
@@ -8,13 +8,13 @@ import torch
 from slr_core.engine import Engine
 from slr_core.engine import engine as engine_module
 from slr_core.engine.adapter_set import LoopAdapterSet
-from slr_core.engine.runner import lora_batch as bank
+from slr_core.engine.runner import lora_batch
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.generation.reference import generate
 from tests import tiny
-from tests.engine.stepped import TIMEOUT, Stepped, facts
+from tests.engine.harness import TIMEOUT, SteppedCore, facts
 
-ASKED = tiny.PROMPTS[3]
+PROMPT = tiny.PROMPTS[3]
 LOOP = {"loop": {"max_iterations": 4, "criterion": "fixed"}, "max_new_tokens": 6}
 
 
@@ -29,92 +29,90 @@ def others(made):
     return {name: tiny.reasoner(seed=seed, plain=tiny.base()) for seed, name in enumerate("abc", 5)}
 
 
-def asked(reasoner):
-    request = tiny.request(reasoner, ASKED, **LOOP)
+def request_and_answer(reasoner):
+    request = tiny.request(reasoner, PROMPT, **LOOP)
     return request, facts(generate(reasoner, [request])[0])
 
 
 def fail_after(monkeypatch, layers):
-    """Let memory for a layer's adapters run out; returns how to end that."""
-    made = bank._held
+    """Make memory run out after so many layers' adapters; returns a function that ends this."""
+    real = lora_batch._stack_weights
     left = [layers]
 
-    def held(wanted):
+    def stack(layers_of_adapters):
         left[0] -= 1
         if left[0] < 0:
             raise torch.OutOfMemoryError("no room for adapters")
-        return made(wanted)
+        return real(layers_of_adapters)
 
-    monkeypatch.setattr(bank, "_held", held)
-    return lambda: monkeypatch.setattr(bank, "_held", made)
+    monkeypatch.setattr(lora_batch, "_stack_weights", stack)
+    return lambda: monkeypatch.setattr(lora_batch, "_stack_weights", real)
 
 
-def test_a_load_that_finds_no_memory_leaves_everything_as_it_was(made, others, monkeypatch):
-    with Stepped(made, slots=4) as engine:
-        engine.add("a", others["a"])
-        (ours, our_answer), (theirs, their_answer) = asked(made), asked(others["a"])
-        running = [engine.submit(ours), engine.submit(theirs, loop_set="a")]
-        engine.step(2)
-        enough = fail_after(monkeypatch, 5)
-        with pytest.raises(torch.OutOfMemoryError):
-            engine.add("b", others["b"])
-        assert list(engine.loop_sets) == ["default", "a"]
-        enough()
-        engine.drain()
-        assert [facts(future.result(0)) for future in running] == [our_answer, their_answer]
-        engine.add("b", others["b"])  # the name is free
-        request, answer = asked(others["b"])
-        future = engine.submit(request, loop_set="b")
-        engine.drain()
+def test_add_without_memory_changes_nothing(made, others, monkeypatch):
+    stepped = SteppedCore(made, slots=4)
+    stepped.add("a", others["a"])
+    (ours, our_answer), (theirs, their_answer) = request_and_answer(made), request_and_answer(others["a"])
+    running = [stepped.submit(ours), stepped.submit(theirs, loop_set="a")]
+    stepped.step(2)
+    restore = fail_after(monkeypatch, 5)
+    with pytest.raises(torch.OutOfMemoryError):
+        stepped.add("b", others["b"])
+    assert list(stepped.adapter_sets.by_name) == ["default", "a"]
+    restore()
+    stepped.drain()
+    assert [facts(future.result(0)) for future in running] == [our_answer, their_answer]
+    stepped.add("b", others["b"])  # the name is still free
+    request, answer = request_and_answer(others["b"])
+    future = stepped.submit(request, loop_set="b")
+    stepped.drain()
+    assert facts(future.result(0)) == answer
+
+
+def test_remove_without_memory_changes_no_answer(made, others, monkeypatch, caplog):
+    stepped = SteppedCore(made, slots=4)
+    for name in "ab":
+        stepped.add(name, others[name])
+    request, answer = request_and_answer(others["b"])
+    restore = fail_after(monkeypatch, 5)
+    stepped.remove("a")
+    assert "stay loaded until the next change" in caplog.text
+    future = stepped.submit(request, loop_set="b")
+    stepped.drain()
+    assert facts(future.result(0)) == answer
+    restore()
+    stepped.add("c", others["c"])
+    assert {loops.name for loops in stepped.adapter_sets.held} == {"default", "b", "c"}
+    for name in "bc":
+        request, answer = request_and_answer(others[name])
+        future = stepped.submit(request, loop_set=name)
+        stepped.drain()
         assert facts(future.result(0)) == answer
 
 
-def test_a_removal_that_finds_no_memory_changes_nobody_elses_answers(made, others, monkeypatch, caplog):
-    with Stepped(made, slots=4) as engine:
-        for name in "ab":
-            engine.add(name, others[name])
-        request, answer = asked(others["b"])
-        enough = fail_after(monkeypatch, 5)
-        engine.remove_loop_set("a")
-        assert "stay until the next change" in caplog.text
-        future = engine.submit(request, loop_set="b")
-        engine.drain()
-        assert facts(future.result(0)) == answer
-        enough()
-        engine.add("c", others["c"])
-        assert {loops.name for loops in engine._loops.held} == {"default", "b", "c"}  # now they are gone
-        for name in "bc":
-            request, answer = asked(others[name])
-            future = engine.submit(request, loop_set=name)
-            engine.drain()
-            assert facts(future.result(0)) == answer
+def test_removed_set_is_freed_after_its_last_request(made, others, monkeypatch):
+    stepped = SteppedCore(made, slots=4)
+    stepped.add("a", others["a"])
+    request, answer = request_and_answer(others["a"])
+    future = stepped.submit(request, loop_set="a")
+    stepped.step()
+    stepped.remove("a")
+    assert {loops.name for loops in stepped.adapter_sets.held} == {"default", "a"}
+    restore = fail_after(monkeypatch, 5)
+    stepped.drain()  # no memory to rebuild the batch: no caller waits for that
+    assert facts(future.result(0)) == answer
+    restore()
 
 
-def test_adapters_of_a_removed_loop_set_go_with_the_last_who_runs_it(made, others, monkeypatch):
-    with Stepped(made, slots=4) as engine:
-        engine.add("a", others["a"])
-        request, answer = asked(others["a"])
-        future = engine.submit(request, loop_set="a")
-        engine.step()
-        engine.remove_loop_set("a")
-        assert {loops.name for loops in engine._loops.held} == {"default", "a"}
-        enough = fail_after(monkeypatch, 5)
-        engine.drain()  # no memory to let them go: nobody waits for that
-        assert facts(future.result(0)) == answer
-        assert engine.alive
-        enough()
+def test_name_is_taken_once(made, others):
+    stepped = SteppedCore(made, slots=2)
+    first = stepped.add("a", others["a"])
+    with pytest.raises(ConfigError, match="there is a loop set 'a' already"):
+        stepped.adapter_sets.add(LoopAdapterSet("a", others["b"]))
+    assert stepped.adapter_sets.find("a") is first
 
 
-def test_a_name_is_given_once_whoever_is_first(made, others):
-    with Stepped(made, slots=2) as engine:
-        engine.add("a", others["a"])
-        first = engine.loop_sets["a"]
-        with pytest.raises(ConfigError, match="there is a loop set 'a' already"):
-            engine._loops.add(LoopAdapterSet("a", others["b"]))
-        assert engine.loop_sets["a"] is first
-
-
-def test_whoever_loads_lets_its_workers_go_also_where_that_fails(made, monkeypatch, tmp_path):
+def test_load_releases_workers_even_if_it_fails(made, monkeypatch, tmp_path):
     released = []
     with Engine(made, slots=2) as engine:
         monkeypatch.setattr(engine_module, "release_workers", lambda: released.append(1))
@@ -126,12 +124,12 @@ def test_whoever_loads_lets_its_workers_go_also_where_that_fails(made, monkeypat
         assert released == [1, 1]
 
 
-def test_an_engine_refuses_adapters_of_its_own_that_are_not_finite():
-    spoilt = tiny.reasoner()
+def test_non_finite_adapters_are_refused():
+    broken = tiny.reasoner()
     with torch.no_grad():
-        next(p for name, p in spoilt.base.named_parameters() if "lora_B" in name)[0, 0] = torch.inf
+        next(p for name, p in broken.base.named_parameters() if "lora_B" in name)[0, 0] = torch.inf
     with pytest.raises(ConfigError, match="not finite"):
-        Engine(spoilt)
+        Engine(broken)
 
 
 @pytest.mark.parametrize(
@@ -139,22 +137,22 @@ def test_an_engine_refuses_adapters_of_its_own_that_are_not_finite():
     [
         lambda engine: engine.remove_loop_set("a"),
         lambda engine: engine.generate("w1"),
-        lambda engine: engine._between_steps(lambda: None),
+        lambda engine: engine._thread.call(lambda: None),
     ],
 )
-def test_a_listener_that_would_wait_for_its_own_engine_is_told(made, others, tmp_path, wait):
+def test_callback_must_not_wait_for_the_engine(made, others, tmp_path, wait):
     others["a"].save_pretrained(str(tmp_path / "a"))
-    told = []
+    errors = []
 
-    def listen(_):
+    def wait_in_callback(_):
         with pytest.raises(Exception, match="must not wait for the engine") as caught:
             wait(engine)
-        told.append(caught.type.__name__)
-        engine.close()  # it ends with what runs
+        errors.append(caught.type.__name__)
+        engine.close()  # ends after the running request
 
     with Engine(made, slots=2) as engine:
         engine.load_loop_set("a", str(tmp_path / "a"))
-        request, _ = asked(made)
-        result = engine.submit(replace(request, max_new_tokens=1), on_event=listen).result(TIMEOUT)
+        request, _ = request_and_answer(made)
+        result = engine.submit(replace(request, max_new_tokens=1), on_event=wait_in_callback).result(TIMEOUT)
         assert result.iterations == 4
-    assert set(told) == {"EngineError"}
+    assert set(errors) == {"EngineError"}

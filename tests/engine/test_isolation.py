@@ -1,4 +1,4 @@
-"""A loop set whose numbers leave all bounds is felt by nobody else, however the bank mixes adapters."""
+"""Requests of a loop adapter set with infinite values do not affect others, with every LoRA method."""
 
 import pytest
 import torch
@@ -19,13 +19,13 @@ def poisoned(made, value):
 
 
 @pytest.mark.parametrize("method", ["masked", "grouped", "segments"])
-def test_what_one_loop_set_makes_infinite_stays_with_it(tmp_path, method):
+def test_infinite_values_stay_in_their_set(tmp_path, method):
     made = tiny.reasoner()
     poisoned(made, 1e38).save_pretrained(str(tmp_path / "poisoned"))
     expected = generate(made, [tiny.request(made, prompt) for prompt in tiny.PROMPTS])
     with Engine(made, threads=1) as engine:
         engine.load_loop_set("poisoned", str(tmp_path / "poisoned"))
-        for layer in engine._bank.layers.values():
+        for layer in engine._lora_batch.layers.values():
             layer.method = method
         poison = [engine.submit(tiny.request(made, p), loop_set="poisoned") for p in tiny.PROMPTS]
         beside = [engine.submit(tiny.request(made, p)) for p in tiny.PROMPTS]
@@ -34,7 +34,7 @@ def test_what_one_loop_set_makes_infinite_stays_with_it(tmp_path, method):
             assert (future.result().token_ids, future.result().exit_reason) == (alone.token_ids, alone.exit_reason)
 
 
-def test_weights_that_scale_to_infinity_are_refused(tmp_path):
+def test_weights_with_infinite_scale_are_refused(tmp_path):
     made = tiny.reasoner()
     poisoned(made, 3e38).save_pretrained(str(tmp_path / "poisoned"))
     with Engine(made, threads=1) as engine:

@@ -1,6 +1,6 @@
-"""The engine against the reference: whatever runs beside it, each request gets what it gets alone.
+"""The engine against the reference: in any mix of requests, each gets the answer that it gets alone.
 
-``SLR_MIXES=2000`` makes the wide run (marked slow) as wide as that.
+``SLR_MIXES`` is the number of mixes of the slow test.
 """
 
 import os
@@ -14,51 +14,50 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slr_core.engine.runner.lora_batch import LoraBatchLinear
 from slr_core.errors import DeadlineError, RequestError
 from slr_core.generation.reference import generate
 from slr_core.loop.convergence import ExitRule
 from slr_core.params import SamplingParams
 from tests import tiny
-from tests.engine.stepped import Stepped, empty, facts, near
+from tests.engine.harness import SteppedCore, facts, is_empty, near
 
 WIDE = int(os.environ.get("SLR_MIXES", "150"))
 MEASURES = ("relative_change", "cosine", "norm", "kl", "entropy")
 SHARED = tuple(3 * i % 37 for i in range(20))
-"""What some prompts begin with: more than one block of the prefix cache."""
+"""Prefix of some prompts: more than one block of the prefix cache."""
 TOKENS = st.integers(0, len(tiny.WORDS) - 1)
 
 # -- mixes -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A request, when it comes, and whether and when somebody gives it up."""
+class Arrival:
+    """A request, the step at which it arrives, and the step at which it is cancelled or expires, if any."""
 
     prompt: str
     loop: dict[str, Any]
     options: dict[str, Any]
     second: bool
     arrives: int
-    given_up: tuple[int, str] | None
+    dropped: tuple[int, str] | None
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Models, an engine and a load."""
+    """One or two models on one base, the options of a core, and a load."""
 
     kind: str
     first: dict[str, Any]
     second: dict[str, Any] | None
     removed: int | None
-    engine: dict[str, Any]
+    options: dict[str, Any]
     method: str | None
-    supports_packing: bool
-    asks: list[Ask]
+    packing: bool
+    arrivals: list[Arrival]
 
 
 @st.composite
-def parts(draw):
+def models(draw):
     """Keyword arguments of :func:`tests.tiny.reasoner`."""
     workspace = draw(st.sampled_from(sorted(tiny.WORKSPACES)))
     projections = ["identity", "rms_match", "linear", "mlp", *["pause"] * (workspace == "append")]
@@ -81,7 +80,7 @@ def parts(draw):
             "norm": draw(st.booleans()),
             "scale": draw(st.sampled_from([0.1, 0.5])),
         },
-        # The second one ends many loops early.
+        # The last one ends many loops early.
         "guard": draw(st.sampled_from([{}, {}, {"expanding_iterations": 1, "norm_factor": 1.02}])),
     }
     if answers is not None:
@@ -102,7 +101,7 @@ THRESHOLDS = {
 
 
 @st.composite
-def asks(draw, two):
+def arrivals(draw, two):
     """One request."""
     tail = draw(st.lists(st.integers(0, 36), min_size=1, max_size=20))
     shared = draw(st.sampled_from([0, 0, 5, 16, 20]))
@@ -132,33 +131,31 @@ def asks(draw, two):
         "top_tokens": draw(st.sampled_from([0, 3])) if trace else 0,
         "include_states": draw(st.booleans()),
         "logprobs": draw(st.sampled_from([None, None, 0, 3])),
-        # Not more often: who asks for it neither uses nor fills the prefix cache.
+        # Rarely: such requests neither use nor fill the prefix cache.
         "score_prompt": draw(st.sampled_from([False, False, False, True])),
         # Special tokens too: the end token ends nothing here.
         "forced_ids": tuple(draw(st.lists(TOKENS, min_size=forced, max_size=forced))),
     }
-    return Ask(
+    return Arrival(
         prompt=tiny.words(*ids),
         loop=loop,
         options=options,
         second=two and draw(st.booleans()),
         arrives=draw(st.integers(0, 8)),
-        given_up=draw(
-            st.none() | st.none() | st.tuples(st.integers(0, 20), st.sampled_from(["cancelled", "deadline"]))
-        ),
+        dropped=draw(st.none() | st.none() | st.tuples(st.integers(0, 20), st.sampled_from(["cancelled", "deadline"]))),
     )
 
 
 @st.composite
 def mixes(draw):
-    """Everything."""
+    """A whole mix."""
     two = draw(st.booleans())
     return Mix(
         kind=draw(st.sampled_from(tiny.KINDS)),
-        first=draw(parts()),
-        second=draw(parts()) if two else None,
+        first=draw(models()),
+        second=draw(models()) if two else None,
         removed=draw(st.none() | st.integers(0, 15)) if two else None,
-        engine={
+        options={
             "slots": draw(st.integers(1, 5)),
             # The first is what the largest request needs.
             "capacity": draw(st.sampled_from([44, tiny.POSITIONS])),
@@ -167,8 +164,8 @@ def mixes(draw):
             "static_shapes": draw(st.booleans()),
         },
         method=draw(st.sampled_from(["masked", "grouped", "segments", None])),
-        supports_packing=draw(st.booleans()),
-        asks=draw(st.lists(asks(two), min_size=3, max_size=9)),
+        packing=draw(st.booleans()),
+        arrivals=draw(st.lists(arrivals(two), min_size=3, max_size=9)),
     )
 
 
@@ -176,13 +173,13 @@ def mixes(draw):
 
 
 def reference(made, request):
-    """What a request gets alone, and whether rounding could change when its loop ends."""
+    """A request's result alone, and whether rounding could change the iteration at which its loop ends."""
     update, close = ExitRule.update, []
 
     def within(value, bound):
         return value is not None and abs(value - bound) <= 1e-3 * abs(bound)
 
-    def noted(rule, t, *, norm, distance, **others):
+    def recorded(rule, t, *, norm, distance, **others):
         reason = update(rule, t, norm=norm, distance=distance, **others)
         far, contraction = rule.guard.norm_factor * rule.first_norm, rule.contraction or 0.0
         close.append(
@@ -192,24 +189,24 @@ def reference(made, request):
         )
         return reason
 
-    with patch.object(ExitRule, "update", noted):
+    with patch.object(ExitRule, "update", recorded):
         (result,) = generate(made, [request])
     return result, any(close)
 
 
-def expect(made, request, asked):
-    """The request to run and what to expect of it: near a threshold, its recorded depth is replayed.
+def expect(made, request, seen):
+    """The request to run and its expected result; near a threshold, its recorded depth is replayed.
 
-    ``asked`` notes whether it was near, once a prompt and loop: hypothesis repeats much of what it draws.
+    ``seen`` records for each prompt and loop whether it was near: hypothesis draws many of them repeatedly.
     """
     result, close = reference(made, request)
     key = request.prompt_ids, request.loop
-    asked[key] = close or asked.get(key, False)
+    seen[key] = close or seen.get(key, False)
     while close:
         depth = result.iterations
         loop = replace(request.loop, criterion="fixed", max_iterations=depth, min_iterations=depth)
         if loop == request.loop:
-            break  # it is the guard that is near: nothing to replay
+            break  # near the guard's limit: nothing to replay
         request = replace(request, loop=loop)
         result, close = reference(made, request)
     return request, None if close else result
@@ -219,7 +216,7 @@ def expect(made, request, asked):
 
 
 def assert_same_top(found, expected, close=near):
-    """The likeliest tokens; those that are as likely may have changed places."""
+    """The most likely tokens; equally likely ones may have changed places."""
     assert len(found) == len(expected)
     for (token, p), (other, q) in zip(found, expected, strict=True):
         assert close(p, q)
@@ -227,7 +224,7 @@ def assert_same_top(found, expected, close=near):
 
 
 def assert_same_scores(found, expected, tolerance=1e-4):
-    """The scores of the same tokens; ``tolerance`` is absolute, which is the relative one of the probabilities."""
+    """Scores of the same tokens; ``tolerance`` is absolute for logarithms, so relative for probabilities."""
 
     def close(a, b):
         return a is b is None or a == pytest.approx(b, abs=tolerance)
@@ -238,8 +235,8 @@ def assert_same_scores(found, expected, tolerance=1e-4):
         assert_same_top(mine.top, theirs.top, close)
 
 
-def assert_equal(found, expected, *, by_decoder=False):
-    """All that a result says, as far as rounding lets it."""
+def assert_equal(found, expected, *, latent_decoder=False):
+    """All fields of a result are equal up to rounding."""
     assert facts(found) == facts(expected)
     assert near(found.final_change, expected.final_change)
     assert near(found.stability.contraction_rate, expected.stability.contraction_rate, 1e-3)
@@ -248,75 +245,75 @@ def assert_equal(found, expected, *, by_decoder=False):
         assert mine.t == theirs.t
         for name in MEASURES:
             assert near(getattr(mine, name), getattr(theirs, name)), (name, mine, theirs)
-        # A quotient of steps: rounding weighs more, the smaller they are.
+        # A quotient of steps: the smaller they are, the larger the rounding error.
         tolerance = 1e-4 if before is None else 1e-4 + 1e-5 / max(before, 1e-5)
         assert near(mine.contraction, theirs.contraction, tolerance), (mine, theirs)
         before = theirs.relative_change
         assert_same_top(mine.top_tokens, theirs.top_tokens)
-    # The latent decoder's large weights amplify rounding: alone, too, a score may be 3e-4 off what float64 gives.
-    assert_same_scores(found.scores, expected.scores, 1e-3 if by_decoder else 1e-4)
+    # The latent decoder's large weights amplify rounding: the reference, too, is up to 3e-4 off float64.
+    assert_same_scores(found.scores, expected.scores, 1e-3 if latent_decoder else 1e-4)
     assert_same_scores(found.prompt_scores, expected.prompt_scores)
     assert (found.states is None) == (expected.states is None)
     if expected.states is not None:
         torch.testing.assert_close(found.states, expected.states, rtol=1e-4, atol=1e-4)
 
 
-def check(mix, tally, asked):
-    """Run a mix and hold it to the reference."""
+def check(mix, tally, seen):
+    """Run a mix and compare it with the reference."""
     first = tiny.reasoner(mix.kind, **mix.first)
     second = None
     if mix.second is not None:
         second = tiny.reasoner(mix.kind, **mix.second, seed=5, plain=tiny.base(mix.kind))
     wanted = []
-    for ask in mix.asks:
-        made = second if ask.second else first
-        wanted.append(expect(made, tiny.request(made, ask.prompt, ask.loop, **ask.options), asked))
+    for arrival in mix.arrivals:
+        made = second if arrival.second else first
+        wanted.append(expect(made, tiny.request(made, arrival.prompt, arrival.loop, **arrival.options), seen))
 
     tally["requests"] += len(wanted)
     futures: dict[int, Any] = {}
     refused: set[int] = set()
-    with Stepped(first, **mix.engine) as engine:
-        if second is not None:
-            engine.add("second", second)
-        engine._core.passes.supports_packing &= mix.supports_packing
-        for layer in engine._bank.layers.values():
-            if mix.method is not None and isinstance(layer, LoraBatchLinear):
-                layer.method = mix.method
-        step = 0
-        while step <= 20 or engine._core.busy or engine._arrived:
-            if step == mix.removed:
-                engine.remove_loop_set("second")
-            for i, ask in enumerate(mix.asks):
-                if ask.arrives == step:
-                    try:
-                        futures[i] = engine.submit(wanted[i][0], loop_set="second" if ask.second else None)
-                    except RequestError:
-                        assert ask.second
-                        assert step >= mix.removed
-                        refused.add(i)
-                if i in futures and ask.given_up is not None and ask.given_up[0] == step:
-                    if ask.given_up[1] == "cancelled":
-                        futures[i].cancel()
-                    elif (sequence := engine.sequence(futures[i])) is not None:
-                        sequence.deadline = 0.0
-            if engine._core.busy or engine._arrived:
-                engine.step()
-            step += 1
-            assert step < 1000
-        assert empty(engine)
-        if mix.removed is not None:
-            assert {loops.name for loops in engine._loops.held} == {"default"}
-    for i, ask in enumerate(mix.asks):
+    stepped = SteppedCore(first, **mix.options)
+    if second is not None:
+        stepped.add("second", second)
+    stepped.core.runner.packing &= mix.packing
+    for layer in stepped.lora_batch.layers.values():
+        if mix.method is not None:
+            layer.method = mix.method
+    step = 0
+    while step <= 20 or stepped.core.busy:
+        if step == mix.removed:
+            stepped.remove("second")
+        for i, arrival in enumerate(mix.arrivals):
+            if arrival.arrives == step:
+                try:
+                    futures[i] = stepped.submit(wanted[i][0], loop_set="second" if arrival.second else None)
+                except RequestError:
+                    assert arrival.second
+                    assert step >= mix.removed
+                    refused.add(i)
+            if i in futures and arrival.dropped is not None and arrival.dropped[0] == step:
+                if arrival.dropped[1] == "cancelled":
+                    futures[i].cancel()
+                elif (sequence := stepped.sequence(futures[i])) is not None:
+                    sequence.deadline = 0.0
+        if stepped.core.busy:
+            stepped.step()
+        step += 1
+        assert step < 1000
+    assert is_empty(stepped.core)
+    if mix.removed is not None:
+        assert {adapter_set.name for adapter_set in stepped.adapter_sets.held} == {"default"}
+    for i, arrival in enumerate(mix.arrivals):
         if i in refused:
             continue
         assert futures[i].done()
         if futures[i].cancelled() or isinstance(futures[i].exception(), DeadlineError):
-            assert ask.given_up is not None
-            assert futures[i].cancelled() == (ask.given_up[1] == "cancelled")
-            tally["given up"] += 1
+            assert arrival.dropped is not None
+            assert futures[i].cancelled() == (arrival.dropped[1] == "cancelled")
+            tally["dropped"] += 1
         elif wanted[i][1] is not None:
-            made = second if ask.second else first
-            assert_equal(futures[i].result(), wanted[i][1], by_decoder=made.answers_from_states)
+            made = second if arrival.second else first
+            assert_equal(futures[i].result(), wanted[i][1], latent_decoder=made.answers_from_states)
             tally["equal"] += 1
             tally[wanted[i][1].exit_reason] += 1
             tally["scored"] += bool(wanted[i][1].scores)
@@ -326,48 +323,48 @@ def check(mix, tally, asked):
 
 def check_many(examples):
     tally: Counter[str] = Counter()
-    asked: dict[Any, bool] = {}
+    seen: dict[Any, bool] = {}
 
     @settings(max_examples=examples)
     @given(mixes())
     def run(mix):
-        check(mix, tally, asked)
+        check(mix, tally, seen)
 
     run()
-    near_ones = sum(asked.values())
-    print(dict(tally), f"{near_ones} near of {len(asked)}")
+    near_ones = sum(seen.values())
+    print(dict(tally), f"{near_ones} near of {len(seen)}")
     # One in a hundred; a small run may draw three standard deviations more.
-    expected = 0.01 * len(asked)
+    expected = 0.01 * len(seen)
     assert near_ones <= expected + 3 * expected**0.5
     assert tally["equal"] > 0.5 * tally["requests"]
-    assert all(tally[case] for case in ("converged", "max_iterations", "given up", "scored", "prompt scored", "forced"))
+    assert all(tally[case] for case in ("converged", "max_iterations", "dropped", "scored", "prompt scored", "forced"))
 
 
 @pytest.mark.parametrize("workspace", sorted(tiny.WORKSPACES))
-def test_what_lies_near_a_threshold_is_replayed_at_its_recorded_depth(workspace):
-    made, asked = tiny.reasoner(loop=tiny.WORKSPACES[workspace]), {}
+def test_near_threshold_is_replayed(workspace):
+    made, seen = tiny.reasoner(loop=tiny.WORKSPACES[workspace]), {}
     loop = {"max_iterations": 5, "criterion": "relative_change", "threshold": 0.0}
     result, close = reference(made, tiny.request(made, tiny.PROMPTS[3], loop))
     assert (result.iterations, close) == (5, False)
-    # Below the threshold at iteration 3 by the breadth of a hair.
+    # Just below the threshold at iteration 3.
     loop["threshold"] = result.records[2].relative_change * 1.0005
     request = tiny.request(made, tiny.PROMPTS[3], loop)
     alone, close = reference(made, request)
     assert close
-    replayed, expected = expect(made, request, asked)
-    assert list(asked.values()) == [True]
+    replayed, expected = expect(made, request, seen)
+    assert list(seen.values()) == [True]
     assert (replayed.loop.criterion, replayed.loop.min_iterations) == ("fixed", alone.iterations)
     assert (expected.iterations, expected.token_ids) == (alone.iterations, alone.token_ids)
-    with Stepped(made, slots=2) as engine:
-        future = engine.submit(replayed)
-        engine.drain()
-        assert_equal(future.result(0), expected)
+    stepped = SteppedCore(made, slots=2)
+    future = stepped.submit(replayed)
+    stepped.drain()
+    assert_equal(future.result(0), expected)
 
 
-def test_whatever_runs_beside_it_a_request_gets_what_it_gets_alone():
+def test_mixes():
     check_many(15)
 
 
 @pytest.mark.slow
-def test_many_more_mixes():
+def test_many_mixes():
     check_many(WIDE)

@@ -43,7 +43,7 @@ def run(script, code=0):
     return done
 
 
-def test_an_engine_leaves_no_idle_workers_and_other_threads_their_number():
+def test_engine_leaves_no_idle_workers():
     done = run("""
 torch.set_num_threads(4)
 before = count()
@@ -60,7 +60,7 @@ for threads in (None, 1, 2):
             assert settles(before + engine.threads, before + 1), (threads, engine.threads, count() - before)
             engine.submit(request).result()
         number = torch.get_num_threads
-        numbers = number(), elsewhere(number), engine._between_steps(number)
+        numbers = number(), elsewhere(number), engine._thread.call(number)
         assert numbers == (4, 4, threads or engine.threads), (threads, numbers)
     release_workers()
     assert settles(before), count() - before
@@ -69,7 +69,7 @@ print("fine")
     assert done.stdout == "fine\n"
 
 
-def test_a_forked_process_can_make_an_engine_and_is_told_where_it_has_none():
+def test_forked_process():
     done = run("""
 torch.set_num_threads(2)
 add()
@@ -94,7 +94,7 @@ print("fine")
 
 
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("raise ValueError('mine')", 1)])
-def test_a_process_that_ends_with_an_engine_at_work_ends_as_it_would(end, code):
+def test_exit_status_with_a_running_engine(end, code):
     done = run(
         f"""
 made = tiny.reasoner(loop=tiny.WORKSPACES["block"])

@@ -1,32 +1,36 @@
-"""The scheduler alone: stand-ins for sequences, no model."""
+"""The scheduler alone, with stubs in place of sequences and no model."""
 
 from collections import deque
+from math import inf
+from unittest.mock import patch
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from slr_core.engine import scheduler as module
 from slr_core.engine.scheduler import Scheduler
 from slr_core.engine.sequence import Phase
 
 
 class Stub:
-    """A request with a prompt of so many tokens, whose prefixes are named by ``keys``, and so many passes after it."""
+    """A request with a prompt of ``prompt`` tokens, with prefix keys, and ``passes`` passes after its prompt."""
 
     made = 0
 
-    def __init__(self, prompt=4, reserved=1, keys=(), passes=1):
+    def __init__(self, prompt=4, reserved=1, prefix_keys=(), passes=1):
         Stub.made += 1
-        self.arrived = float(Stub.made)
-        self.prompt, self.reserved, self.keys, self.passes = prompt, reserved, keys, passes
+        self.arrived_at = float(Stub.made)
+        self.prompt, self.reserved, self.prefix_keys, self.passes = prompt, reserved, prefix_keys, passes
         self.phase, self.slot, self.bypassed, self.filled = Phase.PREFILL, -1, 0, 0
+        self.cancelled, self.deadline = False, inf
 
     def queries(self):
         return self.prompt - self.filled if self.phase is Phase.PREFILL else 1
 
     def run(self, queries):
-        """One pass; whether it has ended."""
+        """Run one pass; whether it was the last."""
         if self.phase is Phase.PREFILL:
             self.filled += queries
             if self.filled == self.prompt:
@@ -36,8 +40,21 @@ class Stub:
         return self.passes == 0
 
 
-def scheduler(slots=4, max_tokens=100, **options):
-    return Scheduler(slots, max_tokens, **options)
+def scheduler(slots=4, max_positions=100, prefill_chunk=512, known=lambda stub: 0, admit=lambda stub: None):
+    made = Scheduler(
+        slots,
+        max_positions,
+        prefill_chunk=prefill_chunk,
+        known_prefixes=known,
+        drop=lambda stub: made.release(stub),
+        admit=admit,
+    )
+    return made
+
+
+@pytest.fixture
+def two_bypasses(monkeypatch):
+    monkeypatch.setattr(module, "MAX_BYPASSES", 2)
 
 
 def queue(made, *stubs):
@@ -52,40 +69,40 @@ def keys(prompt):
 # -- admission -------------------------------------------------------------------------------------------
 
 
-def test_an_idle_scheduler_has_nothing_to_do():
-    assert scheduler().schedule() == []
+def test_idle():
+    assert scheduler().schedule() == ()
 
 
-def test_first_come_first_served_as_far_as_there_are_slots():
+def test_first_come_first_served():
     made = scheduler(slots=2)
     a, b, c = queue(made, Stub(), Stub(), Stub())
-    assert made.schedule() == [(a, 4), (b, 4)]
+    assert made.schedule() == ((a, 4), (b, 4))
     assert (a.slot, b.slot, c.slot) == (0, 1, -1)
     assert list(made.waiting) == [c]
     assert c.bypassed == 0
 
 
-def test_admission_is_told_once_and_before_it_is_decided_what_runs():
-    entered = []
+def test_admit_is_called_once_before_planning():
+    admitted = []
 
-    def enter(stub):
-        entered.append(stub)
-        stub.filled = 3  # most of it was at hand
+    def admit(stub):
+        admitted.append(stub)
+        stub.filled = 3  # most of the prompt was cached
 
-    made = scheduler(slots=1, enter=enter)
+    made = scheduler(slots=1, admit=admit)
     a, _ = queue(made, Stub(), Stub())
-    assert made.schedule() == [(a, 1)]
+    assert made.schedule() == ((a, 1),)
     made.schedule()
-    assert entered == [a]
+    assert admitted == [a]
 
 
-def test_who_does_not_fit_is_overtaken_but_not_for_ever():
-    made = scheduler(slots=9, max_tokens=10, max_bypasses=2)
+def test_large_request_is_bypassed_twice(two_bypasses):
+    made = scheduler(slots=9, max_positions=10)
     running, large, *small = queue(made, Stub(reserved=5), Stub(reserved=6), *[Stub() for _ in range(4)])
     made.schedule()
     assert made.running == [running, *small[:2]]
     assert (large.bypassed, made.reserved) == (2, 7)
-    # Two have left and there is room for small ones: but it is the large one's turn.
+    # There is room for small ones again, but the large one is next.
     for stub in small[:2]:
         made.release(stub)
     made.schedule()
@@ -96,8 +113,8 @@ def test_who_does_not_fit_is_overtaken_but_not_for_ever():
     assert not made.waiting
 
 
-def test_reserved_columns_are_given_back():
-    made = scheduler(max_tokens=10)
+def test_release_frees_positions():
+    made = scheduler(max_positions=10)
     a, b, c = queue(made, Stub(reserved=6), Stub(reserved=5), Stub(reserved=4))
     made.schedule()
     assert (made.running, made.reserved) == ([a, c], 10)
@@ -107,13 +124,13 @@ def test_reserved_columns_are_given_back():
     assert (made.running, made.reserved) == ([c, b], 9)
 
 
-def test_nobody_is_lost_when_the_question_what_is_known_fails():
-    # The engine has to tell everyone: it must still find them.
+def test_error_in_known_prefixes_loses_no_request():
+    # The engine has to fail all requests, so it must still find them.
     def known(stub):
         raise RuntimeError("broken")
 
     made = scheduler(known=known)
-    stubs = queue(made, *[Stub(keys=keys("ab")) for _ in range(3)])
+    stubs = queue(made, *[Stub(prefix_keys=keys("ab")) for _ in range(3)])
     with pytest.raises(RuntimeError, match="broken"):
         made.schedule()
     assert sorted([*made.running, *made.waiting], key=id) == sorted(stubs, key=id)
@@ -122,39 +139,37 @@ def test_nobody_is_lost_when_the_question_what_is_known_fails():
 # -- prefixes --------------------------------------------------------------------------------------------
 
 
-def test_who_can_use_a_prefill_that_runs_waits_for_it_and_lets_others_pass():
-    at_hand = set()
-    made = scheduler(known=lambda stub: sum(key in at_hand for key in stub.keys))
-    first, same, longer, other = queue(
-        made, Stub(keys=keys("ab")), Stub(keys=keys("ab")), Stub(keys=keys("abc")), Stub(keys=keys("x"))
-    )
+def test_waits_for_running_prefill_of_its_prefix():
+    cached = set()
+    made = scheduler(known=lambda stub: sum(key in cached for key in stub.prefix_keys))
+    first, same, longer, other = queue(made, *[Stub(prefix_keys=keys(text)) for text in ("ab", "ab", "abc", "x")])
     made.schedule()
     assert (made.running, list(made.waiting)) == ([first, other], [same, longer])
     assert (same.bypassed, longer.bypassed) == (1, 1)
     first.run(4)
-    at_hand.update(keys("ab"))
+    cached.update(keys("ab"))
     made.schedule()
     assert made.running == [first, other, same, longer]
 
 
-def test_nobody_waits_for_a_prefill_of_what_is_at_hand_already():
+def test_cached_prefix_is_not_waited_for():
     made = scheduler(known=lambda stub: 1)
-    stubs = queue(made, Stub(keys=keys("ab")), Stub(keys=keys("ac")))
+    stubs = queue(made, Stub(prefix_keys=keys("ab")), Stub(prefix_keys=keys("ac")))
     made.schedule()
     assert made.running == list(stubs)
 
 
-def test_nobody_waits_for_a_prefix_that_only_looks_alike():
-    # The second block is the same, what is before it is not.
+def test_other_prefix_is_not_waited_for():
+    # The second block is equal, the first is not.
     made = scheduler()
-    stubs = queue(made, Stub(keys=keys("ab")), Stub(keys=keys("xb")))
+    stubs = queue(made, Stub(prefix_keys=keys("ab")), Stub(prefix_keys=keys("xb")))
     made.schedule()
     assert made.running == list(stubs)
 
 
-def test_nobody_waits_for_who_is_past_its_prompt():
+def test_finished_prefill_is_not_waited_for():
     made = scheduler()
-    first, second = Stub(keys=keys("ab")), Stub(keys=keys("ab"))
+    first, second = Stub(prefix_keys=keys("ab")), Stub(prefix_keys=keys("ab"))
     queue(made, first)
     made.schedule()
     first.run(4)
@@ -163,9 +178,11 @@ def test_nobody_waits_for_who_is_past_its_prompt():
     assert made.running == [first, second]
 
 
-def test_waiting_for_a_prefix_ends_when_others_have_passed_often_enough():
-    made = scheduler(slots=9, max_bypasses=2, prefill_chunk=1)
-    first, same, *others = queue(made, Stub(keys=keys("a")), Stub(keys=keys("a")), *[Stub() for _ in range(4)])
+def test_waiting_for_a_prefix_ends_after_two_bypasses(two_bypasses):
+    made = scheduler(slots=9, prefill_chunk=1)
+    first, same, *others = queue(
+        made, Stub(prefix_keys=keys("a")), Stub(prefix_keys=keys("a")), *[Stub() for _ in range(4)]
+    )
     made.schedule()
     assert made.running == [first, *others[:2]]
     made.schedule()
@@ -175,17 +192,17 @@ def test_waiting_for_a_prefix_ends_when_others_have_passed_often_enough():
 # -- what runs -------------------------------------------------------------------------------------------
 
 
-def test_prompts_share_a_chunk_and_everyone_else_runs_a_pass():
+def test_prompts_share_a_chunk():
     made = scheduler(prefill_chunk=6)
     a, b, c, d = queue(made, *[Stub() for _ in range(4)])
     a.phase = Phase.LOOP
-    assert made.schedule() == [(a, 1), (b, 4), (c, 2)]
+    assert made.schedule() == ((a, 1), (b, 4), (c, 2))
     b.run(4)
     c.run(2)
-    assert made.schedule() == [(a, 1), (b, 1), (c, 2), (d, 4)]
+    assert made.schedule() == ((a, 1), (b, 1), (c, 2), (d, 4))
 
 
-def test_a_prompt_longer_than_a_chunk_takes_several_steps():
+def test_long_prompt_takes_several_steps():
     made = scheduler(prefill_chunk=4)
     (a,) = queue(made, Stub(prompt=9))
     seen = []
@@ -196,8 +213,8 @@ def test_a_prompt_longer_than_a_chunk_takes_several_steps():
     assert seen == [4, 4, 1]
 
 
-def test_a_prefill_is_not_starved_by_those_that_came_later():
-    # Whoever moves into a freed slot must not overtake: a stream of short answers would hold a prompt up for ever.
+def test_later_requests_do_not_starve_a_prefill():
+    # A request that moves into a freed slot must not overtake: short answers would delay a long prompt for ever.
     made = scheduler(slots=4, prefill_chunk=4)
     _, _, long, *_ = queue(made, Stub(), Stub(), Stub(prompt=5), *[Stub() for _ in range(20)])
     for _ in range(8):
@@ -211,7 +228,7 @@ def test_a_prefill_is_not_starved_by_those_that_came_later():
 # -- leaving ---------------------------------------------------------------------------------------------
 
 
-def test_the_last_moves_into_the_slot_that_is_free():
+def test_last_request_moves_into_freed_slot():
     made = scheduler()
     a, b, c = queue(made, Stub(), Stub(), Stub())
     made.schedule()
@@ -222,7 +239,7 @@ def test_the_last_moves_into_the_slot_that_is_free():
     assert (made.running, made.reserved) == ([], 0)
 
 
-def test_who_waits_can_leave_too():
+def test_release_of_waiting_request():
     made = scheduler(slots=1)
     a, b, c = queue(made, Stub(), Stub(), Stub())
     made.schedule()
@@ -230,37 +247,42 @@ def test_who_waits_can_leave_too():
     assert (list(made.waiting), made.running, made.reserved) == ([c], [a], 1)
 
 
-# -- anything --------------------------------------------------------------------------------------------
+def test_cancelled_and_expired_requests_are_dropped():
+    made = scheduler(slots=2)
+    a, b, c, d, e = queue(made, *[Stub() for _ in range(5)])
+    made.schedule()
+    a.cancelled, c.cancelled, d.deadline = True, True, 0.0
+    # Their slots are free for the same step.
+    assert made.schedule() == ((b, 4), (e, 4))
+    assert (made.running, list(made.waiting), made.reserved) == ([b, e], [], 2)
+
+
+# -- any load --------------------------------------------------------------------------------------------
 
 
 class AnyLoad(RuleBasedStateMachine):
-    """Arrivals, steps and cancellations in any order."""
+    """Arrivals, steps and releases in any order."""
 
-    SLOTS, TOKENS, CHUNK, BYPASSES = 3, 12, 5, 2
+    SLOTS, POSITIONS, CHUNK, BYPASSES = 3, 12, 5, 2
 
     def __init__(self):
         super().__init__()
-        self.at_hand = set()
-        self.made = Scheduler(
-            self.SLOTS,
-            self.TOKENS,
-            prefill_chunk=self.CHUNK,
-            max_bypasses=self.BYPASSES,
-            known=self.known,
-            enter=self.enter,
-        )
+        self.patch = patch.object(module, "MAX_BYPASSES", self.BYPASSES)
+        self.patch.start()
+        self.cached = set()
+        self.made = scheduler(self.SLOTS, self.POSITIONS, self.CHUNK, self.known, self.admit)
         self.present: list[Stub] = []
         self.overtaken: dict[Stub, int] = {}
-        self.entered: list[Stub] = []
+        self.admitted: list[Stub] = []
 
     def known(self, stub):
-        return next((i for i, key in enumerate(stub.keys) if key not in self.at_hand), len(stub.keys))
+        return next((i for i, key in enumerate(stub.prefix_keys) if key not in self.cached), len(stub.prefix_keys))
 
-    def enter(self, stub):
-        self.entered.append(stub)
+    def admit(self, stub):
+        self.admitted.append(stub)
         stub.filled = min(self.known(stub), stub.prompt - 1)
         for other in self.present:
-            if other.arrived < stub.arrived and other.slot < 0:
+            if other.arrived_at < stub.arrived_at and other.slot < 0:
                 self.overtaken[other] += 1
 
     @rule(
@@ -277,7 +299,7 @@ class AnyLoad(RuleBasedStateMachine):
 
     @precondition(lambda self: self.present)
     @rule(data=st.data())
-    def cancel(self, data):
+    def release(self, data):
         self.leave(data.draw(st.sampled_from(self.present)))
 
     @rule()
@@ -286,32 +308,32 @@ class AnyLoad(RuleBasedStateMachine):
         work = self.made.schedule()
         running = self.made.running
         assert running[: len(before)] == before
-        # Everyone who runs has one pass, but prompts that the chunk has no room for.
+        # Every running request has one pass, except prompts that the chunk has no room for.
         assert len({stub.slot for stub, _ in work}) == len(work)
         prefilled = sum(queries for stub, queries in work if stub.phase is Phase.PREFILL)
         assert prefilled <= self.CHUNK
-        asked = dict(work)
+        planned = dict(work)
         for stub in running:
             if stub.phase is not Phase.PREFILL:
-                assert asked[stub] == 1
-            elif asked.get(stub, 0) < stub.queries():
+                assert planned[stub] == 1
+            elif planned.get(stub, 0) < stub.queries():
                 assert prefilled == self.CHUNK
-            assert stub not in asked or asked[stub] > 0
-        self.someone_is_kept_for_a_reason()
+            assert stub not in planned or planned[stub] > 0
+        self.check_waiting()
         for stub, queries in work:
             if stub.run(queries):
                 self.leave(stub)
             elif stub.phase is not Phase.PREFILL:
-                self.at_hand.update(stub.keys)
+                self.cached.update(stub.prefix_keys)
 
-    def someone_is_kept_for_a_reason(self):
+    def check_waiting(self):
         made, stuck = self.made, False
         if len(made.running) == made.slots:
             return
         for stub in made.waiting:
-            fits = made.reserved + stub.reserved <= made.max_tokens
+            fits = made.reserved + stub.reserved <= made.max_positions
             filling = [other for other in made.running if other.phase is Phase.PREFILL]
-            useful = any(set(other.keys[self.known(stub) :]) & set(stub.keys) for other in filling)
+            useful = any(set(other.prefix_keys[self.known(stub) :]) & set(stub.prefix_keys) for other in filling)
             assert not fits or (useful and stub.bypassed < self.BYPASSES) or stuck
             stuck = stuck or stub.bypassed >= self.BYPASSES
 
@@ -322,36 +344,39 @@ class AnyLoad(RuleBasedStateMachine):
         self.present.remove(stub)
 
     @invariant()
-    def nobody_is_lost_or_doubled(self):
+    def each_request_is_there_once(self):
         everyone = [*self.made.waiting, *self.made.running]
         assert len(everyone) == len(self.present)
         assert set(everyone) == set(self.present)
-        assert len(set(self.entered)) == len(self.entered)
+        assert len(set(self.admitted)) == len(self.admitted)
 
     @invariant()
-    def slots_are_dense_and_never_too_many(self):
+    def slots_are_dense(self):
         assert [stub.slot for stub in self.made.running] == list(range(len(self.made.running)))
         assert all(stub.slot == -1 for stub in self.made.waiting)
         assert len(self.made.running) <= self.SLOTS
 
     @invariant()
-    def what_is_reserved_adds_up(self):
-        assert self.made.reserved == sum(stub.reserved for stub in self.made.running) <= self.TOKENS
+    def reserved_positions_add_up(self):
+        assert self.made.reserved == sum(stub.reserved for stub in self.made.running) <= self.POSITIONS
 
     @invariant()
-    def the_queue_is_in_order_and_nobody_is_overtaken_too_often(self):
+    def queue_is_in_order(self):
         waiting = list(self.made.waiting)
-        assert waiting == sorted(waiting, key=lambda stub: stub.arrived)
+        assert waiting == sorted(waiting, key=lambda stub: stub.arrived_at)
         assert isinstance(self.made.waiting, deque)
         for stub in waiting:
             assert stub.bypassed == self.overtaken[stub] <= self.BYPASSES
 
     def teardown(self):
-        # Everyone is served in the end, in as many passes as all of them need one after another.
-        needed = sum(stub.prompt + stub.passes + 1 for stub in self.present)
-        for _ in range(needed):
-            self.step()
-        assert not self.present
+        # All requests finish, in as many steps as they need one after another.
+        try:
+            needed = sum(stub.prompt + stub.passes + 1 for stub in self.present)
+            for _ in range(needed):
+                self.step()
+            assert not self.present
+        finally:
+            self.patch.stop()
 
 
 TestAnyLoad = AnyLoad.TestCase

@@ -18,7 +18,7 @@ FOLDER = Path(os.environ.pop("SLR_TEST_FREEZE"))
 
 
 def frozen(run: Any) -> Any:
-    def wrapped(passes: ModelRunner, work: Any) -> Any:
+    def wrapped(runner: ModelRunner, work: Any) -> Any:
         for phase in {row.phase.value for row, _ in work}:
             while (FOLDER / f"freeze-{phase}").exists():
                 (FOLDER / f"reached-{phase}").touch()
@@ -26,7 +26,7 @@ def frozen(run: Any) -> Any:
             if (FOLDER / f"fail-{phase}").exists():
                 (FOLDER / f"fail-{phase}").unlink()
                 raise RuntimeError(f"secret fault in {phase}")
-        return run(passes, work)
+        return run(runner, work)
 
     return wrapped
 
@@ -41,6 +41,6 @@ def mortal(step: Any) -> Any:
 
 
 if __name__ == "__main__":
-    ModelRunner.run = frozen(ModelRunner.run)
+    ModelRunner.forward = frozen(ModelRunner.forward)
     Core.step = mortal(Core.step)
     cli.main()

@@ -1,7 +1,7 @@
-"""ModelRunner of single positions in fixed shapes, which a GPU can replay as graphs instead of launching every kernel.
+"""Passes of single positions in few fixed shapes, which a GPU replays as CUDA graphs.
 
-A row is a slot: the first 1, 2, 4, ... slots run together, whoever has nothing to do among them runs idly. Columns are
-read up to a power of two. So few shapes occur that each is captured once, with buffers that keep their addresses.
+Every row is a slot: the first 1, 2, 4, ... slots run together, and slots without work run idly. Positions are read up
+to a power of two. So few shapes occur that each is captured once, with buffers that keep their addresses.
 """
 
 from __future__ import annotations
@@ -16,115 +16,119 @@ from slr_core.engine.runner.kv_cache import KVCache
 from slr_core.engine.runner.lora_batch import AdapterIndex, LoraBatch
 from slr_core.model.base_support import attention_mask, hidden_size
 
-_FEWEST_COLUMNS = 64
-_WARM_UP = 3  # runs before a capture: libraries allocate what they need, and choose their kernels
+MIN_WIDTH = 64
+"""Fewest positions that a pass reads."""
+_WARM_UP_RUNS = 3
+"""Runs before a capture, in which libraries allocate memory and choose their kernels."""
 
 
 class FixedShapeRunner:
-    """Loop and decode passes over the slots. Without a GPU they run in the same shapes, uncaptured.
+    """Runs passes of single positions. Without a GPU the shapes are the same, but nothing is captured.
 
     Args:
-        bank: the base model, with its adapters.
+        lora_batch: the base model with all adapters.
         cache: the slots.
     """
 
-    def __init__(self, bank: LoraBatch, cache: KVCache) -> None:
-        self.bank, self.cache, self.device = bank, cache, bank.model.device
-        slots, width = cache.slots, hidden_size(bank.model)
-        self.inputs = torch.zeros(slots, 1, width, dtype=bank.model.dtype, device=self.device)
-        self.columns = torch.zeros(slots, 1, dtype=torch.long, device=self.device)
-        self.owners = torch.zeros(slots, dtype=torch.long, device=self.device)
+    def __init__(self, lora_batch: LoraBatch, cache: KVCache) -> None:
+        self.lora_batch, self.cache, self.device = lora_batch, cache, lora_batch.model.device
+        slots, width = cache.slots, hidden_size(lora_batch.model)
+        self.inputs = torch.zeros(slots, 1, width, dtype=lora_batch.model.dtype, device=self.device)
+        self.positions = torch.zeros(slots, 1, dtype=torch.long, device=self.device)
+        self.adapter_ids = torch.zeros(slots, dtype=torch.long, device=self.device)
         self._graphs: dict[tuple[int, int, bool], Callable[[], Tensor]] = {}
-        self._fillings = bank.fillings
+        self._version = lora_batch.version
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def run(
-        self, slots: Sequence[int], starts: Sequence[int], adapters: Sequence[int | None], embeds: Tensor
+        self, slots: Sequence[int], positions: Sequence[int], adapter_ids: Sequence[int | None], embeds: Tensor
     ) -> Tensor:
-        """One pass.
+        """Run one pass.
 
         Args:
-            slots: of its rows, ascending.
-            starts: the column that each row writes.
-            adapters: each row's place in the bank.
-            embeds: ``[n, 1, d]``.
+            slots: the slot of each row, in ascending order.
+            positions: the cache position that each row writes.
+            adapter_ids: the adapter of each row.
+            embeds: inputs ``[n, 1, d]``.
 
         Returns:
             States ``[n, 1, d]``, a copy.
         """
-        if self._fillings != self.bank.fillings:  # graphs hold the addresses of adapters that are gone
+        if self._version != self.lora_batch.version:  # graphs hold addresses of adapters that no longer exist
             self._graphs.clear()
-            self._fillings = self.bank.fillings
+            self._version = self.lora_batch.version
         rows = min(_power_of_two(slots[-1] + 1), self.cache.slots)
-        width = min(max(_power_of_two(max(starts) + 1), _FEWEST_COLUMNS), self.cache.capacity)
-        columns, owners = [self.cache.capacity] * rows, [-1] * rows
-        for slot, start, adapter in zip(slots, starts, adapters, strict=True):
-            columns[slot], owners[slot] = start, -1 if adapter is None else adapter
-        table = torch.tensor([columns, owners, [*slots, *[0] * (rows - len(slots))]], device=self.device)
-        mine = table[2, : len(slots)]
+        width = min(max(_power_of_two(max(positions) + 1), MIN_WIDTH), self.cache.capacity)
+        write_at, ids = [self.cache.capacity] * rows, [-1] * rows
+        for slot, position, adapter in zip(slots, positions, adapter_ids, strict=True):
+            write_at[slot], ids[slot] = position, -1 if adapter is None else adapter
+        table = torch.tensor([write_at, ids, [*slots, *[0] * (rows - len(slots))]], device=self.device)
+        active = table[2, : len(slots)]
         self.inputs[:rows].zero_()
-        self.inputs[mine] = embeds
-        self.columns[:rows, 0] = table[0]
-        self.owners[:rows] = table[1]
-        shape = rows, width, any(adapter is not None for adapter in adapters)
+        self.inputs[active] = embeds
+        self.positions[:rows, 0] = table[0]
+        self.adapter_ids[:rows] = table[1]
+        shape = rows, width, any(adapter is not None for adapter in adapter_ids)
         if shape not in self._graphs:
-            self._graphs[shape] = self._capture(*shape)
-        return self._graphs[shape]()[mine]
+            self._graphs[shape] = self._prepare(*shape)
+        return self._graphs[shape]()[active]
 
-    def _capture(self, rows: int, width: int, adapted: bool) -> Callable[[], Tensor]:
+    def _prepare(self, rows: int, width: int, has_adapters: bool) -> Callable[[], Tensor]:
         slots, order = list(range(rows)), torch.arange(width, device=self.device)
 
         def run() -> Tensor:
-            inputs, columns = self.inputs[:rows], self.columns[:rows]
-            # Idle rows write where nobody looks, and look at the first column, so that they see something finite.
-            positions = columns.masked_fill(columns == self.cache.capacity, 0)
-            self.bank.rows = AdapterIndex(self.owners[:rows], self.bank.count) if adapted else None
-            hidden: Tensor = self.bank.model.base_model(
+            inputs, positions = self.inputs[:rows], self.positions[:rows]
+            # Idle rows write to the scratch position and attend to the first one, so that no row of the mask is empty.
+            position_ids = positions.masked_fill(positions == self.cache.capacity, 0)
+            lora_batch = self.lora_batch
+            lora_batch.index = AdapterIndex(self.adapter_ids[:rows], lora_batch.count) if has_adapters else None
+            hidden: Tensor = lora_batch.model.base_model(
                 inputs_embeds=inputs,
-                attention_mask=attention_mask(self.bank.model, order <= positions[..., None], inputs.dtype),
-                position_ids=positions,
+                attention_mask=attention_mask(lora_batch.model, order <= position_ids[..., None], inputs.dtype),
+                position_ids=position_ids,
                 past_key_values=self.cache,
                 use_cache=True,
             ).last_hidden_state
             return hidden
 
-        def bound() -> Tensor:
-            self.cache.bind(slots, self.columns[:rows], width)
+        def bind_and_run() -> Tensor:
+            self.cache.bind(slots, self.positions[:rows], width)
             return run()
 
-        return bound if self._pool is None else self._graph(bound, run)
+        return bind_and_run if self._pool is None else self._capture(bind_and_run, run)
 
-    def _graph(self, warm_up: Callable[[], Tensor], run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def _capture(self, warm_up: Callable[[], Tensor], run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         stream: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         current = torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
+            for _ in range(_WARM_UP_RUNS):
                 warm_up()
         current.wait_stream(stream)
-        graph, bound = torch.cuda.CUDAGraph(), self.cache.rows
-        # Other threads may use the GPU meanwhile.
+        graph, row_slots = torch.cuda.CUDAGraph(), self.cache.row_slots
+        # Other threads may use the GPU during the capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = run()
 
-        return _Graph(graph, output, bound)
+        return CapturedPass(graph, output, row_slots)
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """A pass that was captured.
+class CapturedPass:
+    """A pass as a CUDA graph.
 
     Attributes:
-        graph: replayed by a call.
-        output: what it writes, overwritten by the next one.
-        reads: what must live as long as it, besides the buffers and the weights.
+        graph: the graph.
+        output: its output, overwritten by every replay.
+        row_slots: a tensor that the graph reads and that must therefore stay allocated.
     """
 
     graph: torch.cuda.CUDAGraph
     output: Tensor
-    reads: Tensor
+    row_slots: Tensor
 
     def __call__(self) -> Tensor:
+        """Replay the graph."""
         self.graph.replay()
         return self.output
 

@@ -1,4 +1,4 @@
-"""The key/value cache: allocated once, a slot a request, read without copying where the slots are neighbours."""
+"""The key/value cache: allocated once, one slot per request. Neighbouring slots are read without a copy."""
 
 from __future__ import annotations
 
@@ -14,63 +14,67 @@ from slr_core.errors import ConfigError
 
 
 class KVCache(Cache):
-    """Keys and values of every slot, in one tensor ``[layers, 2, slots, heads, capacity + 1, head_dim]``.
+    """Keys and values of all slots, in one tensor ``[layers, 2, slots, heads, capacity + 1, head_dim]``.
 
-    The last column takes what padding writes; nobody attends to it.
+    The last position is scratch space: padding writes to it, and nothing attends to it.
 
     Args:
-        base: whose shapes, dtype and device to follow.
-        slots: requests at once.
-        capacity: columns of a slot.
+        base: the model whose shapes, dtype and device the cache has.
+        slots: number of slots.
+        capacity: positions of a slot.
 
     Raises:
-        ConfigError: the base's layers differ in shape.
+        ConfigError: the model's layers differ in shape.
     """
 
     def __init__(self, base: PreTrainedModel, slots: int, capacity: int) -> None:
-        layers, heads, head_dim = shape(base)
+        layers, heads, head_dim = cache_shape(base)
         self.slots, self.capacity = slots, capacity
-        # Zeros, and not whatever memory holds: a masked NaN still poisons attention (0 * NaN is NaN).
+        # Zeros: uninitialized memory may hold NaN, and a masked NaN still spoils attention (0 * NaN is NaN).
         self.store = torch.zeros(layers, 2, slots, heads, capacity + 1, head_dim, dtype=base.dtype, device=base.device)
         super().__init__(layers=[KVCacheLayer(self, index) for index in range(layers)])
-        self.rows: Tensor = torch.empty(0)
-        self.columns: Tensor = torch.empty(0)
+        self.row_slots: Tensor = torch.empty(0)
+        self.positions: Tensor = torch.empty(0)
         self.width = 0
-        self.read: slice | Tensor = slice(0, 0)
+        self.read_slots: slice | Tensor = slice(0, 0)
 
-    def bind(self, slots: Sequence[int], columns: Tensor, width: int, *, whole: bool = False) -> None:
-        """Say where the next pass writes and what it reads.
+    def bind(self, slots: Sequence[int], positions: Tensor, width: int, *, read_all: bool = False) -> None:
+        """Set where the next pass writes and what it reads.
 
         Args:
-            slots: of its rows, ascending; with ``whole`` in any order, and one may come several times.
-            columns: ``[n, q]`` long, where each input goes; ``capacity`` for padding.
-            width: columns to read, from the first.
-            whole: all slots are read, whoever writes.
+            slots: the slot of each row, in ascending order; with ``read_all`` in any order, also repeatedly.
+            positions: ``[n, q]`` long, where each input is written; ``capacity`` for padding.
+            width: number of positions to read.
+            read_all: read all slots, not only those of the rows.
         """
-        self.columns, self.width = columns, width
-        self.rows = torch.tensor(slots, device=columns.device)
-        neighbours = slots[-1] - slots[0] + 1 == len(slots)
-        self.read = slice(None) if whole else slice(slots[0], slots[-1] + 1) if neighbours else self.rows
+        self.positions, self.width = positions, width
+        self.row_slots = torch.tensor(slots, device=positions.device)
+        if read_all:
+            self.read_slots = slice(None)
+        elif slots[-1] - slots[0] + 1 == len(slots):
+            self.read_slots = slice(slots[0], slots[-1] + 1)
+        else:
+            self.read_slots = self.row_slots
 
-    def move(self, source: int, target: int, columns: int) -> None:
-        """Copy the first columns of a slot to another."""
-        self.store[:, :, target, :, :columns] = self.store[:, :, source, :, :columns]
+    def move(self, source: int, target: int, positions: int) -> None:
+        """Copy the first ``positions`` positions of a slot to another slot."""
+        self.store[:, :, target, :, :positions] = self.store[:, :, source, :, :positions]
 
-    def take(self, slot: int, start: int, end: int) -> Tensor:
-        """A copy of columns ``start`` to ``end``: ``[layers, 2, heads, end - start, head_dim]``."""
+    def read(self, slot: int, start: int, end: int) -> Tensor:
+        """A copy of positions ``start`` to ``end``: ``[layers, 2, heads, end - start, head_dim]``."""
         return self.store[:, :, slot, :, start:end].clone()
 
-    def put(self, slot: int, start: int, block: Tensor) -> None:
-        """Write what :meth:`take` returned."""
-        self.store[:, :, slot, :, start : start + block.shape[-2]] = block
+    def write(self, slot: int, start: int, keys_values: Tensor) -> None:
+        """Write what :meth:`read` returned."""
+        self.store[:, :, slot, :, start : start + keys_values.shape[-2]] = keys_values
 
-    def wipe(self, slot: int, start: int, end: int) -> None:
-        """Forget columns ``start`` to ``end``: a state that is not finite would poison whoever comes next."""
+    def clear(self, slot: int, start: int, end: int) -> None:
+        """Zero positions ``start`` to ``end``: values that are not finite would spoil the next request's attention."""
         self.store[:, :, slot, :, start:end] = 0
 
 
 class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's view of the slots, as ``transformers`` asks for it."""
+    """One layer of the cache, with the interface of ``transformers``."""
 
     is_sliding = False
 
@@ -81,33 +85,33 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is left to do."""
+        """Do nothing: the cache is allocated already."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write ``[n, heads, q, head_dim]`` and return what these rows may read: ``[n, heads, width, head_dim]``."""
+        """Write ``[n, heads, q, head_dim]`` and return the keys and values to read, ``[n, heads, width, head_dim]``."""
         cache, keys, values = self.cache, self.keys, self.values
         assert keys is not None
         assert values is not None
-        rows = cache.rows[:, None]
-        keys[rows, :, cache.columns] = key_states.transpose(1, 2)
-        values[rows, :, cache.columns] = value_states.transpose(1, 2)
-        return keys[:, :, : cache.width][cache.read], values[:, :, : cache.width][cache.read]
+        row_slots = cache.row_slots[:, None]
+        keys[row_slots, :, cache.positions] = key_states.transpose(1, 2)
+        values[row_slots, :, cache.positions] = value_states.transpose(1, 2)
+        return keys[:, :, : cache.width][cache.read_slots], values[:, :, : cache.width][cache.read_slots]
 
     def get_seq_length(self) -> int:
-        """Columns that a pass reads; positions are given to the model, never derived from this."""
+        """Positions that a pass reads. Position ids are always passed to the model, never derived from this."""
         return self.cache.width
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Width and offset of a mask; masks are given to the model as well."""
+        """Width and offset of an attention mask. Masks, too, are always passed to the model."""
         return self.cache.width, 0
 
     def get_max_length(self) -> int:
-        """Columns of a slot."""
+        """Positions of a slot."""
         return self.cache.capacity
 
 
-def shape(base: PreTrainedModel) -> tuple[int, int, int]:
-    """Layers, key/value heads and head width of a base model.
+def cache_shape(base: PreTrainedModel) -> tuple[int, int, int]:
+    """Number of layers, number of key/value heads and head width of a base model.
 
     Raises:
         ConfigError: its layers differ in shape.
@@ -122,5 +126,5 @@ def shape(base: PreTrainedModel) -> tuple[int, int, int]:
 
 def position_bytes(base: PreTrainedModel) -> int:
     """Memory of one position of a slot, in bytes."""
-    layers, heads, head_dim = shape(base)
+    layers, heads, head_dim = cache_shape(base)
     return 2 * layers * heads * head_dim * base.dtype.itemsize

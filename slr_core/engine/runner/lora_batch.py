@@ -1,14 +1,13 @@
-"""The adapter bank: every loop adapter at hand, another one for each row of a pass.
+"""All loop adapters in one batch: every row of a pass may use a different one.
 
-A row at iteration t runs with L_t, so one linear layer sees several adapters in one batch. Three ways to
-compute the same, of which :func:`tune` picks the fastest for each layer shape by measurement:
+A row at iteration t runs with L_t, so one linear layer applies several adapters in one batch. There are three ways to
+compute the same result. :meth:`LoraBatch.tune` measures them and picks the fastest one for each layer shape:
 
-- ``masked``: all adapters side by side, and a mask that leaves each row its own: ``mask(x A) B``. Two dense
-  products, whatever the mix.
-- ``grouped``: rows gathered by adapter into blocks of equal size, one batched product (``bmm``) each for A and B.
-- ``segments``: rows sorted by adapter, two products for each adapter present.
+- ``masked``: all adapters side by side, and a mask that leaves each row its own: ``mask(x A) B``. Two dense products.
+- ``grouped``: rows gathered by adapter into blocks of equal size; one batched product (``bmm``) each for A and B.
+- ``segments``: rows sorted by adapter; two products for each adapter present.
 
-Where all rows share an adapter, it is two plain products. Base weights are never touched.
+If all rows use the same adapter, it is two plain products. Base weights are never changed.
 """
 
 from __future__ import annotations
@@ -30,79 +29,102 @@ Method = Literal["masked", "grouped", "segments"]
 
 
 class AdapterIndex:
-    """Which adapter each row of a pass uses, told by a tensor alone: another mix is another content of it.
+    """The adapter of each row, in a tensor of fixed shape, so that a CUDA graph can be replayed with other ids.
 
     Args:
-        owner: ``[n]`` long, the place in the bank for each row; -1: no adapter.
-        count: adapters in the bank.
+        ids: ``[n]`` long, the adapter of each row; -1: none.
+        count: number of adapters.
     """
 
-    any = True
-    shared: int | None = None
+    has_adapters = True
+    shared_id: int | None = None
 
-    def __init__(self, owner: Tensor, count: int) -> None:
-        self.owner, self.count = owner, count
-        self._foreign: dict[int, Tensor] = {}
+    def __init__(self, ids: Tensor, count: int) -> None:
+        self.ids, self.count = ids, count
+        self._masks: dict[int, Tensor] = {}
 
-    def foreign(self, rank: int) -> Tensor:
-        """``[n, 1, count * rank]`` bool: false where a row's own adapter lies."""
-        if rank not in self._foreign:
-            owners = torch.arange(self.count * rank, device=self.owner.device) // rank
-            self._foreign[rank] = (self.owner[:, None] != owners)[:, None]
-        return self._foreign[rank]
+    def other_adapters(self, rank: int) -> Tensor:
+        """Mask ``[n, 1, count * rank]`` bool of the channels that belong to other adapters than the row's."""
+        if rank not in self._masks:
+            channel_ids = torch.arange(self.count * rank, device=self.ids.device) // rank
+            self._masks[rank] = (self.ids[:, None] != channel_ids)[:, None]
+        return self._masks[rank]
 
 
 class AdapterGroups(AdapterIndex):
-    """Which adapter each row of a pass uses, and what the three ways need to know of that.
+    """The adapter of each row, with the index tensors that ``grouped`` and ``segments`` need.
 
     Args:
-        adapters: the place in the bank for each row; ``None``: no adapter.
-        count: adapters in the bank.
-        device: where the bank lies.
+        ids: the adapter of each row; ``None``: none.
+        count: number of adapters.
+        device: where the adapters are.
+
+    Attributes:
+        has_adapters: whether any row uses an adapter.
+        shared_id: the adapter, if all rows use the same one.
+        covers_all_rows: whether every row uses an adapter.
+        sorted_rows: rows that use an adapter ``[m]`` long, sorted by adapter.
+        group_sizes: rows of each adapter.
+        block_size: size of the largest group.
+        places: ``[m]`` long, place of each of ``sorted_rows`` in ``count`` blocks of equal size.
+        sources: ``[count * block_size]`` long, the row at each place; unused places hold row 0.
+        place_of_row: ``[n]`` long, in the order of rows; defined if ``covers_all_rows``.
     """
 
-    def __init__(self, adapters: Sequence[int | None], count: int, device: torch.device) -> None:
-        used = [(adapter, row) for row, adapter in enumerate(adapters) if adapter is not None]
-        owners = [-1 if adapter is None else adapter for adapter in adapters]
-        super().__init__(torch.tensor(owners, device=device), count)
-        self.any = bool(used)
-        self.shared = adapters[0] if len(set(adapters)) == 1 else None
-        if not used or self.shared is not None:
+    def __init__(self, ids: Sequence[int | None], count: int, device: torch.device) -> None:
+        used = [(adapter, row) for row, adapter in enumerate(ids) if adapter is not None]
+        super().__init__(torch.tensor([-1 if adapter is None else adapter for adapter in ids], device=device), count)
+        self.has_adapters = bool(used)
+        self.shared_id = ids[0] if len(set(ids)) == 1 else None
+        if not used or self.shared_id is not None:
             return
         used.sort()
-        self.whole = len(used) == len(adapters)
-        self.order = torch.tensor([row for _, row in used], device=device)
-        self.sizes = Counter(adapter for adapter, _ in used)
-        # Each used row's place in blocks of equal size, one block an adapter.
-        self.block = max(self.sizes.values())
+        self.covers_all_rows = len(used) == len(ids)
+        self.sorted_rows = torch.tensor([row for _, row in used], device=device)
+        self.group_sizes = Counter(adapter for adapter, _ in used)
+        self.block_size = max(self.group_sizes.values())
         places, filled = [], Counter[int]()
         for adapter, _ in used:
-            places.append(adapter * self.block + filled[adapter])
+            places.append(adapter * self.block_size + filled[adapter])
             filled[adapter] += 1
         self.places = torch.tensor(places, device=device)
-        self.sources = torch.zeros(count * self.block, dtype=torch.long, device=device)
-        self.sources[self.places] = self.order
-        # The other way round, in the order of rows; only where all of them are in the blocks.
-        self.found = self.places[self.order.argsort()]
+        self.sources = torch.zeros(count * self.block_size, dtype=torch.long, device=device)
+        self.sources[self.places] = self.sorted_rows
+        self.place_of_row = self.places[self.sorted_rows.argsort()]
 
 
-class _Held(NamedTuple):
-    """A layer's adapters, as :class:`LoraBatchLinear` describes them."""
+class LayerWeights(NamedTuple):
+    """All adapters of one layer.
+
+    Attributes:
+        down: ``[K, d_in, r]``, smaller ranks padded with zeros.
+        up: ``[K, r, d_out]``, multiplied by LoRA's scale.
+        flat_down: ``[d_in, K * r]``.
+        flat_up: ``[K * r, d_out]``.
+        pairs: ``down`` and ``up`` of each adapter.
+    """
 
     down: Tensor
     up: Tensor
     flat_down: Tensor
     flat_up: Tensor
-    each: list[tuple[Tensor, Tensor]]
+    pairs: list[tuple[Tensor, Tensor]]
 
 
-_NOTHING = _Held(torch.empty(0), torch.empty(0), torch.empty(0), torch.empty(0), [])
+_NO_WEIGHTS = LayerWeights(torch.empty(0), torch.empty(0), torch.empty(0), torch.empty(0), [])
 
 
-def _held(layers: Sequence[tuple[nn.Module, str]]) -> _Held | None:
-    """For each place in the bank a layer, with or without PEFT's LoRA, and a name on it; ``None``: no adapter acts."""
+def _stack_weights(layers: Sequence[tuple[nn.Module, str]]) -> LayerWeights | None:
+    """Stack one layer's adapters.
+
+    Args:
+        layers: for each adapter the layer, with or without PEFT's LoRA, and the adapter's name.
+
+    Returns:
+        ``None`` if no adapter has weights for this layer.
+    """
     pairs = [
-        _weights(layer, name) if isinstance(layer, LoraLayer) and name in layer.lora_A else None
+        _scaled_weights(layer, name) if isinstance(layer, LoraLayer) and name in layer.lora_A else None
         for layer, name in layers
     ]
     present = [pair for pair in pairs if pair is not None]
@@ -111,61 +133,60 @@ def _held(layers: Sequence[tuple[nn.Module, str]]) -> _Held | None:
     rank = max(len(a) for a, _ in present)
     down = present[0][0].new_zeros(len(pairs), present[0][0].shape[1], rank)
     up = present[0][1].new_zeros(len(pairs), rank, present[0][1].shape[0])
-    for place, pair in enumerate(pairs):
+    for adapter, pair in enumerate(pairs):
         if pair is not None:
-            down[place, :, : len(pair[0])] = pair[0].T
-            up[place, : len(pair[0])] = pair[1].T
+            down[adapter, :, : len(pair[0])] = pair[0].T
+            up[adapter, : len(pair[0])] = pair[1].T
     flat_down = down.permute(1, 0, 2).reshape(down.shape[1], -1)
-    return _Held(down, up, flat_down, up.view(-1, up.shape[-1]), list(zip(down, up, strict=True)))
+    return LayerWeights(down, up, flat_down, up.view(-1, up.shape[-1]), list(zip(down, up, strict=True)))
 
 
 class LoraBatchLinear(nn.Module):
-    """A linear layer of the base with the bank's adapters for it.
+    """A linear layer of the base model with all adapters of it.
 
     Attributes:
-        down: ``[K, d_in, r]``, ranks padded with zeros to the largest.
-        up: ``[K, r, d_out]``, LoRA's scale folded in.
-        each: both of one adapter, by its place.
-        method: how mixed batches are computed.
+        weights: the adapters.
+        has_weights: whether there are any.
+        method: how batches with several adapters are computed.
     """
 
-    def __init__(self, base_layer: nn.Module, bank: LoraBatch) -> None:
+    def __init__(self, base_layer: nn.Module, lora_batch: LoraBatch) -> None:
         super().__init__()
-        self.base_layer, self.bank = base_layer, bank
+        self.base_layer, self.lora_batch = base_layer, lora_batch
         self.method: Method = "masked"
-        self.hold(None)
+        self.set_weights(None)
 
-    def hold(self, held: _Held | None) -> None:
-        """Use these adapters from now on, or none."""
-        self.acts = held is not None
-        self.down, self.up, self.flat_down, self.flat_up, self.each = held or _NOTHING
+    def set_weights(self, weights: LayerWeights | None) -> None:
+        """Replace the adapters; ``None``: no adapters."""
+        self.has_weights, self.weights = weights is not None, weights or _NO_WEIGHTS
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, q, d_in]`` or, from GPT-2's own linear layers, the same: ``[n, q, d_out]``."""
+        """``[n, q, d_out]`` from ``[n, q, d_in]``."""
         y: Tensor = self.base_layer(x)
-        rows = self.bank.rows
-        if rows is None or not (rows.any and self.acts):
+        index = self.lora_batch.index
+        if index is None or not (index.has_adapters and self.has_weights):
             return y
-        if rows.shared is not None:
-            down, up = self.each[rows.shared]
-            return _added(y, _flat(x).mm(down), up)
-        # The other two ways have shapes that depend on the mix.
-        return _METHODS[self.method](self, rows, x, y) if isinstance(rows, AdapterGroups) else _masked(self, rows, x, y)
+        if index.shared_id is not None:
+            down, up = self.weights.pairs[index.shared_id]
+            return _add_product(y, _flat(x).mm(down), up)
+        # Only `masked` has shapes that do not depend on the ids.
+        method = _METHODS[self.method] if isinstance(index, AdapterGroups) else _masked
+        return method(self.weights, index, x, y)
 
 
 def check_finite(base: PreTrainedModel) -> None:
-    """Refuse adapters that would be felt by rows which do not use them: zero times infinity is not zero.
+    """Refuse adapters that would change rows which do not use them: zero times infinity is not zero.
 
     Raises:
-        ConfigError: a weight, scaled as it is used, is not finite.
+        ConfigError: a weight, multiplied by its scale, is not finite.
     """
     for path, layer in base.named_modules():
         for name in layer.lora_A if isinstance(layer, LoraLayer) else ():
-            if not all(weight.isfinite().all() for weight in _weights(layer, name)):
+            if not all(weight.isfinite().all() for weight in _scaled_weights(layer, name)):
                 raise ConfigError(f"adapter {name} at {path}: its weights are not finite once they are scaled")
 
 
-def _weights(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
+def _scaled_weights(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     assert isinstance(down, Tensor)
     assert isinstance(up, Tensor)
@@ -176,115 +197,128 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _added(y: Tensor, shrunk: Tensor, up: Tensor) -> Tensor:
-    """``y`` ``[n, q, d_out]`` after ``shrunk`` ``[n * q, r]`` times ``up`` is added to it, in one go."""
-    y.view(-1, y.shape[-1]).addmm_(shrunk, up)
+def _add_product(y: Tensor, low_rank: Tensor, up: Tensor) -> Tensor:
+    """Add ``low_rank`` ``[n * q, r]`` times ``up`` to ``y`` ``[n, q, d_out]``, in place."""
+    y.view(-1, y.shape[-1]).addmm_(low_rank, up)
     return y
 
 
-def _masked(layer: LoraBatchLinear, rows: AdapterIndex, x: Tensor, y: Tensor) -> Tensor:
-    shrunk = x @ layer.flat_down
-    # Not multiplied by zeros: what another request's adapter made infinite would become NaN here.
-    return _added(y, _flat(shrunk.masked_fill_(rows.foreign(layer.down.shape[-1]), 0)), layer.flat_up)
+def _masked(weights: LayerWeights, index: AdapterIndex, x: Tensor, y: Tensor) -> Tensor:
+    low_rank = x @ weights.flat_down
+    # Filled with zeros and not multiplied by them: an infinity of another request's adapter would become NaN.
+    low_rank.masked_fill_(index.other_adapters(weights.down.shape[-1]), 0)
+    return _add_product(y, _flat(low_rank), weights.flat_up)
 
 
-def _grouped(layer: LoraBatchLinear, rows: AdapterGroups, x: Tensor, y: Tensor) -> Tensor:
+def _grouped(weights: LayerWeights, index: AdapterIndex, x: Tensor, y: Tensor) -> Tensor:
+    assert isinstance(index, AdapterGroups)
     queries = x.shape[1]
     # Not x[...], which takes three times as long.
-    blocks = x.index_select(0, rows.sources).view(rows.count, rows.block * queries, -1)
-    delta = torch.bmm(torch.bmm(blocks, layer.down), layer.up).view(rows.count * rows.block, queries, -1)
-    if rows.whole:
-        return y.add_(delta.index_select(0, rows.found))
-    return y.index_add_(0, rows.order, delta.index_select(0, rows.places))
+    blocks = x.index_select(0, index.sources).view(index.count, index.block_size * queries, -1)
+    delta = torch.bmm(torch.bmm(blocks, weights.down), weights.up).view(index.count * index.block_size, queries, -1)
+    if index.covers_all_rows:
+        return y.add_(delta.index_select(0, index.place_of_row))
+    return y.index_add_(0, index.sorted_rows, delta.index_select(0, index.places))
 
 
-def _segments(layer: LoraBatchLinear, rows: AdapterGroups, x: Tensor, y: Tensor) -> Tensor:
+def _segments(weights: LayerWeights, index: AdapterIndex, x: Tensor, y: Tensor) -> Tensor:
+    assert isinstance(index, AdapterGroups)
     start = 0
-    for adapter in sorted(rows.sizes):
-        mine = rows.order[start : start + rows.sizes[adapter]]
-        start += len(mine)
-        down, up = layer.each[adapter]
-        y.index_add_(0, mine, (x.index_select(0, mine) @ down) @ up)
+    for adapter in sorted(index.group_sizes):
+        rows = index.sorted_rows[start : start + index.group_sizes[adapter]]
+        start += len(rows)
+        down, up = weights.pairs[adapter]
+        y.index_add_(0, rows, (x.index_select(0, rows) @ down) @ up)
     return y
 
 
-_METHODS: dict[Method, Callable[[LoraBatchLinear, AdapterGroups, Tensor, Tensor], Tensor]] = {
+_METHODS: dict[Method, Callable[[LayerWeights, AdapterIndex, Tensor, Tensor], Tensor]] = {
     "masked": _masked,
     "grouped": _grouped,
     "segments": _segments,
 }
 
-_MEASURED = 4  # layers of a shape: in a pass no layer finds its adapters where the same one has just left them
+_TIMED_LAYERS = 4
+"""Layers of one shape that :meth:`LoraBatch.tune` times in turn, so that caches are cold."""
+_TIMED_ROUNDS = 5
 
 
 class LoraBatch:
-    """A copy of a base model's structure whose linear layers read the bank. All weights are shared with the base.
+    """A copy of a base model's structure whose linear layers apply adapters row by row. It shares all weights.
 
     Args:
         base: a model with PEFT's LoRA layers injected, or without any.
+
+    Attributes:
+        model: the copy.
+        index: the adapters of the next pass; ``None``: no adapters.
+        layers: the layers with adapters, by path.
+        count: number of adapters.
+        version: number of times that the adapters have changed. Their tensors are new each time.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
         memo: dict[int, object] = {id(x): x for x in (*base.parameters(), *base.buffers())}
         self.model: PreTrainedModel = copy.deepcopy(base, memo).eval()  # type: ignore[no-untyped-call]
         self.device = self.model.device
-        self.rows: AdapterIndex | None = None
+        self.index: AdapterIndex | None = None
         self.layers: dict[str, LoraBatchLinear] = {}
+        self.count = 0
+        self.version = 0
         for path, module in list(self.model.named_modules()):
             if isinstance(module, LoraLayer):
                 self._replace(path, module.get_base_layer())
 
-    def fill(self, adapters: Sequence[tuple[PreTrainedModel, str]]) -> None:
-        """Hold these adapters from now on: a model that PEFT injected them into, and a name, for each place.
+    def set_adapters(self, adapters: Sequence[tuple[PreTrainedModel, str]]) -> None:
+        """Replace all adapters. If this fails, for lack of memory, the adapters stay as they were.
 
-        Where that fails, for want of memory, the bank holds what it held before.
+        Args:
+            adapters: for each one a model with PEFT's LoRA layers, and its name; its id is its place here.
         """
         for path in {p for model, _ in adapters for p, m in model.named_modules() if isinstance(m, LoraLayer)}:
             if path not in self.layers:
                 self._replace(path, self.model.get_submodule(path))
-        held = {path: _held([(model.get_submodule(path), name) for model, name in adapters]) for path in self.layers}
+        weights = {
+            path: _stack_weights([(model.get_submodule(path), name) for model, name in adapters])
+            for path in self.layers
+        }
         for path, layer in self.layers.items():
-            layer.hold(held[path])
+            layer.set_weights(weights[path])
         self.count = len(adapters)
-        self.fillings += 1
+        self.version += 1
 
-    count = 0
-    """Adapters at hand."""
-    fillings = 0
-    """How often that has changed: their tensors are others then."""
-
-    def use(self, adapters: Sequence[int | None]) -> None:
-        """Say which adapter each row of the next pass uses."""
-        self.rows = AdapterGroups(adapters, self.count, self.device) if self.layers else None
+    def use(self, ids: Sequence[int | None]) -> None:
+        """Set the adapter of each row of the next pass; ``None``: none."""
+        self.index = AdapterGroups(ids, self.count, self.device) if self.layers else None
 
     def _replace(self, path: str, base_layer: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         self.layers[path] = LoraBatchLinear(base_layer, self)
         setattr(self.model.get_submodule(parent), name, self.layers[path])
 
-    def tune(self, rows: int, queries: int, rounds: int = 5) -> dict[tuple[int, int], Method]:
-        """Choose the fastest way for each layer shape, measured on inputs ``[rows, queries, d_in]``.
+    def tune(self, rows: int, queries: int) -> dict[tuple[int, int], Method]:
+        """Choose the fastest method for each layer shape, measured on inputs ``[rows, queries, d_in]``.
 
         Returns:
-            What was chosen, by ``(d_in, d_out)``.
+            The methods chosen, by ``(d_in, d_out)``.
         """
         chosen: dict[tuple[int, int], Method] = {}
         if self.count < 2 or rows < 2:
             return chosen
         mixed = AdapterGroups([row % self.count for row in range(rows)], self.count, self.device)
-        alike: dict[tuple[int, int], list[LoraBatchLinear]] = {}
+        by_shape: dict[tuple[int, int], list[LoraBatchLinear]] = {}
         for layer in self.layers.values():
-            if layer.acts:
-                alike.setdefault((layer.down.shape[1], layer.up.shape[2]), []).append(layer)
-        for shape, layers in alike.items():
-            x = torch.ones(rows, queries, shape[0], dtype=layers[0].down.dtype, device=self.device)
+            if layer.has_weights:
+                by_shape.setdefault((layer.weights.down.shape[1], layer.weights.up.shape[2]), []).append(layer)
+        for shape, layers in by_shape.items():
+            x = torch.ones(rows, queries, shape[0], dtype=layers[0].weights.down.dtype, device=self.device)
             y = torch.zeros(rows, queries, shape[1], dtype=x.dtype, device=self.device)
             best: dict[Method, float] = {}
-            for _ in range(rounds):  # interleaved: a noisy machine is noisy for all of them
+            for _ in range(_TIMED_ROUNDS):  # interleaved, so that a busy machine slows all of them alike
                 for method, compute in _METHODS.items():
                     began = time.perf_counter()
-                    for layer in layers[:_MEASURED]:
-                        compute(layer, mixed, x, y)
+                    for layer in layers[:_TIMED_LAYERS]:
+                        compute(layer.weights, mixed, x, y)
                     if y.is_cuda:
                         torch.cuda.synchronize()
                     best[method] = min(best.get(method, float("inf")), time.perf_counter() - began)

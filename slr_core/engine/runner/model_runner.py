@@ -1,228 +1,343 @@
-"""One forward pass of the base model for rows that do different things: prefill, an iteration, a token."""
+"""Everything that a step computes: forward passes, iterations, and logits of next tokens.
+
+An immutable plan goes in and an immutable output comes back. The runner reads sequences and writes cache positions
+beyond what they have filled, so everything here can be repeated until :mod:`slr_core.engine.output` applies it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from slr_core.engine.runner.attention import PackedBatch, PackedSegment, supports_packing
+from slr_core.engine.runner.attention import enable_packing
 from slr_core.engine.runner.fixed_shapes import FixedShapeRunner
+from slr_core.engine.runner.inputs import adapter_id, build_inputs
+from slr_core.engine.runner.iteration import IterationBatch, IterationOutput
 from slr_core.engine.runner.kv_cache import KVCache
 from slr_core.engine.runner.lora_batch import LoraBatch
-from slr_core.engine.scheduler import Work
+from slr_core.engine.runner.packing import group_by_adapter_set, length_class, pack, read_width, split_into_passes
+from slr_core.engine.scheduler import Plan, Work
 from slr_core.engine.sequence import Phase, Sequence
+from slr_core.errors import EngineError, SLRError
+from slr_core.generation.decoding import LatentTextDecoder
+from slr_core.generation.logprobs import score_states
 from slr_core.model.base_support import attention_mask
+from slr_core.types import TokenScore
 
-JOINED_POSITIONS = 256
-"""Of a pass that takes rows of any length together, at most; beyond, reading the weights once more hardly matters."""
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
-def by_length(work: Iterable[Work], *, join: bool = True) -> list[list[Work]]:
-    """Split a step into passes: single positions, then up to 2, 4, 8, ...: little of a pass is padding.
+class StateOutput(NamedTuple):
+    """One row's pass that was no iteration.
 
-    A step of few positions is one pass, as long as it may ``join`` them.
+    Attributes:
+        sequence: the row.
+        queries: positions that were run.
+        state: the state ``[d]`` at the last of them.
+        finite: whether all values of ``state`` are finite; checked only at the end of a prompt.
+        logits: logits ``[V]`` at ``state``, if the pass read them.
+        prompt_scores: scores of the prompt's tokens that these positions predict, if the request asks for them.
     """
-    ordered = sorted((item for item in work if item[1]), key=lambda item: (_length_class(item), item[0].slot))
-    if join and sum(count for _, count in ordered) <= JOINED_POSITIONS:
-        return [ordered] if ordered else []
-    return [list(rows) for _, rows in groupby(ordered, key=_length_class)]
+
+    sequence: Sequence
+    queries: int
+    state: Tensor
+    finite: bool
+    logits: Tensor | None
+    prompt_scores: list[TokenScore]
 
 
-def _length_class(item: Work) -> int:
-    return (item[1] - 1).bit_length()
+class PassOutput(NamedTuple):
+    """One forward pass.
+
+    Attributes:
+        started_at: ``time.perf_counter`` at its start.
+        finished_at: the same, at its end.
+        iterations: its rows that ran an iteration.
+        states: its other rows.
+    """
+
+    started_at: float
+    finished_at: float
+    iterations: list[IterationOutput]
+    states: list[StateOutput]
 
 
-def _width(work: Iterable[Work]) -> int:
-    return max(row.filled + count for row, count in work)
+class RowFailure(NamedTuple):
+    """A row whose computation raised an error, also when it was run alone."""
+
+    sequence: Sequence
+    error: SLRError
 
 
-def by_loop_set(rows: Iterable[Sequence]) -> list[list[Sequence]]:
-    """Split rows by the loop set that they run, and by whether they read the head at every iteration."""
-    groups: dict[tuple[int, bool], list[Sequence]] = {}
-    for row in rows:
-        groups.setdefault((id(row.loops), row.reads_head), []).append(row)
-    return list(groups.values())
+class StepOutput(NamedTuple):
+    """The forward passes of a step.
+
+    Attributes:
+        plan: what was to run.
+        passes: one or more, and more where a pass failed and its rows were run alone.
+        failures: rows that failed.
+    """
+
+    plan: Plan
+    passes: list[PassOutput]
+    failures: list[RowFailure]
+
+
+class LogitsOutput(NamedTuple):
+    """Logits of next tokens.
+
+    Attributes:
+        sequences: the rows.
+        logits: ``[n, V]``, up to a constant each; on the CPU if a row samples or scores.
+        most_likely: the index of each row's largest logit.
+        valid: whether a row's logits hold no NaN.
+    """
+
+    sequences: list[Sequence]
+    logits: Tensor
+    most_likely: list[int]
+    valid: list[bool]
 
 
 class ModelRunner:
     """Runs the base model over the slots.
 
     Args:
-        bank: the base model, with its adapters.
+        lora_batch: the base model with all adapters.
         cache: the slots.
-        static: single positions run in fixed shapes; see :mod:`slr_core.engine.runner.fixed_shapes`.
+        static_shapes: run single positions in fixed shapes, see :mod:`slr_core.engine.runner.fixed_shapes`.
     """
 
-    def __init__(self, bank: LoraBatch, cache: KVCache, *, static: bool = False) -> None:
-        self.static = FixedShapeRunner(bank, cache) if static else None
-        self.supports_packing = not static and supports_packing(bank.model)
+    def __init__(self, lora_batch: LoraBatch, cache: KVCache, *, static_shapes: bool) -> None:
+        self.fixed_shapes = FixedShapeRunner(lora_batch, cache) if static_shapes else None
+        self.packing = not static_shapes and enable_packing(lora_batch.model)
         """Whether rows of different length classes can share a pass."""
-        self.bank, self.cache, self.model, self.device = bank, cache, bank.model, bank.model.device
-        self.embeddings: nn.Module = bank.model.get_input_embeddings()
+        self.lora_batch, self.cache = lora_batch, cache
+        self.model, self.device = lora_batch.model, lora_batch.model.device
+        self.head: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.embeddings: nn.Module = self.model.get_input_embeddings()
         table = self.embeddings.weight
         assert isinstance(table, Tensor)
         self.table = table
 
-    def run(self, work: Rows[Work]) -> list[Tensor]:
-        """One pass over rows as :func:`by_length` has ordered them: each row's states ``[count, d]``.
+    # -- the forward passes of a step --------------------------------------------------------------
 
-        It changes nothing but the slots' columns from each row's ``filled`` on, so it can be repeated.
+    def execute(self, plan: Plan) -> StepOutput:
+        """Run the forward passes of a step, with row-by-row fallback."""
+        passes: list[PassOutput] = []
+        failures: list[RowFailure] = []
+        for rows in split_into_passes(plan, packing=self.packing):
+            self._run_batch_with_fallback(self._run_pass, rows, passes, failures)
+        return StepOutput(plan, passes, failures)
+
+    def _run_batch_with_fallback(
+        self, run: Callable[[list[Work]], T], rows: list[Work], outputs: list[T], failures: list[RowFailure]
+    ) -> None:
+        """Append the output of ``run(rows)``; if it raises, run each row alone, and append those that fail alone."""
+        try:
+            outputs.append(run(rows))
+            return
+        except Exception as error:  # whatever it is, it must reach only the requests that cause it
+            if len(rows) == 1:
+                failures.append(RowFailure(rows[0].sequence, request_error(error)))
+                return
+            logger.warning("A pass of %d requests failed (%s), running each alone", len(rows), repr(error))
+        # After the handler: the error keeps all tensors of the pass alive, and memory may be what it lacked.
+        for row in rows:
+            self._run_batch_with_fallback(run, [row], outputs, failures)
+
+    def _run_pass(self, rows: list[Work]) -> PassOutput:
+        started_at = time.perf_counter()
+        states = dict(zip((row.sequence for row in rows), self.forward(rows), strict=True))
+        looping = group_by_adapter_set(row.sequence for row in rows if row.sequence.phase is Phase.LOOP)
+        batches = [IterationBatch.from_pass(group, [states[sequence] for sequence in group]) for group in looping]
+        # The head's weights are large: if iterations read it, decoding rows are read in the same product.
+        reading = [batch for batch in batches if batch.reads_head]
+        decoding = [row.sequence for row in rows if row.sequence.phase is Phase.DECODE] if reading else []
+        to_read = [*(batch.read_states() for batch in reading), *(states[sequence][-1:] for sequence in decoding)]
+        read = list(self.head(torch.cat(to_read)).split([len(x) for x in to_read])) if reading else []
+        logits = dict(zip(decoding, (x[0] for x in read[len(reading) :]), strict=True))
+        iterations = [
+            iteration for batch in batches for iteration in batch.measure(read.pop(0) if batch.reads_head else None)
+        ]
+        prefilled = [
+            row.sequence
+            for row in rows
+            if row.sequence.phase is Phase.PREFILL and row.queries == row.sequence.queries()
+        ]
+        finite = dict.fromkeys(prefilled, True)
+        if prefilled:
+            table = torch.stack([states[sequence][-1] for sequence in prefilled]).isfinite().all(-1)
+            finite = dict(zip(prefilled, table.tolist(), strict=True))
+        others = [
+            StateOutput(
+                sequence,
+                queries,
+                states[sequence][queries - 1],
+                finite.get(sequence, True),
+                logits.get(sequence),
+                self._score_prompt(sequence, states[sequence]),
+            )
+            for sequence, queries in rows
+            if sequence.phase is not Phase.LOOP
+        ]
+        return PassOutput(started_at, time.perf_counter(), iterations, others)
+
+    def _score_prompt(self, sequence: Sequence, states: Tensor) -> list[TokenScore]:
+        request = sequence.request
+        if sequence.phase is not Phase.PREFILL or not request.score_prompt:
+            return []
+        first = [] if sequence.filled else [TokenScore(request.prompt_ids[0], None)]
+        start = sequence.filled + 1
+        following = request.prompt_ids[start : start + len(states)]
+        return first + score_states(self.head, states, following, request.logprobs or 0)
+
+    def embed_prompt(self, sequence: Sequence) -> Tensor:
+        """Input embeddings ``[P, d]`` of a request's prompt."""
+        embedded: Tensor = self.embeddings(torch.tensor(sequence.request.prompt_ids, device=self.device))
+        return embedded
+
+    # -- next tokens -------------------------------------------------------------------------------
+
+    def read_logits(self, rows: list[Work]) -> tuple[list[LogitsOutput], list[RowFailure]]:
+        """Logits at each row's ``read_state``, with row-by-row fallback."""
+        outputs: list[LogitsOutput] = []
+        failures: list[RowFailure] = []
+        if rows:
+            self._run_batch_with_fallback(self._read_head, rows, outputs, failures)
+        return outputs, failures
+
+    def read_latent_logits(self, rows: list[Work]) -> tuple[list[LogitsOutput], list[RowFailure]]:
+        """Logits of the latent decoder, with row-by-row fallback."""
+        outputs: list[LogitsOutput] = []
+        failures: list[RowFailure] = []
+        for group in group_by_adapter_set(row.sequence for row in rows):
+            work = [Work(sequence, 0) for sequence in group]
+            self._run_batch_with_fallback(self._run_latent_decoder, work, outputs, failures)
+        return outputs, failures
+
+    def _read_head(self, rows: list[Work]) -> LogitsOutput:
+        sequences = [row.sequence for row in rows]
+        unread = [s.read_state for s in sequences if s.logits is None and s.read_state is not None]
+        logits: Tensor | None = self.head(torch.stack(unread)) if unread else None
+        if logits is None or len(unread) < len(sequences):
+            fresh = iter(() if logits is None else logits)
+            logits = torch.stack([next(fresh) if s.logits is None else s.logits for s in sequences])
+        return _logits_output(sequences, logits)
+
+    def _run_latent_decoder(self, rows: list[Work]) -> LogitsOutput:
+        sequences = [row.sequence for row in rows]
+        memories = [s.adapter_set.workspace.memory(torch.stack(s.states), s.tracker.kept_iterations) for s in sequences]
+        decoder = LatentTextDecoder(
+            sequences[0].adapter_set.reasoner, memories, [s.request.answer_prefix_ids for s in sequences]
+        )
+        active = torch.ones(len(sequences), dtype=torch.bool, device=memories[0].device)
+        return _logits_output(sequences, decoder.next([s.answer.tokens for s in sequences], active))
+
+    # -- one forward pass --------------------------------------------------------------------------
+
+    def forward(self, work: Rows[Work]) -> list[Tensor]:
+        """Run one pass: each row's states ``[queries, d]``.
+
+        It writes only to positions of the slots from each row's ``filled`` on.
+
+        Args:
+            work: one of the passes of :func:`split_into_passes`.
         """
-        counts, inputs, adapters = [count for _, count in work], self._inputs(work), [_adapter(row) for row, _ in work]
-        if len(set(map(_length_class, work))) > 1:
-            return list(torch.split(self._joined(work, adapters, inputs), counts))
-        slots, starts, queries = [row.slot for row, _ in work], [row.filled for row, _ in work], max(counts)
-        if self.static is not None and queries == 1:
-            return list(self.static.run(slots, starts, adapters, inputs[:, None]))
-        order = torch.arange(queries, device=self.device)
-        columns = positions = torch.tensor(starts, device=self.device)[:, None] + order
-        if len(set(counts)) == 1:
-            embeds = inputs.view(len(work), queries, -1)
+        queries = [row.queries for row in work]
+        inputs = build_inputs(work, self.embeddings, self.table)
+        ids = [adapter_id(row.sequence) for row in work]
+        if len(set(map(length_class, work))) > 1:
+            return list(torch.split(self._forward_packed(work, ids, inputs), queries))
+        slots, starts, width = [s.slot for s, _ in work], [s.filled for s, _ in work], max(queries)
+        if self.fixed_shapes is not None and width == 1:
+            return list(self.fixed_shapes.run(slots, starts, ids, inputs[:, None]))
+        order = torch.arange(width, device=self.device)
+        positions = position_ids = torch.tensor(starts, device=self.device)[:, None] + order
+        if len(set(queries)) == 1:
+            embeds = inputs.view(len(work), width, -1)
         else:
-            real = order < torch.tensor(counts, device=self.device)[:, None]
-            embeds = inputs.new_zeros(len(work), queries, inputs.shape[1])
+            real = order < torch.tensor(queries, device=self.device)[:, None]
+            embeds = inputs.new_zeros(len(work), width, inputs.shape[1])
             embeds[real] = inputs
-            # Padding looks at the first column, so that it sees something finite.
-            columns, positions = torch.where(real, columns, self.cache.capacity), torch.where(real, positions, 0)
-        hidden = self._apart(slots, adapters, embeds, columns, positions, _width(work))
-        return [states[:count] for states, count in zip(hidden, counts, strict=True)]
+            # Padding is written to the scratch position, and attends to the first one, so that no mask is empty.
+            positions = torch.where(real, positions, self.cache.capacity)
+            position_ids = torch.where(real, position_ids, 0)
+        hidden = self._forward_padded(slots, ids, embeds, positions, position_ids, read_width(work))
+        return [states[:count] for states, count in zip(hidden, queries, strict=True)]
 
-    def run_idle(self, rows: int, columns: int) -> Tensor:
-        """A pass of single positions, each with another adapter, over the first ``columns``: states ``[rows, d]``.
+    def run_idle(self, rows: int, width: int) -> Tensor:
+        """Run a pass of single positions that read ``width`` positions, each with another adapter, to measure time.
 
-        For who measures. It writes what it reads: every slot must be free.
+        It overwrites what it reads: every slot must be free.
+
+        Returns:
+            States ``[rows, d]``.
         """
-        count = self.bank.count
-        adapters = [row % count if count else None for row in range(rows)]
+        count = self.lora_batch.count
+        ids = [row % count if count else None for row in range(rows)]
         embeds = self.table.new_zeros(rows, 1, self.table.shape[1])
-        if self.static is not None:
-            return self.static.run(range(rows), [columns - 1] * rows, adapters, embeds)[:, 0]
-        last = torch.full((rows, 1), columns - 1, device=self.device)
-        return self._apart(range(rows), adapters, embeds, last, last, columns)[:, 0]
+        if self.fixed_shapes is not None:
+            return self.fixed_shapes.run(range(rows), [width - 1] * rows, ids, embeds)[:, 0]
+        last = torch.full((rows, 1), width - 1, device=self.device)
+        return self._forward_padded(range(rows), ids, embeds, last, last, width)[:, 0]
 
-    def _apart(
+    def _forward_padded(
         self,
         slots: Rows[int],
-        adapters: list[int | None],
+        ids: list[int | None],
         embeds: Tensor,
-        columns: Tensor,
         positions: Tensor,
+        position_ids: Tensor,
         width: int,
     ) -> Tensor:
-        """Every row a slot; inputs ``[n, q, d]`` at columns and positions ``[n, q]``: states ``[n, q, d]``."""
-        self.cache.bind(slots, columns, width)
-        self.bank.use(adapters)
-        mask = torch.arange(width, device=self.device) <= positions[..., None]
-        return self._forward(embeds, positions, attention_mask=attention_mask(self.model, mask, embeds.dtype))
+        """Every row of the batch is a slot: states ``[n, q, d]``.
 
-    def _forward(self, embeds: Tensor, positions: Tensor, **options: Any) -> Tensor:
+        Args:
+            slots: the slot of each row, in ascending order.
+            ids: the adapter of each row.
+            embeds: inputs ``[n, q, d]``.
+            positions: ``[n, q]`` long, where they are written.
+            position_ids: ``[n, q]`` long.
+            width: cache positions to read.
+        """
+        self.cache.bind(slots, positions, width)
+        self.lora_batch.use(ids)
+        mask = torch.arange(width, device=self.device) <= position_ids[..., None]
+        return self._forward(embeds, position_ids, attention_mask=attention_mask(self.model, mask, embeds.dtype))
+
+    def _forward_packed(self, work: Rows[Work], ids: list[int | None], inputs: Tensor) -> Tensor:
+        """Every position is a row of the batch: states ``[m, d]``."""
+        rows = [row for row, (_, queries) in enumerate(work) for _ in range(queries)]
+        positions = torch.tensor([s.filled + i for s, queries in work for i in range(queries)], device=self.device)
+        slots = [work[row].sequence.slot for row in rows]
+        self.cache.bind(slots, positions[:, None], self.cache.capacity, read_all=True)
+        self.lora_batch.use([ids[row] for row in rows])
+        return self._forward(inputs[:, None], positions[:, None], packed=pack(work, positions))[:, 0]
+
+    def _forward(self, embeds: Tensor, position_ids: Tensor, **options: Any) -> Tensor:
         hidden: Tensor = self.model.base_model(
-            inputs_embeds=embeds, position_ids=positions, past_key_values=self.cache, use_cache=True, **options
+            inputs_embeds=embeds, position_ids=position_ids, past_key_values=self.cache, use_cache=True, **options
         ).last_hidden_state
         return hidden
 
-    def _joined(self, work: Rows[Work], adapters: list[int | None], inputs: Tensor) -> Tensor:
-        """Every position a row of the model's batch: states ``[m, d]``."""
-        owners = [row for row, (_, count) in enumerate(work) for _ in range(count)]
-        columns = torch.tensor([row.filled + i for row, count in work for i in range(count)], device=self.device)
-        self.cache.bind([work[row][0].slot for row in owners], columns[:, None], self.cache.capacity, whole=True)
-        self.bank.use([adapters[row] for row in owners])
-        return self._forward(inputs[:, None], columns[:, None], joint=PackedBatch(self._parts(work, columns)))[:, 0]
 
-    def _parts(self, work: Rows[Work], columns: Tensor) -> list[PackedSegment]:
-        parts, order = [], torch.arange(_width(work), device=self.device)
-        singles = [row for row, count in work if count == 1]
-        if singles:
-            slots, width = [row.slot for row in singles], max(row.filled for row in singles) + 1
-            span, own = slice(slots[0], slots[-1] + 1), slice(0, len(slots))
-            mask, among = order[:width] <= columns[own, None], None
-            if span.stop - span.start > len(slots):
-                among = torch.tensor(slots, device=self.device) - span.start
-                # Who is not among them looks at the first column, so that it sees something finite.
-                mask = (order[:width] < 1).repeat(span.stop - span.start, 1).index_copy_(0, among, mask)
-            parts.append(PackedSegment(own, span, width, mask[:, None, None], among))
-        start = len(singles)
-        for row, count in work[len(singles) :]:
-            own, width = slice(start, start + count), row.filled + count
-            mask = order[:width] <= columns[own, None]
-            parts.append(PackedSegment(own, slice(row.slot, row.slot + 1), width, mask[None, None]))
-            start += count
-        return parts
-
-    def _inputs(self, work: Rows[Work]) -> Tensor:
-        """What the rows feed, one after another: ``[m, d]``."""
-        ids: list[int] = []
-        tokens: list[int] = []
-        places: dict[Sequence, range] = {}
-        start = 0
-        for row, count in work:
-            places[row] = range(start, start + count)
-            if row.phase in (Phase.PREFILL, Phase.DECODE):
-                ids += _tokens(row, count)
-                tokens += places[row]
-            start += count
-        embeds: Tensor | None = self.embeddings(torch.tensor(ids, device=self.device)) if ids else None
-        if embeds is not None and len(tokens) == start:
-            return embeds
-        inputs = self.table.new_empty(start, self.table.shape[1])
-        if embeds is not None:
-            inputs[torch.tensor(tokens, device=self.device)] = embeds
-        latent = [row for row, _ in work if row.phase in (Phase.LOOP, Phase.CLOSE)]
-        for group in by_loop_set(latent):
-            for phase, rows in ((p, [row for row in group if row.phase is p]) for p in (Phase.LOOP, Phase.CLOSE)):
-                if rows:
-                    u = looped(rows) if phase is Phase.LOOP else closing(rows)
-                    own = [place for row in rows for place in places[row]]
-                    if len(own) < u.shape[0] * u.shape[1]:
-                        u = torch.cat([x[: len(places[row])] for row, x in zip(rows, u, strict=True)])
-                    u = u.reshape(-1, u.shape[-1])
-                    if len(own) == start:
-                        return u
-                    inputs[torch.tensor(own, device=self.device)] = u
-        return inputs
+def request_error(error: Exception) -> SLRError:
+    """Log an error that one request caused, and turn it into one that its caller can receive."""
+    logger.error("A request failed", exc_info=error)
+    return error if isinstance(error, SLRError) else EngineError(f"the request failed: {error}")
 
 
-def looped(rows: Rows[Sequence]) -> Tensor:
-    """The inputs ``[n, W, d]`` of the next iteration of rows of one loop set."""
-    hidden, _ = stacked([row.states[-1] for row in rows])
-    return rows[0].loops.inputs(hidden, [row.t + 1 for row in rows], [row.change for row in rows])
-
-
-def closing(rows: Rows[Sequence]) -> Tensor:
-    """The inputs ``[n, W, d]`` of the closing pass; a prompt whose loop kept no iteration runs as it is."""
-    hidden, _ = stacked([row.states[row.row.kept_iterations] for row in rows])
-    projected = rows[0].loops.reasoner.project_in(hidden)
-    kept = torch.tensor([row.row.kept_iterations > 0 for row in rows], device=hidden.device)
-    return torch.where(kept[:, None, None], projected, hidden)
-
-
-def stacked(states: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """States ``[W, d]`` as ``[n, W, d]``, and where their widths differ ``[n, W]`` bool: which positions are real."""
-    widths = [state.shape[0] for state in states]  # len() of a tensor is slow
-    if len(set(widths)) == 1:
-        return torch.stack(states), None
-    together = pad_sequence(states, batch_first=True)
-    order = torch.arange(together.shape[1], device=together.device)
-    return together, order < torch.tensor(widths, device=together.device)[:, None]
-
-
-def _tokens(row: Sequence, count: int) -> list[int]:
-    if row.phase is Phase.PREFILL:
-        return list(row.request.prompt_ids[row.filled : row.filled + count])
-    return row.pending
-
-
-def _adapter(row: Sequence) -> int | None:
-    match row.phase:
-        case Phase.LOOP:
-            return row.loops.adapter(row.t + 1)
-        case Phase.CLOSE | Phase.DECODE if row.row.kept_iterations:
-            return row.loops.decode_adapter
-        case _:
-            return None
+def _logits_output(sequences: list[Sequence], logits: Tensor) -> LogitsOutput:
+    table = torch.stack([logits.argmax(-1), logits.isnan().any(-1)], dim=-1).tolist()
+    if any(s.answer.generator is not None or s.request.logprobs is not None for s in sequences):
+        logits = logits.cpu()  # in one transfer, not row by row
+    return LogitsOutput(sequences, logits, [index for index, _ in table], [not has_nan for _, has_nan in table])

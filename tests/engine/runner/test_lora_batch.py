@@ -1,4 +1,4 @@
-"""The adapter bank against PEFT itself: each row as if its adapter alone were there."""
+"""The LoRA batch against PEFT, row by row."""
 
 import warnings
 
@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-from slr_core.engine.runner import lora_batch as bank_module
+from slr_core.engine.runner import lora_batch as module
 from slr_core.engine.runner.lora_batch import LoraBatch, LoraBatchLinear
 from slr_core.loop.lora import attach
 from tests import tiny
@@ -43,8 +43,8 @@ def adapted(kind="llama", names="abc", seed=0):
     return base
 
 
-def peft_says(base, embeds, names):
-    """States of each row by PEFT, its adapter set as PEFT's own users do."""
+def run_peft(base, embeds, names):
+    """States of each row by PEFT, with its adapter chosen by PEFT's own methods."""
     layers = [module for module in base.modules() if isinstance(module, LoraLayer)]
     states = []
     with torch.no_grad():
@@ -57,10 +57,10 @@ def peft_says(base, embeds, names):
     return torch.stack(states)
 
 
-def bank_says(bank, embeds, places):
-    bank.use(places)
+def run_batch(lora_batch, embeds, ids):
+    lora_batch.use(ids)
     with torch.no_grad():
-        return bank.model.base_model(inputs_embeds=embeds).last_hidden_state
+        return lora_batch.model.base_model(inputs_embeds=embeds).last_hidden_state
 
 
 def inputs(rows, queries=1, seed=3):
@@ -69,14 +69,14 @@ def inputs(rows, queries=1, seed=3):
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request):
-    """A base with PEFT's adapters a, b, c, and a bank that holds them."""
+    """A base with PEFT's adapters a, b, c, and a LoraBatch that holds them."""
     base = adapted(request.param)
-    bank = LoraBatch(base)
-    bank.fill([(base, name) for name in "abc"])
-    return base, bank
+    lora_batch = LoraBatch(base)
+    lora_batch.set_adapters([(base, name) for name in "abc"])
+    return base, lora_batch
 
 
-PLACES = {"a": 0, "b": 1, "c": 2, None: None}
+IDS = {"a": 0, "b": 1, "c": 2, None: None}
 MIXES = {
     "one-each": ["a", "b", "c"],
     "permuted": ["c", "a", "b", "a", "c", "b"],
@@ -90,38 +90,38 @@ MIXES = {
 @pytest.mark.parametrize("queries", [1, 4])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mix", MIXES)
-def test_a_mixed_batch_is_what_peft_gives_row_by_row(pair, mix, method, queries):
-    base, bank = pair
-    for layer in bank.layers.values():
+def test_mixed_batch(pair, mix, method, queries):
+    base, lora_batch = pair
+    for layer in lora_batch.layers.values():
         layer.method = method
     names, embeds = MIXES[mix], inputs(len(MIXES[mix]), queries)
-    found = bank_says(bank, embeds, [PLACES[name] for name in names])
-    torch.testing.assert_close(found, peft_says(base, embeds, names), **TOLERANCE)
+    found = run_batch(lora_batch, embeds, [IDS[name] for name in names])
+    torch.testing.assert_close(found, run_peft(base, embeds, names), **TOLERANCE)
 
 
 @pytest.mark.parametrize("queries", [1, 4])
 @pytest.mark.parametrize("name", ["a", "b", "c", None])
-def test_a_batch_that_shares_an_adapter_is_what_peft_gives(pair, name, queries):
-    base, bank = pair
+def test_batch_with_one_adapter(pair, name, queries):
+    base, lora_batch = pair
     embeds = inputs(3, queries)
-    found = bank_says(bank, embeds, [PLACES[name]] * 3)
-    torch.testing.assert_close(found, peft_says(base, embeds, [name] * 3), **TOLERANCE)
+    found = run_batch(lora_batch, embeds, [IDS[name]] * 3)
+    torch.testing.assert_close(found, run_peft(base, embeds, [name] * 3), **TOLERANCE)
     if name is not None:
-        plain = bank_says(bank, embeds, [None] * 3)
+        plain = run_batch(lora_batch, embeds, [None] * 3)
         assert (found - plain).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_row_that_is_not_finite_spoils_no_other(pair, method):
-    base, bank = pair
-    for layer in bank.layers.values():
+def test_non_finite_row_changes_no_other(pair, method):
+    base, lora_batch = pair
+    for layer in lora_batch.layers.values():
         layer.method = method
     names, embeds = ["a", "b", "a", None, "c"], inputs(5, 2)
-    expected = peft_says(base, embeds, names)
+    expected = run_peft(base, embeds, names)
     for bad in range(5):
-        spoiled = embeds.clone()
-        spoiled[bad] = torch.nan
-        found = bank_says(bank, spoiled, [PLACES[name] for name in names])
+        with_nan = embeds.clone()
+        with_nan[bad] = torch.nan
+        found = run_batch(lora_batch, with_nan, [IDS[name] for name in names])
         clean = [row for row in range(5) if row != bad]
         torch.testing.assert_close(found[clean], expected[clean], **TOLERANCE)
 
@@ -130,123 +130,122 @@ def test_a_row_that_is_not_finite_spoils_no_other(pair, method):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_base_is_shared_and_left_as_it_was(kind):
+def test_base_weights_are_shared_and_unchanged(kind):
     base = adapted(kind)
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     modules = {name: type(module) for name, module in base.named_modules()}
-    bank = LoraBatch(base)
-    bank.fill([(base, name) for name in "abc"])
-    bank.tune(4, 2)
-    bank_says(bank, inputs(3), [0, 1, None])
+    lora_batch = LoraBatch(base)
+    lora_batch.set_adapters([(base, name) for name in "abc"])
+    lora_batch.tune(4, 2)
+    run_batch(lora_batch, inputs(3), [0, 1, None])
     assert {name: type(module) for name, module in base.named_modules()} == modules
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, before[name]), name
-    own = {x.data_ptr() for x in base.parameters()}
-    assert {x.data_ptr() for x in bank.model.parameters()} <= own
-    assert not any(isinstance(module, LoraLayer) for module in bank.model.modules())
-    assert bank.model.get_output_embeddings().weight is base.get_output_embeddings().weight
+    shared = {x.data_ptr() for x in base.parameters()}
+    assert {x.data_ptr() for x in lora_batch.model.parameters()} <= shared
+    assert not any(isinstance(module, LoraLayer) for module in lora_batch.model.modules())
+    assert lora_batch.model.get_output_embeddings().weight is base.get_output_embeddings().weight
 
 
 @pytest.mark.parametrize("adapters", [0, 1])
-def test_a_base_without_adapters_to_mix_is_the_base(adapters):
+def test_fewer_than_two_adapters(adapters):
     base = tiny.base() if adapters == 0 else adapted(names="a")
-    bank = LoraBatch(base)
-    bank.fill([(base, "a")] * adapters)
+    lora_batch = LoraBatch(base)
+    lora_batch.set_adapters([(base, "a")] * adapters)
     embeds = inputs(2, 3)
-    found = bank_says(bank, embeds, [None, None])
-    torch.testing.assert_close(found, peft_says(base, embeds, [None, None]), **TOLERANCE)
-    assert bank.tune(8, 1) == {}
+    found = run_batch(lora_batch, embeds, [None, None])
+    torch.testing.assert_close(found, run_peft(base, embeds, [None, None]), **TOLERANCE)
+    assert lora_batch.tune(8, 1) == {}
     if adapters:
         torch.testing.assert_close(
-            bank_says(bank, embeds, [None, 0]), peft_says(base, embeds, [None, "a"]), **TOLERANCE
+            run_batch(lora_batch, embeds, [None, 0]), run_peft(base, embeds, [None, "a"]), **TOLERANCE
         )
 
 
-def test_the_bank_is_used_by_nobody_but_the_engine():
-    # A reasoner may run beside its engine: what one switches must not reach the other.
+def test_reasoner_and_batch_do_not_affect_each_other():
     base = adapted()
-    bank = LoraBatch(base)
-    bank.fill([(base, name) for name in "abc"])
+    lora_batch = LoraBatch(base)
+    lora_batch.set_adapters([(base, name) for name in "abc"])
     embeds = inputs(2)
-    expected = peft_says(base, embeds, ["a", "b"])
-    bank.use([2, 1])
-    assert torch.equal(peft_says(base, embeds, ["a", "b"]), expected)
-    torch.testing.assert_close(bank_says(bank, embeds, [0, 1]), expected, **TOLERANCE)
+    expected = run_peft(base, embeds, ["a", "b"])
+    lora_batch.use([2, 1])
+    assert torch.equal(run_peft(base, embeds, ["a", "b"]), expected)
+    torch.testing.assert_close(run_batch(lora_batch, embeds, [0, 1]), expected, **TOLERANCE)
 
 
-# -- filling again ---------------------------------------------------------------------------------------
+# -- replacing adapters------------------------------------------------------------------------------------
 
 
-def test_sets_come_and_go():
+def test_set_adapters_again():
     first, second = adapted(names="ab"), adapted(names="bc", seed=7)
-    bank = LoraBatch(first)
+    lora_batch = LoraBatch(first)
     embeds = inputs(4, 2)
 
-    def check(places, models_and_names):
-        found = bank_says(bank, embeds, places)
+    def check(ids, models_and_names):
+        found = run_batch(lora_batch, embeds, ids)
         for row, (model, name) in enumerate(models_and_names):
-            expected = peft_says(model, embeds[row : row + 1], [name])[0]
+            expected = run_peft(model, embeds[row : row + 1], [name])[0]
             torch.testing.assert_close(found[row], expected, **TOLERANCE)
 
     for method in METHODS:
-        bank.fill([(first, "a"), (first, "b")])
-        for layer in bank.layers.values():
+        lora_batch.set_adapters([(first, "a"), (first, "b")])
+        for layer in lora_batch.layers.values():
             layer.method = method
         check([0, 1, None, 0], [(first, "a"), (first, "b"), (first, None), (first, "a")])
-        # `c` acts on layers that no adapter of the first set touches.
-        bank.fill([(first, "a"), (first, "b"), (second, "b"), (second, "c")])
-        for layer in bank.layers.values():
+        # `c` has layers that no adapter of the first set has.
+        lora_batch.set_adapters([(first, "a"), (first, "b"), (second, "b"), (second, "c")])
+        for layer in lora_batch.layers.values():
             layer.method = method
         check([3, 2, 1, 0], [(second, "c"), (second, "b"), (first, "b"), (first, "a")])
-        bank.fill([(second, "c")])
+        lora_batch.set_adapters([(second, "c")])
         check([0, None, 0, 0], [(second, "c"), (second, None), (second, "c"), (second, "c")])
-        bank.fill([])
+        lora_batch.set_adapters([])
         check([None] * 4, [(first, None)] * 4)
 
 
-def test_what_nobody_holds_any_longer_takes_no_memory():
+def test_removed_adapters_use_no_memory():
     base = adapted(names="ac")
-    bank = LoraBatch(base)
-    bank.fill([(base, "a"), (base, "c")])
-    bank.fill([(base, "a")])
-    for path, layer in bank.layers.items():
-        held = sum(x.numel() for x in (layer.down, layer.up, layer.flat_down, layer.flat_up))
-        assert (held > 0) == any(path.endswith(name) for name in TARGETS[False]["a"]), path
+    lora_batch = LoraBatch(base)
+    lora_batch.set_adapters([(base, "a"), (base, "c")])
+    lora_batch.set_adapters([(base, "a")])
+    for path, layer in lora_batch.layers.items():
+        size = sum(x.numel() for x in layer.weights[:4])
+        assert (size > 0) == any(path.endswith(name) for name in TARGETS[False]["a"]), path
 
 
-# -- choosing a way --------------------------------------------------------------------------------------
+# -- tuning ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-def test_a_way_is_chosen_for_every_shape(pair, queries):
-    _, bank = pair
-    chosen = bank.tune(6, queries)
-    layers = [layer for layer in bank.layers.values() if layer.acts]
-    assert set(chosen) == {(layer.down.shape[1], layer.up.shape[2]) for layer in layers}
+def test_tune_chooses_a_method_for_every_shape(pair, queries):
+    _, lora_batch = pair
+    chosen = lora_batch.tune(6, queries)
+    layers = [layer for layer in lora_batch.layers.values() if layer.has_weights]
+    assert set(chosen) == {(layer.weights.down.shape[1], layer.weights.up.shape[2]) for layer in layers}
     assert set(chosen.values()) <= set(METHODS)
     for layer in layers:
         assert isinstance(layer, LoraBatchLinear)
-        assert layer.method == chosen[layer.down.shape[1], layer.up.shape[2]]
+        assert layer.method == chosen[layer.weights.down.shape[1], layer.weights.up.shape[2]]
 
 
-def test_choosing_leaves_the_global_generator_alone():
+def test_tune_does_not_use_the_global_generator():
     base = adapted(names="ab")
-    bank = LoraBatch(base)
-    bank.fill([(base, "a"), (base, "b")])
+    lora_batch = LoraBatch(base)
+    lora_batch.set_adapters([(base, "a"), (base, "b")])
     state = torch.get_rng_state()
-    bank.tune(4, 1)
+    lora_batch.tune(4, 1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_way_is_chosen_on_several_layers_of_a_shape(pair, monkeypatch):
-    _, bank = pair
-    met = []
-    for method, compute in bank_module._METHODS.items():
+def test_tune_times_several_layers_of_a_shape(pair, monkeypatch):
+    _, lora_batch = pair
+    timed = []
+    for method, compute in module._METHODS.items():
         monkeypatch.setitem(
-            bank_module._METHODS,
+            module._METHODS,
             method,
-            lambda layer, *rest, compute=compute: (met.append(layer), compute(layer, *rest))[1],
+            lambda weights, *rest, compute=compute: (timed.append(id(weights)), compute(weights, *rest))[1],
         )
-    bank.tune(4, 1)
-    layers = [layer for layer in bank.layers.values() if layer.acts]
-    assert set(met) == set(layers)  # two layers, fewer of each shape than are measured
+    lora_batch.tune(4, 1)
+    layers = [layer for layer in lora_batch.layers.values() if layer.has_weights]
+    assert set(timed) == {id(layer.weights) for layer in layers}  # the model has two layers, fewer than are timed

@@ -154,11 +154,11 @@ def test_histograms(reasoner):
     assert_holds(metrics, "slr_time_to_first_token_seconds", [result.first_token_s for result in results])
     assert all(0 < result.first_token_s <= result.timings.total_s for result in results)
 
-    looping = [step for step in steps if step.looping]
+    looping = [step for step in steps if step.iterations]
     assert_holds(metrics, "slr_step_duration_seconds", [step.duration_s for step in steps])
     assert_holds(metrics, "slr_step_rows", [step.rows for step in steps])
     assert_holds(metrics, "slr_iteration_duration_seconds", [step.duration_s for step in looping])
-    assert_holds(metrics, "slr_iteration_rows", [step.looping for step in looping])
+    assert_holds(metrics, "slr_iteration_rows", [step.iterations for step in looping])
 
     samples = values(metrics)
     iterations = sum(result.iterations for result in results)

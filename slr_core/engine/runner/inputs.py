@@ -1,0 +1,84 @@
+"""The inputs of a forward pass: token embeddings, and latent states of rows that loop or close."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import torch
+from torch import Tensor, nn
+
+from slr_core.engine.runner.packing import group_by_adapter_set, stack_states
+from slr_core.engine.scheduler import Work
+from slr_core.engine.sequence import Phase, Sequence
+
+
+def build_inputs(work: Rows[Work], embeddings: nn.Module, table: Tensor) -> Tensor:
+    """The inputs ``[m, d]`` of all rows, one row after another.
+
+    Args:
+        work: the rows.
+        embeddings: the base model's input embeddings.
+        table: their weights ``[V, d]``.
+    """
+    device = table.device
+    ids: list[int] = []
+    token_places: list[int] = []
+    places: dict[Sequence, range] = {}
+    start = 0
+    for row, queries in work:
+        places[row] = range(start, start + queries)
+        if row.phase in (Phase.PREFILL, Phase.DECODE):
+            ids += _tokens(row, queries)
+            token_places += places[row]
+        start += queries
+    embeds: Tensor | None = embeddings(torch.tensor(ids, device=device)) if ids else None
+    if embeds is not None and len(token_places) == start:
+        return embeds
+    inputs = table.new_empty(start, table.shape[1])
+    if embeds is not None:
+        inputs[torch.tensor(token_places, device=device)] = embeds
+    latent = [row for row, _ in work if row.phase in (Phase.LOOP, Phase.CLOSE)]
+    for group in group_by_adapter_set(latent):
+        for phase, rows in ((p, [row for row in group if row.phase is p]) for p in (Phase.LOOP, Phase.CLOSE)):
+            if not rows:
+                continue
+            u = _loop_inputs(rows) if phase is Phase.LOOP else _closing_inputs(rows)
+            latent_places = [place for row in rows for place in places[row]]
+            if len(latent_places) < u.shape[0] * u.shape[1]:  # some rows are padded
+                u = torch.cat([x[: len(places[row])] for row, x in zip(rows, u, strict=True)])
+            u = u.reshape(-1, u.shape[-1])
+            if len(latent_places) == start:
+                return u
+            inputs[torch.tensor(latent_places, device=device)] = u
+    return inputs
+
+
+def adapter_id(row: Sequence) -> int | None:
+    """The adapter of a row's next pass; ``None``: the base model alone."""
+    match row.phase:
+        case Phase.LOOP:
+            return row.adapter_set.adapter_id(row.t + 1)
+        case Phase.CLOSE | Phase.DECODE if row.tracker.kept_iterations:
+            return row.adapter_set.decode_adapter_id
+        case _:
+            return None
+
+
+def _tokens(row: Sequence, queries: int) -> list[int]:
+    if row.phase is Phase.PREFILL:
+        return list(row.request.prompt_ids[row.filled : row.filled + queries])
+    return row.pending_tokens
+
+
+def _loop_inputs(rows: Rows[Sequence]) -> Tensor:
+    """``u_t`` ``[n, W, d]`` of the next iteration of rows of one loop adapter set."""
+    hidden, _ = stack_states([row.states[-1] for row in rows])
+    return rows[0].adapter_set.inputs(hidden, [row.t + 1 for row in rows], [row.last_change for row in rows])
+
+
+def _closing_inputs(rows: Rows[Sequence]) -> Tensor:
+    """Inputs ``[n, W, d]`` of the closing pass. A prompt whose loop kept no iteration is run as it is."""
+    hidden, _ = stack_states([row.states[row.tracker.kept_iterations] for row in rows])
+    projected = rows[0].adapter_set.reasoner.project_in(hidden)
+    looped = torch.tensor([row.tracker.kept_iterations > 0 for row in rows], device=hidden.device)
+    return torch.where(looped[:, None, None], projected, hidden)
