@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -56,14 +56,12 @@ def chat(
     from slr_core.engine import Engine
 
     reasoner = load_model(model, device, dtype)
-    loop = LoopParams(max_iterations, min_iterations, criterion, threshold, patience)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "sampling": SamplingParams(temperature, top_k, top_p, seed),
-    }
+    sampling = SamplingParams(temperature, top_k, top_p, seed)
+    params = sampling, LoopParams(max_iterations, min_iterations, criterion, threshold, patience)
     first = [] if system is None else [{"role": "system", "content": system}]
     with Engine(reasoner, slots=1) as engine:
-        engine.prepare([*first, {"role": "user", "content": "Hello"}], loop, **options)  # checks template and options
+        # Checks the template and the options.
+        engine.prepare([*first, {"role": "user", "content": "Hello"}], *params, max_new_tokens=max_new_tokens)
         if sys.stdin.isatty():
             with suppress(ImportError):  # not on every platform
                 import readline  # noqa: F401  # gives input() line editing and a history
@@ -81,7 +79,7 @@ def chat(
             elif line:
                 messages.append({"role": "user", "content": line})
                 try:
-                    result = print_stream(engine, engine.prepare(messages, loop, **options))
+                    result = print_stream(engine.stream(messages, *params, max_new_tokens=max_new_tokens))
                 except RequestError as error:
                     messages.pop()
                     print(f"slr: {error}", file=sys.stderr)

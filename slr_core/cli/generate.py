@@ -27,6 +27,7 @@ from slr_core.cli.options import (
     load_model,
     show_results,
 )
+from slr_core.cli.streaming import print_stream
 from slr_core.errors import ConfigError
 from slr_core.params import LoopParams, SamplingParams
 
@@ -63,14 +64,19 @@ def generate(
 
     The answer goes to standard output; iterations, exit reason and time go to standard error.
     """
+    from slr_core.engine import Engine
 
     if stream and as_json:
         raise ConfigError("--stream and --json exclude each other")
     reasoner = load_model(model, device, dtype)
+    sampling = SamplingParams(temperature, top_k, top_p, seed)
     loop = LoopParams(max_iterations, min_iterations, criterion, threshold, patience)
-    options = {"max_new_tokens": max_new_tokens, "sampling": SamplingParams(temperature, top_k, top_p, seed)}
-    answer = _stream if stream else run_prompt
-    result = answer(reasoner, read_prompt(prompt, chat), loop, **options)
+    text = read_prompt(prompt, chat)
+    if stream:
+        with Engine(reasoner, slots=1) as engine:
+            result = print_stream(engine.stream(text, sampling, loop, max_new_tokens=max_new_tokens))
+    else:
+        result = run_prompt(reasoner, text, loop, sampling=sampling, max_new_tokens=max_new_tokens)
 
     def print_text() -> None:
         if not stream:
@@ -96,14 +102,6 @@ def run_prompt(reasoner: LatentReasoner, prompt: str | Messages, loop: LoopParam
     from slr_core.generation.reference import generate
 
     return generate(reasoner, [prepare(reasoner, prompt, loop, **options)])[0]
-
-
-def _stream(reasoner: LatentReasoner, prompt: str | Messages, loop: LoopParams, **options: Any) -> Result:
-    from slr_core.cli.streaming import print_stream
-    from slr_core.engine import Engine
-
-    with Engine(reasoner, slots=1) as engine:
-        return print_stream(engine, engine.prepare(prompt, loop, **options))
 
 
 def summary(result: Result) -> str:

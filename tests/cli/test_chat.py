@@ -7,7 +7,6 @@ import threading
 
 import pytest
 
-from slr_core.cli import streaming
 from slr_core.engine import Engine
 from slr_core.generation.reference import generate
 from tests import tiny
@@ -78,22 +77,22 @@ def test_refused_message_is_dropped(chat, thinking):
 
 def test_interrupt_cancels_the_answer(chat, thinking, monkeypatch):
     """Ctrl-C while an answer is generated: the request is cancelled and the conversation goes on without it."""
-    futures, submit, events = [], Engine.submit, streaming._events
+    futures, submit, stream = [], Engine.submit, Engine.stream
 
     def submitted(self, *args, **options):
         futures.append(submit(self, *args, **options))
         return futures[-1]
 
-    def interrupted(engine, request):
-        stream = events(engine, request)
-        yield next(stream)
+    def interrupted(self, *args, **options):
+        events = stream(self, *args, **options)
+        yield next(events)
         if len(futures) == 1:
-            stream.close()
+            events.close()
             raise KeyboardInterrupt
-        yield from stream
+        yield from events
 
     monkeypatch.setattr(Engine, "submit", submitted)
-    monkeypatch.setattr(streaming, "_events", interrupted)
+    monkeypatch.setattr(Engine, "stream", interrupted)
     code, out, err = chat(FIRST, SECOND)
     assert futures[0].cancelled()
     assert code == 0
