@@ -16,6 +16,7 @@ from slr_core.cli import (
     compare,
     evaluate,
     generate,
+    import_,
     info,
     init,
     load,
@@ -40,6 +41,7 @@ app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(trace.trace)
 app.command()(init.init)
+app.command(name="import")(import_.import_)
 app.command()(info.info)
 # Every argument, --help included, goes to the server.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(

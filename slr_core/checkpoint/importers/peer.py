@@ -1,0 +1,156 @@
+"""What an importer is: options in, a conversion out, and how its states compare with a peer's recorded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from slr_core.errors import ConfigError
+from slr_core.model.reasoner import LatentReasoner
+
+FIXED_LOOP: dict[str, Any] = {
+    "projection": {"kind": "identity"},
+    "timestep": {"kind": "none"},
+    "lora": {"kind": "none"},
+    "residual": {"source": "none"},
+    # A chain of trained length: no early exit, and no guard that ends it.
+    "convergence": {"criterion": "fixed"},
+    "guard": {"expanding_iterations": 64, "norm_factor": 1e6},
+}
+"""Settings of every imported loop; a peer's module adds its own."""
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What a user says about a checkpoint because no file of it does.
+
+    Attributes:
+        latents: number of thoughts, or of latent positions in all.
+        iterations: number of loops over the latent positions.
+        lora_alpha: alpha of a LoRA adapter.
+        keep_eos: CODI was trained with ``--remove_eos False``.
+    """
+
+    latents: int | None = None
+    iterations: int | None = None
+    lora_alpha: float | None = None
+    keep_eos: bool = False
+
+    def require(self, name: str, why: str) -> Any:
+        """The value of an option.
+
+        Raises:
+            ConfigError: it is not set; ``why`` says what it is and where to find it.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ConfigError(f"--{name.replace('_', '-')} is needed: {why}")
+        if value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+        return value
+
+    def refuse(self, peer: str, *names: str) -> None:
+        """Refuse options that say nothing about this checkpoint.
+
+        Raises:
+            ConfigError: one of ``names`` is set.
+        """
+        for name in names:
+            if getattr(self, name):
+                raise ConfigError(f"--{name.replace('_', '-')} says nothing about this {peer} checkpoint")
+
+    def agree(self, name: str, stored: int) -> None:
+        """Refuse an option that contradicts a value that a file of the checkpoint states.
+
+        Raises:
+            ConfigError: it is set to another value.
+        """
+        value = getattr(self, name)
+        if value is not None and value != stored:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, and the checkpoint's files say {stored}")
+
+
+@dataclass(frozen=True)
+class PeerCheckpoint:
+    """A checkpoint on this machine.
+
+    Attributes:
+        checkpoint: its file or folder.
+        base: folder of the base model, of which the configuration and the tokenizer are read; ``None``: not given.
+        options: what the user says about it.
+    """
+
+    checkpoint: Path
+    base: Path | None
+    options: ImportOptions
+
+    def require_base(self) -> Path:
+        """The base model's folder.
+
+        Raises:
+            ConfigError: it was not given.
+        """
+        if self.base is None:
+            raise ConfigError("--base is needed: the checkpoint has neither a configuration nor a tokenizer of its own")
+        return self.base
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint in this project's terms.
+
+    Attributes:
+        config: of the base model, with the size of the enlarged vocabulary.
+        base: weights of the base model under transformers' names; tied ones once.
+        tokenizer: with the marker tokens.
+        markers: ids of the marker tokens.
+        loop: settings of the loop.
+        text: settings of the texts.
+        dtype: the widest of the checkpoint's weights.
+        modules: weights of the loop's own modules.
+        dropped: what of the checkpoint was dropped, and why.
+    """
+
+    config: PreTrainedConfig
+    base: dict[str, Tensor]
+    tokenizer: PreTrainedTokenizerBase
+    markers: dict[str, int]
+    loop: dict[str, Any]
+    text: dict[str, Any]
+    dtype: torch.dtype
+    modules: dict[str, Tensor] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+Recorded = Callable[[LatentReasoner, Tensor], dict[str, Tensor]]
+"""From the states h_0 ... h_R ``[R + 1, W, d]`` of a request to the tensors that a peer's own code records of it.
+
+A key is appended to the number of the case. A tensor may have fewer rows than the recorded one: the first are compared.
+"""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A published project whose checkpoints can be imported.
+
+    Attributes:
+        name: on the command line.
+        title: as the project calls itself.
+        repository: where its code is.
+        licence: of the code, as its repository states it.
+        convert: converts a checkpoint.
+        recorded: see :data:`Recorded`.
+    """
+
+    name: str
+    title: str
+    repository: str
+    licence: str
+    convert: Callable[[PeerCheckpoint], Conversion]
+    recorded: Recorded

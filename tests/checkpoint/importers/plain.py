@@ -1,0 +1,28 @@
+"""The published loops once more: plain calls of transformers, no cache, one request, nothing of ``slr_core``."""
+
+import torch
+
+
+@torch.inference_mode()
+def states(model, embeds):
+    """States ``[q, d]`` after the final norm of inputs ``[q, d]``."""
+    return model(inputs_embeds=embeds[None], output_hidden_states=True).hidden_states[-1][0]
+
+
+@torch.inference_mode()
+def write(model, embeds, prefix, count, end):
+    """Greedy tokens after inputs ``[q, d]`` and the ids ``prefix``, up to and with the id ``end``."""
+    table, head, tokens = model.get_input_embeddings().weight, model.get_output_embeddings(), []
+    while len(tokens) < count and end not in tokens:
+        fed = table[torch.tensor([*prefix, *tokens], dtype=torch.long)]
+        tokens.append(int(head(states(model, torch.cat([embeds, fed]))[-1]).argmax()))
+    return tokens
+
+
+@torch.inference_mode()
+def chain(model, prompt, latents, project=lambda h: h):
+    """Inputs of prompt and thoughts ``[P + latents, d]``: each thought is the projected state before it."""
+    embeds = model.get_input_embeddings().weight[torch.tensor(prompt)]
+    for _ in range(latents):
+        embeds = torch.cat([embeds, project(states(model, embeds)[-1:])])
+    return embeds

@@ -1,0 +1,89 @@
+"""Recorded output of the projects' own code is reproduced: prompt ids, greedy tokens and thoughts."""
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slr_core.checkpoint.importers import Import, get_peer, import_checkpoint
+from slr_core.checkpoint.importers.peer import ImportOptions
+from slr_core.checkpoint.read import load_checkpoint
+from slr_core.generation.prepare import prepare
+from slr_core.generation.reference import generate
+from slr_core.model.reasoner import LatentReasoner
+
+
+@dataclass(frozen=True)
+class Fixture:
+    """A recorded checkpoint: the peer, the paths in its folder, and what no file says."""
+
+    peer: str
+    folder: str
+    checkpoint: str
+    options: ImportOptions = field(default_factory=ImportOptions)
+
+
+FIXTURES = {"coconut": Fixture("coconut", "coconut", "checkpoint_1", ImportOptions(latents=6))}
+
+
+@pytest.fixture(scope="module", params=FIXTURES)
+def fixture(request):
+    return FIXTURES[request.param]
+
+
+@pytest.fixture(scope="module")
+def recorded(fixture, shared_data):
+    folder = shared_data / "peers" / fixture.folder
+    if not folder.is_dir():
+        pytest.skip("the recorded checkpoints are not here")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(fixture, recorded, tmp_path_factory):
+    out = tmp_path_factory.mktemp(fixture.folder) / "imported"
+    checkpoint, base = recorded / fixture.checkpoint, recorded / "base"
+    import_checkpoint(Import(fixture.peer, str(checkpoint), str(base), out, fixture.options))
+    return load_checkpoint(LatentReasoner, out)
+
+
+@pytest.fixture(scope="module")
+def cases(recorded):
+    return json.loads((recorded / "expected.json").read_text())["cases"]
+
+
+def answers(case, ids, end):
+    """Whether these are the recorded tokens; some peers keep the end token and some drop it."""
+    tokens = case["tokens"]
+    return ids == tokens or (case["ended"] == "end token" and ids == [*tokens, end])
+
+
+def requests(imported, cases):
+    return [prepare(imported, case["prompt"], max_new_tokens=24, include_states=True) for case in cases]
+
+
+def test_prompts(imported, cases):
+    assert [list(request.prompt_ids) for request in requests(imported, cases)] == [case["prompt_ids"] for case in cases]
+
+
+def test_alone(fixture, recorded, imported, cases):
+    """Each case alone: the tokens are equal, the thoughts to 1e-3."""
+    thoughts = load_file(recorded / "thoughts.safetensors")
+    compared = 0
+    for number, (case, request) in enumerate(zip(cases, requests(imported, cases), strict=True)):
+        (result,) = generate(imported, [request])
+        assert answers(case, list(result.token_ids), imported.tokenizer.eos_token_id)
+        for key, found in get_peer(fixture.peer).recorded(imported, result.states).items():
+            wanted = thoughts[f"{number}{key}"]
+            torch.testing.assert_close(found, wanted[: len(found)], rtol=0, atol=1e-3)
+            compared += 1
+    assert compared >= len(cases)
+
+
+def test_together(imported, cases):
+    """All cases in one padded batch."""
+    results = generate(imported, requests(imported, cases))
+    for case, result in zip(cases, results, strict=True):
+        assert answers(case, list(result.token_ids), imported.tokenizer.eos_token_id)
