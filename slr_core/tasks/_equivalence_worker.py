@@ -11,8 +11,11 @@ _MEMORY_GIB = 4
 
 def set_up_worker() -> None:
     """Load math-verify, silence output, limit the memory, and let SIGTERM end the process at once."""
-    import math_verify  # type: ignore[import-untyped]  # noqa: F401
+    from math_verify import grader  # type: ignore[import-untyped]
 
+    from slr_core.tasks.numeric import compare_relatively
+
+    grader.sympy_numeric_eq = compare_relatively(grader.sympy_numeric_eq)
     logging.disable(logging.CRITICAL)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)

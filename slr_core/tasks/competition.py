@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from slr_core.errors import DataError
 from slr_core.tasks.base import Card, Example, HubSplit, Task
 from slr_core.tasks.equivalence import equivalent
-from slr_core.tasks.reading import boxed, numbers, statement, tail
+from slr_core.tasks.reading import as_fractions, boxed, first_answer, numbers, statement, tail
 
 _HUB = "DigitalLearningGmbH/MATH-lighteval"
 
@@ -29,8 +29,10 @@ class CompetitionMath(Task):
         licence="MIT; the problems come from contests, and the first hub copy was taken down after a complaint: "
         "evaluate, do not redistribute",
         splits={"train": "7,500 (the file: 7,498)", "test": "5,000", "test500": "500 of test"},
-        grading="the last \\boxed, else what is stated as the answer, else the last formula, else the last line; equal "
-        "after the usual tidying (units, \\left, \\dfrac, spaces), or to math-verify (5 s)",
+        grading="the last \\boxed before another question or turn of a chat, else what is stated as the answer, else "
+        "the last formula, else the last line; equal after the usual tidying (units, \\left, \\dfrac, spaces), or to "
+        "math-verify (5 s), and relative to their size: decimals in six significant digits, exact numbers in all. "
+        "A comma separates thousands, or the elements of a list: 1,5 is not 1.5",
         known_faults=(
             "two training problems have an empty box and are left out of the file",
             "11 test problems, one of MATH-500, also occur in train",
@@ -44,7 +46,7 @@ class CompetitionMath(Task):
 
     def extract(self, text: str) -> str | None:
         r"""The content of the last ``\boxed``; without one, the statement, the last formula or the last line."""
-        text = tail(text)
+        text = tail(first_answer(text))
         if re.search(r"\\(?:boxed|fbox)\b", text):
             box = boxed(text)
             return (box[0].strip() or None) if box else None
@@ -100,8 +102,10 @@ def same(gold: str, answer: str) -> bool:
     """Whether two answers are the same: as written after :func:`tidied`, or by math-verify.
 
     Lists, points and intervals are compared element by element: math-verify takes the point (1,2), the
-    set {1,2} and the list 1,2 for one thing, and the list 2, 100 for 2,100.
+    set {1,2} and the list 1,2 for one thing, and the list 2, 100 for 2,100. A comma separates thousands or the elements
+    of a list: 1,5 is the list of 1 and 5, not 1.5.
     """
+    gold, answer = as_fractions(gold), as_fractions(answer)
     if [m.groups() for m in _MEANT.finditer(gold)] != [m.groups() for m in _MEANT.finditer(answer)]:
         return False
     # 81,256 may be one number or two.

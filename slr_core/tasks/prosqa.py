@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from slr_core.errors import ConfigError, DataError
 from slr_core.tasks.base import Card, Example, OptionValue, Task
-from slr_core.tasks.reading import written_steps
+from slr_core.tasks.reading import ANY_TEXT, first_answer, written_steps
 
 NAMES = tuple("Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split())
 CONCEPTS = tuple(
@@ -354,6 +354,7 @@ class ProsQA(Task):
 
     def extract(self, text: str) -> str | None:
         """The text after the last ``#``, as published; without one, the last line."""
+        text = first_answer(text, ANY_TEXT)
         _, mark, after = text.rpartition("#")
         lines = [after] if mark else text.strip().splitlines()[-1:]
         return (lines[0].strip() or None) if lines else None

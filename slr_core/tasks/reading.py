@@ -16,6 +16,18 @@ _SENTENCE_END = re.compile(r"(?<!\bMrs)(?<!\bM[rs])(?<!\bDr)(?<!\bSt)[.!?](?=\s|
 _ANSWER_IS = re.compile(r"\banswers?\b[^.\n:=]{0,40}?(?:\b(?:is|are|was|would be|should be)\b|[:=])[\s:*_]*", re.I)
 _HASHES = re.compile(r"####+[ \t]*")
 _LAST_LINE = re.compile(r"(?:^|\n)[ \t]*#{1,3}[ \t]*(?=[^\s#][^\n]*\s*\Z)")
+_STATED = re.compile(rf"{_HASHES.pattern}|\\(?:boxed|fbox)\b|(?i:{_ANSWER_IS.pattern})")
+_QUESTION_LABEL = r"[#*_>\t ]{0,9}\b(?:Question|Problem|Exercise|Q)(?: ?#?\d+)?[*_]* ?:"
+_QUESTION = re.compile(rf"(?<=\s){_QUESTION_LABEL}")
+_QUESTION_LINE = re.compile(rf"\n{_QUESTION_LABEL}")
+_UNLABELLED_QUESTION = re.compile(r"\n(?=(?:\S+ +){5,}\S*\?\s*(?:\n|\Z))")
+_TURN = re.compile(
+    r"<\|(?:im_end|eot_id|eom_id|end|endoftext|end_of_text|user)\|>|<\|(?:im_start|start_header_id)\|>(?!assistant)"
+    r"|<｜(?:end▁of▁sentence|User)｜>|<end_of_turn>|<start_of_turn>user|</s>|<eos>|\[INST\]"
+    r"|(?:^|\n)[#*_>\t ]*(?:User|Human|Instruction)[*_]* ?:|(?:^|\n)#+ *(?:User|Human|Instruction)\b"
+)
+_TURN_OF_MODEL = re.compile(r"<\|[^|>\n]*\|>|<｜[^｜>\n]*｜>|<start_of_turn>model|<s>|\b[Aa]ssistant\b:?")
+_INLINE_HASH = re.compile(r"(?:^|\s)#+\s*\S")
 _RETRACTED = re.compile(r"\b(?:wait|actually|correction|mistake|oops|sorry|no,|let me re)", re.I)
 
 
@@ -39,15 +51,67 @@ def tail(text: str) -> str:
     return text[-_LONGEST:]
 
 
+ANY_TEXT: Callable[[str], object] = str.strip
+"""For answers of any kind: what :func:`statement` is to look for."""
+
+
+def first_answer(text: str, says: Callable[[str], object] | None = None) -> str:
+    """The text without what follows its answer: another turn of a chat, or another question, which a model invents.
+
+    A turn begins with a marker of a chat template or a line ``User:``. A question begins with ``Question:``,
+    ``Problem 2:`` or ``Q:``; without a label it is a line after ``#### 72`` that ends with a question mark. It is
+    another question only where an answer comes before it: an explicit one (see :func:`statement`), else one in the
+    line before it, in which ``says`` finds something.
+
+    Args:
+        text: as written.
+        says: finds an answer of the kind asked for; ``None``: numbers.
+    """
+    begin = 0
+    for turn in _TURN.finditer(text):
+        if _TURN_OF_MODEL.sub("", text[begin : turn.start()]).strip():
+            text = text[: turn.start()]
+            break
+        begin = turn.end()
+    stated, question = _STATED.search(text), _QUESTION_LINE.search(text)
+    if question and (stated is None or question.start() < stated.start()):
+        before = text[: question.start()].strip()
+        if _ends_in_answer(before, says):
+            return before
+    if stated is None:
+        return text
+    ends = [_QUESTION.search(text, stated.end())]
+    if stated.group().startswith("#"):
+        unlabelled = _UNLABELLED_QUESTION.search(text, stated.end())
+        ends.append(unlabelled if unlabelled and not _doubted(text, unlabelled.end()) else None)
+    return text[: min((end.start() for end in ends if end), default=len(text))]
+
+
+def _ends_in_answer(text: str, says: Callable[[str], object] | None) -> bool:
+    """Whether a text without an explicit statement ends in an answer, rather than introduces a question."""
+    line = text.rpartition("\n")[2].strip()
+    if says is ANY_TEXT:  # a marked line, or a few words and nothing else
+        answered = bool(_INLINE_HASH.search(line)) or (line == text and 1 <= len(line.split()) <= 5)
+    else:
+        answered = bool((says or numbers)(line))
+    return answered and not line.endswith(":")
+
+
+def _doubted(text: str, begin: int) -> bool:
+    """Whether a line questions the answer itself."""
+    line = text[begin:].partition("\n")[0]
+    return bool(_RETRACTED.search(line) or re.search(r"\b(?:right|correct|sure)\b", line, re.I))
+
+
 def statement(text: str, says: Callable[[str], object] | None = None) -> Statement:
-    """The last explicit statement of an answer, or else the whole text.
+    """The last explicit statement of an answer, or else the whole text; see also :func:`first_answer`.
 
     Explicit are: what follows ``####`` on its line; a last line that begins with one to three ``#``; the
     content of ``\\boxed``; what follows "answer is" or "answer:" in its sentence. The last one counts.
     A statement that the text then takes back ("wait, ...") counts no more where something of the kind
     asked for follows: what ``says`` finds in it, by default numbers.
     """
-    text = tail(text)
+    text = tail(first_answer(text, says))
     found: list[tuple[int, Statement]] = []
     if hashes := list(_HASHES.finditer(text)):
         line, _, rest = text[hashes[-1].end() :].partition("\n")
@@ -89,12 +153,19 @@ def boxed(text: str) -> tuple[str, int, int] | None:
 # -- numbers ---------------------------------------------------------------------------------------------
 
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_THOUSANDS = r"[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)"
+_DIGITS = rf"(?:{_THOUSANDS}|\d+)"
+_LIST = rf"(?!{_THOUSANDS})\d+(?:\.\d+)?(?:,\d+(?:\.\d+)?)+"  # 1,5: neither 1 nor 5 nor 1.5
+_REPETEND = (
+    r"(?:\((?P<bracketed>\d+)\)|(?P<lined>(?:\\(?:overline|bar)\s*(?:\{\s*\d+\s*\}|\d)|(?:\d[\u0304\u0305])+)+)"
+    r"|(?P<dotted>(?:\\dot\s*(?:\{\d\}|\d)|\d\u0307)(?:\d*(?:\\dot\s*(?:\{\d\}|\d)|\d\u0307))?))"
+)
+_REPEATING = re.compile(rf"(?<![\w.])(?P<whole>{_THOUSANDS}|\d*)\.(?P<digits>\d*?){_REPETEND}(?!\d)")
 _NUMBER = re.compile(
     rf"""
     (?<![A-Za-z_\d])(?<!\d\.)
     (?:
-      (?P<clock>\d+(?::\d+)+)                                    # 3:30, 5:6: a time or a ratio, not a number
+      (?P<clock>\d+(?::\d+)+|{_LIST})                               # 3:30, 5:6 or 1,5: a time, a ratio, a list
     | (?P<sign>(?:(?<=[=:(])[ ]*-[ ]*|(?<![\w.)\]}}])-)\(?)?
       (?:
         (?:(?P<whole>\d+)(?:[ ]+and[ ]+|[ ]*))?\\[dt]?frac[ ]*\{{?(?P<over>-?\d+)\}}?[ ]*\{{?(?P<under>\d+)\}}?
@@ -116,12 +187,28 @@ class Number:
     Attributes:
         text: as written, currency signs and typography removed.
         start: where in the tidied text it begins.
-        values: what it may mean: 20 % is 20 or 0.2, 4 million is 4 (million) or 4,000,000. Empty for times and ratios.
+        values: what it may mean: 20 % is 20 or 0.2, 4 million is 4 (million) or 4,000,000. Empty for times, ratios and
+            lists.
     """
 
     text: str
     start: int
     values: tuple[Fraction, ...]
+
+
+def as_fractions(text: str) -> str:
+    r"""Repeating decimals as fractions: ``0.\overline{3}``, ``0.1\bar 6``, ``0.\dot{1}4\dot{2}`` and ``0.(3)``."""
+    return _REPEATING.sub(_as_fraction, text)
+
+
+def _as_fraction(match: re.Match[str]) -> str:
+    whole, digits = match["whole"].replace(",", "") or "0", match["digits"]
+    repeated = re.sub(r"\D", "", match["bracketed"] or match["lined"] or match["dotted"])
+    if len(whole + digits + repeated) > 100:
+        return match.group()
+    shift, period = 10 ** len(digits), 10 ** len(repeated) - 1
+    value = Fraction(int(whole + digits) * period + int(repeated), shift * period)
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def tidy(text: str) -> str:
@@ -133,6 +220,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"(?<=\d)[\u00a0\u202f\u2009](?=\d{3})", "", text)
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!\s*|\\,\s?|\\!\s?)(?=\d{3})", ",", text)
     text = re.sub(r"\\(?:left|right|[!,;: ]|text(?:bf)?\{\s*(?=\d))", " ", text)
+    text = as_fractions(text)
     text = re.sub(r"\b(?:USD|EUR|GBP|INR|Rs\.?)\s?(?=[-\d.])", "", text)
     return re.sub(r"\\?\$|[€£¥₹]|\*\*|__|`", "", text)
 
@@ -246,5 +334,5 @@ def reference_number(example: Example) -> Fraction:
 
 def written_steps(text: str) -> list[str]:
     """The sentences before the answer: before the last ``#``, or without one before the last line."""
-    before, _, _ = tail(text).strip().rpartition("#" if "#" in text else "\n")
+    before, _, _ = tail(first_answer(text, ANY_TEXT)).strip().rpartition("#" if "#" in text else "\n")
     return re.findall(r"[^\s.#][^.#]*\.?", before)

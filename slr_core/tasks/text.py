@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from slr_core.errors import ConfigError, DataError
 from slr_core.tasks.base import Card, Example, Task
-from slr_core.tasks.reading import reference_number, stated_number, statement
+from slr_core.tasks.reading import ANY_TEXT, first_answer, reference_number, stated_number, statement
 from slr_core.tasks.word_problems import close
 
 GRADINGS = ("exact", "contains", "number", "choice", "regex=PATTERN")
@@ -67,14 +67,14 @@ class TextTask(Task):
     def extract(self, text: str) -> str | None:
         """The stated answer as written; with ``contains`` the whole text."""
         if self.pattern is not None:
-            found = list(self.pattern.finditer(text))
+            found = list(self.pattern.finditer(first_answer(text, ANY_TEXT)))
             return found[-1][min(1, self.pattern.groups)] if found else None
         if self.grading == "number":
             stated = stated_number(text)
             return stated.text if stated else None
         if self.grading == "choice":
             return _stated_label(_stated(text)) or _stated(text) or None
-        return (text.strip() if self.grading == "contains" else _stated(text)) or None
+        return (first_answer(text, ANY_TEXT).strip() if self.grading == "contains" else _stated(text)) or None
 
     def grade(self, example: Example, text: str) -> bool:
         """See the class.
@@ -119,7 +119,7 @@ def normalize(text: str) -> str:
 
 def _stated(text: str) -> str:
     # A chain of thought and its answer may share a line: "2 + 2 is 4. # 4".
-    where = statement(text, str.strip)
+    where = statement(text, ANY_TEXT)
     lines = where.words.strip().splitlines()
     line = lines[-1] if lines else ""
     return line[[0, *(mark.end() for mark in _INLINE_MARK.finditer(line))][-1] :].strip()

@@ -13,8 +13,10 @@ from slr_core.tasks.reading import number, reference_number, stated_number, stat
 _TOLERANCE = Fraction(1, 1000)
 _GRADING = (
     "the number stated as the answer ('#### 72', '### 72', \\boxed{72}, 'the answer is 72'), else the last number of "
-    "the text (CODI); within 1e-3 of the right one (PAL), or within 1e-3 of its size where that is below 1. Commas, "
-    "currency and units do not count; 20 % is 20 or 0.2, 4 million is 4 or 4,000,000; number words are not read"
+    "the text (CODI); another question or turn of a chat after it does not count; within 1e-3 of the right one (PAL), "
+    "or within 1e-3 of its size where that is below 1. Currency and units do not count; a comma separates thousands "
+    "before groups of three digits, else the numbers of a list: 1,5 is no number; 20 % is 20 or 0.2, 4 million is 4 "
+    "or 4,000,000; number words are not read"
 )
 
 

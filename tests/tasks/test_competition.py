@@ -110,6 +110,20 @@ def test_no_latex_however_broken_raises(parts):
     assert isinstance(get_task("math").grade(Example("q", (), "\\frac{1}{3}"), text), bool)
 
 
+REPEATING = ["0.\\overline{3}", "0.\\bar{3}", "0.\\bar3", "0.\\dot{3}", "0.(3)", "0.3\u0305"]
+
+
+@pytest.mark.parametrize("text", REPEATING)
+def test_repeating_decimals_are_exact(text):
+    assert same("\\frac{1}{3}", text)
+    assert same(text, "\\frac13")
+    assert same(f"-2{text[1:]}", "-\\frac{7}{3}")
+    assert same(f"({text}, 1)", "(\\frac13, 1)")
+    for other in ("0", "0.3", "3", "\\frac{1}{30}"):
+        assert not same(text, other)
+        assert not same(other, text)
+
+
 # -- tidying and extraction ------------------------------------------------------------------------------
 
 
