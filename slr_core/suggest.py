@@ -19,10 +19,10 @@ def known_fields(model: type[BaseModel], location: Sequence[int | str]) -> set[s
     """Names of the fields beside the one at ``location``, where pydantic reported an error of ``model``."""
     models = {model}
     for part in location[:-1]:
-        fields = [of.model_fields[part] for of in models if isinstance(part, str) and part in of.model_fields]
+        fields = [field for of in models for name, field in of.model_fields.items() if part in (name, field.alias)]
         # An index, or the name of a union's member, does not lead to another field.
         models = {nested for field in fields for nested in _models(field.annotation)} or models
-    return {name for of in models for name in of.model_fields}
+    return {field.alias or name for of in models for name, field in of.model_fields.items()}
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

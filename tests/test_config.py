@@ -145,40 +145,39 @@ LATENT = {"hidden_size": 24, "heads": 5}
 MISFITS = {
     "heads": (
         {"decoder": {"latent_decoder": LATENT}},
-        "loop.decoder.latent_decoder: Value error, hidden_size must be a multiple of heads (5)",
+        "loop.decoder.latent_decoder: hidden_size must be a multiple of heads (5)",
     ),
     "nobody-answers": (
         {"decoder": {"answers": "latent_decoder"}},
-        "loop.decoder: Value error, answers `latent_decoder` needs a latent_decoder; "
-        "`latent_decoder: {}` uses its defaults",
+        "loop.decoder: answers `latent_decoder` needs a latent_decoder; `latent_decoder: {}` uses its defaults",
     ),
     "shared-ranks": (
         {"lora": {"kind": "shared", "rank": [8]}},
-        "loop: Value error, lora.rank must be one number for lora.kind `shared`",
+        "loop: lora.rank must be one number for lora.kind `shared`",
     ),
     "no-adapters-ranks": (
         {"lora": {"kind": "none", "rank": [1, 2, 3, 4, 5, 6]}},
-        "loop: Value error, lora.rank must be one number for lora.kind `none`",
+        "loop: lora.rank must be one number for lora.kind `none`",
     ),
     "few-ranks": (
         {"trained_iterations": 3, "lora": {"rank": [8, 4]}},
-        "loop: Value error, lora.rank must be one number or 3, one per trained iteration, got 2",
+        "loop: lora.rank must be one number or 3, one per trained iteration, got 2",
     ),
     "no-ranks": (
         {"lora": {"rank": []}},
-        "loop: Value error, lora.rank must be one number or 6, one per trained iteration, got 0",
+        "loop: lora.rank must be one number or 6, one per trained iteration, got 0",
     ),
     "no-head": (
         {"convergence": {"criterion": "learned"}},
-        "loop: Value error, convergence.criterion `learned` needs halting_head to be true",
+        "loop: convergence.criterion `learned` needs halting_head to be true",
     ),
     "pause-of-a-prompt": (
         {"workspace": "prompt", "projection": {"kind": "pause"}},
-        "loop: Value error, projection.kind `pause` needs workspace `append`: in the others the input would be lost",
+        "loop: projection.kind `pause` needs workspace `append`: in the others the input would be lost",
     ),
     "past-the-end": (
         {"trained_iterations": 3, "max_iterations": 4, "lora": {"past_end": "error"}},
-        "loop: Value error, max_iterations must be at most trained_iterations under lora.past_end `error`",
+        "loop: max_iterations must be at most trained_iterations under lora.past_end `error`",
     ),
 }
 

@@ -26,6 +26,7 @@ from slr_core.evaluation.outcomes import MethodAnswer
 from slr_core.generation.decoding import pad_ids
 from slr_core.generation.reference import RunLoop
 from slr_core.model.reasoner import LatentReasoner
+from slr_core.suggest import did_you_mean
 from slr_core.tasks.base import Task
 
 
@@ -310,5 +311,5 @@ def get_method(name: str) -> Method:
         ConfigError: there is none.
     """
     if name not in METHODS:
-        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {name}")
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {name}{did_you_mean(name, METHODS)}")
     return METHODS[name]

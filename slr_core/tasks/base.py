@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from slr_core.errors import ConfigError, DataError
+from slr_core.suggest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class Task(ABC):
         if unknown:
             raise ConfigError(
                 f"{self.name} has no generator option {unknown[0]}; it has {', '.join(self.generator_options)}"
+                f"{did_you_mean(unknown[0], self.generator_options)}"
             )
         settings = dict(self.generator_options) | {
             k: _converted(self.name, k, v, self.generator_options[k]) for k, v in options.items()
@@ -177,7 +179,8 @@ def read_jsonl(path: str | Path) -> list[Example]:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         lines = raw.decode("utf-8").split("\n")  # not splitlines: JSON strings may hold other line separators
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"cannot read {path}: {reason}") from error
     return list(_parse(path, lines))
 
 
@@ -189,9 +192,10 @@ def _parse(path: Path, lines: Sequence[str]) -> Iterator[Example]:
             record = json.loads(line)
             question, steps, answer = record.pop("question"), record.pop("steps", []), record.pop("answer")
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+            fault = f"no field {error}" if isinstance(error, KeyError) else "not a JSON object"
             raise DataError(
-                f'{path}, line {number}: expected {{"question": str, "answer": str}}, and "steps": [str] if there are '
-                f"any ({error!r})"
+                f'{path}, line {number}: {fault}; expected {{"question": str, "answer": str}}, and "steps": [str] if '
+                "there are any"
             ) from error
         strings = isinstance(steps, list) and all(isinstance(x, str) for x in (question, answer, *steps))
         if not strings:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from slr_core._install import missing_extra
 from slr_core.errors import ConfigError
+from slr_core.suggest import did_you_mean
 from slr_core.tasks.arithmetic import Arithmetic
 from slr_core.tasks.base import Task, read_jsonl
 from slr_core.tasks.competition import CompetitionMath
@@ -111,6 +112,7 @@ def _find(name: str) -> Task:
     if not colon:
         raise ConfigError(
             f"there is no task {name}; there are {', '.join(task_names())}, and module:object for one of your own"
+            f"{did_you_mean(name, task_names())}"
         )
     # A console script does not look into the working directory by itself.
     sys.path.insert(0, os.getcwd())

@@ -83,6 +83,8 @@ def load_questions(
 def _check(task: Task, examples: tuple[Example, ...], source: str) -> None:
     for number, example in enumerate(examples, start=1):
         try:
+            if not task.prompt(example).strip():
+                raise DataError("the question is empty")
             task.check_example(example)
         except DataError as error:
             raise DataError(f"{source}, question {number}, task {task.name}: {error}") from error

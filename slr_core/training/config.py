@@ -193,8 +193,11 @@ class TrainConfig(RecipeModel):
     def from_yaml(cls, path: str | Path, overrides: tuple[str, ...] = ()) -> Self:
         """Read a recipe; each override is ``dotted.name=value`` with a YAML value.
 
+        In a name, a number is the index of a list: ``stages.0.steps=20``.
+
         Raises:
             ConfigError: the file is not YAML, or a field is unknown or out of range.
+            DataError: a file of questions without a task cannot be read.
         """
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -204,7 +207,10 @@ class TrainConfig(RecipeModel):
             raise ConfigError(f"{path}: expected a mapping of settings")
         for override in overrides:
             _apply(data, override)
-        return validated(cls, data)
+        try:
+            return validated(cls, data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
     @property
     def schedule(self) -> tuple[StageConfig, ...]:
@@ -233,12 +239,29 @@ def _apply(data: dict[str, Any], override: str) -> None:
     name, equals, value = override.partition("=")
     if not equals:
         raise ConfigError(f"--set {override}: expected dotted.name=value")
-    *parents, last = name.split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"--set {override}: {parent} is not a group of settings")
     try:
-        data[last] = yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not YAML ({error})") from error
+    *parents, last = name.split(".")
+    group: Any = data
+    for depth, parent in enumerate(parents):
+        key = _key(group, parents[:depth], parent, override)
+        if isinstance(group, dict) and group.get(key) is None:
+            group[key] = {}
+        group = group[key]
+    group[_key(group, parents, last, override)] = parsed
+
+
+def _key(group: Any, path: list[str], name: str, override: str) -> Any:
+    """The key of ``name`` in the group of settings at ``path``: the name itself, or an index of a list."""
+    where = ".".join(path)
+    if isinstance(group, dict):
+        return name
+    if not isinstance(group, list):
+        raise ConfigError(f"--set {override}: {where} is not a group of settings")
+    if not name.isdecimal() or int(name) >= len(group):
+        last = len(group) - 1
+        indices = "it is empty" if last < 0 else "its only index is 0" if last == 0 else f"its indices are 0 to {last}"
+        raise ConfigError(f"--set {override}: {where} is a list, {indices}; got {name}")
+    return int(name)

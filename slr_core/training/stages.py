@@ -35,7 +35,13 @@ class DataConfig(RecipeModel):
     @model_validator(mode="before")
     @classmethod
     def _task_of_file(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("file"), str) and data.get("task") is None:
+        if not isinstance(data, dict):
+            return data
+        for name in ("file", "split", "text"):
+            # Without its value it would mean generated questions.
+            if name in data and data[name] in (None, ""):
+                raise ValueError(f"{name} has no value")
+        if isinstance(data.get("file"), str) and data.get("task") is None:
             return {**data, "task": tasks.infer_task(data["file"]).name}
         return data
 

@@ -108,3 +108,23 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
         read_jsonl(tmp_path / "nowhere.jsonl")
     with pytest.raises(DataError, match=tmp_path.name):
         read_jsonl(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"question": "q?"}', "line 1: no field 'answer'; expected"),
+        ("word", "line 1: not a JSON object; expected"),
+        ("[1]", "line 1: not a JSON object; expected"),
+    ],
+)
+def test_fault_in_plain_words(line, fault, tmp_path):
+    with pytest.raises(DataError, match=fault) as caught:
+        read_jsonl(written(tmp_path, line))
+    assert "Error(" not in str(caught.value)
+
+
+def test_missing_file_in_plain_words(tmp_path):
+    with pytest.raises(DataError) as caught:
+        read_jsonl(tmp_path / "nowhere.jsonl")
+    assert str(caught.value) == f"cannot read {tmp_path / 'nowhere.jsonl'}: No such file or directory"

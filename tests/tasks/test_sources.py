@@ -130,3 +130,10 @@ def test_nothing_to_ask_is_a_data_error(hub, tmp_path):
     hub.rows = []
     with pytest.raises(DataError, match="no questions"):
         load_questions(get_task("multiarith"), split="test")
+
+
+def test_empty_question(tmp_path):
+    path = tmp_path / "blank.jsonl"
+    path.write_text('{"question": "a?", "answer": "b"}\n{"question": " ", "answer": "b"}\n')
+    with pytest.raises(DataError, match=r"blank\.jsonl, question 2, task text: the question is empty"):
+        load_questions(get_task("text"), data=path)

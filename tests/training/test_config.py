@@ -83,12 +83,26 @@ WRONG = {
     "nested-unknown": ({"optimizer": {"momentum": 1}}, "optimizer.momentum"),
     "no-stages": ({"stages": []}, "either stages or a curriculum"),
     "both": ({"curriculum": CURRICULUM}, "either stages or a curriculum"),
+    "no-file": ({"stages": [data(task="prosqa", file=None)]}, "stages.0.data.0: file has no value"),
+    "empty-split": ({"stages": [data(task="gsm8k", split="")]}, "stages.0.data.0: split has no value"),
+    "near-task": ({"stages": [data(task="prosaq")]}, "did you mean prosqa?"),
+    "near-option": (
+        {"stages": [data(task="prosqa", generator_options={"node": 8})]},
+        "no generator option node; it has nodes",
+    ),
+    "near-field": ({"optimiser": {}}, "optimiser: unknown field; did you mean optimizer?"),
+    "near-nested": ({"optimizer": {"learning_rat": 1}}, "did you mean learning_rate?"),
+    "near-alias": ({"base": {"form": "x"}}, "base.form: unknown field; did you mean from?"),
+    "near-in-stage": (
+        {"stages": [data(task="prosqa", fil="x")]},
+        "stages.0.data.0.fil: unknown field; did you mean file?",
+    ),
     "no-data": ({"stages": [{"steps": 1, "iterations": 1, "data": []}]}, "stages.0.data"),
     "steps": ({"stages": [{"steps": 0, "iterations": 1, "data": GRAPHS}]}, "stages.0.steps"),
     "iterations": ({"stages": [{"steps": 1, "iterations": 65, "data": GRAPHS}]}, "stages.0.iterations"),
     "generator_options": (
         {"stages": [data(task="prosqa", generator_options={"nodes": 8, "min_hops": 2, "max_hops": 9})]},
-        "data.0: Value error, hops must satisfy",
+        "data.0: hops must satisfy",
     ),
     "no-option": ({"stages": [data(task="prosqa", generator_options={"sides": 8})]}, "has no generator option sides"),
     "task-unnamed": ({"stages": [data()]}, "name the task (--task; in a recipe: task): text, prosqa"),
@@ -124,6 +138,15 @@ def test_what_is_wrong_is_named(case, path):
     with pytest.raises(ConfigError) as caught:
         TrainConfig.from_yaml(path)
     assert named in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "Value error" not in str(caught.value)
+
+
+def test_only_own_faults(path):
+    """A fault in an item of a list does not also make the list too short."""
+    path.write_text(yaml.safe_dump({**DATA, "stages": [data(task="chess")]}))
+    with pytest.raises(ConfigError, match=r"there is no task chess[^;]*; there are [^;]*$"):
+        TrainConfig.from_yaml(path)
 
 
 def test_a_missing_field_is_named(path):
@@ -236,6 +259,19 @@ def test_overrides_reach_nested_fields(path):
     assert config.optimizer.batch_size == 4
 
 
+def test_overrides_reach_list_items(path):
+    overrides = (
+        "stages.0.steps=20",
+        "stages.1.data.0.generator_options.nodes=7",
+        "stages.1.data.1={task: reachability}",
+    )
+    overrides += ("objectives.frontier=0", "objectives.chains=0")
+    first, second = TrainConfig.from_yaml(path, overrides).stages
+    assert (first.steps, second.steps) == (20, 4)
+    assert second.data[0].generator_options["nodes"] == 7
+    assert second.data[1].task == "reachability"
+
+
 def test_overrides_are_yaml_and_may_open_a_new_group(path):
     overrides = ("objectives.chains=0", "loop.lora.target_modules=[q_proj, v_proj]", "max_iterations=null")
     config = TrainConfig.from_yaml(path, overrides)
@@ -254,7 +290,14 @@ def test_the_last_override_wins(path):
     [
         ("seed", "--set seed"),
         ("seed.x=1", "seed"),
-        ("stages.0.steps=3", "stages"),
+        ("stages.steps=3", "stages is a list, its indices are 0 to 1; got steps"),
+        ("stages.2.steps=3", "stages is a list, its indices are 0 to 1; got 2"),
+        ("stages.-1.steps=3", "stages is a list, its indices are 0 to 1; got -1"),
+        ("stages.0.data.1.task=prosqa", "stages.0.data is a list, its only index is 0; got 1"),
+        ("stages.0.data.1=prosqa", "stages.0.data is a list, its only index is 0; got 1"),
+        ("stages.0.stepz=3", "stages.0.stepz: unknown field; did you mean steps?"),
+        ("stages.0.steps.x=3", "stages.0.steps is not a group of settings"),
+        ("optimizer.batchsize=3", "optimizer.batchsize: unknown field; did you mean batch_size?"),
         ("nonesuch=1", "nonesuch"),
         ("loop.lora.nonesuch=1", "loop.lora.nonesuch"),
         ("seed=x", "seed"),
