@@ -9,10 +9,18 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that resembles ``name`` most; ``None`` if none does.
+
+    ``cutoff``, from 0 to 1, is the least similarity, as :func:`difflib.get_close_matches` measures it.
+    """
+    return next(iter(get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause to append to an error message about the unknown ``name``; empty if no known name resembles it."""
-    matches = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    found = nearest(name, known)
+    return f"; did you mean {found}?" if found else ""
 
 
 def known_fields(model: type[BaseModel], location: Sequence[int | str]) -> set[str]:

@@ -142,6 +142,11 @@ def _integers(data: Any) -> Iterator[tuple[str, int]]:
             left.extend(item)
 
 
+def is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it has special tokens alone: what transformers makes of some kinds whose files are missing."""
+    return not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+
+
 def load_tokenizer(folder: Path, embeddings: int) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``, whose ids must be below ``embeddings``.
 
@@ -154,6 +159,8 @@ def load_tokenizer(folder: Path, embeddings: int) -> PreTrainedTokenizerBase:
         ids = [*tokenizer.get_vocab().values(), *tokenizer("a").input_ids]
     except Exception as error:  # as above
         raise checkpoint_error(folder, f"the tokenizer cannot be loaded ({short(error)})") from error
+    if is_empty(tokenizer):
+        raise checkpoint_error(folder, "the files of the tokenizer are missing")
     if max(ids, default=0) >= embeddings:
         raise checkpoint_error(
             folder, f"the tokenizer has tokens up to {max(ids)}, the base model {embeddings} embeddings"

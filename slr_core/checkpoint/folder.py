@@ -1,14 +1,19 @@
-"""The files of a checkpoint folder, and how a checkpoint is found: as a folder, a bundled one or a hub id."""
+"""The files of a checkpoint folder, the bundled checkpoints, and names that can only mean a local folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from slr_core.suggest import nearest
+
 CONFIG, MODULES, LOOPS, BASE = "slr_config.json", "slr_modules.safetensors", "loops", "base"
+BASE_CONFIG = "config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 DEFAULT_CHECKPOINT = BUNDLED_FOLDER / "prosqa"
 READ_FROM_HUB = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
+_RESEMBLES = 0.8
+"""Similarity (0 to 1) from which a name that could be a hub id counts as a mistyped folder."""
 
 
 def bundled_names() -> list[str]:
@@ -23,35 +28,41 @@ def local_path(path_or_id: str | Path | None) -> Path:
     return path if bundled is None or path.is_dir() else bundled
 
 
-def is_missing_folder(path_or_id: str | Path) -> bool:
-    """Whether a name can only mean a local folder, and there is none: it must not be looked up on the hub.
+def missing_folder(path_or_id: str | Path) -> str | None:
+    """What is wrong with a name that means a local folder which does not exist; ``None``: nothing.
 
-    A hub id is ``name`` or ``owner/name``. A name with one slash means a folder if the part before the slash is one.
+    Such a name must not be looked up on the hub, where an id is ``name`` or ``owner/name``. A name with one slash means
+    a folder if the part before the slash is one. Any name means a folder if it resembles one that exists, or a bundled
+    checkpoint, unless the hub's cache holds a model of that name.
     """
-    path = Path(path_or_id)
-    looks_local = path.is_absolute() or str(path_or_id).startswith((".", "~")) or len(path.parts) > 2
-    in_folder = len(path.parts) == 2 and path.parent.is_dir()
-    return (looks_local or in_folder) and not path.exists()
+    name, path = str(path_or_id), Path(path_or_id)
+    if local_path(path_or_id).exists():
+        return None
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or len(path.parts) > 2
+    if looks_local or (len(path.parts) == 2 and path.parent.is_dir()):
+        beside = nearest(path.name, [folder.name for folder in _folders(path.parent)])
+        return "no such file or folder" + (f"; did you mean {path.parent / beside}?" if beside else "")
+    near = [str(inner) for folder in _folders(path.parent.parent) for inner in _folders(folder)]
+    if len(path.parts) < 2:
+        near = [*map(str, _folders(Path())), *bundled_names()]
+    found = nearest(name, near, cutoff=_RESEMBLES)
+    if found is None or _is_cached(name):
+        return None
+    return f"no such file or folder; did you mean {found}? (if it is a hub id: `hf download {name}` first)"
 
 
-def local_folder(path_or_id: str | Path | None) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded first.
+def _folders(path: Path) -> list[Path]:
+    try:
+        return [entry for entry in path.iterdir() if entry.is_dir()]
+    except OSError:
+        return []
 
-    Raises:
-        CheckpointError: it is neither a folder nor a hub id that can be downloaded.
-    """
-    # Imported here, so that a command that needs only the names above starts without torch.
-    from huggingface_hub import snapshot_download
+
+def _is_cached(repo_id: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    from slr_core.checkpoint.validate import checkpoint_error, line
-
-    folder = local_path(path_or_id)
-    if path_or_id is not None and is_missing_folder(path_or_id):
-        raise checkpoint_error(str(path_or_id), "no such folder")
     try:
-        return folder if folder.is_dir() else Path(snapshot_download(str(path_or_id), allow_patterns=READ_FROM_HUB))
-    except (HFValidationError, OSError, ValueError) as error:
-        raise checkpoint_error(
-            str(path_or_id), f"neither a folder nor a hub id that can be downloaded ({line(error)})"
-        ) from error
+        return any(isinstance(try_to_load_from_cache(repo_id, name), str) for name in (CONFIG, BASE_CONFIG))
+    except HFValidationError:
+        return False

@@ -9,15 +9,25 @@ from typing import Any
 import torch
 import yaml
 from pydantic import Field
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from slr_core._install import missing_extra
 from slr_core._version import __version__
-from slr_core.checkpoint.folder import BASE, CONFIG, is_missing_folder, local_path
+from slr_core.checkpoint.base_model import is_empty
+from slr_core.checkpoint.folder import BASE, BASE_CONFIG, CONFIG, local_path
+from slr_core.checkpoint.hub import find_file
 from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.write import save_checkpoint
 from slr_core.config import LoopConfig, SLRConfig, TextConfig, validated
 from slr_core.errors import CheckpointError, ConfigError
+from slr_core.model.base_support import check_config
 from slr_core.model.reasoner import LatentReasoner
 
 CARD = """---
@@ -105,12 +115,6 @@ def load_model_and_tokenizer(
         CheckpointError: ``base`` does not exist, is a latent reasoner, has no tokenizer, or cannot be loaded; its
             weights are incomplete; or model and tokenizer do not fit together.
     """
-    if is_missing_folder(base):
-        raise CheckpointError(f"{base}: no such file or folder")
-    local = local_path(base)
-    if (local / CONFIG).is_file():
-        inside = f"; its base model is in {local / BASE}" if (local / BASE).is_dir() else ""
-        raise CheckpointError(f"{base}: already a latent reasoner, not a base model{inside}")
     source, options = base, {}
     weights: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa", "trust_remote_code": False}
     if base.endswith(".gguf"):
@@ -123,15 +127,16 @@ def load_model_and_tokenizer(
         weights["quantization_config"] = GgufConfig(dequantize=True)
     else:
         weights["use_safetensors"] = True
+        _check_base(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or source, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises most kinds
-        if local.is_dir() and tokenizer_from is None and not any(local.glob("tokenizer*")):
-            raise CheckpointError(
-                f"{base}: the folder has no tokenizer; copy tokenizer.json and "
-                "tokenizer_config.json of the model into it"
-            ) from error
+        local = local_path(tokenizer_from or base)
+        if local.is_dir() and not any(local.glob("tokenizer*")):
+            raise _no_tokenizer(tokenizer_from or base) from error
         raise _load_error(base, error) from error
+    if is_empty(tokenizer):
+        raise _no_tokenizer(tokenizer_from or base)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **weights, **options)
     except Exception as error:  # as above
@@ -147,6 +152,29 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
-def _load_error(base: str, error: Exception) -> CheckpointError:
+def _check_base(base: str) -> None:
+    """Check the name and the config of a base model, before its weights are loaded or downloaded."""
+    reasoner, config = find_file(base, CONFIG), find_file(base, BASE_CONFIG)
+    if reasoner is not None:
+        inside = f"; its base model is in {reasoner.parent / BASE}" if (reasoner.parent / BASE).is_dir() else ""
+        raise CheckpointError(f"{base}: already a latent reasoner, not a base model{inside}")
+    if config is None:
+        raise _load_error(base, f"it has no {BASE_CONFIG}")
+    try:
+        read = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except Exception as error:  # as below
+        raise _load_error(base, error) from error
+    if type(read) not in AutoModelForCausalLM._model_mapping:
+        raise _load_error(base, f"its model type is {read.model_type}")
+    check_config(read, f"{base} ({read.model_type})")
+
+
+def _no_tokenizer(source: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source}: there is no tokenizer in it; copy tokenizer.json and tokenizer_config.json of the model into it"
+    )
+
+
+def _load_error(base: str, error: object) -> CheckpointError:
     first = "".join(str(error).strip().splitlines()[:1])
     return CheckpointError(f"{base}: cannot be loaded as a causal language model ({first})")

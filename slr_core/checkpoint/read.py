@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from slr_core.checkpoint.base_model import load_base_model, load_tokenizer
-from slr_core.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CONFIG, LOOPS, MODULES, local_folder
+from slr_core.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CONFIG, LOOPS, MODULES
+from slr_core.checkpoint.hub import checkpoint_folder
 from slr_core.checkpoint.validate import check_tensors, checkpoint_error, read_json, read_tensors, short
 from slr_core.checkpoint.write import base_state, modules_state
 from slr_core.config import FORMAT_VERSION, SLRConfig
@@ -48,7 +49,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: anything is missing, damaged, of a newer format, or does not fit together.
     """
-    folder = local_folder(path_or_id)
+    folder = checkpoint_folder(path_or_id)
     config = _config(folder)
     adapters = _adapters(folder, config)
     base = load_base_model(folder, config, dtype)
@@ -91,12 +92,6 @@ def _load_loop(reasoner: LatentReasoner, folder: Path, *, assign: bool = False) 
 
 def _config(folder: Path) -> SLRConfig:
     path = folder / CONFIG
-    if not path.is_file():
-        if (folder / "config.json").is_file():
-            raise checkpoint_error(
-                folder, f"a plain transformers model: `slr init {folder} --out DIR` makes a latent reasoner of it"
-            )
-        raise checkpoint_error(folder, f"not a latent-reasoning checkpoint, it has no {CONFIG}")
     data = read_json(path)
     version = data.get("format_version", FORMAT_VERSION) if isinstance(data, dict) else FORMAT_VERSION
     if isinstance(version, int) and version > FORMAT_VERSION:

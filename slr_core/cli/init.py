@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from slr_core.cli.info import description, print_description
-from slr_core.cli.options import AsJson, show_results
+from slr_core.cli.options import AsJson, hide_loading_bars, show_results
 
 
 def init(
@@ -28,6 +28,7 @@ def init(
     """
     from slr_core.checkpoint.init import init_checkpoint
 
+    hide_loading_bars()
     reasoner = init_checkpoint(base, out, config, seed=seed)
 
     def print_text() -> None:

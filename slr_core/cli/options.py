@@ -95,12 +95,17 @@ def load_model(model: str | None, device: str, dtype: str) -> LatentReasoner:
         CheckpointError: the checkpoint cannot be loaded.
         ConfigError: the device is unknown or not available.
     """
-    from transformers.utils import logging
-
     from slr_core.engine.runner.device import load_reasoner
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hide_loading_bars()
     return load_reasoner(model, device=device, dtype=dtype)
+
+
+def hide_loading_bars() -> None:
+    """Keep the bars of transformers, for reading and writing weights, off standard error."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def progress_bars() -> Progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slr_core.errors import ConfigError
 
@@ -17,15 +17,23 @@ def check_supported(base: PreTrainedModel) -> None:
     Raises:
         ConfigError: a layer does not use full attention, or the logits are capped or scaled.
     """
-    config = base.config
+    check_config(base.config, type(base).__name__)
+    if base.config._attn_implementation not in ("sdpa", "eager"):
+        base.set_attn_implementation("sdpa")  # the other implementations do not take the loop's masks
+
+
+def check_config(config: PreTrainedConfig, name: str) -> None:
+    """Refuse the config of a base model, called ``name``, as :func:`check_supported` does: before there are weights.
+
+    Raises:
+        ConfigError: a layer does not use full attention, or the logits are capped or scaled.
+    """
     windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if windows or (not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None)):
-        raise ConfigError(f"{type(base).__name__}: layers without full attention are not supported as a base")
+        raise ConfigError(f"{name}: layers without full attention are not supported as a base")
     for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, field, None) not in (None, 1, 1.0):
-            raise ConfigError(f"{type(base).__name__}: {field} is not supported, the head must be plainly linear")
-    if config._attn_implementation not in ("sdpa", "eager"):
-        base.set_attn_implementation("sdpa")  # the other implementations do not take the loop's masks
+            raise ConfigError(f"{name}: {field} is not supported, the head must be plainly linear")
 
 
 def attention_mask(base: PreTrainedModel, mask: Tensor, dtype: torch.dtype) -> Tensor:

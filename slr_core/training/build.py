@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from slr_core.checkpoint.folder import CONFIG, local_path
+from slr_core.checkpoint.folder import CONFIG
+from slr_core.checkpoint.hub import find_file
 from slr_core.checkpoint.init import load_model_and_tokenizer
 from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import CheckpointError, ConfigError
@@ -66,8 +67,8 @@ def teacher_of(config: TrainConfig, student: LatentReasoner) -> LatentReasoner |
 
 
 def _from(config: TrainConfig, source: str) -> LatentReasoner:
-    folder = local_path(source)
-    if not (folder / CONFIG).is_file():
+    found = None if source.endswith(".gguf") else find_file(source, CONFIG)
+    if found is None:
         base, tokenizer = load_model_and_tokenizer(source)
         return LatentReasoner(base, _padded(tokenizer), _settings(config.loop, config.text))
     loaded = LatentReasoner.from_pretrained(source)
@@ -76,9 +77,9 @@ def _from(config: TrainConfig, source: str) -> LatentReasoner:
             loaded.config = loaded.config.replace(text=config.text.model_dump(mode="json"))
         return loaded
     # Its base without its loop.
-    inside = folder / loaded.config.base
+    inside = found.parent / loaded.config.base
     base, _ = load_model_and_tokenizer(
-        str(inside) if inside.is_dir() else loaded.config.base, tokenizer_from=str(folder)
+        str(inside) if inside.is_dir() else loaded.config.base, tokenizer_from=str(found.parent)
     )
     return LatentReasoner(base, loaded.tokenizer, _settings(config.loop, config.text or loaded.config.text))
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -17,6 +16,7 @@ from slr_core.checkpoint.init import InitConfig, init_checkpoint
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.generation.reference import generate
+from slr_core.model.reasoner import LatentReasoner
 from tests import tiny
 
 
@@ -216,10 +216,14 @@ def test_a_base_that_cannot_be_loaded_is_a_checkpoint_error(case, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_tokenizer(source, tmp_path):
-    spoil(Path(source), "no-tokenizer")
-    with pytest.raises(CheckpointError, match=r"the folder has no tokenizer; copy tokenizer\.json"):
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_no_tokenizer(kind, tmp_path):
+    """Also where transformers would make one of its special tokens alone (gpt2)."""
+    source = write_base(tmp_path / "plain", kind)
+    spoil(tmp_path / "plain", "no-tokenizer")
+    with pytest.raises(CheckpointError, match=r"plain: there is no tokenizer in it; copy tokenizer\.json"):
         init_checkpoint(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("base", ["prosqa", DEFAULT_CHECKPOINT])
@@ -233,16 +237,31 @@ def test_latent_reasoner_as_base(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "base", ["{tmp}/nope", "./nope", "../nope", "models/nope", "a/b/c", "nope.gguf", "./nope.gguf"]
+    "base", ["{tmp}/nope", "./nope", "../nope", "models/nope", "nope/", "a/b/c", "nope.gguf", "./nope.gguf"]
 )
 def test_mistyped_folder(base, tmp_path, monkeypatch):
     """It is reported at once, without the hub."""
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("slr_core.checkpoint.init.AutoTokenizer", None)
+    monkeypatch.setattr("slr_core.checkpoint.hub.get_hf_file_metadata", None)
     base = base.format(tmp=tmp_path)
     with pytest.raises(CheckpointError, match=f"^{re.escape(base)}: no such file or folder$"):
         init_checkpoint(base, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("base", "meant"),
+    [("my-reasonr", "my-reasoner"), ("run/mine", "runs/mine"), ("runs/mime", "runs/mine"), ("prosaq", "prosqa")],
+)
+def test_nearly_a_folder(base, meant, tmp_path, monkeypatch):
+    """It is reported at once, without the hub, and the folder is suggested."""
+    (tmp_path / "my-reasoner").mkdir()
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("slr_core.checkpoint.hub.get_hf_file_metadata", None)
+    for load in (init_checkpoint, lambda base, _: load_checkpoint(LatentReasoner, base)):
+        with pytest.raises(CheckpointError, match=rf"^{base}: no such file or folder; did you mean {meant}\?"):
+            load(base, tmp_path / "out")
 
 
 @pytest.mark.parametrize("base", ["/no/where", "no-such/model", "a b c", "", "/no/where.gguf"])

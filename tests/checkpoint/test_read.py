@@ -67,8 +67,8 @@ def test_mistyped_folder(name, tmp_path, monkeypatch):
     """It is reported at once, without the hub."""
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
-    with pytest.raises(CheckpointError, match="no such folder"):
+    monkeypatch.setattr("slr_core.checkpoint.hub.get_hf_file_metadata", None)
+    with pytest.raises(CheckpointError, match="no such file or folder"):
         load_checkpoint(LatentReasoner, name.format(tmp=tmp_path))
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from slr_core.checkpoint.folder import is_missing_folder
+from slr_core.checkpoint.folder import missing_folder
 from slr_core.checkpoint.validate import DTYPES, checkpoint_error, line, read_json, read_tensors, short
 
 MAX_PICKLE_BYTES = 64 * 2**30
@@ -102,8 +102,8 @@ def local_source(path_or_id: str, revision: str | None, allow: list[str]) -> Pat
         if revision is not None:
             raise checkpoint_error(path_or_id, "a revision needs a hub id, and this is a local path")
         return path
-    if is_missing_folder(path_or_id):
-        raise checkpoint_error(path_or_id, "no such file or folder")
+    if fault := missing_folder(path_or_id):
+        raise checkpoint_error(path_or_id, fault)
     try:
         return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=allow))
     except (HFValidationError, OSError, ValueError) as error:
