@@ -51,6 +51,13 @@ class ProjectionConfig(_Model):
         "learned maps; pause: a learned vector in place of the state, a control without feedback for the workspace "
         "`append`",
     )
+    inner_size: int | None = Field(
+        None,
+        ge=1,
+        le=65536,
+        description="width between the layers of `mlp`; None: the hidden size; other kinds ignore it",
+    )
+    norm: bool = Field(True, description="end `mlp` with a layer norm; other kinds ignore it")
 
 
 class TimestepConfig(_Model):
@@ -242,6 +249,13 @@ TokenId = Annotated[int, Field(ge=0)]
 class TextConfig(_Model):
     """Texts around a prompt and its answer, and when an answer ends."""
 
+    prompt_strip: bool = Field(
+        False, description="remove white space at both ends of every prompt of /generate and /trace"
+    )
+    prompt_replace: tuple[tuple[Annotated[str, Field(min_length=1)], str], ...] = Field(
+        (),
+        description="pairs (old, new): replace every old in a prompt of /generate and /trace by new, pair after pair",
+    )
     prompt_prefix: str = Field("", description="text before every prompt of /generate and /trace")
     prompt_suffix: str = Field("", description="text after every prompt of /generate and /trace")
     answer_prefix: str = Field(
@@ -254,7 +268,15 @@ class TextConfig(_Model):
         (), description="strings that end an answer and are not part of it"
     )
     stop_token_ids: tuple[TokenId, ...] = Field((), description="token ids that end an answer, besides the end token")
+    suppressed_token_ids: tuple[TokenId, ...] = Field((), description="token ids that are never chosen in an answer")
     max_new_tokens: int = Field(64, ge=1, le=65536, description="default token limit of an answer")
+
+    def wrap_prompt(self, prompt: str) -> str:
+        """The text that is tokenized for a prompt: stripped, with replacements, between prefix and suffix."""
+        prompt = prompt.strip() if self.prompt_strip else prompt
+        for old, new in self.prompt_replace:
+            prompt = prompt.replace(old, new)
+        return self.prompt_prefix + prompt + self.prompt_suffix
 
 
 class SLRConfig(_Model):

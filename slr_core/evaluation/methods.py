@@ -215,6 +215,7 @@ def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[MethodAns
             max_new_tokens=request.max_new_tokens,
             eos_token_id=sorted(reasoner.end_tokens) or None,
             pad_token_id=reasoner.tokenizer.pad_token_id or 0,
+            suppress_tokens=list(reasoner.config.text.suppressed_token_ids) or None,
             output_logits=True,
             output_scores=True,
             return_dict_in_generate=True,

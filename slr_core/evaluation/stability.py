@@ -207,7 +207,7 @@ class StabilityStudy:
 def measure_distances(reasoner: LatentReasoner, prompts: Sequence[str], iterations: int) -> list[list[Distance]]:
     """Per prompt, the measures of every iteration of a loop that runs to ``iterations``."""
     text = reasoner.config.text
-    ids = [reasoner.tokenizer(text.prompt_prefix + prompt + text.prompt_suffix).input_ids for prompt in prompts]
+    ids = [reasoner.tokenizer(text.wrap_prompt(prompt)).input_ids for prompt in prompts]
     context = reasoner.encode(*pad_ids(ids, reasoner.device))
     head = reasoner.log_probs(readout(context.hidden, context.valid_mask)) if reasoner.is_state(0) else None
     paths: list[list[Distance]] = [[] for _ in prompts]

@@ -35,6 +35,7 @@ class DecodeState:
     def __init__(self, reasoner: LatentReasoner, request: Request) -> None:
         self.tokenizer, self.request, self.device = reasoner.tokenizer, request, reasoner.device
         self.end_tokens = reasoner.end_tokens
+        self.suppressed = reasoner.config.text.suppressed_token_ids
         self.generator = request.sampling.generator()
         self.tokens: list[int] = []
         self.scores: list[TokenScore] = []
@@ -51,6 +52,9 @@ class DecodeState:
             most_likely: the index of the largest logit, where the caller has it already.
         """
         forced = self.request.forced_ids
+        if self.suppressed:
+            logits = logits.index_fill(0, torch.tensor(self.suppressed, device=logits.device), -torch.inf)
+            most_likely = None if most_likely in self.suppressed else most_likely
         if len(self.tokens) < len(forced):
             token = forced[len(self.tokens)]
         elif self.generator is None and most_likely is not None:

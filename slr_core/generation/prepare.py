@@ -125,7 +125,7 @@ def _tokenize_prompt(reasoner: LatentReasoner, prompt: str | Messages) -> list[i
     if isinstance(prompt, str):
         if not prompt.strip():
             raise RequestError("prompt must not be empty", param="prompt")
-        ids = tokenize_text(reasoner, text.prompt_prefix + prompt + text.prompt_suffix)
+        ids = tokenize_text(reasoner, text.wrap_prompt(prompt))
     else:
         # A chat template writes its own special tokens.
         ids = _tokenize(reasoner, _render_chat(reasoner, prompt), "messages", add_special_tokens=False)

@@ -26,12 +26,9 @@ class Projection(nn.Module):
         elif config.kind == "linear":
             self.layers = _near_identity(hidden_size)
         elif config.kind == "mlp":
-            self.layers = nn.Sequential(
-                nn.Linear(hidden_size, hidden_size),
-                nn.GELU(),
-                nn.Linear(hidden_size, hidden_size),
-                nn.LayerNorm(hidden_size),
-            )
+            inner = config.inner_size or hidden_size
+            layers = [nn.Linear(hidden_size, inner), nn.GELU(), nn.Linear(inner, hidden_size)]
+            self.layers = nn.Sequential(*layers, *([nn.LayerNorm(hidden_size)] if config.norm else []))
 
     def forward(self, hidden: Tensor, embedding_rms: Tensor) -> Tensor:
         """Project ``hidden`` ``[..., d]``; ``embedding_rms`` is a scalar that only ``rms_match`` uses."""

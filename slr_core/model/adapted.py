@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slr_core.config import SLRConfig
+from slr_core.errors import ConfigError
 from slr_core.loop.context import Context
 from slr_core.loop.lora import LoopAdapters, attach, new_adapter_configs, trained_index
 from slr_core.model.base_support import attention_mask, check_supported, end_tokens
@@ -36,6 +37,8 @@ class AdaptedModel(nn.Module):
         self.adapter_configs = dict(new_adapter_configs(config.loop) if adapters is None else adapters)
         attach(base, self.adapter_configs)
         self.adapters = LoopAdapters(base)
+        if any(token >= self.vocab_size for token in config.text.suppressed_token_ids):
+            raise ConfigError(f"text.suppressed_token_ids must be below {self.vocab_size}, the number of embeddings")
         self._token_texts: dict[int, str] = {}
         self._embedding_rms: Tensor | None = None
 

@@ -175,7 +175,7 @@ class Collator:
         """The batch of one pass."""
         examples, plan = [item.example for item in items], items[0].plan
         prompts = self.tokenizer(
-            [self.text.prompt_prefix + example.question + self.text.prompt_suffix for example in examples],
+            [self.text.wrap_prompt(example.question) for example in examples],
             padding=True,
             padding_side="right",
             return_tensors="pt",

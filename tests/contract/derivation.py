@@ -123,7 +123,9 @@ def derive(folder: Path, prompt: list[int], settings, max_new_tokens: int) -> De
         if feed:
             state = run(tokens_in(feed), at, decode, cache)[-1]
             at += len(feed)
-        feed = [int(parts.head(state).argmax())]
+        logits = parts.head(state)
+        logits[parts.suppressed] = -math.inf
+        feed = [int(logits.argmax())]
         out.tokens += feed
         if len(out.tokens) == max_new_tokens or feed[0] == parts.eos:
             return out
@@ -137,6 +139,7 @@ class Parts:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.loop, self.eos = config["loop"], tokenizer.eos_token_id
         prefix = config["text"]["answer_prefix"]
+        self.suppressed = config["text"]["suppressed_token_ids"]
         self.answer_prefix = tokenizer(prefix).input_ids if prefix else []
         self.w = load_file(folder / "slr_modules.safetensors")
         self.names = sorted(path.name for path in folder.glob("loops/*"))
@@ -191,7 +194,8 @@ class Parts:
                 return self.linear("project.layers", h)
             case "mlp":
                 x = gelu(self.linear("project.layers.0", h))
-                return self.layer_norm("project.layers.3", self.linear("project.layers.2", x))
+                x = self.linear("project.layers.2", x)
+                return self.layer_norm("project.layers.3", x) if self.loop["projection"]["norm"] else x
 
     def timestep(self, x, t, change):
         config, e = self.loop["timestep"], torch.zeros_like(x[0])

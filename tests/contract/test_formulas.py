@@ -71,6 +71,11 @@ CASES = {
         {"max_iterations": 5, "criterion": "cosine", "threshold": 0.05},
         {},
     ),
+    "narrow mlp without norm, suppressed tokens": (
+        {"projection": {"kind": "mlp", "inner_size": 20, "norm": False}, "residual": {"source": "none"}},
+        FIXED,
+        {"suppressed_token_ids": list(range(2, 30))},
+    ),
     "no iteration": ({"lora": {"decode_rank": 2}, "decoder": DECODER}, {"max_iterations": 0}, PREFIX),
 }
 ATTENTION = {"llama": ["q_proj", "o_proj"], "gpt2": ["c_attn"]}
@@ -105,7 +110,7 @@ def test_the_loop_is_the_formulas(kind, workspace, name, tmp_path):
     torch.testing.assert_close(ours.states, torch.stack(derived.states), rtol=1e-5, atol=1e-5)
     assert list(ours.token_ids) == derived.tokens
     assert passes == [(adapter, [positions]) for adapter, positions in derived.passes]
-    assert len(passes) == ours.forward_passes == lone_passes(made, ours, bool(text))
+    assert len(passes) == ours.forward_passes == lone_passes(made, ours, "answer_prefix" in text)
     assert len(ours.records) == len(derived.records)
     for record, expected in zip(ours.records, derived.records, strict=True):
         for key, value in expected.items():

@@ -61,13 +61,18 @@ def models(draw):
     """Keyword arguments of :func:`tests.tiny.reasoner`."""
     workspace = draw(st.sampled_from(sorted(tiny.WORKSPACES)))
     projections = ["identity", "rms_match", "linear", "mlp", *["pause"] * (workspace == "append")]
+    projection = {
+        "kind": draw(st.sampled_from(projections)),
+        "inner_size": draw(st.sampled_from([None, 20])),
+        "norm": draw(st.booleans()),
+    }
     lora = draw(st.sampled_from(["per_iteration", "per_iteration", "shared", "none"]))
     rank = draw(st.sampled_from([2, (1, 3, 2)])) if lora == "per_iteration" else 2
     answers = draw(st.sampled_from([None, None, "lm_head", "latent_decoder"]))
     loop = {
         **tiny.WORKSPACES[workspace],
         "halting_head": True,
-        "projection": {"kind": draw(st.sampled_from(projections))},
+        "projection": projection,
         "timestep": {
             "kind": draw(st.sampled_from(["none", "sinusoidal", "learned"])),
             "combine": draw(st.sampled_from(["add", "concat"])),
@@ -85,7 +90,10 @@ def models(draw):
     }
     if answers is not None:
         loop["decoder"] = {"answers": answers, "latent_decoder": tiny.LATENT_DECODER}
-    text = {"answer_prefix": draw(st.sampled_from(["", "w7", "w7 w8 w9"]))}
+    text = {
+        "answer_prefix": draw(st.sampled_from(["", "w7", "w7 w8 w9"])),
+        "suppressed_token_ids": draw(st.sampled_from([[], [], [2, 3, 4, 5], list(range(2, 30))])),
+    }
     return {"loop": loop, "decode": draw(st.booleans()), "text": text}
 
 

@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slr_core.errors import ConfigError
 from slr_core.generation.decoding import DecodeState, decode_thoughts
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import count_passes, generate
 from slr_core.model.exits import loop_until_exit
-from slr_core.params import LoopParams
+from slr_core.params import LoopParams, SamplingParams
 from tests import tiny
 
 WORKSPACES = ("append", "block", "prompt")
@@ -392,6 +393,25 @@ def test_stop_tokens_of_the_config_end_an_answer():
     cut = answer(reasoner(text={"stop_token_ids": [stop]}), max_new_tokens=8)
     assert cut.finish_reason == "stop"
     assert cut.token_ids == whole.token_ids[: whole.token_ids.index(stop) + 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"logprobs": 3}, {"sampling": SamplingParams(temperature=2.0, seed=3)}])
+def test_suppressed_tokens(options):
+    """They are never chosen: greedy, sampled, and where the caller has found the most likely token already."""
+    first = answer(reasoner(), max_new_tokens=8, **options)
+    made = reasoner(text={"suppressed_token_ids": sorted(set(first.token_ids))})
+    found = answer(made, max_new_tokens=8, **options)
+    assert not set(found.token_ids) & set(first.token_ids)
+    state = DecodeState(made, tiny.request(made, "w1", **options))
+    logits = torch.zeros(len(tiny.WORDS))
+    logits[first.token_ids[0]] = 50.0
+    assert state.choose_token(logits, first.token_ids[0]) != first.token_ids[0]
+    assert logits[first.token_ids[0]] == 50
+
+
+def test_suppressed_ids_exist():
+    with pytest.raises(ConfigError, match="must be below 40"):
+        tiny.reasoner(text={"suppressed_token_ids": [40]})
 
 
 # -- the budget ------------------------------------------------------------------------------------------

@@ -21,6 +21,14 @@ def made():
 # -- prepare ---------------------------------------------------------------------------------------------
 
 
+def test_prompt_text():
+    """A prompt is stripped, then replaced in, then put between prefix and suffix."""
+    text = {"prompt_strip": True, "prompt_replace": [["w1", "w2"], ["w2 w2", "w5"]], "prompt_prefix": "w1 "}
+    made = tiny.reasoner(text=text)
+    assert made.config.text.wrap_prompt("  w1 w2 w3\n") == "w1 w5 w3"
+    assert list(tiny.request(made, "  w1 w2 w3 ").prompt_ids) == tiny.ids("w1 w5 w3")
+
+
 def test_prefix_suffix_and_stops_of_the_checkpoint_are_applied():
     made = tiny.reasoner(text={"prompt_prefix": "w1 ", "prompt_suffix": " w2", "stop": ["w9"], "max_new_tokens": 7})
     request = prepare(made, "w5", LoopParams(), stop=("w8",))

@@ -7,9 +7,9 @@ from slr_core.loop.projection import Projection, rms_normalize
 RMS = torch.tensor(0.02)
 
 
-def projection(kind, size=16):
+def projection(kind, size=16, **others):
     torch.manual_seed(0)
-    return Projection(ProjectionConfig(kind=kind), size)
+    return Projection(ProjectionConfig(kind=kind, **others), size)
 
 
 def states(scale=5.0):
@@ -39,6 +39,15 @@ def test_mlp_ends_in_a_layer_norm():
     u = projection("mlp")(states(), RMS)
     torch.testing.assert_close(u.mean(-1), torch.zeros(2, 3), rtol=0, atol=1e-5)
     torch.testing.assert_close(u.var(-1, correction=0), torch.ones(2, 3), rtol=1e-2, atol=1e-3)
+
+
+def test_mlp_width_and_norm():
+    made = projection("mlp", inner_size=5, norm=False)
+    assert [list(x.shape) for x in made.parameters()] == [[5, 16], [5], [16, 5], [16]]
+    first, _, second = made.layers
+    h = states()
+    torch.testing.assert_close(made(h, RMS), second(torch.nn.functional.gelu(first(h))))
+    assert len(list(projection("mlp", inner_size=5).parameters())) == 6
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
