@@ -19,7 +19,12 @@ from slr_core.checkpoint.read import load_checkpoint
 from slr_core.errors import ConfigError
 from slr_core.model.reasoner import LatentReasoner
 
-MODULES = {"coconut": "coconut"}
+MODULES = {
+    "coconut": "coconut",
+    "simcot-coconut": "simcot_coconut",
+    "codi": "codi",
+    "simcot-codi": "simcot_codi",
+}
 """Peers and the modules of their importers."""
 
 
@@ -80,7 +85,7 @@ def import_checkpoint(request: Import) -> SelfCheck:
     base = None
     if request.base is not None:
         base = local_source(request.base, request.base_revision, FROM_HUB_WITHOUT_PICKLES)
-    conversion = peer.convert(PeerCheckpoint(checkpoint, base, request.options))
+    conversion = peer.convert(PeerCheckpoint(checkpoint, base, request.options, request.dtype))
     missing = [folder for folder in (out.absolute(), *out.absolute().parents) if not folder.exists()]
     written = out.absolute().with_name(f".{out.name}.{os.getpid()}.part")
     try:

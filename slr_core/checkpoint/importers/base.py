@@ -72,7 +72,12 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def add_markers(
-    where: Path, tokenizer: PreTrainedTokenizerBase, markers: Mapping[str, int], *, fill: bool = False
+    where: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    markers: Mapping[str, int],
+    *,
+    fill: bool = False,
+    special: bool = False,
 ) -> None:
     """Make sure that the tokenizer has these tokens at these ids.
 
@@ -81,6 +86,7 @@ def add_markers(
         tokenizer: changed in place.
         markers: ids of the tokens.
         fill: give ids before that of a marker to unused tokens, for a table that is larger than the vocabulary.
+        special: added markers are special tokens, which the text of an answer leaves out.
 
     Raises:
         CheckpointError: a token has another id, or its id is taken.
@@ -93,7 +99,8 @@ def add_markers(
                 raise checkpoint_error(
                     where, f"its tokenizer has {size} tokens, so {token} cannot get the id {expected}; is it the base?"
                 )
-            tokenizer.add_tokens([*(f"<|unused-{i}|>" for i in range(size, expected)), token])
+            added = [*(f"<|unused-{i}|>" for i in range(size, expected)), token]
+            tokenizer.add_tokens(added, special_tokens=special)
             found = tokenizer.get_vocab()[token]
         if found != expected:
             raise checkpoint_error(where, f"its tokenizer has {token} at id {found}, the checkpoint at {expected}")

@@ -39,7 +39,7 @@ def chain(latents: int) -> dict[str, Any]:
     return {**FIXED_LOOP, "workspace": "append", **lengths}
 
 
-def convert(source: PeerCheckpoint) -> Conversion:
+def convert_coconut(source: PeerCheckpoint) -> Conversion:
     """Convert a checkpoint of Coconut."""
     source.options.refuse("coconut", "iterations", "lora_alpha", "keep_eos")
     weights = read_weights(source.checkpoint)
@@ -100,7 +100,7 @@ def _base(source: PeerCheckpoint, weights: Weights) -> tuple[PreTrainedConfig, P
     return config, own, folder
 
 
-def recorded(reasoner: LatentReasoner, states: Tensor) -> dict[str, Tensor]:
+def recorded_thoughts(reasoner: LatentReasoner, states: Tensor) -> dict[str, Tensor]:
     """The vectors that were fed at the latent positions."""
     return {"": states[:-1, 0]}
 
@@ -110,6 +110,6 @@ PEER = Peer(
     title="Coconut",
     repository="https://github.com/facebookresearch/coconut",
     licence="MIT",
-    convert=convert,
-    recorded=recorded,
+    convert=convert_coconut,
+    recorded=recorded_thoughts,
 )

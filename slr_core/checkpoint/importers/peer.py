@@ -84,11 +84,13 @@ class PeerCheckpoint:
         checkpoint: its file or folder.
         base: folder of the base model, of which the configuration and the tokenizer are read; ``None``: not given.
         options: what the user says about it.
+        dtype: of the written weights; ``None``: the widest of the checkpoint's.
     """
 
     checkpoint: Path
     base: Path | None
     options: ImportOptions
+    dtype: torch.dtype | None = None
 
     def require_base(self) -> Path:
         """The base model's folder.

@@ -10,12 +10,14 @@ def states(model, embeds):
 
 
 @torch.inference_mode()
-def write(model, embeds, prefix, count, end):
-    """Greedy tokens after inputs ``[q, d]`` and the ids ``prefix``, up to and with the id ``end``."""
+def write(model, embeds, prefix, count, end, never=()):
+    """Greedy tokens after inputs ``[q, d]`` and ids ``prefix``, to the id ``end``; ``never`` is not chosen."""
     table, head, tokens = model.get_input_embeddings().weight, model.get_output_embeddings(), []
     while len(tokens) < count and end not in tokens:
         fed = table[torch.tensor([*prefix, *tokens], dtype=torch.long)]
-        tokens.append(int(head(states(model, torch.cat([embeds, fed]))[-1]).argmax()))
+        logits = head(states(model, torch.cat([embeds, fed]))[-1])
+        logits[list(never)] = -torch.inf
+        tokens.append(int(logits.argmax()))
     return tokens
 
 

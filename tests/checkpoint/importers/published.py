@@ -1,10 +1,13 @@
 """Tiny checkpoints in the form in which the published projects leave them, written from random weights."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
+from transformers.pytorch_utils import Conv1D
 
 from tests import tiny
 
@@ -19,6 +22,7 @@ class Published:
     base: Path
     model: torch.nn.Module
     vocab: int
+    project: Callable[[torch.Tensor], torch.Tensor] = lambda h: h
 
     def prompt(self, text, *markers):
         """Ids of a text and of markers, which are numbered from 0."""
@@ -47,3 +51,82 @@ def coconut(folder, kind="gpt2", extra=None):
     state["embedding.weight"] = model.get_input_embeddings().weight.detach().clone()
     torch.save(state | (extra or {}), folder / "checkpoint_7")
     return Published(folder / "checkpoint_7", folder / "base", model, len(tiny.WORDS))
+
+
+def codi(folder, kind="gpt2", *, rank=2, alpha=3.0, inner=20, norm=True, projected=True, shards=False, extra=None):
+    """``pytorch_model.bin`` or shards: a bfloat16 base wrapped by PEFT, fp32 LoRA, a projection.
+
+    ``model`` has the adapter merged, in float64, and ``project`` the projection.
+    """
+    model = enlarge(write_base(folder / "base", kind), 3)
+    with torch.no_grad():  # not model.to(): that would round the rotary frequencies
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    torch.manual_seed(5)
+    state, wrapped = OrderedDict(), "codi.base_model.model."
+    merged = model.double().state_dict()
+    linear_layers = {name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
+    for name, x in model.state_dict().items():
+        layer, _, part = name.rpartition(".")
+        adapted = layer in linear_layers and layer != "lm_head"
+        linear = adapted and part == "weight"
+        if adapted:
+            state[f"{wrapped}{layer}.base_layer.{part}"] = x.to(torch.bfloat16).clone()
+        else:
+            state[wrapped + name] = x.to(torch.bfloat16).clone()
+        if linear and rank:
+            transposed = kind == "gpt2"
+            rows, columns = reversed(x.shape) if transposed else x.shape
+            a, b = 0.2 * torch.randn(rank, columns), 0.2 * torch.randn(rows, rank)
+            state[f"{wrapped}{layer}.lora_A.default.weight"] = a
+            state[f"{wrapped}{layer}.lora_B.default.weight"] = b
+            change = alpha / rank * (b.double() @ a.double())
+            merged[name] = x + (change.T if transposed else change)
+    model.load_state_dict(merged)
+    size = model.get_input_embeddings().weight.shape[1]
+    parts = [torch.nn.Linear(size, inner), torch.nn.GELU(), torch.nn.Linear(inner, size)]
+    parts += [torch.nn.LayerNorm(size)] if norm else []
+    project = torch.nn.Sequential(*parts)
+    if projected:
+        names = {"0": "prj.1", "2": "prj.3", "3": "prj.ln"}
+        for name, x in project.state_dict().items():
+            place, _, part = name.partition(".")
+            state[f"{names[place]}.{part}"] = 3 * x.clone() if place == "3" else x.clone()
+        if norm:
+            with torch.no_grad():
+                project[3].weight.mul_(3)
+    state |= extra or {}
+    if not rank:
+        state = OrderedDict((name.replace(wrapped, "codi.").replace(".base_layer", ""), x) for name, x in state.items())
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir()
+    if shards:
+        if model.config.tie_word_embeddings:
+            state[f"{wrapped}lm_head.weight"] = state[f"{wrapped}{table_name(model)}"]
+        save_torch_state_dict(state, checkpoint, max_shard_size=20_000)
+        assert len(list(checkpoint.glob("*.safetensors"))) > 1
+    else:
+        torch.save(state, checkpoint / "pytorch_model.bin")
+    (checkpoint / "config.json").write_text("")
+    made = Published(checkpoint, folder / "base", model, len(tiny.WORDS))
+    if projected:
+        made.project = project.double()
+    return made
+
+
+def table_name(model):
+    table = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is table) + ".weight"
+
+
+def simcot_coconut(folder, kind="gpt2"):
+    """Coconut's state dict with a second model."""
+    second = tiny.base(kind, seed=3).state_dict()
+    return coconut(folder, kind, {f"expainable_llm.{name}": x.clone() for name, x in second.items()})
+
+
+def simcot_codi(folder, kind="gpt2"):
+    """CODI's state dict with a second model and its two projections."""
+    second = {f"decoder.{name}": x.clone() for name, x in tiny.base(kind, seed=3).state_dict().items()}
+    sizes = {"pj_in.weight": (32, 32), "pj_in.bias": (32,), "pj_out.weight": (32, 32), "pj_out.bias": (32,)}
+    return codi(folder, kind, extra=second | {name: torch.zeros(size) for name, size in sizes.items()})
