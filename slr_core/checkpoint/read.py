@@ -29,7 +29,7 @@ from slr_core.checkpoint.validate import check_tensors, checkpoint_error, read_j
 from slr_core.checkpoint.write import base_state, modules_state
 from slr_core.config import FORMAT_VERSION, SLRConfig
 from slr_core.errors import ConfigError
-from slr_core.loop.lora import DECODE, new_adapter_configs
+from slr_core.loop.lora import DECODE, check_start, new_adapter_configs
 from slr_core.model.reasoner import LatentReasoner
 
 R = TypeVar("R", bound="LatentReasoner")
@@ -129,12 +129,22 @@ def _adapter_config(folder: Path) -> LoraConfig:
     known = LoraConfig.__dataclass_fields__
     if unknown := sorted(key for key, value in data.items() if key not in known and value):
         raise checkpoint_error(path, f"{unknown[0]} is not known to this release's PEFT")
+    start = data.pop("init_lora_weights", True)
+    try:
+        check_start(start)
+    except ConfigError as error:
+        raise checkpoint_error(path, error) from error
+    # The settings of a start, which PEFT would check against the packages that it needs, have served.
+    if start == "eva":
+        data.pop("eva_config", None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # what PEFT only warns of would change what the adapter does
-            return LoraConfig(**{key: value for key, value in data.items() if key in known})
+            config = LoraConfig(**{key: value for key, value in data.items() if key in known})
     except Exception as error:  # peft raises most kinds, each of them a fault of the file
         raise checkpoint_error(path, f"not a readable PEFT config ({short(error)})") from error
+    config.init_lora_weights = start
+    return config
 
 
 def _load_adapter(base: PreTrainedModel, folder: Path, name: str, assign: bool) -> None:

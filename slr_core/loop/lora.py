@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from slr_core.config import LoopConfig
 from slr_core.errors import ConfigError, RequestError
+from slr_core.loop.targets import resolve_targets
 
 DECODE = "decode"
 """Name of the optional adapter that writes the answer after a loop."""
@@ -80,8 +82,8 @@ def attach(base: PreTrainedModel, configs: Mapping[str, LoraConfig]) -> None:
     """Add adapters to ``base`` in place (``B = 0``: they change nothing until trained or loaded).
 
     Raises:
-        ConfigError: a target module does not exist in the base model, or the adapter is of a kind that
-            cannot serve in a loop.
+        ConfigError: a name or pattern in a config matches no module of the base model, or the adapter is of a kind
+            that cannot serve in a loop.
     """
     trainable = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
     transposed = any(isinstance(module, Conv1D) for module in base.modules())
@@ -89,10 +91,17 @@ def attach(base: PreTrainedModel, configs: Mapping[str, LoraConfig]) -> None:
         _refuse(name, config)
         config.fan_in_fan_out = config.fan_in_fan_out or transposed
         try:
+            resolved = resolve_targets(base, config)
+        except ConfigError as error:
+            raise ConfigError(f"adapter {name}: {error}") from error
+        if resolved.init_lora_weights is not True:  # how an adapter started does not matter once it is trained
+            resolved = copy.copy(resolved)
+            resolved.init_lora_weights = True
+        try:
             with warnings.catch_warnings():
                 # Several adapters on one model are the point here, and PEFT warns of the second.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-                inject_adapter_in_model(config, base, adapter_name=name)
+                inject_adapter_in_model(resolved, base, adapter_name=name)
         except Exception as error:  # PEFT raises most kinds, each of them a fault of the config
             raise ConfigError(f"adapter {name}: {error}") from error
         head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -106,10 +115,28 @@ def attach(base: PreTrainedModel, configs: Mapping[str, LoraConfig]) -> None:
         parameter.requires_grad_(".lora_" in name or name.replace(".base_layer.", ".") in trainable)
 
 
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+"""Values of ``init_lora_weights`` that leave the base model's weights as they are."""
+
+
+def check_start(value: object) -> None:
+    """Check that ``init_lora_weights`` of a PEFT config left the base model's weights as they were.
+
+    Raises:
+        ConfigError: it did not, or is no known value.
+    """
+    if value not in PLAIN_STARTS:
+        raise ConfigError(
+            f"init_lora_weights {value!r} is not supported in a loop adapter: it changes the base model's weights; "
+            "convert the adapter to plain LoRA (in PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+
+
 _PLAIN = {
     "alpha_pattern",
     "exclude_modules",
     "fan_in_fan_out",
+    "init_lora_weights",
     "layers_pattern",
     "layers_to_transform",
     "lora_alpha",
@@ -131,6 +158,10 @@ _PLAIN = {
 def _refuse(name: str, config: LoraConfig) -> None:
     # Whatever else PEFT offers changes what an adapter computes (DoRA), trains more than the adapter
     # (modules_to_save), or rewrites the base weights that all iterations share (starts such as PiSSA).
+    try:
+        check_start(config.init_lora_weights)
+    except ConfigError as error:
+        raise ConfigError(f"adapter {name}: {error}") from error
     defaults = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
     for field, value in config.to_dict().items():  # type: ignore[no-untyped-call]
         if field not in _PLAIN and value != defaults.get(field):

@@ -1,6 +1,8 @@
 import json
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -411,6 +413,57 @@ def test_an_adapter_cannot_rewrite_the_base_model(change, folder, good):
     actual = loaded.state_dict()
     assert actual.keys() == expected.keys()
     assert all(torch.equal(tensor, actual[key]) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva", "mica"])
+def test_an_adapter_may_have_started_in_any_way_that_leaves_the_base_alone(start, folder, good, tmp_path):
+    adapter(folder, init_lora_weights=start, eva_config={"rho": 2.0} if start == "eva" else None)
+    loaded = LatentReasoner.from_pretrained(str(folder))
+    expected = LatentReasoner.from_pretrained(str(good)).state_dict()
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in expected.items())
+    loaded.save_pretrained(str(tmp_path / "again"))
+    assert json.loads((tmp_path / "again" / ADAPTER_CONFIG).read_text())["init_lora_weights"] == start
+
+
+@pytest.mark.parametrize(
+    "start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "nonesuch", "", 3, None, [], {}]
+)
+def test_an_adapter_that_changed_the_base_is_refused_by_name(start, folder):
+    adapter(folder, init_lora_weights=start)
+    with pytest.raises(
+        CheckpointError, match=rf"loop_02/adapter_config\.json: init_lora_weights {re.escape(repr(start))}"
+    ):
+        LatentReasoner.from_pretrained(str(folder))
+
+
+def test_patterns_of_an_adapter(folder, good):
+    """They load, are kept as written, and those without a match are named."""
+    path = folder / "loops/decode/adapter_config.json"
+    target, data = r".*\.(q|down)_proj", json.loads(path.read_text())
+    tiny.edit_json(path, target_modules=target, alpha_pattern={"layers.*q_proj": 6}, rank_pattern={"q_proj": data["r"]})
+    loaded = LatentReasoner.from_pretrained(str(folder))
+    expected = LatentReasoner.from_pretrained(str(good)).state_dict()
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in expected.items())
+    loaded.save_pretrained(str(folder))
+    assert json.loads(path.read_text())["target_modules"] == target
+    for field, value in {
+        "target_modules": ".*x_proj",
+        "rank_pattern": {"x_proj": 1},
+        "alpha_pattern": {"x": 1},
+    }.items():
+        path.write_text(json.dumps({**data, field: value}))
+        with pytest.raises(CheckpointError, match=f"{field}.*matches no"):
+            LatentReasoner.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("field", ["target_modules", "rank_pattern", "exclude_modules"])
+def test_a_pattern_does_not_take_exponential_time(field, folder):
+    pattern = "((((?:[a-z._0-9]+)+)+)+)+!"
+    adapter(folder, **{field: {pattern: 3} if field == "rank_pattern" else pattern})
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError, match=f"loop_02.*{field}"):
+        LatentReasoner.from_pretrained(str(folder))
+    assert time.perf_counter() - started < 10
 
 
 # -- nothing runs code; pickles that would: test_checkpoint_fuzz.py -------------------------------------
