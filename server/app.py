@@ -84,7 +84,7 @@ def _middleware(settings: ServerSettings, service: Service) -> list[Middleware]:
             )
         )
     layers.append(Middleware(Auth, api_keys=settings.api_keys, admin_key=settings.admin_key))
-    layers.append(Middleware(BodyLimit, limit=settings.max_body_bytes))
+    layers.append(Middleware(BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.body_timeout_s))
     return layers
 
 

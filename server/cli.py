@@ -8,8 +8,9 @@ import logging
 import signal
 import socket
 import sys
+from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import uvicorn
 from pydantic import ValidationError
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from .service import Service
 
 
-_MAX_HEAD_BYTES = 64 << 10
-"""Request line and headers: the parser closes the connection beyond this. The application's own limit is lower."""
 _KEEP_ALIVE_S = 75
 """Longer than load balancers keep idle connections (often 60 s). If the server closed them first, requests that are
 being sent would be lost."""
@@ -124,6 +123,7 @@ def serve(settings: ServerSettings) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from .app import create_app
+    from .connection import Connection, ConnectionLimits
     from .observability.access_log import log_handler
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -139,12 +139,11 @@ def serve(settings: ServerSettings) -> None:
         _fail(f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error})")
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     service: Service = app.state.service
+    limits = ConnectionLimits(settings.max_body_bytes, settings.head_timeout_s, service.metrics)
     config = Config(
         app,
         lifespan="on",
-        # This parser limits the size of headers.
-        http="h11",
-        h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+        http=cast(type[Connection], partial(Connection, limits=limits)),
         ws="none",
         log_config=None,
         access_log=False,

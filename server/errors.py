@@ -29,6 +29,14 @@ _INVALID, _SERVER = "invalid_request_error", "server_error"
 _MAX_REPORTED_ERRORS, _MAX_NAME_LENGTH = 5, 100
 
 
+class InvalidHTTP(SLRError):
+    """The bytes on a connection are not a valid HTTP request."""
+
+
+class HeadersTooSlow(SLRError):
+    """The headers did not arrive in time."""
+
+
 class InvalidJSON(SLRError):
     """The body is not valid JSON."""
 
@@ -91,10 +99,12 @@ class ClientGone(SLRError):
 
 _KINDS: dict[type[Exception], tuple[int, str, str]] = {
     RequestError: (400, _INVALID, "invalid_value"),
+    InvalidHTTP: (400, _INVALID, "invalid_http"),
     InvalidJSON: (400, _INVALID, "invalid_json"),
     Unauthorized: (401, "authentication_error", "invalid_api_key"),
     Forbidden: (403, "permission_error", "forbidden"),
     NotFound: (404, _INVALID, "not_found"),
+    HeadersTooSlow: (408, "timeout_error", "headers_timeout"),
     BodyTooSlow: (408, "timeout_error", "body_timeout"),
     Conflict: (409, _INVALID, "conflict"),
     BodyTooLarge: (413, _INVALID, "body_too_large"),

@@ -21,9 +21,7 @@ logger = logging.getLogger(__name__)
 REQUEST_ID = "X-Request-Id"
 SERVER_TIMING = "Server-Timing"
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 32 << 10
-"""Limits of a request's headers. The HTTP parser has higher limits and closes the connection."""
-BODY_TIMEOUT_S = 30.0
-"""Seconds in which a body must arrive."""
+"""Limits of a request's headers. :mod:`slr_server.connection` has a higher one."""
 _VALID_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -41,7 +39,8 @@ class RequestContext:
         started_at = time.perf_counter()
         given = Headers(scope=scope).get(REQUEST_ID, "")
         stats = request_stats(scope)
-        stats.request_id = given if _VALID_ID.fullmatch(given) else uuid.uuid4().hex
+        if not stats.request_id:  # else the connection has refused the rest of the request
+            stats.request_id = given if _VALID_ID.fullmatch(given) else uuid.uuid4().hex
         # The status if the client disconnects, or the server gives up, before the response starts.
         status = CLIENT_CLOSED_REQUEST
         started = False
@@ -107,7 +106,7 @@ class BodyLimit:
     """Reads the body before the application does, and refuses it if it is larger than ``limit`` bytes or takes longer
     than ``timeout_s``."""
 
-    def __init__(self, app: ASGIApp, limit: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
+    def __init__(self, app: ASGIApp, limit: int, timeout_s: float) -> None:
         self.app, self.limit, self.timeout_s = app, limit, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

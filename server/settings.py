@@ -116,6 +116,20 @@ class ServerSettings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds without an engine step, while work is pending, after which /livez fails.",
     )
+    head_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="Seconds for a new connection to send its first byte, and for a request's headers to arrive.",
+    )
+    body_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="Seconds for a request's body to arrive; then it gets 408.",
+    )
     write_timeout_s: float = Field(
         30.0, gt=0, le=3600, allow_inf_nan=False, description="Seconds a client may take to read sent data."
     )

@@ -55,7 +55,7 @@ SAME_NAME = {
 ENDPOINTS = ("slr_core.cli.", "slr_server.routes.")
 """A command or an endpoint is called after what it runs: there, the name belongs to the user's interface."""
 
-SERVE_ONLY = ("fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic_settings")
+SERVE_ONLY = ("fastapi", "starlette", "uvicorn", "httptools", "prometheus_client", "pydantic_settings")
 """What the extra ``serve`` installs."""
 
 

@@ -33,7 +33,14 @@ ENDPOINTS = ("/generate", "/trace", "/v1/completions", "/v1/chat/completions")
 """The paths whose requests are counted: those that run the model."""
 
 STATUSES = ("ok", "rejected", "cancelled", "timeout", "error")
-REJECTIONS = {401: "unauthorized", 403: "unauthorized", 413: "too_large", 429: "queue_full", 503: "unavailable"}
+REJECTIONS = {
+    401: "unauthorized",
+    403: "unauthorized",
+    408: "too_slow",
+    413: "too_large",
+    429: "queue_full",
+    503: "unavailable",
+}
 INVALID = "invalid"
 STAGES = ("queue", "prefill", "loop", "decode", "total")
 
@@ -141,6 +148,10 @@ class Metrics:
         self._requests.labels(endpoint, status).inc()
         if status == "rejected":
             self._rejections.labels(REJECTIONS.get(http_status, INVALID)).inc()
+
+    def request_refused(self, http_status: int) -> None:
+        """Count a request that was refused before its path was known."""
+        self._rejections.labels(REJECTIONS.get(http_status, INVALID)).inc()
 
     def budget_reduced(self, answers: int) -> None:
         """Count answers whose iteration budget was reduced under load."""

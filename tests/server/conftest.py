@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from slr_core.model.reasoner import LatentReasoner
 from slr_server.app import create_app
 from slr_server.settings import ServerSettings
 from tests import tiny
+from tests.server.process import Server
 
 for name in [name for name in os.environ if name.startswith("SLR_")]:
     del os.environ[name]
@@ -96,3 +98,23 @@ def gated(reasoner, gate) -> Iterator[Callable[..., TestClient]]:
 def sample(client: TestClient, name: str, **labels: str) -> float | None:
     """One sample of a server's metrics."""
     return client.app.state.service.metrics.registry.get_sample_value(name, labels)
+
+
+KEY = "k" * 20
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, reasoner) -> Path:
+    """The engine's model as a checkpoint folder."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    reasoner.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def guarded(tiny_checkpoint) -> Iterator[Server]:
+    """A server in its own process, with a key and short time limits."""
+    flags = ("--api-keys", KEY, "--head-timeout-s", "1", "--slots", "4")
+    server = Server(tiny_checkpoint, tiny_checkpoint.parent / "guarded", *flags, key=KEY)
+    yield server
+    server.kill()

@@ -19,14 +19,21 @@ class Server:
         log: file for standard error.
         flags: of ``slr-serve``.
         module: the module to run.
+        key: an API key, for :meth:`metrics`.
         environment: additional environment variables.
     """
 
     def __init__(
-        self, folder: Path, log: Path, *flags: str, module: str = "slr_server.cli", **environment: str
+        self,
+        folder: Path,
+        log: Path,
+        *flags: str,
+        module: str = "slr_server.cli",
+        key: str | None = None,
+        **environment: str,
     ) -> None:
         # A file, because an unread pipe fills up and blocks the server.
-        self.log = log
+        self.log, self.key = log, key
         with log.open("w") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, "--model", str(folder), "--port", "0", "--threads", "1", *flags],
@@ -49,7 +56,8 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """Samples by name; with labels, by ``name{value,...}``."""
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
+        headers = {} if self.key is None else {"authorization": f"Bearer {self.key}"}
+        text = httpx.get(f"{self.url}/metrics", headers=headers, timeout=30).text
         return {
             s.name + (f"{{{','.join(s.labels.values())}}}" if s.labels else ""): s.value
             for family in text_string_to_metric_families(text)

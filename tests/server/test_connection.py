@@ -1,0 +1,99 @@
+"""Limits of a connection, on a server in its own process."""
+
+import socket
+import time
+
+import pytest
+
+from tests.hostile import connections as attacks
+from tests.hostile.wire import connect, head, read_all, read_response, request
+from tests.server.conftest import KEY
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_one_byte_chunks(guarded, key):
+    flood = attacks.one_byte_chunks(guarded.url, key=key)
+    assert flood.closed_after_s < 5
+    assert flood.liveness_s < 1
+    statuses = {response[9:12] for response in flood.responses}
+    # So many chunks may be refused before the key is.
+    assert statuses <= ({b"401", b"400"} if key is None else {b"400"})
+    assert all(b"connection: close" in response for response in flood.responses)
+
+
+def test_early_refusal_arrives(guarded):
+    for key, status in ((None, b"401"), (KEY, b"413")):
+        for _ in range(3):
+            assert attacks.early_refusal(guarded.url, key=key).startswith(b"HTTP/1.1 " + status)
+
+
+def test_late_headers(guarded):
+    flood = attacks.late_headers(guarded.url)
+    assert flood.closed_after_s < 3
+    assert flood.liveness_s < 1
+
+
+def test_late_headers_are_refused(guarded):
+    with connect(guarded.url) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\n")
+        status, headers, body = read_response(connection)
+    assert status == 408
+    assert b"headers_timeout" in body
+    assert headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("extra", [b"G", head("/livez", method="GET"), b"\x00", request("/generate", {}) * 500])
+def test_disconnect_after_pipelined_bytes(guarded, extra):
+    attacks.pipelined_then_gone(guarded.url, extra=extra, key=KEY)
+    left = time.monotonic()
+    guarded.idle()
+    assert time.monotonic() - left < 2
+
+
+def test_pipelining_closes(guarded):
+    """The first of two requests is answered, and the connection closes."""
+    with connect(guarded.url) as connection:
+        connection.sendall(request("/generate", {"prompt": "w1", "max_new_tokens": 2}, key=KEY))
+        connection.sendall(head("/livez", method="GET"))
+        answered = read_all(connection)
+    assert answered.startswith(b"HTTP/1.1 200")
+    assert answered.count(b"HTTP/1.1") == 1
+
+
+def test_keep_alive(guarded):
+    with connect(guarded.url) as connection:
+        for _ in range(3):
+            connection.sendall(b"\r\n" + request("/generate", {"prompt": "w1", "max_new_tokens": 2}, key=KEY))
+            assert read_response(connection)[0] == 200
+            connection.sendall(head("/livez", method="GET"))
+            status, headers, _ = read_response(connection)
+            assert (status, headers.get("connection")) == (200, None)
+
+
+def test_trailer_is_no_header(guarded):
+    trailer = f"0\r\nauthorization: Bearer {KEY}\r\n\r\n".encode()
+    with connect(guarded.url) as connection:
+        connection.sendall(head("/generate", attacks.CHUNKED) + trailer)
+        assert read_response(connection)[0] == 401
+
+
+@pytest.mark.parametrize("name", attacks.MALFORMED)
+def test_malformed(guarded, name):
+    """Where the rest of a request is refused, the application counts it: as a request, if its path runs the model."""
+    before = guarded.metrics()["slr_rejections_total{invalid}"]
+    status, told = attacks.malformed(guarded.url, name)
+    assert status == (431 if name == "head of 100 KB" else 400)
+    assert told["error"].keys() == {"type", "message", "param", "code"}
+    assert len(told["x-request-id"]) == 32
+    assert told["connection"] == "close"
+    assert guarded.metrics()["slr_rejections_total{invalid}"] == before + 1
+    assert told["x-request-id"] in guarded.log.read_text()
+
+
+def test_half_request_then_gone(guarded):
+    for _ in range(20):
+        connection = connect(guarded.url)
+        connection.sendall(request("/generate", attacks.LONG, key=KEY)[:-10])
+        connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
+    guarded.idle()
