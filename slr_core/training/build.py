@@ -1,4 +1,4 @@
-"""The model of a recipe: from random weights, a base model or a latent reasoner; and what of it is trained."""
+"""Build the model of a recipe: from random weights, a base model or a latent reasoner; choose what is trained."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from slr_core.errors import CheckpointError, ConfigError
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.config import BaseConfig, TrainConfig
 from slr_core.training.data import MARK
-from slr_core.training.sources import Listed, Source, source_of
+from slr_core.training.sources import Listed, Source, open_source
 from slr_core.training.tokenizer import prontoqa_tokenizer, prosqa_tokenizer, start_embeddings, word_tokenizer
 
-_SAMPLED = 4000  # questions of a source whose words a `words` tokenizer knows
+_SAMPLED = 4000  # questions per generator from which the `words` tokenizer takes its vocabulary
 
 
 def build(config: TrainConfig) -> LatentReasoner:
     """The latent reasoner that a recipe starts from, reproducible from its seed.
 
     Raises:
-        ConfigError: an objective does not suit the loop of the checkpoint in ``base.from``.
-        CheckpointError: what ``base.from`` names cannot be loaded.
+        ConfigError: an objective does not work with the loop of the checkpoint in ``base.from``.
+        CheckpointError: the model in ``base.from`` cannot be loaded.
     """
     torch.manual_seed(config.seed)
     source = config.base.source
-    made = _from_scratch(config) if source is None else _from(config, source)
-    config.check(made.config.loop)
-    choose_weights(made, config.train)
-    return made
+    reasoner = _from_scratch(config) if source is None else _from_source(config, source)
+    config.check(reasoner.config.loop)
+    set_trainable(reasoner, config.train)
+    return reasoner
 
 
-def choose_weights(reasoner: LatentReasoner, train: str) -> None:
-    """Freeze what is not trained: ``full`` trains all, ``adapters`` the loop's own weights, and so on."""
+def set_trainable(reasoner: LatentReasoner, train: str) -> None:
+    """Freeze the parameters that ``train`` (a value of :attr:`TrainConfig.train`) leaves out."""
     reasoner.requires_grad_(True)
     if train == "full":
         return
@@ -52,31 +52,31 @@ def choose_weights(reasoner: LatentReasoner, train: str) -> None:
         head.requires_grad_(True)
 
 
-def teacher_of(config: TrainConfig, student: LatentReasoner) -> LatentReasoner | None:
-    """The frozen larger reasoner of the objectives ``teacher_*``, where there is one.
+def load_teacher(config: TrainConfig, student: LatentReasoner) -> LatentReasoner | None:
+    """Load the frozen teacher of the objectives ``teacher_*``; ``None`` if the recipe has none.
 
     Raises:
-        ConfigError: its tokens are not the student's.
+        ConfigError: teacher and student have different vocabularies.
     """
     if config.teacher is None:
         return None
     teacher = LatentReasoner.from_pretrained(config.teacher).requires_grad_(False)
     if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
-        raise ConfigError(f"teacher: {config.teacher} has other tokens than the model that is trained")
+        raise ConfigError(f"teacher: {config.teacher} and the model that is trained have different vocabularies")
     return teacher
 
 
-def _from(config: TrainConfig, source: str) -> LatentReasoner:
+def _from_source(config: TrainConfig, source: str) -> LatentReasoner:
     found = None if source.endswith(".gguf") else find_file(source, CONFIG)
     if found is None:
         base, tokenizer = load_model_and_tokenizer(source)
-        return LatentReasoner(base, _padded(tokenizer), _settings(config.loop, config.text))
+        return LatentReasoner(base, _with_padding(tokenizer), _settings(config.loop, config.text))
     loaded = LatentReasoner.from_pretrained(source)
     if config.loop is None:
         if config.text is not None:
             loaded.config = loaded.config.replace(text=config.text.model_dump(mode="json"))
         return loaded
-    # Its base without its loop.
+    # Only its base: the recipe defines a new loop.
     inside = found.parent / loaded.config.base
     base, _ = load_model_and_tokenizer(
         str(inside) if inside.is_dir() else loaded.config.base, tokenizer_from=str(found.parent)
@@ -88,11 +88,11 @@ def _settings(loop: LoopConfig | None, text: TextConfig | None) -> SLRConfig:
     return SLRConfig(loop=loop or LoopConfig(), text=text or TextConfig())
 
 
-def _padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token is None:
-        raise ConfigError("base.from: the tokenizer has no end token, so that no answer could end")
+        raise ConfigError("base.from: the tokenizer has no end-of-text token: answers could not end")
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, whatever it is
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
     return tokenizer
 
 
@@ -117,10 +117,10 @@ def _tokenizer(config: TrainConfig) -> Any:
         text = config.text or TextConfig()
         texts += [text.prompt_prefix, text.prompt_suffix, text.answer_prefix]
         for source in {data.model_dump_json(): data for stage in config.schedule for data in stage.data}.values():
-            texts += _sample(source_of(source, config.seed), config.seed)
+            texts += _sample(open_source(source, config.seed), config.seed)
         return word_tokenizer(texts)
     try:
-        return _padded(AutoTokenizer.from_pretrained(kind, trust_remote_code=False))
+        return _with_padding(AutoTokenizer.from_pretrained(kind, trust_remote_code=False))
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[:1]
         raise CheckpointError(f"base.tokenizer: {kind} cannot be loaded ({''.join(first)})") from error

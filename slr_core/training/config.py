@@ -1,4 +1,4 @@
-"""What ``slr train`` reads: one YAML file, validated."""
+"""The recipe of ``slr train``: one YAML file, validated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slr_core.training.stages import CurriculumConfig, RecipeModel, StageConfig
 
 
 class BaseConfig(RecipeModel):
-    """The base model: a Llama-shaped one from random weights, or one that exists already."""
+    """The base model: an existing one, or a Llama model from random weights."""
 
     source: str | None = Field(
         None,
@@ -24,8 +24,8 @@ class BaseConfig(RecipeModel):
     )
     tokenizer: str = Field(
         "prosqa",
-        description="of a model from random weights: prosqa, prontoqa (few tokens per fact), words (one token a word, "
-        "of the training data's own), or a folder or hub id",
+        description="for a model from random weights: prosqa, prontoqa (few tokens per fact), words (one token per "
+        "word of the training data), or a folder or hub id",
     )
     hidden_size: int = Field(128, ge=8)
     intermediate_size: int = Field(384, ge=8)
@@ -34,77 +34,97 @@ class BaseConfig(RecipeModel):
     max_position_embeddings: int = Field(256, ge=16)
 
     @model_validator(mode="after")
-    def _one_or_the_other(self) -> Self:
+    def _check_sizes(self) -> Self:
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError("hidden_size must be a multiple of 2 * num_attention_heads")
         if self.source is not None and (extra := sorted(self.model_fields_set - {"source"})):
-            raise ValueError(f"`from` brings its own tokenizer and sizes: leave out {', '.join(extra)}")
+            raise ValueError(f"base.from sets tokenizer and sizes: remove {', '.join(extra)}")
         return self
 
 
 class OptimizerConfig(RecipeModel):
-    """AdamW with a warm-up and a cosine down to a floor."""
+    """AdamW with linear warm-up and cosine decay."""
 
     learning_rate: float = Field(2e-3, gt=0, lt=1)
-    final_share: float = Field(0.05, ge=0, le=1, description="of the learning rate, at the last step; 1: constant")
+    final_share: float = Field(
+        0.05, ge=0, le=1, description="learning rate at the last step, as a share of the peak; 1: constant"
+    )
     warmup_steps: int = Field(200, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     adam_beta2: float = Field(0.95, gt=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
-    batch_size: int = Field(128, ge=1, description="questions per optimizer step, of all devices together")
-    accumulate: int = Field(1, ge=1, description="passes that a device cuts its part of a batch into, to save memory")
+    batch_size: int = Field(128, ge=1, description="questions per optimizer step, over all devices")
+    accumulate: int = Field(
+        1, ge=1, description="gradient accumulation: forward passes per optimizer step on each device"
+    )
 
 
 class ObjectiveWeights(RecipeModel):
     """Weights of the loss terms; a term of weight 0 is not computed. See :mod:`slr_core.training.objectives`."""
 
-    answer: float = Field(1.0, ge=0, description="cross-entropy of what is written after the loop")
-    start: float = Field(0.0, ge=0, description="h_0 against the first token of the answer: the un-looped model")
-    frontier: float = Field(0.0, ge=0, description="state t against the breadth-first frontier at distance t")
-    chains: float = Field(0.0, ge=0, description="the frontier objective from other nodes of the same graph")
-    steps: float = Field(0.0, ge=0, description="states against the tokens of their step, through the LM head (LOTUS)")
-    thoughts: float = Field(0.0, ge=0, description="states against their step, through the latent decoder (SIM-CoT)")
-    cot: float = Field(0.0, ge=0, description="cross-entropy of chain and answer in words, by the un-looped model")
-    cot_states: float = Field(0.0, ge=0, description="states against those of the chain in words at the ends of steps")
-    codi: float = Field(0.0, ge=0, description="all layers before the answer against those after the chain in words")
-    teacher_states: float = Field(0.0, ge=0, description="projected states against those of a larger latent reasoner")
-    teacher_logits: float = Field(0.0, ge=0, description="what is written against a larger latent reasoner's head")
-    text: float = Field(0.0, ge=0, description="cross-entropy of the prompt's own tokens: pre-training on plain text")
-    fixed_point: float = Field(0.0, ge=0, description="once the work is done another iteration changes nothing")
-    contraction: float = Field(0.0, ge=0, description="no step is longer than a share of the one before it")
-    shortcut: float = Field(0.0, ge=0, description="a shorter loop's state and answer against the full loop's")
-    halting: float = Field(0.0, ge=0, description="the halting head against what more iterations would still gain")
+    answer: float = Field(1.0, ge=0, description="cross-entropy of the tokens written after the loop")
+    start: float = Field(0.0, ge=0, description="cross-entropy of the answer's first token at h_0: the un-looped model")
+    frontier: float = Field(
+        0.0, ge=0, description="KL from the breadth-first frontier at distance t to the head at h_t"
+    )
+    chains: float = Field(0.0, ge=0, description="the objective `frontier` from other start nodes of the same graph")
+    steps: float = Field(
+        0.0, ge=0, description="cross-entropy of a step's tokens at its states, by the LM head (LOTUS)"
+    )
+    thoughts: float = Field(0.0, ge=0, description="cross-entropy of a step's tokens by the latent decoder (SIM-CoT)")
+    cot: float = Field(0.0, ge=0, description="cross-entropy of chain of thought and answer, by the un-looped model")
+    cot_states: float = Field(
+        0.0, ge=0, description="distance of states to those of the chain of thought at the ends of steps"
+    )
+    codi: float = Field(
+        0.0, ge=0, description="distance of all layers before the answer to those after the chain of thought"
+    )
+    teacher_states: float = Field(0.0, ge=0, description="distance of projected states to those of the teacher")
+    teacher_logits: float = Field(
+        0.0, ge=0, description="KL from the teacher's next-token distributions after the loop"
+    )
+    text: float = Field(0.0, ge=0, description="cross-entropy of the prompt's tokens: pre-training on plain text")
+    fixed_point: float = Field(
+        0.0, ge=0, description="relative change of states in iterations after the last needed one"
+    )
+    contraction: float = Field(0.0, ge=0, description="penalty on steps longer than a share of the step before")
+    shortcut: float = Field(0.0, ge=0, description="distance of a shorter loop's state and answer to the full loop's")
+    halting: float = Field(
+        0.0, ge=0, description="cross-entropy of the halting head: does another iteration lower the loss?"
+    )
 
     @model_validator(mode="after")
-    def _something_to_learn(self) -> Self:
+    def _has_an_objective(self) -> Self:
         if not any(self.model_dump().values()):
             raise ValueError("at least one weight must be above 0")
         return self
 
 
 class TrainingGuardConfig(RecipeModel):
-    """When a run counts as diverged; it stops, and its last good checkpoint stays. A non-finite loss always does."""
+    """When a run counts as diverged and stops. A non-finite loss or gradient always counts."""
 
-    loss_factor: float = Field(10.0, gt=1, description="times the highest loss of the first 20 steps")
-    gradient_factor: float = Field(1000.0, gt=1, description="times the highest gradient norm of the first 20 steps")
-    patience: int = Field(5, ge=1, description="steps in a row above either")
+    loss_factor: float = Field(10.0, gt=1, description="limit, as a multiple of the highest loss of the first 20 steps")
+    gradient_factor: float = Field(
+        1000.0, gt=1, description="limit, as a multiple of the highest gradient norm of the first 20 steps"
+    )
+    patience: int = Field(5, ge=1, description="consecutive steps above a limit before the run stops")
 
 
 class TrainConfig(RecipeModel):
-    """A whole recipe."""
+    """A recipe."""
 
     output_dir: str
     seed: int = 0
     base: BaseConfig = BaseConfig()
     loop: LoopConfig | None = Field(
         None,
-        description="a new loop around the base; None: that of the latent reasoner in base.from, else the defaults",
+        description="a new loop around the base; None: the loop of the latent reasoner in base.from, else the defaults",
     )
-    text: TextConfig | None = Field(None, description="None: as for loop")
+    text: TextConfig | None = Field(None, description="prompt and answer texts; None: as for loop")
     train: Literal["full", "adapters", "adapters_and_embeddings"] = Field(
-        "full", description="adapters: the loop's own weights alone, the base stays as it is to the last bit"
+        "full", description="parameters to train; adapters: the loop's weights only, the base stays unchanged"
     )
-    teacher: str | None = Field(None, description="a latent reasoner's checkpoint, for the objectives teacher_*")
+    teacher: str | None = Field(None, description="checkpoint of a latent reasoner, for the objectives teacher_*")
     optimizer: OptimizerConfig = OptimizerConfig()
     objectives: ObjectiveWeights = ObjectiveWeights()
     guard: TrainingGuardConfig = TrainingGuardConfig()
@@ -112,22 +132,27 @@ class TrainConfig(RecipeModel):
         1, ge=1, description="c: iterations (workspace block: positions) per step of a chain"
     )
     chains: int = Field(6, ge=0, description="other start nodes per graph for the objective `chains`")
-    chain_length: int = Field(4, ge=1, description="their iterations, at most those of the stage")
+    chain_length: int = Field(4, ge=1, description="iterations of these chains, at most those of the stage")
     chain_spread: int = Field(
-        0, ge=0, description="chains begin after 0 ... so many iterations: every adapter learns the same step"
+        0,
+        ge=0,
+        description="the first iteration of chains is drawn from 1 ... chain_spread + 1, so that every adapter learns "
+        "the same step",
     )
-    contraction: float = Field(0.9, gt=0, le=1, description="the share that the objective `contraction` allows")
+    contraction: float = Field(
+        0.9, gt=0, le=1, description="share of the previous step's length that the objective `contraction` allows"
+    )
     max_iterations: int | None = Field(
-        None, ge=0, description="caps every stage's iterations; 0 trains the control without the loop"
+        None, ge=0, description="limit on every stage's iterations; 0 trains the control without a loop"
     )
     chain_of_thought: bool = Field(
-        False, description="trains the method `cot`: the steps in words before the answer, in place of a loop"
+        False, description="train the method `cot`: write the steps before the answer instead of looping"
     )
     save_steps: int = Field(500, ge=1)
     log_steps: int = Field(50, ge=1)
     bf16: bool = Field(False, description="automatic mixed precision in bfloat16")
-    threads: int | None = Field(None, ge=1, description="torch threads; None: torch's own choice")
-    stages: tuple[StageConfig, ...] = Field((), description="in order; or a curriculum, which is written out as stages")
+    threads: int | None = Field(None, ge=1, description="torch threads; None: the default of torch")
+    stages: tuple[StageConfig, ...] = Field((), description="the stages, in order; or give a curriculum")
     curriculum: CurriculumConfig | None = None
 
     @model_validator(mode="after")
@@ -137,32 +162,34 @@ class TrainConfig(RecipeModel):
         return self
 
     @model_validator(mode="after")
-    def _objectives_suit_the_data(self) -> Self:
+    def _check_objectives(self) -> Self:
         terms, loops = self.objectives, self.max_iterations != 0
         if self.chain_of_thought and loops:
-            raise ValueError("max_iterations must be 0 with chain_of_thought: it thinks in words or in a loop")
+            raise ValueError(
+                "max_iterations must be 0 with chain_of_thought: a model writes its steps or loops, not both"
+            )
         if self.teacher is None and (terms.teacher_states or terms.teacher_logits):
             raise ValueError("objectives.teacher_states and teacher_logits need a teacher")
         sources = [source for stage in self.schedule for source in stage.data]
         if not all(source.graphs for source in sources) and (terms.frontier or (terms.chains and self.chains)):
-            raise ValueError("objectives.frontier and chains need graphs: data of the task prosqa alone")
+            raise ValueError("objectives.frontier and chains need graphs: use only data of the task prosqa")
         if self.loop is not None or self.base.source is None:
             self.check(self.loop or LoopConfig())
         return self
 
     def check(self, loop: LoopConfig) -> None:
-        """Refuse objectives that this loop could not follow.
+        """Check that the objectives work with this loop.
 
         Raises:
-            ConfigError: an objective needs another loop; it is named.
+            ConfigError: an objective needs another loop; the message names it.
         """
         terms, loops = self.objectives, self.max_iterations != 0
-        blind = loop.workspace != "append" or loop.timestep.noise_level or loop.projection.kind == "pause"
+        no_chains = loop.workspace != "append" or loop.timestep.noise_level or loop.projection.kind == "pause"
         prompt = loop.workspace == "prompt"
         aligned = [name for name in ("steps", "cot_states") if getattr(terms, name)]
-        for refused, what in (
+        for is_wrong, message in (
             (
-                terms.chains and self.chains and loops and blind,
+                terms.chains and self.chains and loops and no_chains,
                 "objectives.chains must be 0 unless loop.workspace is `append`, loop.timestep.noise_level false and "
                 "loop.projection.kind not `pause`",
             ),
@@ -176,18 +203,21 @@ class TrainConfig(RecipeModel):
             ),
             (
                 prompt and aligned,
-                f"objectives.{aligned[0] if aligned else ''} must be 0 in the workspace `prompt`: no position of it "
-                "stands for a step",
+                f"objectives.{aligned[0] if aligned else ''} must be 0 in the workspace `prompt`: its positions do "
+                "not stand for steps",
             ),
-            (terms.text and not prompt, "objectives.text needs the workspace `prompt`: the others loop after the text"),
+            (
+                terms.text and not prompt,
+                "objectives.text needs the workspace `prompt`: other workspaces loop after the text",
+            ),
             (terms.halting and not loop.halting_head, "objectives.halting needs loop.halting_head"),
             (
                 terms.thoughts and loop.decoder.latent_decoder is None,
                 "objectives.thoughts needs loop.decoder.latent_decoder",
             ),
         ):
-            if refused:
-                raise ConfigError(what)
+            if is_wrong:
+                raise ConfigError(message)
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: tuple[str, ...] = ()) -> Self:
@@ -196,7 +226,7 @@ class TrainConfig(RecipeModel):
         In a name, a number is the index of a list: ``stages.0.steps=20``.
 
         Raises:
-            ConfigError: the file is not YAML, or a field is unknown or out of range.
+            ConfigError: the file cannot be read as YAML, or a field is unknown or out of range.
             DataError: a file of questions without a task cannot be read.
         """
         try:
@@ -214,7 +244,7 @@ class TrainConfig(RecipeModel):
 
     @property
     def schedule(self) -> tuple[StageConfig, ...]:
-        """The stages, whichever way they were given."""
+        """The stages: those given, or those of the curriculum."""
         return self.stages if self.curriculum is None else self.curriculum.expand(self.thoughts_per_step)
 
     @property
@@ -224,13 +254,13 @@ class TrainConfig(RecipeModel):
 
     @property
     def writes_steps(self) -> bool:
-        """Whether any step is put into words: those are followed by the mark ``#``."""
+        """Whether any target text contains steps, which are followed by the separator ``#``."""
         terms = self.objectives
-        in_words = self.chain_of_thought or bool(terms.cot or terms.cot_states or terms.codi)
-        return in_words or any(stage.replaced != "all" for stage in self.schedule)
+        cot = self.chain_of_thought or bool(terms.cot or terms.cot_states or terms.codi)
+        return cot or any(stage.replaced != "all" for stage in self.schedule)
 
     def iterations(self, stage: StageConfig, rng: random.Random) -> int:
-        """Loop length of a batch under the cap."""
+        """Draw the loop length of a batch, at most ``max_iterations``."""
         drawn = stage.iterations if isinstance(stage.iterations, int) else stage.iterations.draw(rng)
         return drawn if self.max_iterations is None else min(drawn, self.max_iterations)
 

@@ -1,4 +1,4 @@
-"""What ProsQA's graphs add to supervision: the names of nodes as tokens, and chains from other start nodes."""
+"""Supervision from ProsQA's graphs: the token of a node, and chains from other start nodes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Chain = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
 
 class NodeTokens:
-    """The token that a state shows when it has reached a node.
+    """The token of each node of a graph.
 
     Args:
-        tokenizer: must have one token per mention of a node, as :func:`slr_core.training.tokenizer.prosqa_tokenizer`.
+        tokenizer: must have one token per mention of a node, like :func:`slr_core.training.tokenizer.prosqa_tokenizer`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._known: dict[str, int] = {}
+        self._cache: dict[str, int] = {}
 
     def __call__(self, symbol: str) -> int:
         """The token of ``symbol``: its object form, or a person's name.
@@ -31,20 +31,22 @@ class NodeTokens:
         Raises:
             DataError: the tokenizer needs more than one token for it.
         """
-        if symbol not in self._known:
+        if symbol not in self._cache:
             ids = self.tokenizer(symbol if symbol[0].isupper() else f"Every {symbol} is a {symbol}.").input_ids
             if len(ids) != (1 if symbol[0].isupper() else 2):
-                raise DataError(f"the frontier objective needs one token per mention of a node, not so for {symbol!r}")
-            self._known[symbol] = ids[-1]
-        return self._known[symbol]
+                raise DataError(
+                    f"objectives.frontier needs a tokenizer with one token per mention of a node; {symbol!r} has more"
+                )
+            self._cache[symbol] = ids[-1]
+        return self._cache[symbol]
 
     def all(self, symbols: tuple[str, ...] | list[str]) -> list[int]:
-        """Those of several."""
+        """The tokens of several symbols."""
         return [self(symbol) for symbol in symbols]
 
 
 def draw_chains(example: Example, count: int, length: int, rng: random.Random) -> tuple[Chain, ...]:
-    """Start sets of one or two nodes, each with its breadth-first frontiers, at most ``length`` of them."""
+    """Draw ``count`` start sets of one or two nodes, each with at most ``length`` breadth-first frontiers."""
     if length == 0:
         return ()
     graph, symbols = graph_of(example), example.extra["idx_to_symbol"]

@@ -1,4 +1,4 @@
-"""The stages of a recipe: what data, how long the loop, and how much of the chain of thought is left in words."""
+"""The stages of a recipe: data, loop length, and the part of the chain of thought that is still written."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from slr_core.tasks.base import OptionValue
 
 
 class RecipeModel(BaseModel):
-    """A group of settings: unknown names and loose types are refused."""
+    """A group of recipe settings. Unknown names and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True)
 
 
 class DataConfig(RecipeModel):
-    """Questions of one task, generated unless a file or a split is named; or plain text."""
+    """Questions of one task, from a file, a split or the generator; or plain text."""
 
     task: str | None = Field(
-        None, description="name of the task, as for `--task`; a file that tells its task needs none (prosqa)"
+        None, description="task, as for `--task`; not needed for a file whose fields identify it (prosqa)"
     )
     file: str | None = Field(None, description="a .jsonl or .jsonl.gz file")
-    split: str | None = Field(None, description="a split of the public data set, by `datasets`")
+    split: str | None = Field(None, description="a split of the public data set, loaded by `datasets`")
     generator_options: dict[str, OptionValue] = Field(
-        {}, description="of the task's generator; an option left out has the task's default"
+        {}, description="options of the task's generator; others keep their defaults"
     )
     text: str | None = Field(None, description="a UTF-8 text file for pre-training, in place of a task's questions")
-    characters: int = Field(512, ge=16, description="length of the pieces that `text` is cut into")
+    characters: int = Field(512, ge=16, description="length of the pieces drawn from `text`")
 
     @model_validator(mode="before")
     @classmethod
@@ -50,7 +50,7 @@ class DataConfig(RecipeModel):
         if sum(source is not None for source in (self.file, self.split, self.text)) > 1:
             raise ValueError("give one of file, split and text, or none to generate questions")
         if self.generator_options and not self.generated:
-            raise ValueError("generator_options are only for generated questions")
+            raise ValueError("generator_options apply to generated questions only")
         if self.text is None:
             task = tasks.resolve_task(self.task, None)
             if self.generated:
@@ -59,20 +59,20 @@ class DataConfig(RecipeModel):
 
     @property
     def generated(self) -> bool:
-        """Whether the task's generator makes the questions."""
+        """Whether the questions come from the task's generator."""
         return self.file is None and self.split is None and self.text is None
 
     @property
     def graphs(self) -> bool:
-        """Whether every question comes with its graph: what the objectives `frontier` and `chains` read."""
+        """Whether every question has a graph, which the objectives `frontier` and `chains` need."""
         return self.task == "prosqa" and self.text is None
 
 
 class SampledIterations(RecipeModel):
-    """A loop length drawn anew for every batch, log-normal Poisson as in Huginn (arXiv 2502.05171, section 3.3).
+    """A loop length drawn for every batch: log-normal Poisson, as in Huginn (arXiv 2502.05171, section 3.3).
 
-    ``1 + Poisson(exp(tau))`` with tau normal of standard deviation ``sigma`` and such a mean that the draw's
-    mean is ``mean``, then clipped to ``least`` ... ``most``.
+    ``1 + Poisson(exp(tau))``, clipped to ``least`` ... ``most``. ``tau`` is normal with standard deviation ``sigma``
+    and such a mean that the draw's mean before clipping is ``mean``.
     """
 
     mean: float = Field(gt=1, le=64)
@@ -81,15 +81,15 @@ class SampledIterations(RecipeModel):
     most: int = Field(64, ge=1, le=64)
 
     @model_validator(mode="after")
-    def _least_is_below_most(self) -> Self:
+    def _check_order(self) -> Self:
         if self.least > self.most:
             raise ValueError("least must be at most `most`")
         return self
 
     def draw(self, rng: random.Random) -> int:
-        """A loop length."""
+        """Draw a loop length."""
         rate = exp(rng.gauss(log(self.mean - 1) - self.sigma**2 / 2, self.sigma))
-        # Knuth's method: `random` has no Poisson draw, and no other generator resumes by its step.
+        # Knuth's method: the module `random` has no Poisson distribution.
         count, product = 0, rng.random()
         while count < self.most and product > exp(-rate):
             count, product = count + 1, product * rng.random()
@@ -97,69 +97,65 @@ class SampledIterations(RecipeModel):
 
 
 class StageConfig(RecipeModel):
-    """A stretch of training with one mix of data and one loop length."""
+    """Consecutive optimizer steps with the same data and loop length."""
 
     steps: int = Field(ge=1, description="optimizer steps")
-    data: tuple[DataConfig, ...] = Field(min_length=1, description="each batch draws one of these at random")
+    data: tuple[DataConfig, ...] = Field(min_length=1, description="sources; each batch takes one at random")
     iterations: Annotated[int, Field(ge=0, le=64)] | SampledIterations
-    backprop: int | None = Field(
-        None, ge=1, description="gradients reach the last so many iterations alone; None: all of them"
-    )
+    backprop: int | None = Field(None, ge=1, description="number of last iterations that get gradients; None: all")
     replaced: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
-        "all", description="leading steps of the chain of thought that the loop stands for; the others are written"
+        "all", description="number of leading steps that the loop replaces; the other steps are written"
     )
     removed_tokens: int | None = Field(
-        None, ge=0, description="leave out so many leading tokens of the chain instead of whole steps (iCoT)"
+        None, ge=0, description="number of leading tokens of the chain to leave out, instead of whole steps (iCoT)"
     )
     mix: float = Field(
-        0.0, ge=0, lt=1, description="share of questions put as in a random earlier stage (Coconut's uniform_prob)"
+        0.0, ge=0, lt=1, description="share of questions trained as in a random earlier stage (Coconut's uniform_prob)"
     )
     exit: Literal["late", "own", "last"] = Field(
         "late",
-        description="after which iteration the text is written. late: drawn between the end of the work and the last; "
-        "own: after thoughts_per_step times the question's own replaced steps; last: padded to the maximum",
+        description="iteration after which the text is written. late: drawn from those after the last needed one; "
+        "own: the last needed one, thoughts_per_step times the question's replaced steps; last: the last one",
     )
-    reset_optimizer: bool = Field(False, description="AdamW forgets its moments when the stage begins")
+    reset_optimizer: bool = Field(False, description="clear the moments of AdamW when the stage begins")
 
     @property
     def longest(self) -> int:
-        """The most iterations that a batch can have."""
+        """Largest number of iterations of a batch."""
         return self.iterations if isinstance(self.iterations, int) else self.iterations.most
 
 
 class CurriculumConfig(RecipeModel):
-    """The multi-stage curriculum of Coconut (Hao et al., 2024, arXiv 2412.06769), written out as stages.
+    """The multi-stage curriculum of Coconut (Hao et al., 2024, arXiv 2412.06769).
 
-    Stage 0 writes the whole chain of thought; stage k lets the loop stand for its first k steps, with
-    ``thoughts_per_step`` iterations each; the last one leaves no words but the answer. With ``tokens_per_stage``
-    the chain gets shorter by so many tokens a stage instead (iCoT: Deng et al., 2024, arXiv 2405.14838).
+    Stage 0 writes the whole chain of thought. In stage k, ``thoughts_per_step`` iterations replace each of the first k
+    steps. The last stage writes only the answer. With ``tokens_per_stage``, each stage leaves out that many more
+    tokens of the chain instead of a step (iCoT: Deng et al., 2024, arXiv 2405.14838).
     """
 
     data: tuple[DataConfig, ...] = Field(min_length=1)
-    stages: int = Field(ge=1, le=64, description="K: stages after stage 0; the loop of the last has K steps' thoughts")
+    stages: int = Field(ge=1, le=64, description="K: stages after stage 0; stage K loops for K steps")
     first_steps: int = Field(ge=1, description="optimizer steps of stage 0")
     stage_steps: int = Field(ge=1, description="optimizer steps of stages 1 ... K")
-    last_steps: int = Field(ge=1, description="optimizer steps of the end: no words but the answer")
-    mix: float = Field(0.0, ge=0, lt=1, description="of every stage after the first, see StageConfig")
-    pad: bool = Field(True, description="short chains get the loop of the longest (exit `last`, else `own`)")
-    gradual: bool = Field(
-        True, description="with several thoughts per step, a stage begins by adding one thought at a time"
-    )
-    tokens_per_stage: int | None = Field(None, ge=1, description="tokens that leave per stage, in place of a step")
-    reset_optimizer: bool = Field(False, description="at every switch of stages")
+    last_steps: int = Field(ge=1, description="optimizer steps of the last stage, which writes only the answer")
+    mix: float = Field(0.0, ge=0, lt=1, description="`mix` of every stage after the first")
+    pad: bool = Field(True, description="all questions loop as long as the longest (exit `last`, else `own`)")
+    gradual: bool = Field(True, description="with several thoughts per step, add them one at a time")
+    tokens_per_stage: int | None = Field(None, ge=1, description="tokens left out per stage, instead of a step")
+    reset_optimizer: bool = Field(False, description="clear the moments of AdamW at every change of stage")
 
     def expand(self, thoughts_per_step: int) -> tuple[StageConfig, ...]:
-        """The stages."""
-        made = [self._stage(0, 0, self.first_steps)]
+        """The stages of the curriculum, in order."""
+        stages = [self._stage(0, 0, self.first_steps)]
         for k in range(1, self.stages + 1):
             added = range(1, thoughts_per_step + 1) if self.gradual else [thoughts_per_step]
             share, rest = divmod(self.stage_steps, len(added))
             for j in added:
                 steps = share + (rest if j == added[-1] else 0)
                 if steps:
-                    made.append(self._stage(k, (k - 1) * thoughts_per_step + j, steps, reset=j == added[0]))
-        made.append(self._stage("all", self.stages * thoughts_per_step, self.last_steps))
-        return tuple(made)
+                    stages.append(self._stage(k, (k - 1) * thoughts_per_step + j, steps, reset=j == added[0]))
+        stages.append(self._stage("all", self.stages * thoughts_per_step, self.last_steps))
+        return tuple(stages)
 
     def _stage(self, k: int | Literal["all"], iterations: int, steps: int, *, reset: bool = True) -> StageConfig:
         by_token = self.tokens_per_stage is not None and k != "all"

@@ -1,9 +1,9 @@
 """Tokenizers for models from random weights, with few tokens per fact.
 
-ProsQA: "Every wumpus is a rorpus." is two tokens, ``Every wumpus`` and `` is a rorpus.``; a graph of ten nodes is some
-twenty tokens instead of sixty. ProntoQA alike. Each token is a template around one word, tokens that share the word
-start from related embeddings (:func:`start_embeddings`), and every sentence can be written back exactly. For any
-other task whose words are few there is :func:`word_tokenizer`.
+ProsQA and ProntoQA: "Every wumpus is a rorpus." is two tokens, ``Every wumpus`` and `` is a rorpus.``; a graph of ten
+nodes is about twenty tokens instead of sixty. Each token is a template around one word. Tokens that share a word start
+from related embeddings (:func:`start_embeddings`). Decoding gives back every sentence exactly. For other tasks with a
+small vocabulary use :func:`word_tokenizer`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _PROPERTIES = tuple(word for family in prontoqa.PROPERTIES for word in family)
 
 
 def prosqa_tokenizer(*, chain_of_thought: bool = False) -> PreTrainedTokenizerFast:
-    """The one for ProsQA; what it does not know becomes ``<unk>``. Steps in words need one token more, ``#``."""
+    """The tokenizer for ProsQA; unknown words become ``<unk>``. Written steps need the extra token ``#``."""
     words = [t.format(name) for t in _NAME_TEMPLATES for name in NAMES]
     words += [t.format(concept) for t in _CONCEPT_TEMPLATES for concept in CONCEPTS]
-    return _sentences(words, r"Every \w+|Is \w+| is a \w+\.| a \w+| or \w+\?|\w+", mark=chain_of_thought)
+    return _sentence_tokenizer(words, r"Every \w+|Is \w+| is a \w+\.| a \w+| or \w+\?|\w+", mark=chain_of_thought)
 
 
 def prontoqa_tokenizer() -> PreTrainedTokenizerFast:
-    """The one for ProntoQA: who is spoken of is a token, and what is said of it."""
+    """The tokenizer for ProntoQA: one token for the subject of a sentence, one for its predicate."""
     words = [t.format(name) for t in ("{}", "True or false: {}") for name in prontoqa.NAMES]
     for concept in CONCEPTS:
         article = "an" if concept[0] in "aeiou" else "a"
@@ -42,35 +42,35 @@ def prontoqa_tokenizer() -> PreTrainedTokenizerFast:
         words += [f" is {article} {concept}.", f" are {concept}es."]
     words += [t.format(word) for t in _PROPERTY_TEMPLATES for word in _PROPERTIES]
     pieces = r"True or false: \w+|Each \w+|Every \w+| is an? \w+\.| (?:is|are)(?: not)? \w+\.|\w+"
-    return _sentences([*words, "True", "False"], pieces, mark=True)
+    return _sentence_tokenizer([*words, "True", "False"], pieces, mark=True)
 
 
-def _sentences(words: list[str], pieces: str, *, mark: bool) -> PreTrainedTokenizerFast:
+def _sentence_tokenizer(words: list[str], pieces: str, *, mark: bool) -> PreTrainedTokenizerFast:
     words = [*words, "#"] if mark else words
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*_SPECIAL, *words])}, unk_token="<unk>"))
-    # The blank between two sentences carries nothing: it is dropped here and put back when decoding.
+    # Spaces between sentences get no token; decoding puts them back.
     blanks = [normalizers.Replace(Regex(r"(?<=\.)\s+"), ""), normalizers.Replace(Regex(r"\s*#\s*"), "#")]
     tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), *blanks[: 1 + mark]])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces + ("|#" if mark else "")), "isolated")
     spaced = [decoders.Replace(Regex(r"\.(?=\w)"), ". "), decoders.Replace(Regex("#"), " # ")]
     tokenizer.decoder = decoders.Sequence([decoders.Fuse(), *spaced[: 1 + mark]])
-    return _wrapped(tokenizer)
+    return _wrap(tokenizer)
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token a word with the blank before it, one a mark: the words of ``texts``, whatever else is ``<unk>``.
+    """One token per word (with the space before it) or punctuation mark of ``texts``; others become ``<unk>``.
 
-    Known text can be written back exactly.
+    Decoding gives back text of known words exactly.
     """
     split = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), "isolated")
     words = sorted({piece for text in texts for piece, _ in split.pre_tokenize_str(text)})
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*_SPECIAL, *words])}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.Fuse()
-    return _wrapped(tokenizer)
+    return _wrap(tokenizer)
 
 
-def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -81,10 +81,10 @@ def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def start_embeddings(tokenizer: PreTrainedTokenizerFast, hidden_size: int, generator: torch.Generator) -> Tensor:
-    """An embedding table ``[V, d]`` in which a token starts as its word's vector plus its template's.
+    """An embedding table ``[V, d]``: the vector of a token is that of its word plus that of its template.
 
-    ``Every wumpus`` and `` is a wumpus.`` mean the same node; without this start the model must first
-    learn so for every concept from data.
+    ``Every wumpus`` and `` is a wumpus.`` mean the same node. With independent vectors the model would first have to
+    learn this for every concept.
     """
     vocabulary = tokenizer.get_vocab()
     words = "|".join((*NAMES, *CONCEPTS, *_PROPERTIES))

@@ -1,4 +1,4 @@
-"""``slr train``: the recipe in a YAML file, run by ``transformers.Trainer``."""
+"""``slr train``: run a recipe with ``transformers.Trainer``."""
 
 from __future__ import annotations
 
@@ -25,42 +25,46 @@ from slr_core.checkpoint.read import load_weights
 from slr_core.errors import ConfigError, TrainingError
 from slr_core.model.base_support import hidden_size
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.training.build import build, teacher_of
+from slr_core.training.build import build, load_teacher
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import Collator, Share, StageStream
+from slr_core.training.guard import TrainingGuard
 from slr_core.training.objectives import Mean, Rollout, losses
-from slr_core.training.watch import Watch
 
 MANIFEST = "training.json"
 BRIDGE = "bridge.safetensors"
 
 
-class Objective(nn.Module):
-    """The reasoner as the Trainer sees it: a module that maps a batch to loss terms.
+class LossModule(nn.Module):
+    """The module that the Trainer trains: it maps a batch to loss terms.
 
     Args:
-        reasoner: what is trained.
+        reasoner: the model to train.
         config: the recipe.
-        teacher: frozen; for the objectives ``teacher_*``.
+        teacher: a frozen model, for the objectives ``teacher_*``.
     """
 
     def __init__(self, reasoner: LatentReasoner, config: TrainConfig, teacher: LatentReasoner | None = None) -> None:
         super().__init__()
-        self.reasoner, self.recipe, self.teacher = reasoner, config, teacher  # `config` would be the Trainer's to set
+        self.reasoner, self.recipe, self.teacher = (
+            reasoner,
+            config,
+            teacher,
+        )  # not `config`: the Trainer reads that name
         self.bridge: nn.Module | None = None
         if teacher is not None and config.objectives.teacher_states:
             self.bridge = nn.Linear(hidden_size(reasoner.base), hidden_size(teacher.base), bias=False)
 
     def forward(self, batch: dict[str, Any]) -> tuple[dict[str, Mean], dict[str, Tensor]]:
-        """Unweighted loss terms, and figures for the log."""
-        run = Rollout(self.reasoner, batch, self.recipe, self.teacher, self.bridge)
-        return losses(run), _figures(run)
+        """Unweighted loss terms, and other values to log."""
+        rollout = Rollout(self.reasoner, batch, self.recipe, self.teacher, self.bridge)
+        return losses(rollout), _log_values(rollout)
 
 
-def _figures(run: Rollout) -> dict[str, Tensor]:
-    if run.iterations < 2:
+def _log_values(rollout: Rollout) -> dict[str, Tensor]:
+    if rollout.iterations < 2:
         return {}
-    last, before = run.states[:, -1].detach().float(), run.states[:, -2].detach().float()
+    last, before = rollout.states[:, -1].detach().float(), rollout.states[:, -2].detach().float()
     return {
         "state_norm": last.norm(dim=-1).mean(),
         "last_relative_change": ((last - before).norm(dim=-1) / before.norm(dim=-1)).mean(),
@@ -68,21 +72,21 @@ def _figures(run: Rollout) -> dict[str, Tensor]:
 
 
 class LoopTrainer(Trainer):
-    """A ``Trainer`` whose loss is the weighted sum of the loop's objectives, each of them logged.
+    """A ``Trainer`` whose loss is the weighted sum of the objectives. It logs each term.
 
-    Its checkpoints are checkpoint folders: any of them can be served.
+    Every checkpoint that it saves can be served.
     """
 
     def __init__(self, config: TrainConfig, first_step: int = 0, **options: Any) -> None:
         super().__init__(**options)
         self.recipe, self.first_step = config, first_step
-        self.watch = Watch(config.guard)
+        self.guard = TrainingGuard(config.guard)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._gradient_norms: list[float] = []
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The recipe's batches, this process's own part of each."""
+        """This process's part of each batch."""
         share = Share(self.args.process_index, self.args.world_size, self.recipe.optimizer.accumulate)
         return DataLoader(
             StageStream(self.recipe, self.first_step, share),
@@ -102,60 +106,60 @@ class LoopTrainer(Trainer):
         """The weighted sum of the terms, as if one process had the whole batch.
 
         Raises:
-            TrainingError: the loss is not finite, or has exploded.
+            TrainingError: the run diverged.
         """
-        terms, figures = model(inputs)
+        terms, log_values = model(inputs)
         weights, processes = self.recipe.objectives, self.args.world_size
-        # Every process divides by what all have; averaging their gradients then gives the whole batch's.
+        # Each process divides by the total count: the average of the gradients is then that of the whole batch.
         counts = self.accelerator.reduce(torch.stack([term.divisor for term in terms.values()]).float(), "sum")
-        # Without a loop, h_0 alone writes the answer's first token: `start` carries the full weight of `answer`.
+        # Without a loop the answer's first token is read at h_0: `start` gets the weight of `answer`.
         scale = {"start": weights.answer} if inputs["plan"].iterations == 0 else {}
         loss = torch.zeros((), device=counts.device)
         for (name, term), count in zip(terms.items(), counts, strict=True):
             value = term.total * processes / count.clamp_min(1)
-            self._note(name, value)
+            self._add_to_log(name, value)
             loss = loss + scale.get(name, getattr(weights, name)) * value
-        for name, value in figures.items():
-            self._note(name, value)
-        whole = self.accelerator.reduce(loss.detach(), "mean")
-        self.watch.loss(float(whole), self.state.global_step)
+        for name, value in log_values.items():
+            self._add_to_log(name, value)
+        mean = self.accelerator.reduce(loss.detach(), "mean")
+        self.guard.check_loss(float(mean), self.state.global_step)
         return loss
 
-    def _note(self, name: str, value: Tensor) -> None:
+    def _add_to_log(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
         self._counts[name] = self._counts.get(name, 0) + 1
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float:
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))  # type: ignore[no-untyped-call]
-        self.watch.gradient(norm, self.state.global_step)
+        self.guard.check_gradient(norm, self.state.global_step)
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Never replace good weights by broken ones, also between two looks at the loss.
-        if self.watch.calm and all(bool(p.isfinite().all()) for p in self._reasoner().parameters()):
+        # Never replace good weights with bad ones.
+        if self.guard.is_stable and all(bool(p.isfinite().all()) for p in self._reasoner().parameters()):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         self._reasoner().save_pretrained(str(folder))
-        if (bridge := self._objective().bridge) is not None:
+        if (bridge := self._loss_module().bridge) is not None:
             save_file(bridge.state_dict(), folder / BRIDGE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self._reasoner(), resume_from_checkpoint)
-        if (bridge := self._objective().bridge) is not None:
+        if (bridge := self._loss_module().bridge) is not None:
             bridge.load_state_dict(load_file(Path(resume_from_checkpoint) / BRIDGE))
 
-    def _objective(self) -> Objective:
+    def _loss_module(self) -> LossModule:
         objective = self.accelerator.unwrap_model(self.model)
-        assert isinstance(objective, Objective)
+        assert isinstance(objective, LossModule)
         return objective
 
     def _reasoner(self) -> LatentReasoner:
-        return self._objective().reasoner
+        return self._loss_module().reasoner
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of each term and figure since the last log."""
+        """Add the mean of each term and value since the last log."""
         if "loss" in logs and self._sums:
             means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
             shared = self.accelerator.reduce(means, "mean").tolist()
@@ -164,14 +168,14 @@ class LoopTrainer(Trainer):
         super().log(logs, start_time)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """Linear warm-up, then a cosine down to ``final_share`` of the learning rate."""
+        """Linear warm-up, then cosine decay to ``final_share`` of the learning rate."""
         if self.lr_scheduler is None:
             recipe = self.recipe.optimizer
 
             def factor(step: int) -> float:
-                warm = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
-                fall = 0.5 * (1 + cos(pi * min(1.0, step / num_training_steps)))
-                return warm * (recipe.final_share + (1 - recipe.final_share) * fall)
+                warm_up = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+                decay = 0.5 * (1 + cos(pi * min(1.0, step / num_training_steps)))
+                return warm_up * (recipe.final_share + (1 - recipe.final_share) * decay)
 
             optimizer = optimizer or self.optimizer
             assert optimizer is not None
@@ -180,7 +184,7 @@ class LoopTrainer(Trainer):
 
 
 class _ResetOptimizer(TrainerCallback):
-    """Makes AdamW forget its moments where a stage asks for it, as Coconut's code does at a switch of stages."""
+    """Clears the moments of AdamW at the start of stages with ``reset_optimizer``, as in Coconut's code."""
 
     def __init__(self, config: TrainConfig) -> None:
         starts, step = set(), 0
@@ -190,19 +194,19 @@ class _ResetOptimizer(TrainerCallback):
             step += stage.steps
         self.starts = starts
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.starts:
-            about["optimizer"].state.clear()
+            kwargs["optimizer"].state.clear()
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
-    """Train a recipe and write the checkpoint folder ``output_dir``; the path is returned.
+    """Train a recipe, write the checkpoint to the folder ``output_dir`` and return its path.
 
-    The Trainer's own checkpoints (optimizer, scheduler, step) lie below ``output_dir/steps``, from where
-    ``resume`` goes on: from the last complete one, or from the beginning where the run had not got to any.
+    The Trainer's checkpoints, with optimizer, scheduler and step, are in ``output_dir/steps``. With ``resume``,
+    training continues from the last complete one, or starts again if there is none.
 
     Raises:
-        ConfigError: there is nothing to resume, or the batch cannot be shared among the processes.
+        ConfigError: there is nothing to resume, or the batch cannot be divided among the processes.
         TrainingError: the run diverged.
     """
     if config.threads:
@@ -226,27 +230,27 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         save_total_limit=2,
         seed=config.seed,
         bf16=config.bf16,
-        use_cpu=not torch.accelerator.is_available(),  # or bf16 would be refused there
-        ddp_find_unused_parameters=True,  # a batch need not reach every iteration's adapter
+        use_cpu=not torch.accelerator.is_available(),  # otherwise the Trainer refuses bf16 on a CPU
+        ddp_find_unused_parameters=True,  # a batch may not use every iteration's adapter
         remove_unused_columns=False,
         report_to=["tensorboard"] if is_tensorboard_available() else [],  # type: ignore[no-untyped-call]
         logging_nan_inf_filter=False,
-        ignore_data_skip=True,  # the stream itself starts where a resumed run goes on
+        ignore_data_skip=True,  # StageStream starts at first_step
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # a process has one device: more are for torchrun or accelerate to launch
+        arguments._n_gpu = 1  # one device per process: torchrun or accelerate start several
     parts = arguments.world_size * optimizer.accumulate
     if optimizer.batch_size % parts:
         raise ConfigError(f"optimizer.batch_size must be a multiple of {parts}, processes times optimizer.accumulate")
     last = _last_complete(steps)
     if last is not None and not resume:
-        raise ConfigError(f"{output} holds a run already: --resume goes on with it, or choose another output_dir")
+        raise ConfigError(f"{output} already holds a run: continue it with --resume, or choose another output_dir")
     first_step = 0 if last is None else TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).global_step
     reasoner = build(config)
     trainer = LoopTrainer(
         config,
         first_step,
-        model=Objective(reasoner, config, teacher_of(config, reasoner)),
+        model=LossModule(reasoner, config, load_teacher(config, reasoner)),
         args=arguments,
         train_dataset=StageStream(config, first_step),
         data_collator=Collator(reasoner.tokenizer, config, reasoner.config.text),
@@ -261,12 +265,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         manifest = json.dumps(_manifest(config, trainer), indent=2) + "\n"
         partial = output / f"{MANIFEST}.partial"
         partial.write_text(manifest, encoding="utf-8")
-        os.replace(partial, output / MANIFEST)  # whoever finds it finds a whole one, and whole weights beside it
+        os.replace(partial, output / MANIFEST)  # the manifest appears whole, after the weights
     return output
 
 
 def _last_complete(steps: Path) -> Path | None:
-    """The newest checkpoint that was saved to the end: the Trainer writes its state last."""
+    """The newest completely saved checkpoint: the Trainer writes its state last."""
     found = sorted(steps.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
     for folder in found:
         try:
@@ -282,12 +286,12 @@ def _manifest(config: TrainConfig, trainer: LoopTrainer) -> dict[str, Any]:
     logged = [entry for entry in history if "loss" in entry]
     stream = trainer.train_dataset
     assert isinstance(stream, StageStream)
-    sources = {source.about: source.sha256 for stage in stream.sources for source in stage}
+    sources = {source.description: source.sha256 for stage in stream.sources for source in stage}
     return {
         "recipe": config.model_dump(mode="json", by_alias=True, exclude={"output_dir"}),
         "questions": config.total_steps * config.optimizer.batch_size,
         "steps": trainer.state.global_step,
-        "data": [{"source": about, "sha256": digest} for about, digest in sources.items()],
+        "data": [{"source": source, "sha256": digest} for source, digest in sources.items()],
         "last_log": logged[-1] if logged else {},
         "seconds_since_start_or_resume": round(history[-1].get("train_runtime", 0.0)) if history else 0,
         "versions": {

@@ -113,10 +113,10 @@ WRONG = {
     ),
     "options-of-a-file": (
         {"stages": [data(task="prosqa", file="a.jsonl", generator_options={"nodes": 8})]},
-        "generator_options are only for generated questions",
+        "generator_options apply to generated questions only",
     ),
     "not-generated": ({"stages": [data(task="gsm8k")]}, "cannot generate"),
-    "base-and-sizes": ({"base": {"from": "x", "hidden_size": 64}}, "leave out hidden_size"),
+    "base-and-sizes": ({"base": {"from": "x", "hidden_size": 64}}, "remove hidden_size"),
     "no-teacher": ({"objectives": {"teacher_states": 1}}, "need a teacher"),
     "no-graphs": ({"stages": [data(task="prontoqa")]}, "objectives.frontier and chains need graphs"),
     "nothing": ({"objectives": {"answer": 0}}, "at least one weight"),

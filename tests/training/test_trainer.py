@@ -16,9 +16,9 @@ from slr_core.tasks.base import Example
 from slr_core.tasks.sources import fingerprint
 from slr_core.training.build import build
 from slr_core.training.config import TrainingGuardConfig
+from slr_core.training.guard import TrainingGuard
 from slr_core.training.sources import Listed
 from slr_core.training.trainer import MANIFEST, LoopTrainer, _ResetOptimizer, train
-from slr_core.training.watch import Watch
 from tests import tiny
 from tests.training.recipe import DATA, recipe
 
@@ -118,7 +118,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
 def test_a_finished_run_is_neither_overwritten_nor_trained_again(tmp_path):
     done = train(recipe(output_dir=tmp_path / "out", stages=STAGES))
     before = weights(done)
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already holds a run"):
         train(recipe(output_dir=tmp_path / "out", stages=STAGES))
     (done / MANIFEST).unlink()
     again = weights(train(recipe(output_dir=tmp_path / "out", stages=STAGES), resume=True))
@@ -262,16 +262,16 @@ def test_a_run_that_blows_up_stops_and_keeps_its_last_good_checkpoint(factor, sa
 
 
 def test_the_watch_wants_several_steps_in_a_row():
-    watch = Watch(TrainingGuardConfig(loss_factor=10.0, patience=3))
+    guard = TrainingGuard(TrainingGuardConfig(loss_factor=10.0, patience=3))
     for step in range(20):
-        watch.loss(1.0 + step % 2, step)
+        guard.check_loss(1.0 + step % 2, step)
     for step, value in enumerate([21.0, 21.0, 19.0, 21.0, 21.0]):
-        watch.loss(value, 20 + step)
-        assert watch.calm == (value < 20)
+        guard.check_loss(value, 20 + step)
+        assert guard.is_stable == (value < 20)
     with pytest.raises(TrainingError, match="the loss has exploded: 30 at step 25, and at most 2 in the first 20"):
-        watch.loss(30.0, 25)
+        guard.check_loss(30.0, 25)
     with pytest.raises(TrainingError, match="the gradient was not finite at step 3"):
-        watch.gradient(float("inf"), 3)
+        guard.check_gradient(float("inf"), 3)
 
 
 def test_a_batch_is_cut_into_equal_passes(tmp_path):

@@ -1,7 +1,7 @@
-"""What a latent loop can be trained towards: one idea a file, each a pure function of a :class:`Rollout`.
+"""The training objectives: each is a function of a :class:`Rollout` that gives a loss term.
 
-With T the iterations of a batch, c the recipe's ``thoughts_per_step`` and d a question's own number of iterations: c
-times its steps. ``docs/training.md`` has the table.
+Symbols in all modules: T is the number of iterations of a batch, c the recipe's ``thoughts_per_step``, d the number of
+iterations that a question needs, which is c times its steps. ``docs/training.md`` has a table of the objectives.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ OBJECTIVES: Final[dict[str, tuple[Callable[[Rollout], Mean], int]]] = {
     "shortcut": (shortcut, 2),
     "halting": (halting, 1),
 }
-"""Every objective by its name in a recipe, and the iterations that a batch must have for it to mean anything."""
+"""Every objective by its name in a recipe, with the fewest iterations for which it is defined."""
 
 
-def losses(run: Rollout) -> dict[str, Mean]:
-    """Every loss term that has a weight, unweighted."""
-    weights = run.config.objectives
+def losses(rollout: Rollout) -> dict[str, Mean]:
+    """The unweighted loss terms whose weight is above 0."""
+    weights = rollout.config.objectives
     terms = {
-        name: objective(run)
-        for name, (objective, least) in OBJECTIVES.items()
+        name: objective(rollout)
+        for name, (objective, min_iterations) in OBJECTIVES.items()
         if getattr(weights, name)
-        and run.iterations >= least
-        and not (name == "chains" and "chain_starts" not in run.batch)
+        and rollout.iterations >= min_iterations
+        and not (name == "chains" and "chain_starts" not in rollout.batch)
     }
-    if run.iterations == 0 and weights.answer and "start" not in terms:
-        terms["start"] = start(run)
+    if rollout.iterations == 0 and weights.answer and "start" not in terms:
+        terms["start"] = start(rollout)
     return terms

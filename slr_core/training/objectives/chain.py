@@ -1,7 +1,7 @@
-"""The chain of thought in words, over the same cached prompt: the objectives ``cot`` and ``cot_states``.
+"""The written chain of thought, over the same cached prompt: the objectives ``cot`` and ``cot_states``.
 
 ``cot`` trains the un-looped model on chain and answer, CODI's teacher task (Shen et al., 2025, arXiv 2502.21074).
-``cot_states`` takes that run's hidden states as targets, as CCoT does (Cheng and Van Durme, 2024, arXiv 2412.13171).
+``cot_states`` uses hidden states of that pass as targets, like CCoT (Cheng and Van Durme, 2024, arXiv 2412.13171).
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import torch
 from slr_core.training.objectives.rollout import Mean, Rollout, mean_of, token_loss
 
 
-def cot(run: Rollout) -> Mean:
+def cot(rollout: Rollout) -> Mean:
     """Cross-entropy of chain, mark and answer, written by the un-looped model."""
-    return token_loss(run.in_words.logits, run.batch["cot_ids"])
+    return token_loss(rollout.chain_outputs.logits, rollout.batch["cot_ids"])
 
 
-def cot_states(run: Rollout) -> Mean:
-    """|h - c|² / |c|² with h the state that ends a step in the loop, c the one after its last word, detached."""
-    ends = run.batch["step_ends"]
-    states, there = run.at_step_ends(ends.shape[1])
+def cot_states(rollout: Rollout) -> Mean:
+    """|h - c|² / |c|²: h is the latent state that ends a step, c the detached state at the step's last token."""
+    ends = rollout.batch["step_ends"]
+    states, available = rollout.at_step_ends(ends.shape[1])
     rows = torch.arange(len(ends), device=ends.device)[:, None]
-    targets = run.in_words.states[rows, ends.clamp_min(0)].detach().float()
+    targets = rollout.chain_outputs.states[rows, ends.clamp_min(0)].detach().float()
     distance = (states.float() - targets).pow(2).sum(-1) / targets.pow(2).sum(-1)
-    return mean_of(distance, there & (ends >= 0))
+    return mean_of(distance, available & (ends >= 0))

@@ -1,7 +1,6 @@
-"""A finished loop stays where it is: the objective ``fixed_point``.
+"""Further iterations do not change a finished loop's state: the objective ``fixed_point``.
 
-Its idea is that of deep equilibrium models (Bai et al., 2019, arXiv 1909.01377): the answer is a state that one
-more iteration does not change.
+As in deep equilibrium models (Bai et al., 2019, arXiv 1909.01377), the answer is read at a fixed point of the loop.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ from torch import Tensor
 from slr_core.training.objectives.rollout import Mean, Rollout, mean_of
 
 
-def fixed_point(run: Rollout) -> Mean:
-    """|h_t - h_{t-1}|² / |h_{t-1}|² for every t after the work and one more, against the detached h_{t-1}."""
-    return rest(run.states[:, run.blind :], run.batch["work"] - run.blind)
+def fixed_point(rollout: Rollout) -> Mean:
+    """|h_t - h_{t-1}|² / |h_{t-1}|² for every t > d + 1, with h_{t-1} detached."""
+    return settled_change(rollout.states[:, rollout.detached :], rollout.batch["work"] - rollout.detached)
 
 
-def rest(states: Tensor, work: Tensor) -> Mean:
-    """Squared relative changes of the steps after the work is done: states ``[B, T + 1, d]``, work ``[B]``.
+def settled_change(states: Tensor, work: Tensor) -> Mean:
+    """Squared relative changes at iterations t > work + 1: states ``[B, T + 1, d]`` from h_0 on, work ``[B]``.
 
-    The first state stands for h_0, which no step leads to and whose own step does not count.
+    The step from h_0 never counts.
     """
     previous = states[:, 1:-1].detach()
     change = (states[:, 2:] - previous).pow(2).sum(-1) / previous.pow(2).sum(-1)

@@ -1,7 +1,7 @@
-"""The search frontier of a graph in superposition: the objectives ``frontier`` and ``chains``.
+"""The breadth-first frontier of a graph, in superposition: the objectives ``frontier`` and ``chains``.
 
-A state that holds a set of nodes at once is what continuous thoughts can do and words cannot (Zhu et al., 2025,
-arXiv 2505.12514); here it is asked for outright.
+A continuous thought can represent a set of nodes at once, a token cannot (Zhu et al., 2025, arXiv 2505.12514). These
+objectives train states to represent the frontier.
 """
 
 from __future__ import annotations
@@ -16,27 +16,32 @@ from slr_core.training.data import IGNORE
 from slr_core.training.objectives.rollout import Mean, Rollout, mean_of
 
 
-def frontier(run: Rollout) -> Mean:
-    """The head at h_t against the uniform distribution over the nodes at distance t from the person asked about.
+def frontier(rollout: Rollout) -> Mean:
+    """KL from the uniform distribution over the nodes at distance t from the question's start node to the head at h_t.
 
-    Once the target's distance is passed, against the first token of the answer: a finished state says so and stays.
+    Beyond the distance of the answer's node, the target is the first token of the answer.
     """
-    return set_divergence(run.reasoner.head(run.states[:, 1 + run.blind :]), run.batch["targets"][:, run.blind :])
+    return set_divergence(
+        rollout.reasoner.head(rollout.states[:, 1 + rollout.detached :]),
+        rollout.batch["targets"][:, rollout.detached :],
+    )
 
 
-def chains(run: Rollout) -> Mean:
-    """The same from other start nodes of the same graph, run side by side over the one cached prompt.
+def chains(rollout: Rollout) -> Mean:
+    """The same from other start nodes of the same graph, in parallel over the same cached prompt.
 
-    A prompt costs far more than a thought: this multiplies the supervision per graph.
+    A thought costs much less than a prompt, so this gives more supervision per graph at little cost.
     """
-    targets = run.batch["chain_targets"][:, :, : run.iterations]
-    return side_by_side(run.reasoner, run.prompt.fork(), run.batch["chain_starts"], targets, run.plan.chains_after)
+    targets = rollout.batch["chain_targets"][:, :, : rollout.iterations]
+    return chain_divergence(
+        rollout.reasoner, rollout.prompt.fork(), rollout.batch["chain_starts"], targets, rollout.plan.chains_after
+    )
 
 
 def set_divergence(logits: Tensor, targets: Tensor) -> Mean:
     """KL(uniform over each target set || head): logits ``[..., V]``, targets ``[..., K]`` padded with -100.
 
-    Empty sets do not count. Zero means that the head spreads its mass evenly over exactly the set.
+    Empty sets do not count. The divergence is 0 if the head is uniform over exactly the set.
     """
     inside = targets != IGNORE
     count = inside.sum(-1)
@@ -45,22 +50,23 @@ def set_divergence(logits: Tensor, targets: Tensor) -> Mean:
     return mean_of(-mean - count.clamp_min(1).log(), count > 0)
 
 
-def side_by_side(reasoner: LatentReasoner, prompt: Context, starts: Tensor, targets: Tensor, after: int = 0) -> Mean:
-    """The frontier objective from ``Q`` other starts: starts ``[B, Q, 2]``, targets ``[B, Q, S, K]``.
+def chain_divergence(
+    reasoner: LatentReasoner, prompt: Context, starts: Tensor, targets: Tensor, after: int = 0
+) -> Mean:
+    """The frontier objective from ``Q`` other start nodes: starts ``[B, Q, 2]``, targets ``[B, Q, S, K]``.
 
-    A chain starts from the mean of its start nodes' embeddings where a question's loop starts from h_0;
-    chains share the prompt's columns and positions and do not see each other. Their first iteration is
-    ``after + 1``, as if so many had gone before.
+    A chain starts from the mean embedding of its start nodes instead of h_0. All chains attend to the prompt, use the
+    same position ids and do not attend to each other. Their first iteration is number ``after + 1``.
     """
     rows, count, length = targets.shape[:3]
     hidden = initial = rms_normalize(reasoner.embed(starts).mean(2))
-    itself = torch.eye(count, dtype=torch.bool, device=starts.device)
+    same_chain = torch.eye(count, dtype=torch.bool, device=starts.device)
     prompt_seen = prompt.visible[:, None].expand(-1, count, -1)
     present = torch.ones(rows, count, dtype=torch.bool, device=starts.device)
     first_position = prompt.next_position + after
     states = []
     for t in range(1, length + 1):
-        mask = torch.cat([prompt_seen, itself.repeat(1, t).expand(rows, -1, -1)], dim=-1)
+        mask = torch.cat([prompt_seen, same_chain.repeat(1, t).expand(rows, -1, -1)], dim=-1)
         positions = (first_position + t - 1)[:, None].expand(-1, count)
         _, hidden = reasoner.update(
             hidden,

@@ -1,7 +1,7 @@
-"""When to stop, learned: the objective ``halting``.
+"""Train the halting head: the objective ``halting``.
 
-As in the second stage of Ouro (arXiv 2510.25741): the gate learns, by cross-entropy, whether more iterations would
-still lower the loss; the states themselves are not moved by it.
+As in the second stage of Ouro (arXiv 2510.25741), the halting head learns by cross-entropy whether more iterations
+would still lower the loss. The states are detached, so that only the head learns.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from torch import Tensor
 from slr_core.training.objectives.rollout import Mean, Rollout, mean_of
 
 SHARPNESS, MARGIN = 50.0, 0.05
-"""Ouro's k, and the gain in nats that is not worth another iteration."""
+"""Ouro's k, and the smallest decrease of the loss in nats that is worth another iteration."""
 
 
-def halting(run: Rollout) -> Mean:
-    """Cross-entropy of p_halt at h_1 ... h_T against :func:`worth_stopping`."""
-    assert run.reasoner.halting is not None
-    states = run.states[:, 1:].detach()
-    logits = run.reasoner.head(states).detach().float()
-    first = run.batch["first"][:, None].expand(-1, states.shape[1])
-    target = worth_stopping(F.cross_entropy(logits.transpose(1, 2), first, reduction="none"))
-    halted = run.reasoner.halting(
-        run.workspace[:, 1:].detach(), run.valid_mask[:, None].expand(-1, states.shape[1], -1)
+def halting(rollout: Rollout) -> Mean:
+    """Cross-entropy of p_halt at h_1 ... h_T against :func:`stop_targets`."""
+    assert rollout.reasoner.halting is not None
+    states = rollout.states[:, 1:].detach()
+    logits = rollout.reasoner.head(states).detach().float()
+    first = rollout.batch["first"][:, None].expand(-1, states.shape[1])
+    target = stop_targets(F.cross_entropy(logits.transpose(1, 2), first, reduction="none"))
+    halted = rollout.reasoner.halting(
+        rollout.workspace[:, 1:].detach(), rollout.valid_mask[:, None].expand(-1, states.shape[1], -1)
     )
     return mean_of(F.binary_cross_entropy(halted, target, reduction="none"), target.isfinite())
 
 
-def worth_stopping(losses: Tensor) -> Tensor:
-    """sigmoid(k · (margin - gain)), the gain being what the best later iteration saves: losses ``[B, T]``."""
+def stop_targets(losses: Tensor) -> Tensor:
+    """sigmoid(k · (margin - gain)) with gain = loss - lowest loss from here on: losses ``[B, T]``."""
     best = losses.flip(-1).cummin(-1).values.flip(-1)
     return (SHARPNESS * (MARGIN - (losses - best))).sigmoid()

@@ -1,4 +1,4 @@
-"""One batch through the loop, once: what all objectives read."""
+"""One batch run through the loop: the input of all objectives."""
 
 from __future__ import annotations
 
@@ -17,55 +17,55 @@ from slr_core.training.data import IGNORE, LoopPlan
 
 
 class Mean(NamedTuple):
-    """A mean that is not divided yet, so that devices can share one denominator: fp32 scalars."""
+    """Total and divisor of a mean, kept apart so that devices can add up their divisors: fp32 scalars."""
 
     total: Tensor
     divisor: Tensor
 
     @property
     def value(self) -> Tensor:
-        """The mean; 0 where nothing counts."""
+        """The mean; 0 if the divisor is 0."""
         return self.total / self.divisor.clamp_min(1)
 
 
-def mean_of(values: Tensor, counts: Tensor) -> Mean:
-    """Mean of ``values`` where ``counts`` (a bool tensor of the same shape)."""
-    # Not a product: what does not count may be infinite, and 0 * inf is NaN.
-    return Mean(values.masked_fill(~counts, 0).sum(), counts.sum())
+def mean_of(values: Tensor, mask: Tensor) -> Mean:
+    """Mean of ``values`` where ``mask`` (bool, the same shape) is true."""
+    # Not a product: masked values may be infinite, and 0 * inf is NaN.
+    return Mean(values.masked_fill(~mask, 0).sum(), mask.sum())
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Mean:
-    """Cross-entropy per token: logits ``[..., V]``, labels ``[...]`` with -100 where nothing counts."""
+    """Cross-entropy per token: logits ``[..., V]``, labels ``[...]``, where -100 is ignored."""
     losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
     return mean_of(losses, labels.flatten() != IGNORE)
 
 
 class TokenOutputs(NamedTuple):
-    """A text run in words: the logits before each of its tokens ``[B, A, V]``, the states at them ``[B, A, d]``."""
+    """A teacher-forced text: logits before each token ``[B, A, V]``, last hidden states at each ``[B, A, d]``."""
 
     logits: Tensor
     states: Tensor
     layers: tuple[Tensor, ...]
-    """Every layer's, the embeddings first, ``[B, A, d]`` each; empty where nobody asked."""
+    """States of the embeddings and of every layer, ``[B, A, d]`` each; empty unless recorded."""
 
 
 class Rollout:
-    """The prompt run once, and the loop over its cache; the rest on demand.
+    """The prompt and the loop of a batch; other passes run when an objective first reads them.
 
     Args:
         reasoner: the model, in training mode.
         batch: from :class:`slr_core.training.data.Collator`.
         config: the recipe.
-        teacher: the larger latent reasoner of the objectives ``teacher_*``.
-        bridge: maps the reasoner's states to the teacher's width.
+        teacher: the teacher of the objectives ``teacher_*``.
+        bridge: projection from the reasoner's hidden size to the teacher's.
 
     Attributes:
         prompt: the context before the loop.
         start: ``[B, d]``, the state from which an un-looped model reads the first token.
         workspace: ``[B, T + 1, W, d]``, h_0 first.
-        own: ``[B, W]`` bool, the real positions of the workspace.
-        states: ``[B, T + 1, d]``, those at the last own position.
-        blind: leading iterations that no gradient reaches. They teach nothing, and would only thin out the means.
+        valid_mask: ``[B, W]`` bool, the positions of the workspace that are not padding.
+        states: ``[B, T + 1, d]``, the states at the last valid position.
+        detached: number of leading iterations without gradients. Objectives leave them out.
     """
 
     def __init__(
@@ -87,25 +87,27 @@ class Rollout:
         self.workspace = reasoner.unroll(context, plan.iterations, plan.backprop)
         self.valid_mask = context.valid_mask
         self.states = readout(self.workspace, context.valid_mask)
-        self.blind = 0 if plan.backprop is None else max(0, plan.iterations - plan.backprop)
+        self.detached = 0 if plan.backprop is None else max(0, plan.iterations - plan.backprop)
         if plan.iterations == 0:
             reasoner.close(context, self.workspace, torch.zeros_like(self.exits))
         self.start = context.state
         self._context = context
 
     @cached_property
-    def closed(self) -> Context:
-        """Ready to write after each row's exit; to be forked by whoever writes."""
+    def closed_context(self) -> Context:
+        """The context after each row's exit and closing pass. Fork it before you feed tokens."""
         if self.iterations:
             self.reasoner.close(self._context, self.workspace, self.exits)
         return self._context
 
     @cached_property
     def answer_logits(self) -> Tensor:
-        """Logits ``[B, A, V]`` before each token of ``answer_ids``, teacher-forced, written after the loop."""
+        """Logits ``[B, A, V]`` before each token of ``answer_ids``, teacher-forced after the loop."""
         if self.reasoner.answers_from_states and self.iterations:
             return self._from_states()
-        return teacher_force(self.reasoner, self.closed.fork(), self.batch["answer_ids"], looped=self.exits > 0).logits
+        return teacher_force(
+            self.reasoner, self.closed_context.fork(), self.batch["answer_ids"], looped=self.exits > 0
+        ).logits
 
     def _from_states(self) -> Tensor:
         memory, present = (
@@ -119,47 +121,47 @@ class Rollout:
         return self.reasoner.decode_latent(memory, present, self.batch["answer_ids"][:, :-1].clamp_min(0))
 
     @cached_property
-    def in_words(self) -> TokenOutputs:
-        """The chain of thought and the answer written by the un-looped model, over the same cached prompt."""
+    def chain_outputs(self) -> TokenOutputs:
+        """Chain of thought and answer, teacher-forced in the un-looped model over the same cached prompt."""
         context = self.prompt.fork()
         context.passes = []
         return teacher_force(self.reasoner, context, self.batch["cot_ids"])
 
     @cached_property
-    def taught(self) -> Rollout:
+    def teacher_rollout(self) -> Rollout:
         """The teacher on the same batch, without gradients."""
         assert self.teacher is not None
         with torch.no_grad():
             return Rollout(self.teacher, self.batch, self.config)
 
     def at_step_ends(self, steps: int) -> tuple[Tensor, Tensor]:
-        """The states that end each step: ``[B, K, d]``, and which of them the loop has with a gradient, ``[B, K]``.
+        """The states that end each step ``[B, K, d]``, and a mask ``[B, K]``: those that exist and have a gradient.
 
         Workspace ``append``: thought c·k; ``block``: position c·k of the last iteration.
         """
-        states, first = self.by_position()
+        states, first = self.states_by_position()
         places = torch.arange(1, steps + 1, device=states.device) * self.config.thoughts_per_step - 1
-        there = (places < states.shape[1]) & (places >= first)
+        available = (places < states.shape[1]) & (places >= first)
         picked = states[:, places.clamp_max(max(0, states.shape[1] - 1))]
-        return picked, self.batch["in_loop"] & there
+        return picked, self.batch["in_loop"] & available
 
-    def by_position(self) -> tuple[Tensor, int]:
-        """States in the order of the chain ``[B, P, d]``: thoughts, or a block's positions; and the first to count."""
+    def states_by_position(self) -> tuple[Tensor, int]:
+        """States ``[B, P, d]`` in the chain's order (thoughts, or a block's positions); the first with a gradient."""
         if self.reasoner.config.loop.workspace == "append":
-            return self.states[:, 1:], self.blind
+            return self.states[:, 1:], self.detached
         return self.workspace[:, -1], 0
 
 
 def teacher_force(
     reasoner: LatentReasoner, context: Context, ids: Tensor, looped: Tensor | None = None
 ) -> TokenOutputs:
-    """Feed ``ids`` ``[B, A]`` (padded with -100) after ``context``, which gains their columns.
+    """Feed ``ids`` after ``context``, whose cache gains their positions.
 
     Args:
         reasoner: the model.
-        context: the first token is read at its state.
-        ids: teacher-forced.
-        looped: ``[B]`` bool, rows after a loop; ``None``: none of them.
+        context: its state gives the logits of the first token.
+        ids: ``[B, A]``, padded with -100.
+        looped: ``[B]`` bool, rows that have looped; ``None``: none.
     """
     if looped is None:
         looped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)

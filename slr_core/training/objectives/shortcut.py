@@ -1,7 +1,7 @@
-"""Loops of different length agree: the objective ``shortcut``.
+"""Shorter loops agree with the full loop: the objective ``shortcut``.
 
-LoopFormer (arXiv 2602.11451) aligns shorter trajectories with the full one; here the full loop's last state is the
-detached target of a state drawn from the way to it.
+LoopFormer (arXiv 2602.11451) aligns shorter trajectories with the full one. Here the detached last state of the loop is
+the target of an earlier state, drawn at random.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import torch
 from slr_core.training.objectives.rollout import Mean, Rollout, mean_of
 
 
-def shortcut(run: Rollout) -> Mean:
-    """|h_s - h_T|² / |h_T|² + KL(head at h_T || head at h_s), s drawn per question from 1 ... T - 1."""
-    short = run.batch["short"]
+def shortcut(rollout: Rollout) -> Mean:
+    """|h_s - h_T|² / |h_T|² + KL(head at h_T || head at h_s), with s drawn for each question from 1 ... T - 1."""
+    short = rollout.batch["short"]
     rows = torch.arange(len(short), device=short.device)
-    early, late = run.states[rows, short], run.states[:, -1].detach()
+    early, late = rollout.states[rows, short], rollout.states[:, -1].detach()
     distance = (early - late).float().pow(2).sum(-1) / late.float().pow(2).sum(-1)
-    target = run.reasoner.head(late).detach().float().log_softmax(-1)
-    valid_mask = run.reasoner.head(early).float().log_softmax(-1)
-    return mean_of(distance + (target.exp() * (target - valid_mask)).sum(-1), short > run.blind)
+    target = rollout.reasoner.head(late).detach().float().log_softmax(-1)
+    log_probs = rollout.reasoner.head(early).float().log_softmax(-1)
+    return mean_of(distance + (target.exp() * (target - log_probs)).sum(-1), short > rollout.detached)

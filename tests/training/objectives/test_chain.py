@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from slr_core.training.data import IGNORE
 from slr_core.training.objectives.codi import layer_distance
-from slr_core.training.objectives.thoughts import ended
+from slr_core.training.objectives.thoughts import append_end
 from tests import tiny
 from tests.training.objectives.conftest import Setup
 
@@ -110,7 +110,7 @@ def test_the_states_of_a_block_say_the_whole_chain():
 
 def test_gaps_between_steps_are_closed():
     ids = torch.tensor([[4, IGNORE, 5, 6], [IGNORE] * 4, [1, 2, 3, 4]])
-    assert ended(ids, 9).tolist() == [[4, 5, 6, 9, IGNORE], [9, *[IGNORE] * 4], [1, 2, 3, 4, 9]]
+    assert append_end(ids, 9).tolist() == [[4, 5, 6, 9, IGNORE], [9, *[IGNORE] * 4], [1, 2, 3, 4, 9]]
 
 
 @pytest.mark.parametrize("loop", [{}, BLOCK, {"workspace": "prompt"}], ids=["append", "block", "prompt"])
@@ -158,7 +158,7 @@ def test_the_states_move_towards_the_words_and_not_the_other_way():
     history = Setup({"cot_states": 1.0}, shake=False).learn()
     assert history[-1]["cot_states"] < 0.6 * history[0]["cot_states"]
     made = Setup({"cot_states": 1.0})
-    words = made.rollout().in_words
+    words = made.rollout().chain_outputs
     assert words.states.requires_grad
     made.terms()["cot_states"].backward()
     # What only the un-looped model's words pass through: the embedding of the mark.

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from slr_core.loop.projection import rms_normalize
 from slr_core.training.data import IGNORE, LoopPlan
-from slr_core.training.objectives.fixed_point import rest
+from slr_core.training.objectives.fixed_point import settled_change
+from slr_core.training.objectives.frontier import chain_divergence
 from slr_core.training.objectives.frontier import set_divergence as divergence_of
-from slr_core.training.objectives.frontier import side_by_side
 from tests import tiny
 from tests.training.objectives.conftest import GRAPHS, Setup
 
@@ -76,7 +76,7 @@ def test_every_term_is_there_and_is_what_its_parts_say(graphs):
     expected = {
         "start": F.cross_entropy(reasoner.head(states[:, 0]), batch["answer_ids"][:, 0]),
         "frontier": set_divergence(reasoner.head(states[:, 1:]), batch["targets"]),
-        "fixed_point": rest(states, batch["work"]).value,
+        "fixed_point": settled_change(states, batch["work"]).value,
     }
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -87,7 +87,7 @@ def test_chains_side_by_side_are_chains_one_by_one(graphs):
     starts, targets = batch["chain_starts"], batch["chain_targets"]
     with torch.no_grad():
         prompt = reasoner.encode(batch["input_ids"], batch["attention_mask"])
-        together = side_by_side(reasoner, prompt.fork(), starts, targets).value
+        together = chain_divergence(reasoner, prompt.fork(), starts, targets).value
         states = []
         for q in range(starts.shape[1]):
             alone = prompt.fork()
@@ -104,13 +104,13 @@ def test_chains_can_begin_as_if_iterations_had_gone_before(graphs):
     starts, targets = batch["chain_starts"], batch["chain_targets"]
     prompt = reasoner.encode(batch["input_ids"], batch["attention_mask"])
     with tiny.passes(reasoner) as seen:
-        later = side_by_side(reasoner, prompt.fork(), starts, targets, after=2).value
+        later = chain_divergence(reasoner, prompt.fork(), starts, targets, after=2).value
     lengths = batch["attention_mask"].sum(-1)
     # Four iterations have adapters, and the last one's serves whatever comes after.
     assert [adapter for adapter, _ in seen] == ["loop_03", "loop_04", "loop_04", "loop_04"][: targets.shape[2]]
     for i, (_, positions) in enumerate(seen):
         assert positions == (lengths + 2 + i)[:, None].expand(-1, starts.shape[1]).tolist()
-    assert not torch.isclose(later, side_by_side(reasoner, prompt.fork(), starts, targets).value, rtol=1e-3)
+    assert not torch.isclose(later, chain_divergence(reasoner, prompt.fork(), starts, targets).value, rtol=1e-3)
 
 
 def test_states_without_a_gradient_do_not_thin_out_the_means(graphs):
@@ -136,7 +136,7 @@ def test_states_are_read_at_the_last_position_of_a_workspace(workspace):
             last = torch.stack([states[row, :, position] for row, position in enumerate(at)])
     expected = {
         "frontier": set_divergence(reasoner.head(last[:, 1:]), batch["targets"]),
-        "fixed_point": rest(last, batch["work"]).value,
+        "fixed_point": settled_change(last, batch["work"]).value,
     }
     for name, value in made.terms().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)

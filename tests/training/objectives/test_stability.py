@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from slr_core.training.data import LoopPlan
-from slr_core.training.objectives.contraction import expansion
-from slr_core.training.objectives.fixed_point import rest
-from slr_core.training.objectives.halting import MARGIN, SHARPNESS, worth_stopping
+from slr_core.training.objectives.contraction import expansion_penalty
+from slr_core.training.objectives.fixed_point import settled_change
+from slr_core.training.objectives.halting import MARGIN, SHARPNESS, stop_targets
 from tests.training.objectives.conftest import Setup
 
 BLOCK = {"workspace": "block", "block_size": 3}
@@ -22,17 +22,17 @@ def test_only_steps_after_the_work_count():
     # h_0 ... h_4; with 1 hop the work is done at t = 2, so that t = 3 and 4 count; with 2 hops t = 4.
     states = torch.tensor([[9.0, 5.0, 1.0, 2.0, 2.0], [9.0, 7.0, 5.0, 4.0, 5.0]])[..., None]
     expected = (1.0 + 0.0 + (1 / 4) ** 2) / 3
-    assert float(rest(states, torch.tensor([1, 2])).value) == pytest.approx(expected)
+    assert float(settled_change(states, torch.tensor([1, 2])).value) == pytest.approx(expected)
 
 
 def test_a_state_at_rest_and_a_loop_that_is_still_at_work_cost_nothing():
-    assert float(rest(torch.ones(2, 5, 3), torch.tensor([1, 1])).value) == 0
-    assert float(rest(torch.randn(2, 5, 3), torch.tensor([4, 9])).value) == 0
+    assert float(settled_change(torch.ones(2, 5, 3), torch.tensor([1, 1])).value) == 0
+    assert float(settled_change(torch.randn(2, 5, 3), torch.tensor([4, 9])).value) == 0
 
 
 def test_the_earlier_state_is_not_pulled_towards_the_later():
     states = torch.randn(1, 4, 3, requires_grad=True)
-    rest(states, torch.tensor([1])).value.backward()
+    settled_change(states, torch.tensor([1])).value.backward()
     assert states.grad[0, 3].abs().sum() > 0
     assert states.grad[0, :3].abs().sum() == 0
 
@@ -48,14 +48,14 @@ def test_a_loop_learns_to_rest():
 def test_the_excess_of_a_step_over_a_share_of_the_one_before():
     # Steps of 4, 2 and 3: ratios 0.5 and 1.5.
     states = torch.tensor([[0.0, 4.0, 6.0, 9.0]])[..., None]
-    assert float(expansion(states, 0.9).value) == pytest.approx((0 + 0.6**2) / 2)
-    assert float(expansion(states, 0.4).value) == pytest.approx((0.1**2 + 1.1**2) / 2)
+    assert float(expansion_penalty(states, 0.9).value) == pytest.approx((0 + 0.6**2) / 2)
+    assert float(expansion_penalty(states, 0.4).value) == pytest.approx((0.1**2 + 1.1**2) / 2)
 
 
 def test_steps_too_short_to_measure_do_not_count():
     states = torch.tensor([[1.0, 1.0 + 1e-6, 3.0, 4.0]])[..., None]
     # Only the ratio of the last step to the one before is left.
-    assert float(expansion(states, 0.1).value) == pytest.approx(0.4**2, rel=1e-3)
+    assert float(expansion_penalty(states, 0.1).value) == pytest.approx(0.4**2, rel=1e-3)
 
 
 @pytest.mark.parametrize("loop", [{}, BLOCK], ids=["append", "block"])
@@ -107,7 +107,7 @@ def test_stopping_is_worth_it_when_nothing_is_left_to_gain():
     losses = torch.tensor([[3.0, 1.0, 0.5, 0.6]])
     gains = [2.5, 0.5, 0.0, 0.0]
     expected = [1 / (1 + math.exp(-SHARPNESS * (MARGIN - gain))) for gain in gains]
-    assert worth_stopping(losses)[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert stop_targets(losses)[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_head_is_scored_on_what_more_iterations_would_gain():
@@ -119,7 +119,7 @@ def test_the_head_is_scored_on_what_more_iterations_would_gain():
             [F.cross_entropy(made.reasoner.head(run.states[:, t]), first, reduction="none") for t in range(1, 5)], dim=1
         )
         halted = torch.stack([made.reasoner.halting(run.workspace[:, t], run.valid_mask) for t in range(1, 5)], dim=1)
-        expected = F.binary_cross_entropy(halted, worth_stopping(losses))
+        expected = F.binary_cross_entropy(halted, stop_targets(losses))
     torch.testing.assert_close(made.terms()["halting"].detach(), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from slr_core.errors import ConfigError
-from slr_core.training.build import build, teacher_of
+from slr_core.training.build import build, load_teacher
 from slr_core.training.data import IGNORE, LoopPlan, StageStream
 from slr_core.training.objectives import Rollout, losses
-from slr_core.training.trainer import Objective
+from slr_core.training.trainer import LossModule
 from tests import tiny
 from tests.training.objectives.conftest import Setup
 from tests.training.recipe import DATA, recipe
@@ -20,18 +20,18 @@ WEIGHTS = {"teacher_states": 1.0, "teacher_logits": 1.0}
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory):
+def distilled(tmp_path_factory):
     """A student's setup, its objective with a teacher twice as wide."""
     folder = str(tmp_path_factory.mktemp("teacher") / "checkpoint")
     teacher = build(recipe(base=WIDE, seed=5))
     tiny.shake(teacher)
     teacher.save_pretrained(folder)
     setup = Setup(WEIGHTS, teacher=folder, shake=False)
-    return setup, Objective(setup.reasoner, setup.config, teacher_of(setup.config, setup.reasoner))
+    return setup, LossModule(setup.reasoner, setup.config, load_teacher(setup.config, setup.reasoner))
 
 
-def test_states_and_logits_are_compared_along_a_loop_of_the_same_length(taught):
-    setup, objective = taught
+def test_states_and_logits_are_compared_along_a_loop_of_the_same_length(distilled):
+    setup, objective = distilled
     batch = setup.batch
     run = Rollout(objective.reasoner, batch, setup.config, objective.teacher, objective.bridge)
     terms = {name: term.value.detach() for name, term in losses(run).items()}
@@ -54,8 +54,8 @@ def test_states_and_logits_are_compared_along_a_loop_of_the_same_length(taught):
     torch.testing.assert_close(terms["teacher_logits"], logits, rtol=1e-4, atol=1e-5)
 
 
-def test_the_student_learns_and_the_teacher_stays(taught):
-    setup, objective = taught
+def test_the_student_learns_and_the_teacher_stays(distilled):
+    setup, objective = distilled
     before = copy.deepcopy(objective.teacher.state_dict())
     objective.train()
     trained = [p for p in objective.parameters() if p.requires_grad]
@@ -74,8 +74,8 @@ def test_the_student_learns_and_the_teacher_stays(taught):
 def test_a_teacher_with_other_tokens_is_refused(tmp_path):
     tiny.reasoner().save_pretrained(str(tmp_path / "other"))
     config = recipe(objectives=WEIGHTS, teacher=str(tmp_path / "other"))
-    with pytest.raises(ConfigError, match="other tokens"):
-        teacher_of(config, build(config))
+    with pytest.raises(ConfigError, match="different vocabularies"):
+        load_teacher(config, build(config))
 
 
 # -- plain text ------------------------------------------------------------------------------------------
