@@ -112,8 +112,8 @@ def compare(
     loop = outcomes.get("slr")
     tests = {name: paired_test(loop, of) for name, of in outcomes.items() if loop is not None and name != "slr"}
     baselines = questions.baselines()
-    store.keep("baselines", questions.spec, baselines, {})
-    store.keep("missing", questions.spec, missing, {})
+    store.save_figure("baselines", questions.spec, baselines, {})
+    store.save_figure("missing", questions.spec, missing, {})
 
     def print_text() -> None:
         print_table(method_table(summaries, {name: test.p for name, test in tests.items()}), questions.title)

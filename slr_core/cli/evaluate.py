@@ -105,7 +105,7 @@ def evaluate(
     store, name = Store(results), server or model
     outcomes = answer_questions(get_method(method), backend, questions, settings, store, name, batch_size)
     levels, overall, baselines = summarize_by_difficulty(outcomes), summarize(outcomes), questions.baselines()
-    store.keep("baselines", questions.spec, baselines, {})
+    store.save_figure("baselines", questions.spec, baselines, {})
 
     def print_text() -> None:
         _print(levels, overall, f"{questions.task.name}: {questions.source}")

@@ -79,11 +79,11 @@ def probe(
     iterations = reasoner.config.loop.max_iterations if iterations is None else iterations
     settings = {"iterations": iterations, "probes": kinds, "shuffles": shuffles, "seed": seed}
     spec = {**questions.spec, "model": name, "settings": settings}
-    kept = store.kept("probe", spec)
+    kept = store.find_figure("probe", spec)
     if kept is None:
         found = _analyse(reasoner, questions, labels, iterations, kinds, seed, shuffles, batch_size)
-        store.keep("baselines", questions.spec, baselines, {})
-        store.keep("probe", spec, found.to_json(), versions())
+        store.save_figure("baselines", questions.spec, baselines, {})
+        store.save_figure("probe", spec, found.to_json(), versions())
     else:
         found = StateAnalysis.from_json(kept)
 

@@ -72,9 +72,9 @@ def stability(
         )
         found = study.run(past, seed)
     baselines = questions.baselines()
-    store.keep("baselines", questions.spec, baselines, {})
+    store.save_figure("baselines", questions.spec, baselines, {})
     spec = {**questions.spec, "model": name, "settings": {"past": past, "seed": seed}}
-    store.keep("stability", spec, found.to_json(), versions())
+    store.save_figure("stability", spec, found.to_json(), versions())
     record = {"manifest": {**spec, **versions()}, "baselines": baselines, **found.to_json()}
     show_results(record, lambda: _print(found, questions.title), as_json, output)
 

@@ -48,7 +48,8 @@ class Backend(Protocol):
     """Answers prompts.
 
     Attributes:
-        batches_at_once: number of threads that may call :meth:`answer` at the same time; so many batches keep it busy.
+        batches_at_once: number of threads that may call :meth:`answer` at the same time; that many batches keep the
+            backend busy.
     """
 
     batches_at_once: int
@@ -83,7 +84,7 @@ class Local:
 
     @cached_property
     def _engine(self) -> Engine:
-        # Without a prefix cache: a method must not be faster because another one has answered the same prompts.
+        # No prefix cache: otherwise the second method to answer a prompt would be faster.
         engine = Engine(self.reasoner, slots=SLOTS, prefix_gib=0)
         weakref.finalize(self, engine.close)
         return engine
@@ -132,7 +133,7 @@ class Local:
 
 
 class Remote:
-    """A running server; sends one batch after the other to ``POST /trace``.
+    """A running server. Batches are sent to ``POST /trace``, one at a time.
 
     Args:
         url: the server's URL.
@@ -161,7 +162,7 @@ class Remote:
     def answer(
         self, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int]
     ) -> list[list[MethodAnswer]]:
-        """As :meth:`Backend.answer`. Greedy prompts share a request; sampled ones do not, as each has its own seed.
+        """As :meth:`Backend.answer`. Greedy prompts share a request; each sampled prompt has a request and a seed.
 
         Raises:
             RequestError: the server refuses a request.

@@ -1,4 +1,4 @@
-"""Interventions on thoughts: noise while a loop runs, or other thoughts in place of its own.
+"""Interventions on thoughts: noise while a loop runs, or other thoughts in place of the loop's.
 
 If replacing the thoughts does not change an answer, the answer does not depend on their content: these controls
 separate reasoning from the effect of additional passes. :func:`add_noise` and :func:`replace_states` return a
@@ -22,7 +22,7 @@ from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import ResolvedLoopParams
 
 Edit = Callable[[list[Tensor]], list[Tensor]]
-"""Maps the kept states of every row, ``[t + 1, W, d]`` with h_0 first, to those that replace them."""
+"""Maps the states of every row, ``[kept_iterations + 1, W, d]`` from h_0 on, to those that replace them."""
 
 
 def add_noise(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, start_only: bool = False) -> RunLoop:
@@ -59,20 +59,20 @@ def add_noise(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, s
 
 
 def replace_states(reasoner: LatentReasoner, edit: Edit) -> RunLoop:
-    """Run every loop, then run it again on the states that ``edit`` returns for its own."""
+    """Run every loop, then run it again with its states replaced by what ``edit`` returns."""
 
     def run_loop(context: Context, settings: Sequence[ResolvedLoopParams]) -> LoopOutput:
         # The context before the loop extends it.
         again = context.fork()
         output = loop_until_exit(reasoner, context, settings)
-        kept = torch.tensor(output.kept_iterations, device=reasoner.device)
+        kept_iterations = torch.tensor(output.kept_iterations, device=reasoner.device)
         kept_states = [states[: count + 1] for states, count in zip(output.states, output.kept_iterations, strict=True)]
         edited = edit(kept_states)
         states = _padded(edited, again)
         for t in range(1, states.shape[1]):
             again.hidden = states[:, t - 1]
-            reasoner.iterate(again, t, kept >= t)
-        reasoner.close(again, states, kept)
+            reasoner.iterate(again, t, kept_iterations >= t)
+        reasoner.close(again, states, kept_iterations)
         # The latent decoder reads these states, not the context.
         new_states = [torch.cat([new, old[len(new) :]]) for new, old in zip(edited, output.states, strict=True)]
         return replace(output, context=again, states=new_states)
@@ -121,14 +121,14 @@ def randomize_thoughts(seeds: Sequence[int]) -> Edit:
 
 
 def swap_thoughts(rows: list[Tensor]) -> list[Tensor]:
-    """Give every row the thoughts of the row before it; if they are too few, the last one is repeated.
+    """Give every row the thoughts of the row before it; if they are too few, the last thought is repeated.
 
     Raises:
         ConfigError: the rows' workspaces differ in size, as in the workspace ``prompt``.
     """
     if len({row.shape[1] for row in rows}) > 1:
         raise ConfigError(
-            "foreign_thoughts needs a workspace of one size; in `prompt` the size is the length of the prompt"
+            "foreign_thoughts needs a workspace of fixed size; in `prompt` the size is the length of the prompt"
         )
     edited = []
     for i, row in enumerate(rows):

@@ -134,7 +134,7 @@ def _frontier_tokens(reasoner: LatentReasoner, task: Task, examples: Sequence[Ex
     node = NodeTokens(reasoner.tokenizer)
     levels = [frontiers(example) for example in examples]
     try:
-        return [[node.all(level) for level in own] for own in levels]
+        return [[node.all(level) for level in question] for question in levels]
     except DataError:
         return None  # this tokenizer splits the names of nodes
 
@@ -251,7 +251,7 @@ def measure_movement(collected: CollectedStates) -> Movement:
     return Movement(
         *(
             tuple(
-                _spread([getattr(own[t], name) for own in collected.records if len(own) > t])
+                _spread([getattr(records[t], name) for records in collected.records if len(records) > t])
                 for t in range(collected.iterations)
             )
             for name in ("relative_change", "contraction")
@@ -310,7 +310,7 @@ def project_trajectories(
         explained=(float(variances[-1]) / total, float(variances[-2]) / total),
         first=first,
         paths={
-            level: _points(plane[torch.tensor([own == level for own in levels])].mean(0))
+            level: _points(plane[torch.tensor([other == level for other in levels])].mean(0))
             for level in sorted(set(levels))
         },
         points=tuple((level, _points(path)) for level, path in zip(levels[:SHOWN], plane[:SHOWN], strict=True)),

@@ -75,7 +75,7 @@ class LoadPlan:
         """The questions in the order in which they are sent, without end.
 
         Raises:
-            ConfigError: the task cannot generate questions, or none of so many hops.
+            ConfigError: the task cannot generate questions, or not with this number of hops.
         """
         if self.examples:
             return _repeated(self.examples, self.seed)
@@ -105,7 +105,9 @@ class RequestOutcome:
         difficulty: number of reasoning steps of its question.
         outcome: the HTTP status, or why there was none.
         latency_s: time in seconds from when it was due to the end of its answer.
-        iterations, exit_reason, correct: of its answer; ``None`` without one.
+        iterations: number of loop iterations; ``None`` without an answer.
+        exit_reason: why the loop ended; ``None`` without an answer.
+        correct: whether the task accepts the answer; ``None`` without an answer.
     """
 
     difficulty: int

@@ -61,10 +61,10 @@ class Batch:
         backend: holds the weights of the method.
         task: reads the answers.
         prompts: of the questions.
-        seeds: one per question, far enough apart for every sample.
+        seeds: one per question, so far apart that the samples of a question can use the seeds that follow.
         settings: settings of all methods.
-        before: the prompt that precedes the first one in the whole set, whose last prompt precedes its first; ``None``
-            for a set of one.
+        before: the prompt before ``prompts[0]`` in the whole set; the last prompt if that is the first of the set;
+            ``None`` if the set has one question.
     """
 
     backend: Backend
@@ -95,7 +95,7 @@ class Method:
         run: answers a batch.
         weights: name of the checkpoint that it needs instead of the model under test; ``None``: that model.
         remote: whether a server can run it.
-        control: whether it is a control, which shows what the loop's own contribution is.
+        control: whether it is a control: a method that lacks what the loop is supposed to contribute.
     """
 
     name: str
@@ -108,8 +108,8 @@ class Method:
 
 def _loop(**changes: Any) -> Callable[[Batch], list[MethodAnswer]]:
     def run(batch: Batch) -> list[MethodAnswer]:
-        ask = GenerationOptions({**batch.settings.loop, **changes})
-        return [answers[0] for answers in batch.backend.answer(batch.prompts, ask, batch.seeds)]
+        options = GenerationOptions({**batch.settings.loop, **changes})
+        return [answers[0] for answers in batch.backend.answer(batch.prompts, options, batch.seeds)]
 
     return run
 
@@ -120,14 +120,14 @@ def _plain(batch: Batch) -> list[MethodAnswer]:
 
 
 def _cot(batch: Batch) -> list[MethodAnswer]:
-    ask = GenerationOptions({"max_iterations": 0}, max_new_tokens=batch.settings.cot_tokens)
-    return [answers[0] for answers in batch.backend.answer(batch.prompts, ask, batch.seeds)]
+    options = GenerationOptions({"max_iterations": 0}, max_new_tokens=batch.settings.cot_tokens)
+    return [answers[0] for answers in batch.backend.answer(batch.prompts, options, batch.seeds)]
 
 
 def _self_consistency(batch: Batch) -> list[MethodAnswer]:
     s = batch.settings
-    ask = GenerationOptions({"max_iterations": 0}, s.cot_tokens, s.temperature, s.samples)
-    return [_vote(batch.task, answers) for answers in batch.backend.answer(batch.prompts, ask, batch.seeds)]
+    options = GenerationOptions({"max_iterations": 0}, s.cot_tokens, s.temperature, s.samples)
+    return [_vote(batch.task, answers) for answers in batch.backend.answer(batch.prompts, options, batch.seeds)]
 
 
 def _vote(task: Task, answers: Sequence[MethodAnswer]) -> MethodAnswer:
@@ -198,12 +198,12 @@ _PLAIN_SAMPLING: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "repetition_penalty
 
 @torch.inference_mode()
 def _search(batch: Batch, max_new_tokens: int, **options: Any) -> list[MethodAnswer]:
-    """Generate with transformers' own search over the base; of several texts, take the likeliest per token."""
+    """Generate with the search of transformers on the base; of several texts, take the most likely one per token."""
     local = batch.local("beam search")
     reasoner = local.reasoner
     answered = []
     for prompt, seed in zip(batch.prompts, batch.seeds, strict=True):
-        # Sampling uses torch's global generator: one prompt at a time, so that prompts do not depend on each other.
+        # One prompt at a time: sampling uses torch's global generator, and prompts must not depend on each other.
         torch.manual_seed(seed)
         request = local.request(prompt, GenerationOptions({"max_iterations": 0}, max_new_tokens), seed)
         ids = [*request.prompt_ids, *request.answer_prefix_ids]
@@ -262,7 +262,7 @@ _ALL = (
     Method("cot", "a written chain of thought, then the answer", _cot, weights="cot"),
     Method("self_consistency", "several sampled chains of thought, majority vote", _self_consistency, "cot"),
     Method("beam", "a chain of thought by beam search", _beam, "cot", remote=False),
-    Method("best_of_n", "several sampled chains of thought, the likeliest one", _best_of_n, "cot", remote=False),
+    Method("best_of_n", "several sampled chains of thought, the most likely one", _best_of_n, "cot", remote=False),
     Method("pause", "pause tokens before the answer, with a model trained for it", _loop(), "pause"),
     Method("slr", "the latent loop with early exit", _loop()),
     Method("slr_fixed", "the latent loop, always all iterations", _loop(criterion="fixed")),

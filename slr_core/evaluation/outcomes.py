@@ -25,7 +25,7 @@ class Outcome:
             are none, or if the task cannot check them.
         iterations: loop iterations; the mean over several samples.
         exit_reason: why the loop ended; empty for a method without a loop.
-        relative_change: of each iteration; ``None`` if undefined.
+        relative_change: relative change at each iteration; ``None`` if undefined.
         contraction_rate: geometric mean of the contractions; ``None`` if undefined.
         oscillating: whether the loop ended alternating between two states.
         prompt_tokens: tokens of the prompt.
@@ -93,7 +93,7 @@ class MethodAnswer:
 
     @classmethod
     def from_result(cls, result: Result, flops: float, added_parameters: int) -> Self:
-        """The answer that one result of the loop is."""
+        """The answer in a result of the loop."""
         return cls(
             text=result.text,
             iterations=result.iterations,

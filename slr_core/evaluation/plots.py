@@ -105,8 +105,8 @@ def draw_exit_frontier(exits: Sequence[ExitPoint], default: Summary | None = Non
     with _drawing("Accuracy against mean iterations, by exit criterion") as (figure, svg):
         axes = _axes(figure)
         for i, criterion in enumerate(dict.fromkeys(e.criterion for e in exits)):
-            own = sorted((e.iterations, e.accuracy) for e in exits if e.criterion == criterion)
-            axes.plot(*_transposed(own), label=criterion.replace("_", " "), **_line(i))
+            points = sorted((e.iterations, e.accuracy) for e in exits if e.criterion == criterion)
+            axes.plot(*_transposed(points), label=criterion.replace("_", " "), **_line(i))
         if default is not None:
             point: dict[str, Any] = {"marker": "*", "markersize": 12, "linestyle": "none", "color": GREY}
             axes.plot([default.iterations], [default.accuracy], label="as configured", **point)
@@ -189,25 +189,25 @@ def draw_probe_scores(scores: Sequence[ProbeScore]) -> str:
     with _drawing("Probes on latent states, per iteration", 0.6 + 2.2 * rows) as (figure, svg):
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
         for axes, (label, place) in zip(grid, panels, strict=False):
-            own = [s for s in scores if (s.label, s.place) == (label, place)]
+            panel = [s for s in scores if (s.label, s.place) == (label, place)]
             for i, kind in enumerate(kinds):
-                of = [s for s in own if s.probe == kind]
-                times = [s.t for s in of]
-                _banded(axes, times, [s.score for s in of], [s.interval for s in of], i, kind)
+                same_kind = [s for s in panel if s.probe == kind]
+                times = [s.t for s in same_kind]
+                _banded(axes, times, [s.score for s in same_kind], [s.interval for s in same_kind], i, kind)
                 axes.plot(
                     times,
-                    [s.shuffled for s in of],
+                    [s.shuffled for s in same_kind],
                     ":",
                     color=COLOURS[i],
                     linewidth=1.2,
                     label=f"{kind}, shuffled labels",
                 )
-            chance = sorted({(s.t, s.chance) for s in own})
+            chance = sorted({(s.t, s.chance) for s in panel})
             axes.plot(*_transposed(chance), "--", color=GREY, linewidth=1, label="chance")
             axes.set(title=f"{label}, {place}" if several_places else label, xlabel="iteration", ylim=(0, 1.04))
             axes.set_xlim(-0.3, last + 0.3)
             _whole_numbers(axes)
-            axes.set_ylabel(own[0].metric)
+            axes.set_ylabel(panel[0].metric)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         _legend(figure, grid[0], columns=5)
@@ -237,18 +237,18 @@ def draw_lens_curves(lens: Lens) -> str:
 
 
 def draw_readings(questions: Sequence[QuestionReadings]) -> str:
-    """Draw a column per question: the top token of every state, darker if likelier, and the decoded thought."""
+    """Draw a column per question: the top token of every state (darker: more likely) and the decoded thought."""
     rows = max((question.first + len(question.readings) for question in questions), default=1)
     has_thoughts = any(thought for question in questions for thought in question.thoughts)
     with _drawing("Top token of every state", 0.9 + (0.36 if has_thoughts else 0.24) * rows) as (figure, svg):
         axes = _axes(figure)
         for column, question in enumerate(questions):
             for t, (token, p) in enumerate(question.readings, start=question.first):
-                said = [f"{_short(token.strip())}  {p:.2f}"]
+                lines = [f"{_short(token.strip())}  {p:.2f}"]
                 if 0 < t <= len(question.thoughts) and question.thoughts[t - 1] is not None:
-                    said.append(f"\u201c{_short(str(question.thoughts[t - 1]))}\u201d")
+                    lines.append(f"\u201c{_short(str(question.thoughts[t - 1]))}\u201d")
                 axes.fill_between([column, column + 0.96], t - 0.46, t + 0.46, color=COLOURS[0], alpha=0.3 * p, lw=0)
-                axes.text(column + 0.03, t, "\n".join(said), va="center", fontsize=8)
+                axes.text(column + 0.03, t, "\n".join(lines), va="center", fontsize=8)
             end = f"{_short(question.text)} ({'right' if question.right else 'wrong'})"
             axes.text(column + 0.03, rows, end, va="center", fontsize=8, weight="bold")
         axes.set(ylabel="iteration", xlim=(0, max(1, len(questions))), ylim=(rows + 0.5, -0.5), xticks=[])

@@ -121,10 +121,10 @@ def collect_states(
 
 def _at(states: Tensor, place: str, iterations: int, starts_from_state: bool) -> Tensor:
     """The states of one question at a place, ``[iterations + 1, d]``, from those of its loop, ``[t + 1, W, d]``."""
-    kept = states[:, -1] if place == READOUT else states.mean(1)
-    full = torch.full((iterations + 1, kept.shape[-1]), torch.nan)
+    reduced = states[:, -1] if place == READOUT else states.mean(1)
+    full = torch.full((iterations + 1, reduced.shape[-1]), torch.nan)
     first = 0 if starts_from_state else 1
-    full[first : len(kept)] = kept[first:]
+    full[first : len(reduced)] = reduced[first:]
     return full
 
 

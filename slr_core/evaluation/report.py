@@ -1,4 +1,4 @@
-"""The report: one page of tables, plots and the manifest that reproduces them, made from a results file."""
+"""The report of a results file: a page of tables and plots, and the commands that reproduce them."""
 
 from __future__ import annotations
 
@@ -178,11 +178,11 @@ def _labelled_runs(runs: Sequence[MethodRun]) -> dict[str, MethodRun]:
 def _differences(specs: Sequence[dict[str, Any]]) -> list[str]:
     """Per spec, the settings in which the specs differ; unequal specs have unequal texts."""
     settings = [_settings(spec) for spec in specs]
-    names = dict.fromkeys(name for own in settings for name in own)
-    differ = [name for name in names if len({own.get(name) for own in settings}) > 1]
-    if len({own.get("model") for own in settings}) == len(settings):
+    names = dict.fromkeys(name for values in settings for name in values)
+    differ = [name for name in names if len({values.get(name) for values in settings}) > 1]
+    if len({values.get("model") for values in settings}) == len(settings):
         differ = [name for name in differ if name != "weights"]
-    return [", ".join(f"{name} {own.get(name, 'default')}" for name in differ) for own in settings]
+    return [", ".join(f"{name} {values.get(name, 'default')}" for name in differ) for values in settings]
 
 
 def _settings(spec: dict[str, Any]) -> dict[str, str]:
@@ -254,10 +254,10 @@ def _state_plots(figure: StoredFigure) -> list[Plot]:
 
 
 def _manifest(store: Store) -> FigureTable:
-    # The runs of a study have no entry of their own: the study has one.
-    made: list[MethodRun | StoredFigure] = [*filter(_finished, store.runs.values()), *store.figures]
+    # The runs of a study have no entry: the study has one for all.
+    items: list[MethodRun | StoredFigure] = [*filter(_finished, store.runs.values()), *store.figures]
     entries = {}
-    for item in (item for item in made if item.about):
+    for item in (item for item in items if item.about):
         spec, about = item.spec, item.about
         entry = {
             "command": str(about.get("command", "")),

@@ -45,7 +45,7 @@ def identify_model(path: str | None) -> dict[str, Any]:
         return {"name": path}
     digest = sha256()
     for file in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors")):
-        # Not what a training run writes beside the model: its own checkpoints and its manifest.
+        # Leave out what a training run writes beside the model: its checkpoints and its manifest.
         if file.relative_to(folder).parts[0] not in ("steps", "training.json"):
             digest.update(str(file.relative_to(folder)).encode() + b"\0" + sha256(file.read_bytes()).digest())
     return {"name": folder.resolve().name, "sha256": digest.hexdigest()}
@@ -78,8 +78,8 @@ def run_method(
         store: stores the outcomes; by default nothing is stored.
         run: a run of ``store``; by default an empty one.
         batch_size: number of questions per batch; affects speed, not answers.
-        warm_up: answer one question before the clock starts: the first answer also starts the engine and allocates
-            memory, so that times would otherwise depend on the order of methods.
+        warm_up: answer one question before timing starts. The first answer also starts the engine and allocates memory;
+            without a warm-up, times would depend on the order of methods.
         progress: called with the number of further questions that are done.
 
     Returns:

@@ -183,21 +183,21 @@ class StabilityStudy:
         )
 
     def _exits(self, depths: list[list[Outcome]], settled: list[int]) -> list[ExitPoint]:
-        most = len(depths) - 1
-        if most == 0:
+        max_iterations = len(depths) - 1
+        if max_iterations == 0:
             return []
         paths: list[list[Distance]] = []
         for start in range(0, len(self.questions.examples), self.batch_size):
             texts = [self.task.prompt(example) for example in self.questions.examples[start : start + self.batch_size]]
-            paths += measure_distances(self.local.reasoner, texts, most)
+            paths += measure_distances(self.local.reasoner, texts, max_iterations)
             self.progress("distances", len(texts))
         guard = self.local.reasoner.config.loop.guard
         exits = []
         for criterion in get_args(Criterion):
             for threshold in _grid([d.get(criterion) for path in paths for d in path]):
-                settings = ResolvedLoopParams(most, 1, criterion, threshold, 1)
+                settings = ResolvedLoopParams(max_iterations, 1, criterion, threshold, 1)
                 at = [_exit(path, ExitRule(settings, guard)) for path in paths]
-                right = [depths[kept][i].correct for i, (_, kept) in enumerate(at)]
+                right = [depths[kept_iteration][i].correct for i, (_, kept_iteration) in enumerate(at)]
                 excess = fmean(ran - first for (ran, _), first in zip(at, settled, strict=True))
                 exits.append(ExitPoint(criterion, threshold, fmean(ran for ran, _ in at), fmean(right), excess))
         return exits
@@ -235,7 +235,7 @@ def _forced(t: int) -> dict[str, Any]:
 
 
 def _exit(path: list[Distance], rule: ExitRule) -> tuple[int, int]:
-    """The last iteration that a loop with these distances runs, and the one whose state it keeps."""
+    """The last iteration that a loop with these distances runs, and the iteration whose state it keeps."""
     for t, measured in enumerate(path, start=1):
         norm = measured["norm"]
         reason = rule.update(

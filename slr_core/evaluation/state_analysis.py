@@ -56,7 +56,7 @@ class StateAnalysis:
             ),
             "readings": Plot(
                 "Logit lens, question by question",
-                "The first questions: the likeliest token of every state and its probability, and the decoded thought "
+                "The first questions: the most likely token of every state, its probability, and the decoded thought "
                 "if the checkpoint has a latent decoder. Below each question: the answer, and whether it is right.",
                 plots.draw_readings(self.lens.examples),
             ),

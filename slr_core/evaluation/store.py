@@ -85,13 +85,13 @@ class Store:
         run.outcomes[outcome.key] = outcome
         self._append({"of": run.id, **outcome.to_json()})
 
-    def keep(self, kind: str, spec: dict[str, Any], data: dict[str, Any], about: dict[str, Any]) -> None:
+    def save_figure(self, kind: str, spec: dict[str, Any], data: dict[str, Any], about: dict[str, Any]) -> None:
         """Store a figure; it replaces an earlier one of the same kind and spec."""
         figure = StoredFigure(kind, spec, data, about)
         self._replace(figure)
         self._append({"figure": kind, "spec": spec, "data": data, "about": about})
 
-    def kept(self, kind: str, spec: dict[str, Any]) -> dict[str, Any] | None:
+    def find_figure(self, kind: str, spec: dict[str, Any]) -> dict[str, Any] | None:
         """The data of the figure of this kind and spec; ``None`` if there is none."""
         # As read from a file, where a tuple is a list.
         spec = json.loads(json.dumps(spec))
@@ -129,8 +129,8 @@ class Store:
                     # Two processes may both have opened the run: keep the outcomes in between.
                     self.runs.setdefault(record["run"], MethodRun(_object(record, "spec"), _object(record, "about")))
                 elif "figure" in record:
-                    facts = (_object(record, name) for name in ("spec", "data", "about"))
-                    self._replace(StoredFigure(str(record["figure"]), *facts))
+                    parts = (_object(record, name) for name in ("spec", "data", "about"))
+                    self._replace(StoredFigure(str(record["figure"]), *parts))
                 else:
                     outcome = Outcome.from_json(record)
                     self.runs[record["of"]].outcomes[outcome.key] = outcome

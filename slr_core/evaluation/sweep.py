@@ -105,11 +105,11 @@ def expand_variants(sweep: SweepConfig, folder: Path) -> Iterator[Variant]:
     Raises:
         ConfigError: a setting or a combination is not valid in the recipe.
     """
-    named = [({"variant": name}, own) for name, own in sweep.variants.items()] or [({}, {})]
-    for (name, own), values in product(named, product(*sweep.vary.values())):
+    named = [({"variant": name}, changes) for name, changes in sweep.variants.items()] or [({}, {})]
+    for (name, changes), values in product(named, product(*sweep.vary.values())):
         chosen = dict(zip(sweep.vary, values, strict=True))
         for seed in sweep.seeds:
-            settings = {**sweep.set, **own, **chosen, "seed": seed}
+            settings = {**sweep.set, **changes, **chosen, "seed": seed}
             place = Path(sweep.output_dir) / "models" / _slug({**name, **chosen, "seed": seed}, settings)
             # JSON is valid YAML.
             overrides = tuple(
@@ -139,7 +139,7 @@ class SweepRow:
         return {
             "variant": self.variant.label,
             "seed": self.variant.seed,
-            "asked": self.questions,
+            "question_set": self.questions,
             "method": self.method,
             **asdict(self.summary),
         }

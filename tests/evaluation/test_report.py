@@ -77,11 +77,13 @@ def store(tmp_path):
     fill(made, "slr_fixed", 13, changes={"flops": 2.5e9, "forward_passes": 41})
     fill(made, "no_cot", 7, changes={"flops": None, "tokens": 17, "added_parameters": 0})
     asked = {name: spec(questions=20)[name] for name in ("task", "source", "questions", "questions_sha256")}
-    made.keep("baselines", asked, {"luck_rule": 0.625}, {})
-    made.keep("missing", asked, {"cot": "it needs weights: --weights cot=DIR", "no_cot": "it was missing once"}, {})
+    made.save_figure("baselines", asked, {"luck_rule": 0.625}, {})
+    made.save_figure(
+        "missing", asked, {"cot": "it needs weights: --weights cot=DIR", "no_cot": "it was missing once"}, {}
+    )
     about = {"command": "slr stability", "torch": "2"}
     settings = {"past": 2, "seed": 11}
-    made.keep("stability", {**asked, "model": {"name": "tiny"}, "settings": settings}, study().to_json(), about)
+    made.save_figure("stability", {**asked, "model": {"name": "tiny"}, "settings": settings}, study().to_json(), about)
     return made
 
 
@@ -245,7 +247,7 @@ def test_a_figure_without_runs_is_shown(tmp_path):
     asked = {name: spec()[name] for name in ("task", "source", "questions", "questions_sha256")}
     for name in ("one", "two"):
         found = StateAnalysis(1, 0.5, Lens((), {}, ()), Movement((None,), (None,)), None, ())
-        store.keep("probe", {**asked, "model": {"name": name}}, found.to_json(), {"command": "slr probe"})
+        store.save_figure("probe", {**asked, "model": {"name": name}}, found.to_json(), {"command": "slr probe"})
     html, text = written(store, tmp_path / "out")
     assert html.count("<svg") == 6
     assert "### Logit lens (model one)" in text
@@ -256,7 +258,9 @@ def test_a_figure_without_runs_is_shown(tmp_path):
 def test_a_figure_of_another_program_is_refused(tmp_path):
     store = Store()
     asked = {name: spec()[name] for name in ("task", "source", "questions", "questions_sha256")}
-    store.keep("probe", asked, {"plots": [{"title": "x", "caption": "y", "svg": "<script>alert(1)</script>"}]}, {})
+    store.save_figure(
+        "probe", asked, {"plots": [{"title": "x", "caption": "y", "svg": "<script>alert(1)</script>"}]}, {}
+    )
     with pytest.raises(DataError, match="another version"):
         report.write_report(store, tmp_path / "out")
 
@@ -325,8 +329,8 @@ def test_names_are_shown_and_never_run(tmp_path):
         for model in (HOSTILE, "other"):
             fill(store, name, 9, {"command": HOSTILE, HOSTILE: HOSTILE}, model={"name": model}, **fields)
     asked = {**fields, "questions": 20, "questions_sha256": "cd" * 32}
-    store.keep("baselines", asked, {HOSTILE: 0.5}, {})
-    store.keep("missing", asked, {HOSTILE: HOSTILE}, {})
+    store.save_figure("baselines", asked, {HOSTILE: 0.5}, {})
+    store.save_figure("missing", asked, {HOSTILE: HOSTILE}, {})
     html, text = written(store, tmp_path / "out")
     page = Page(html)
     assert "script" not in page.tags
@@ -348,7 +352,7 @@ def test_without_a_finished_run_there_is_nothing_to_report(tmp_path):
     with pytest.raises(DataError, match="nothing to report"):
         report.write_report(store, tmp_path / "out")
     store.add(store.open(spec()), outcome())
-    store.keep("missing", spec(), {"cot": "why"}, {})
+    store.save_figure("missing", spec(), {"cot": "why"}, {})
     with pytest.raises(DataError, match="nothing to report"):
         report.write_report(store, tmp_path / "out")
     assert not (tmp_path / "out").exists()

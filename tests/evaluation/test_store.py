@@ -112,7 +112,7 @@ def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store = Store()
     store.add(store.open(spec()), KEPT[0])
-    store.keep("stability", spec(), {"a": 1}, {})
+    store.save_figure("stability", spec(), {"a": 1}, {})
     assert len(store.figures) == len(store.runs) == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -125,7 +125,7 @@ def test_a_figure_takes_the_place_of_an_earlier_one_of_its_kind_and_spec(path):
         ("stability", spec(task="other"), {"n": 3}),
         ("stability", spec(), {"n": 4}),
     ):
-        store.keep(kind, of, data, {"command": f"slr {data['n']}"})
+        store.save_figure(kind, of, data, {"command": f"slr {data['n']}"})
     for seen in (store, Store(path)):
         assert [(figure.kind, figure.data["n"], figure.about) for figure in seen.figures] == [
             ("missing", 2, {"command": "slr 2"}),
