@@ -1,15 +1,18 @@
-"""What the engine costs and what it gains, every figure a ratio of two times measured side by side.
+"""Speed of the engine, compared with bare forward passes, lockstep batches, the reference and PEFT.
 
     make bench                      (python -m benchmarks.engine --out benchmarks/results/engine)
 
-`benchmarks/workload.py` has the two models and load L. Throughput is that of the time in which all 32 slots are taken,
-in passes of rows a second: neither side gains from how a run ends. A lockstep batch takes 32 requests of the same load,
-loops and writes until its slowest row is done, and makes room for the next. The bound is the time of the bare base
-model's passes for the same work: no adapters, no engine, a cache that nothing copies. A bare model runs single
-positions and prompts in passes of their own; beside it stands the time with as few passes as the engine has.
-Both sides of a ratio run on as many threads as the engine finds fastest, and what is held against an engine runs on its
-own thread while it is idle: workers of two threads would get in each other's way (`release_workers`). They take turns,
-and the best turn of each counts: a busy machine slows single turns.
+Every figure is a ratio of two times. `benchmarks/workload.py` defines the two models and load L.
+
+- Throughput is measured while all 32 slots are taken, in row passes per second (one row in one forward pass), so that
+  the end of a run does not matter.
+- A lockstep batch of 32 requests runs until its slowest row is done; then the next batch starts.
+- Bare passes are the base model's forward passes for the same work, without adapters and without an engine. A bare
+  model runs single positions and prompts in separate passes; a second figure uses as few passes as the engine.
+- Both sides of a ratio use as many torch threads as the engine finds fastest. What is compared with an engine runs on
+  the engine's thread while the engine is idle, because the worker threads of two threads would compete
+  (`release_workers`).
+- The two sides alternate, and the best time of each counts, so that other load on the machine matters less.
 """
 
 from __future__ import annotations
@@ -27,8 +30,19 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from benchmarks.passes import PARTS, bare, forward, mixed_by_peft, parts, recorded
-from benchmarks.workload import PROMPT, ROWS, SEED, Watch, bundled, fixed, llama, load, tokens, work
+from benchmarks.passes import PARTS, forward, record_passes, run_bare, time_parts, use_peft_mixed_batch
+from benchmarks.workload import (
+    PROMPT,
+    ROWS,
+    SEED,
+    StepRecorder,
+    bundled,
+    count_row_passes,
+    fixed,
+    llama,
+    load,
+    tokens,
+)
 from slr_core import LatentReasoner
 from slr_core.engine import Engine
 from slr_core.engine.runner.device import release_workers
@@ -40,25 +54,33 @@ from slr_core.params import SamplingParams
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table: the ratio of two times, or of two rates, and what it should be."""
+    """One line of the table.
+
+    Attributes:
+        name: what is divided by what.
+        model: name of the model.
+        ratio: ratio of two times or of two rates.
+        target: what the ratio should be; ``reported`` if there is no target.
+        detail: the measured values.
+    """
 
     name: str
     model: str
     ratio: float
-    bar: str
+    target: str
     detail: str
 
 
 def main() -> None:
-    """Measure everything, print the table and write it."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where the table goes: this path with .md and .json")
-    parser.add_argument("--turns", type=int, default=3, help="how often the two sides of a ratio take turns")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
-    parser.add_argument("--only", choices=("bundled", "135M"), help="one of the models")
-    parser.add_argument("--layers", type=int, default=30, help="of the random model, to try things out")
+    parser.add_argument("--out", type=Path, help="write <out>.md and <out>.json")
+    parser.add_argument("--turns", type=int, default=3, help="number of measurements of each side of a ratio")
+    parser.add_argument("--threads", type=int, help="maximum number of torch threads (default: torch's default)")
+    parser.add_argument("--only", choices=("bundled", "135M"), help="measure one model only")
+    parser.add_argument("--layers", type=int, default=30, help="number of layers of the random model")
     options = parser.parse_args()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     threads = options.threads or torch.get_num_threads()
     torch.manual_seed(SEED)
     figures: list[Figure] = []
@@ -67,7 +89,7 @@ def main() -> None:
     makers: dict[str, Callable[[], LatentReasoner]] = {"bundled": bundled, "135M": lambda: llama(options.layers)}
     for name, make in makers.items():
         if options.only in (None, name):
-            torch.set_num_threads(threads)  # an engine chooses among so many
+            torch.set_num_threads(threads)  # the engine chooses at most as many
             for figure in measure(name, make(), options.turns, shares, used):
                 figures.append(figure)
                 print(_line(figure), flush=True)
@@ -79,18 +101,18 @@ def main() -> None:
 def measure(
     name: str, reasoner: LatentReasoner, turns: int, shares: dict[str, dict[str, float]], used: dict[str, int]
 ) -> Iterator[Figure]:
-    """The figures of one model; into ``shares`` where its steps' time goes, into ``used`` on how many threads."""
-    large, watch = name != "bundled", Watch()
-    with Engine(reasoner, slots=ROWS, capacity=704, prefix_gib=0, on_step=watch) as engine:
+    """The figures of one model. Adds the shares of a step's parts to ``shares`` and its threads to ``used``."""
+    large, recorder = name != "bundled", StepRecorder()
+    with Engine(reasoner, slots=ROWS, capacity=704, prefix_gib=0, on_step=recorder) as engine:
         engine.submit(fixed(1, 1)).result()
         used[name] = engine.threads
-        yield from under_load(name, engine, watch, turns)
-        yield alone(name, engine, turns)
+        yield from under_load(name, engine, recorder, turns)
+        yield single_request(name, engine, turns)
         if large:
-            yield long_prompts(name, engine, watch, turns)
+            yield long_prompts(name, engine, recorder, turns)
             if engine.threads > 1:
-                yield workers(name, engine, watch, turns)
-        spent = parts(engine, lambda: watch.run(engine, load(2 * ROWS if large else 16 * ROWS)))
+                yield workers(name, engine, recorder, turns)
+        spent = time_parts(engine, lambda: recorder.run(engine, load(2 * ROWS if large else 16 * ROWS)))
         shares[name] = {part: seconds / sum(spent.values()) for part, seconds in spent.items()}
     if large:
         torch.set_num_threads(used[name])
@@ -101,20 +123,20 @@ def measure(
 # -- the figures -----------------------------------------------------------------------------------------
 
 
-def under_load(name: str, engine: Engine, watch: Watch, turns: int) -> Iterator[Figure]:
-    """The engine under L beside the bare passes it made, lockstep batches, one request at a time, and traces."""
+def under_load(name: str, engine: Engine, recorder: StepRecorder, turns: int) -> Iterator[Figure]:
+    """The engine under L against bare passes, lockstep batches, single requests, and traced or sampled requests."""
     large = name != "bundled"
     requests = load(4 * ROWS if large else 16 * ROWS)
     traced = [replace(request, trace=True, top_tokens=5, include_states=True) for request in requests]
-    # A random model's logits spread by a half; so they spread by 5, as a language model's do.
+    # The logits of the random model have a standard deviation of 0.5; with temperature 0.1 it is 5, as usual.
     nucleus = SamplingParams(temperature=0.1 if large else 1.0, top_p=0.9, seed=SEED)
     sampled = [replace(request, sampling=nucleus) for request in requests]
     batches, few = requests[: 2 * ROWS if large else 8 * ROWS], requests[:8]
-    with recorded(engine) as passes:
-        watch.run(engine, requests)
-    on_its_thread = engine._thread.call
+    with record_passes(engine) as passes:
+        recorder.run(engine, requests)
+    on_engine_thread = engine._thread.call
     most = max(rows for rows, _, _ in passes.shapes)
-    cache = on_its_thread(lambda: KVCache(engine.model, most, engine.capacity))
+    cache = on_engine_thread(lambda: KVCache(engine.model, most, engine.capacity))
 
     def lockstep() -> None:
         for start in range(0, len(batches), ROWS):
@@ -124,36 +146,42 @@ def under_load(name: str, engine: Engine, watch: Watch, turns: int) -> Iterator[
         for request in few:
             generate(engine.reasoner, [request])
 
-    paces: list[float] = []
-    ours, bound, joined, batched, single, recording, sampling = best(
+    row_pass_s: list[float] = []
+    ours, bare_s, packed_s, batched, single, recording, sampling = best(
         turns,
-        lambda: paces.append(watch.run(engine, requests)),
-        lambda: on_its_thread(lambda: bare(engine, passes.unpacked, passes.heads, cache)),
-        lambda: on_its_thread(lambda: bare(engine, passes.shapes, passes.heads, cache)),
-        lambda: on_its_thread(lockstep),
-        lambda: on_its_thread(reference),
-        lambda: watch.run(engine, traced),
-        lambda: watch.run(engine, sampled),
+        lambda: row_pass_s.append(recorder.run(engine, requests)),
+        lambda: on_engine_thread(lambda: run_bare(engine, passes.unpacked, passes.heads, cache)),
+        lambda: on_engine_thread(lambda: run_bare(engine, passes.shapes, passes.heads, cache)),
+        lambda: on_engine_thread(lockstep),
+        lambda: on_engine_thread(reference),
+        lambda: recorder.run(engine, traced),
+        lambda: recorder.run(engine, sampled),
     )
-    pace = min(paces)
-    rate = f"{1 / pace:.0f} passes of rows a second"
+    fastest = min(row_pass_s)
+    rate = f"{1 / fastest:.0f} row passes/s"
     yield Figure(
-        "bound / engine under L",
+        "bare passes for the same work / engine under L",
         name,
-        bound / ours,
+        bare_s / ours,
         f"at least {0.85 if large else 0.6}",
-        f"{len(requests)} requests in {ours:.2f} s, bound {bound:.2f} s",
+        f"{len(requests)} requests in {ours:.2f} s, bare passes {bare_s:.2f} s",
     )
-    detail = f"{len(passes.shapes)} passes, {len(passes.unpacked)} unpacked, bound {joined:.2f} s"
-    yield Figure("the same, bound in as few passes as the engine's", name, joined / ours, "reported", detail)
-    against = f"{rate}, {work(batches) / batched:.0f} in lockstep"
-    yield Figure("throughput under L / lockstep batches", name, batched / work(batches) / pace, "at least 1.4", against)
+    detail = f"{len(passes.shapes)} passes instead of {len(passes.unpacked)}, {packed_s:.2f} s"
+    yield Figure("the same, with as few bare passes as the engine's", name, packed_s / ours, "reported", detail)
+    detail = f"{rate}, {count_row_passes(batches) / batched:.0f} in lockstep"
+    yield Figure(
+        "throughput under L / lockstep batches",
+        name,
+        batched / count_row_passes(batches) / fastest,
+        "at least 1.4",
+        detail,
+    )
     yield Figure(
         f"throughput under L / one at a time, {PROMPT}-token prompts",
         name,
-        single / work(few) / pace,
+        single / count_row_passes(few) / fastest,
         "at least 4" if large else "reported",
-        f"{rate}, {work(few) / single:.0f} one at a time",
+        f"{rate}, {count_row_passes(few) / single:.0f} one at a time",
     )
     yield Figure("under L, every row traced / none", name, recording / ours, "at most 1.15", f"{recording:.2f} s")
     yield Figure(
@@ -161,9 +189,9 @@ def under_load(name: str, engine: Engine, watch: Watch, turns: int) -> Iterator[
     )
 
 
-def long_prompts(name: str, engine: Engine, watch: Watch, turns: int) -> Figure:
-    """Throughput under L, but for prompts of 128 tokens, against the reference, one request after the other."""
-    requests, paces = load(2 * ROWS, 128), list[float]()
+def long_prompts(name: str, engine: Engine, recorder: StepRecorder, turns: int) -> Figure:
+    """Throughput under L with prompts of 128 tokens, against the reference with one request at a time."""
+    requests, row_pass_s = load(2 * ROWS, 128), list[float]()
 
     def reference() -> None:
         for request in requests[:8]:
@@ -171,26 +199,26 @@ def long_prompts(name: str, engine: Engine, watch: Watch, turns: int) -> Figure:
 
     _, single = best(
         min(2, turns),
-        lambda: paces.append(watch.run(engine, requests)),
+        lambda: row_pass_s.append(recorder.run(engine, requests)),
         lambda: engine._thread.call(reference),
     )
-    own = work(requests[:8]) / single
-    detail = f"{1 / min(paces):.0f} passes of rows a second, {own:.0f} one at a time"
+    reference_rate = count_row_passes(requests[:8]) / single
+    detail = f"{1 / min(row_pass_s):.0f} row passes/s, {reference_rate:.0f} one at a time"
     figure = "throughput under L / one at a time, 128-token prompts"
-    return Figure(figure, name, 1 / min(paces) / own, "reported", detail)
+    return Figure(figure, name, 1 / min(row_pass_s) / reference_rate, "reported", detail)
 
 
-def workers(name: str, engine: Engine, watch: Watch, turns: int) -> Figure:
-    """What it costs the engine that another thread has computed in parallel and keeps its workers."""
+def workers(name: str, engine: Engine, recorder: StepRecorder, turns: int) -> Figure:
+    """Throughput under L without and with another thread that keeps its OpenMP workers."""
     requests, ours, beside = load(2 * ROWS), list[float](), list[float]()
     for _ in range(min(2, turns)):
-        torch.ones(1_000_000).add_(1)  # here, on this thread
-        beside.append(watch.run(engine, requests))
+        torch.ones(1_000_000).add_(1)  # starts workers of this thread
+        beside.append(recorder.run(engine, requests))
         release_workers()
-        ours.append(watch.run(engine, requests))
-    detail = f"{1 / min(beside):.0f} passes of rows a second, {1 / min(ours):.0f}"
+        ours.append(recorder.run(engine, requests))
+    detail = f"{1 / min(ours):.0f} row passes/s, {1 / min(beside):.0f}"
     return Figure(
-        "under L, another thread keeps OpenMP workers / it let them go",
+        "throughput under L without a thread that keeps its OpenMP workers / beside one",
         name,
         min(beside) / min(ours),
         "reported",
@@ -198,8 +226,8 @@ def workers(name: str, engine: Engine, watch: Watch, turns: int) -> Figure:
     )
 
 
-def alone(name: str, engine: Engine, turns: int) -> Figure:
-    """A lone request's latency against the reference's."""
+def single_request(name: str, engine: Engine, turns: int) -> Figure:
+    """Latency of a single request against the reference's."""
     request, many = fixed(8, 16), 10 if name == "bundled" else 1
     ours, theirs = best(
         3 * turns * (1 + many // 5),
@@ -207,11 +235,11 @@ def alone(name: str, engine: Engine, turns: int) -> Figure:
         lambda: engine._thread.call(lambda: [generate(engine.reasoner, [request]) for _ in range(many)]),
     )
     detail = f"{1000 * ours / many:.0f} ms, {1000 * theirs / many:.0f} ms"
-    return Figure("a lone request's latency / the reference's", name, ours / theirs, "at most 1.05", detail)
+    return Figure("latency of a single request / the reference's", name, ours / theirs, "at most 1.05", detail)
 
 
 def adapters(name: str, reasoner: LatentReasoner, turns: int) -> Iterator[Figure]:
-    """A decode or loop pass of 32 rows with 8 different adapters, against none and against PEFT's own mixed batch."""
+    """A decode or loop pass of 32 rows with 8 different adapters, against no adapters and PEFT's mixed batch."""
     base, width = reasoner.base, 40
     lora_batch, cache, names = LoraBatch(base), KVCache(base, ROWS, width), reasoner.config.loop.adapters
     lora_batch.set_adapters([(base, adapter) for adapter in names])
@@ -222,7 +250,7 @@ def adapters(name: str, reasoner: LatentReasoner, turns: int) -> Iterator[Figure
         forward(lora_batch.model, cache, ROWS, 1, width)
 
     def peft() -> None:
-        with mixed_by_peft(base, [names[row % len(names)] for row in range(ROWS)]):
+        with use_peft_mixed_batch(base, [names[row % len(names)] for row in range(ROWS)]):
             forward(base, cache, ROWS, 1, width)
 
     weights = [weight for layer in lora_batch.layers.values() for weight in layer.weights[:2]]
@@ -236,22 +264,26 @@ def adapters(name: str, reasoner: LatentReasoner, turns: int) -> Iterator[Figure
         )
     methods = ", ".join(sorted({layer.method for layer in lora_batch.layers.values()}))
     detail = f"{1000 * ours:.0f} ms, {1000 * none:.0f} ms without, {methods}"
-    yield Figure("step with 8 adapters / with none", name, ours / none, "at most 1.25", detail)
+    yield Figure("step of 32 rows with 8 adapters / without adapters", name, ours / none, "at most 1.25", detail)
     yield Figure("PEFT's mixed batch / that step", name, theirs / ours, "at least 3", f"{1000 * theirs:.0f} ms")
     added = f"{1000 * (theirs - none):.0f} ms, {1000 * (ours - none):.0f} ms"
-    yield Figure("what PEFT's adds / what ours adds", name, (theirs - none) / (ours - none), "reported", added)
+    yield Figure(
+        "time added by PEFT's mixed batch / by these adapters", name, (theirs - none) / (ours - none), "reported", added
+    )
     size = f"{sum(weight.nbytes for weight in weights) / 2**20:.0f} MiB in {1000 * reading:.0f} ms"
-    yield Figure("reading the 8 adapters once / what ours adds", name, reading / (ours - none), "reported", size)
+    yield Figure(
+        "reading the 8 adapters once / time added by these adapters", name, reading / (ours - none), "reported", size
+    )
 
 
 def prefix(name: str, reasoner: LatentReasoner, turns: int) -> Figure:
-    """Time to the first token behind a shared prefix of 512 tokens, warm against cold."""
+    """Time to first token with a cached prefix of 512 tokens, against the same without the cache."""
     rng = random.Random(SEED)
     with Engine(reasoner, slots=4, capacity=704, prefix_gib=1) as engine:
         shared = tokens(rng, 512)
 
-        def first(ask: tuple[int, ...]) -> None:
-            engine.submit(replace(fixed(1, 1), prompt_ids=(*ask, *tokens(rng, PROMPT)))).result()
+        def first(prompt: tuple[int, ...]) -> None:
+            engine.submit(replace(fixed(1, 1), prompt_ids=(*prompt, *tokens(rng, PROMPT)))).result()
 
         first(shared)
         warm, cold = best(turns, lambda: first(shared), lambda: first(tokens(rng, 512)))
@@ -260,7 +292,7 @@ def prefix(name: str, reasoner: LatentReasoner, turns: int) -> Figure:
 
 
 def best(turns: int, *sides: Callable[[], object]) -> list[float]:
-    """The best time of each side, in seconds, over turns that they take one after another."""
+    """The best time of each side in seconds; the sides alternate ``turns`` times."""
     times = [float("inf")] * len(sides)
     for _ in range(turns):
         for side, run in enumerate(sides):
@@ -274,26 +306,26 @@ def best(turns: int, *sides: Callable[[], object]) -> list[float]:
 
 
 def _line(figure: Figure) -> str:
-    return f"| {figure.name} | {figure.model} | {figure.ratio:.2f} | {figure.bar} | {figure.detail} |"
+    return f"| {figure.name} | {figure.model} | {figure.ratio:.2f} | {figure.target} | {figure.detail} |"
 
 
 def _shares(shares: dict[str, dict[str, float]]) -> list[str]:
-    """Where the time under L goes, as a table."""
+    """The table of the parts of a step."""
     return [
-        f"| of the time under L | {' | '.join(shares)} |",
+        f"| share of the time under L | {' | '.join(shares)} |",
         "|---" * (1 + len(shares)) + "|",
-        *(f"| {part} | {' | '.join(f'{own[part]:.0%}' for own in shares.values())} |" for part in PARTS),
+        *(f"| {part} | {' | '.join(f'{model[part]:.0%}' for model in shares.values())} |" for part in PARTS),
     ]
 
 
 def write(out: Path, figures: list[Figure], shares: dict[str, dict[str, float]], threads: dict[str, int]) -> None:
-    """The tables as Markdown and JSON."""
+    """Write the tables as Markdown and JSON."""
     machine = f"{_processor()}, torch {torch.__version__}"
-    on = ", ".join(f"{name} {count}" for name, count in threads.items())
+    used = ", ".join(f"{name} {count}" for name, count in threads.items())
     lines = [
-        f"`{' '.join(['python -m benchmarks.engine', *sys.argv[1:]])}`, {machine}, threads: {on}",
+        f"`{' '.join(['python -m benchmarks.engine', *sys.argv[1:]])}`, {machine}, threads: {used}",
         "",
-        "| figure | model | ratio | bar | measured |",
+        "| figure | model | ratio | target | measured |",
         "|---|---|---|---|---|",
         *map(_line, figures),
         "",

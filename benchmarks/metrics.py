@@ -29,7 +29,7 @@ ANSWERS, TURNS = 64, 10
 
 def main() -> None:
     """Run the benchmark."""
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
     reasoner = LatentReasoner.from_pretrained()
     print("| answers at once | step | recording | share |", "|---|---|---|---|", sep="\n")

@@ -38,7 +38,7 @@ class RecordedPasses:
 
 
 @contextmanager
-def recorded(engine: Engine) -> Iterator[RecordedPasses]:
+def record_passes(engine: Engine) -> Iterator[RecordedPasses]:
     """Record all passes inside the context."""
     passes = RecordedPasses([], [], [])
 
@@ -73,7 +73,7 @@ def recorded(engine: Engine) -> Iterator[RecordedPasses]:
 
 
 @torch.inference_mode()
-def bare(engine: Engine, shapes: list[tuple[int, int, int]], heads: list[int], cache: KVCache) -> None:
+def run_bare(engine: Engine, shapes: list[tuple[int, int, int]], heads: list[int], cache: KVCache) -> None:
     """Run passes of these shapes with the base model alone, over a cache of as many rows as the largest has."""
     engine._lora_batch.index = None  # the engine is idle: its model runs without adapters
     for rows, queries, width in shapes:
@@ -97,7 +97,7 @@ def forward(model: Any, cache: KVCache, rows: int, queries: int, width: int) -> 
 
 
 @contextmanager
-def mixed_by_peft(base: nn.Module, names: list[str]) -> Iterator[None]:
+def use_peft_mixed_batch(base: nn.Module, names: list[str]) -> Iterator[None]:
     """PEFT's mixed batch: what ``adapter_names`` does in a PeftModel, for injected adapters."""
 
     def add_names(_module: Any, args: Any, options: dict[str, Any], adapter_names: list[str]) -> Any:
@@ -119,20 +119,20 @@ def mixed_by_peft(base: nn.Module, names: list[str]) -> Iterator[None]:
             layer._active_adapter = before
 
 
-PARTS = ("the base's linear layers", "adapters", "attention, norms, cache", "the head", "the engine")
+PARTS = ("linear layers of the base", "adapters", "attention, norms, cache", "LM head", "engine")
 """Parts of a step."""
 
 
-def parts(engine: Engine, run: Callable[[], object]) -> dict[str, float]:
+def time_parts(engine: Engine, run: Callable[[], object]) -> dict[str, float]:
     """Seconds of each of :data:`PARTS` while ``run`` keeps the engine busy."""
     spent: Counter[str] = Counter()
     model = engine.model
     layers = engine._lora_batch.layers.values()
     hooks = [
-        *_timed(spent, "model", [model.base_model]),
-        *_timed(spent, "layers", layers),
-        *_timed(spent, "base", [layer.base_layer for layer in layers]),
-        *_timed(spent, "head", [model.get_output_embeddings()]),  # type: ignore[no-untyped-call]
+        *_add_timers(spent, "model", [model.base_model]),
+        *_add_timers(spent, "layers", layers),
+        *_add_timers(spent, "base", [layer.base_layer for layer in layers]),
+        *_add_timers(spent, "head", [model.get_output_embeddings()]),  # type: ignore[no-untyped-call]
     ]
     began = time.perf_counter()
     try:
@@ -151,7 +151,7 @@ def parts(engine: Engine, run: Callable[[], object]) -> dict[str, float]:
     return dict(zip(PARTS, seconds, strict=True))
 
 
-def _timed(spent: Counter[str], name: str, modules: Any) -> Iterator[RemovableHandle]:
+def _add_timers(spent: Counter[str], name: str, modules: Any) -> Iterator[RemovableHandle]:
     """Add the time of modules that do not contain each other to ``spent``."""
     began = 0.0
 

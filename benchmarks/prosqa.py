@@ -102,7 +102,7 @@ def main() -> None:
         "--divergence", type=int, default=10_000, help="number of generated questions to look for divergence"
     )
     options = parser.parse_args()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
     sets = {
         name: list(islice(generate_prosqa(spec, SEED), options.questions)) for name, spec in GENERATED.items()
@@ -197,7 +197,7 @@ def _print_levels(name: str, outcomes: list[Outcome]) -> None:
     print(f"\n{name}, with its loop, by hops:\n")
     head = "| hops | n | accuracy | mean iterations | converged | passes | relative change at t = 1, 2, ... |"
     print(head + "\n|---|---|---|---|---|---|---|")
-    for hops, summary in {**summarize_by_difficulty(outcomes), "all": summarize(outcomes)}.items():
+    for hops, summary in [*summarize_by_difficulty(outcomes).items(), ("all", summarize(outcomes))]:
         changes = " ".join("-" if change is None else f"{change:.2f}" for change in summary.relative_change)
         print(
             f"| {hops} | {summary.questions} | {summary.accuracy:.3f} | {summary.iterations:.2f} "

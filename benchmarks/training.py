@@ -1,10 +1,10 @@
-"""Training throughput: the prompt run once and cached, against a direct loop that runs it again for every thought.
+"""Training throughput with a cached prompt, compared with a direct loop that runs the prompt for every thought.
 
     python -m benchmarks.training > benchmarks/results/training.md
 
-The direct loop is how the field's first reference code trains continuous thoughts: every pass takes the prompt and
-all thoughts so far from the start. Both train the same weights on the same batch, alternate in one process, and
-their losses and gradients are checked to agree before anything is timed.
+The direct loop trains continuous thoughts without a cache: every pass runs the prompt and all thoughts so far. Both
+train the same weights on the same batch and alternate in one process. Before timing, the benchmark checks that their
+losses and gradients agree.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from slr_core.training.config import TrainConfig
 from slr_core.training.data import LoopPlan
 from slr_core.training.objectives import Rollout, losses
 
-# Coconut: the state itself is the next input, one set of weights. What a direct loop runs as well.
+# As in Coconut: the state is the next input, without loop modules. A direct loop can run this, too.
 LOOP = validated(
     LoopConfig,
     {
@@ -44,7 +44,7 @@ ANSWER, BATCH = 4, 8
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a shape of batch."""
+    """Sizes of a model and of its batch."""
 
     width: int
     layers: int
@@ -58,7 +58,7 @@ CASES = (Case(128, 2, 64, 6), Case(128, 2, 192, 6), Case(128, 2, 192, 12), Case(
 def main() -> None:
     """Time every case and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each, in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="number of timed steps of each side")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     print(

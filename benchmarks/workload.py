@@ -1,7 +1,7 @@
-"""What the engine is measured on: two models, and load L.
+"""Models and load of the engine benchmark.
 
-The bundled checkpoint, whose passes are so short that overhead shows, and a Llama-shaped random model of 135M
-parameters (30 layers, width 576, vocabulary 49,152) with 8 loop adapters of rank 16 on all linear layers.
+Models: the bundled checkpoint, whose passes are so short that overhead shows; and a Llama model of 135M parameters (30
+layers, hidden size 576, vocabulary 49,152) with random weights and 8 loop adapters of rank 16 on all linear layers.
 Load L: 32 requests at once, prompts of 16 tokens, exits spread evenly over 1 to 16 iterations, 1 to 32 new tokens.
 """
 
@@ -25,19 +25,19 @@ SEED = 20261124
 ROWS, PROMPT, ITERATIONS, TOKENS = 32, 16, 16, 32
 
 
-class Endless(LatentReasoner):
-    """A model whose answers are as long as asked."""
+class EndlessReasoner(LatentReasoner):
+    """A model without end tokens: answers always have ``max_new_tokens`` tokens."""
 
-    end_tokens = frozenset()  # type: ignore[assignment]
+    end_tokens = frozenset()
 
 
 def bundled() -> LatentReasoner:
     """The bundled checkpoint."""
-    return Endless.from_pretrained(None)
+    return EndlessReasoner.from_pretrained(None)
 
 
 def llama(layers: int) -> LatentReasoner:
-    """The Llama-shaped random model."""
+    """A Llama model with random weights and ``layers`` layers."""
     base = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=49_152,
@@ -53,7 +53,8 @@ def llama(layers: int) -> LatentReasoner:
     config = SLRConfig.from_dict(
         {"loop": {"trained_iterations": 8, "max_iterations": 16, "lora": {"rank": 16}, "timestep": {"kind": "learned"}}}
     )
-    reasoner = Endless(base.eval(), LatentReasoner.from_pretrained(None).tokenizer, config).eval()
+    base.eval()  # type: ignore[no-untyped-call]
+    reasoner = EndlessReasoner(base, LatentReasoner.from_pretrained(None).tokenizer, config).eval()
     with torch.no_grad():
         for key, weight in reasoner.base.named_parameters():
             if "lora_B" in key:
@@ -70,7 +71,7 @@ def load(count: int, prompt: int = PROMPT) -> list[Request]:
 
 
 def fixed(iterations: int, new_tokens: int) -> Request:
-    """A request of a given length."""
+    """A request that loops for exactly ``iterations`` and then generates ``new_tokens``."""
     return Request(
         prompt_ids=tokens(random.Random(iterations), PROMPT),
         answer_prefix_ids=(),
@@ -85,31 +86,31 @@ def fixed(iterations: int, new_tokens: int) -> Request:
 
 
 def tokens(rng: random.Random, count: int) -> tuple[int, ...]:
-    """A prompt."""
+    """Random token ids for a prompt."""
     return tuple(rng.randrange(4, 40) for _ in range(count))
 
 
-def work(requests: list[Request]) -> int:
-    """Row-steps that requests take: the prompt, the iterations, and every token but the first."""
+def count_row_passes(requests: list[Request]) -> int:
+    """Number of row passes that requests need: prompt, iterations, and every token but the first."""
     return sum(r.loop.max_iterations + r.max_new_tokens for r in requests)
 
 
-class Watch:
-    """Notes when an engine's steps end and how many rows they had; for ``Engine(on_step=...)``."""
+class StepRecorder:
+    """Records end and number of rows of an engine's steps; for ``Engine(on_step=...)``."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[float, int]] = []
 
     def __call__(self, step: StepStats) -> None:
-        """Note a step."""
+        """Record a step."""
         self.steps.append((time.perf_counter(), step.rows))
 
     def run(self, engine: Engine, requests: list[Request]) -> float:
-        """Answer them, as many at once as there are slots: seconds a pass of a row while all slots were taken."""
+        """Answer the requests; returns seconds per row pass while all slots were taken."""
         self.steps.clear()
         began = time.perf_counter()
         for future in [engine.submit(request) for request in requests]:
             future.result()
-        # Once nobody waits for a slot, fewer run with every answer: that is not the load any more.
+        # At the end, when no request waits, slots become free: that part does not count.
         last = max(i for i, (_, rows) in enumerate(self.steps) if rows == ROWS)
         return (self.steps[last][0] - began) / sum(rows for _, rows in self.steps[: last + 1])

@@ -1,10 +1,46 @@
-"""Benchmarks that people start by hand tell how far they are."""
+"""Benchmarks: all of them import, those of the engine record its passes, and the long one shows its progress."""
 
+import pkgutil
 import sys
+from importlib import import_module
 
 import pytest
 
-from benchmarks import prosqa
+import benchmarks
+from benchmarks import passes, prosqa
+from slr_core.engine import Engine
+from slr_core.engine.runner.kv_cache import KVCache
+from tests import tiny
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(benchmarks.__path__)])
+def test_imports(name):
+    assert callable(getattr(import_module(f"benchmarks.{name}"), "main", tuple))
+
+
+def test_engine_passes_run_bare():
+    made = tiny.reasoner()
+    with Engine(made, slots=3, prefix_gib=0) as engine:
+        requests = [tiny.request(made, prompt) for prompt in tiny.PROMPTS[:3]]
+
+        def run():
+            return [future.result() for future in [engine.submit(request) for request in requests]]
+
+        with passes.record_passes(engine) as recorded:
+            results = run()
+        rows = sum(rows * queries if queries == 1 else rows for rows, queries, _ in recorded.shapes)
+        assert rows >= max(result.forward_passes for result in results)
+        assert sum(recorded.heads) >= sum(result.completion_tokens for result in results)
+        separate = [shape for shape in recorded.unpacked if shape[1] > 1]
+        assert [queries for _, queries, _ in separate if queries > 1]
+        engine._thread.call(
+            lambda: passes.run_bare(
+                engine, recorded.unpacked, recorded.heads, KVCache(engine.model, 3, engine.capacity)
+            )
+        )
+        seconds = passes.time_parts(engine, run)
+        assert list(seconds) == list(passes.PARTS)
+        assert all(value > 0 for value in seconds.values())
 
 
 @pytest.fixture
