@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
-from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Annotated
@@ -45,10 +43,9 @@ def sweep(
     except ImportError as error:
         raise missing_extra("training", "train", error) from error
     status = Console(stderr=True)
-    with redirect_stdout(sys.stderr):  # a training prints its losses
-        rows = run_sweep(
-            spec, device=device, dtype=dtype, about=versions(), progress=lambda step: status.print(escape(step))
-        )
+    rows = run_sweep(
+        spec, device=device, dtype=dtype, about=versions(), progress=lambda step: status.print(escape(step))
+    )
     record = {"manifest": {"spec": str(spec), **versions()}, "rows": [row.to_json() for row in rows]}
     show_results(record, lambda: _print(rows), as_json, output)
 

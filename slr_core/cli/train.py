@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from slr_core._install import missing_extra
+from slr_core.cli.options import hide_loading_bars
 
 
 def train(
@@ -20,13 +22,33 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in output_dir.")] = False,
 ) -> None:
-    """Train a recipe and write a checkpoint folder."""
+    """Train a recipe and write a checkpoint folder.
+
+    The loss goes to standard error while the training runs. The folder holds a model card, README.md.
+    """
     try:
         from slr_core.training.trainer import train as run
     except ImportError as error:
         raise missing_extra("training", "train", error) from error
     from slr_core.training.config import TrainConfig
 
-    folder = run(TrainConfig.from_yaml(config, tuple(overrides or ())), resume=resume)
+    hide_loading_bars()
+    command = shlex.join(["slr", *sys.argv[1:]])
+    folder = run(TrainConfig.from_yaml(config, tuple(overrides or ())), resume=resume, command=command)
     print(folder)
-    print(f"Next, serve it:\n    slr-serve --model {shlex.quote(str(folder))}", file=sys.stderr)
+    print(f"Next:\n{''.join(f'    {line}{chr(10)}' for line in _next_commands(folder))}", end="", file=sys.stderr)
+
+
+def _next_commands(folder: Path) -> list[str]:
+    from slr_core.training.trainer import MANIFEST
+
+    model = shlex.quote(str(folder))
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    held_out = [result for result in manifest["held_out"] if result["file"] is not None]
+    evaluate = (
+        shlex.join(
+            ["slr", "eval", "--model", str(folder), "--task", result["task"], "--data", str(folder / result["file"])]
+        )
+        for result in held_out
+    )
+    return [*evaluate, f"slr serve --model {model}"]

@@ -117,7 +117,7 @@ def _tokenizer(config: TrainConfig) -> Any:
         text = config.text or TextConfig()
         texts += [text.prompt_prefix, text.prompt_suffix, text.answer_prefix]
         for source in {data.model_dump_json(): data for stage in config.schedule for data in stage.data}.values():
-            texts += _sample(open_source(source, config.seed), config.seed)
+            texts += _sample(open_source(source, config.seed, config.held_out), config.seed)
         return word_tokenizer(texts)
     try:
         return _with_padding(AutoTokenizer.from_pretrained(kind, trust_remote_code=False))

@@ -148,6 +148,12 @@ class TrainConfig(RecipeModel):
     chain_of_thought: bool = Field(
         False, description="train the method `cot`: write the steps before the answer instead of looping"
     )
+    held_out: int = Field(
+        0,
+        ge=0,
+        description="different questions of every file or split that are kept out of training; the trained model "
+        "answers them at the end, and they are written beside it",
+    )
     save_steps: int = Field(500, ge=1)
     log_steps: int = Field(50, ge=1)
     bf16: bool = Field(False, description="automatic mixed precision in bfloat16")
@@ -167,6 +173,10 @@ class TrainConfig(RecipeModel):
         if self.chain_of_thought and loops:
             raise ValueError(
                 "max_iterations must be 0 with chain_of_thought: a model writes its steps or loops, not both"
+            )
+        if self.train == "adapters" and not loops:
+            raise ValueError(
+                "max_iterations 0 with train `adapters` leaves nothing to train: no adapter is ever active"
             )
         if self.teacher is None and (terms.teacher_states or terms.teacher_logits):
             raise ValueError("objectives.teacher_states and teacher_logits need a teacher")

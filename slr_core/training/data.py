@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 from typing import Any
 
 import torch
@@ -13,13 +14,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from slr_core.config import TextConfig
+from slr_core.errors import DataError
 from slr_core.tasks.base import Example
 from slr_core.tasks.prosqa import frontiers
 from slr_core.training.config import TrainConfig
 from slr_core.training.graphs import Chain, NodeTokens, draw_chains
-from slr_core.training.sources import CONTINUES, Source, open_source
+from slr_core.training.sources import CONTINUES, Listed, Source, open_source
 from slr_core.training.stages import StageConfig
 
+_CHECKED = 16  # longest questions of a list, by characters
 IGNORE = -100
 """Padding of labels and target sets."""
 MARK = "#"
@@ -100,7 +103,7 @@ class StageStream(IterableDataset[list[Item]]):
     def __init__(self, config: TrainConfig, first_step: int = 0, share: Share | None = None) -> None:
         self.config, self.first_step, self.share = config, first_step, share or Share()
         self.sources: list[list[Source]] = [
-            [open_source(data, config.seed) for data in stage.data] for stage in config.schedule
+            [open_source(data, config.seed, config.held_out) for data in stage.data] for stage in config.schedule
         ]
 
     def __iter__(self) -> Iterator[list[Item]]:
@@ -143,6 +146,32 @@ class StageStream(IterableDataset[list[Item]]):
         return items
 
 
+def check_longest(stream: StageStream, collator: Collator) -> None:
+    """Collate the longest questions of each list, so that one that cannot be trained on is found before the training.
+
+    Raises:
+        DataError: there is such a question.
+    """
+    for stage, sources in zip(stream.config.schedule, stream.sources, strict=True):
+        longest = (
+            stage.longest if stream.config.max_iterations is None else min(stage.longest, stream.config.max_iterations)
+        )
+        replaced = 0 if stream.config.chain_of_thought else 10**6 if stage.replaced == "all" else stage.replaced
+        for source in sources:
+            if isinstance(source, Listed):
+                most = nlargest(_CHECKED, source.examples, key=_characters)
+                collator(
+                    [
+                        Item(example, LoopPlan(longest), replaced=replaced, removed=stage.removed_tokens)
+                        for example in most
+                    ]
+                )
+
+
+def _characters(example: Example) -> int:
+    return len(example.question) + len(example.answer) + sum(map(len, example.steps))
+
+
 def _exit(stage: StageConfig, plan: LoopPlan, work: int, position: float) -> int:
     if stage.exit == "last":
         return plan.iterations
@@ -172,16 +201,33 @@ class Collator:
       indices into it of each step's last token and of the mark's.
     - ``targets`` ``[B, T, K]``: the set of tokens at distance t in the question's graph.
     - ``chain_starts`` ``[B, Q, 2]``, ``chain_targets`` ``[B, Q, S, K]``: the same for other start nodes.
+
+    Args:
+        tokenizer: pads with any token.
+        config: the recipe.
+        text: prefixes and suffixes; by default none.
+        room: positions for prompt and answer together, by number of iterations; by default any number.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, text: TextConfig | None = None) -> None:
-        self.tokenizer, self.text = tokenizer, text or TextConfig()
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainConfig,
+        text: TextConfig | None = None,
+        room: Sequence[int] = (),
+    ) -> None:
+        self.tokenizer, self.text, self.room = tokenizer, text or TextConfig(), room
         self.per_step, self.terms = config.thoughts_per_step, config.objectives
         self.writes_chain = bool(self.terms.cot or self.terms.cot_states or self.terms.codi)
         self.node = NodeTokens(tokenizer)
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
-        """The batch of one forward pass."""
+        """The batch of one forward pass.
+
+        Raises:
+            DataError: a question without tokens, one that is too long for the model, or a graph whose nodes are not
+                single tokens.
+        """
         examples, plan = [item.example for item in items], items[0].plan
         prompts = self.tokenizer(
             [self.text.wrap_prompt(example.question) for example in examples],
@@ -200,6 +246,9 @@ class Collator:
             [*chain, *mark, *spaced, *end] if chain else [*answer, *end]
             for chain, answer, spaced, end in zip(chains, answers, spaced_answers, ends, strict=True)
         ]
+        self._check_lengths(
+            examples, prompts["attention_mask"].sum(1).tolist(), [len(prefix) + len(w) for w in written], plan
+        )
         batch = {
             "input_ids": prompts["input_ids"],
             "attention_mask": prompts["attention_mask"],
@@ -227,6 +276,17 @@ class Collator:
             levels = [[[self.node.all(level) for level in chain] for _, chain in item.chains] for item in items]
             batch["chain_targets"] = pad(levels)
         return batch
+
+    def _check_lengths(self, examples: list[Example], prompts: list[int], answers: list[int], plan: LoopPlan) -> None:
+        for example, prompt, answer in zip(examples, prompts, answers, strict=True):
+            if prompt == 0:
+                raise DataError(f"a question holds no tokens of this model: {example.question[:80]!r}")
+            if self.room and prompt + answer > self.room[plan.iterations]:
+                raise DataError(
+                    f"a question of {prompt} tokens and its answer of {answer} do not fit: with {plan.iterations} "
+                    f"iterations the model has {self.room[plan.iterations]} positions for both: "
+                    f"{example.question[:80]!r}"
+                )
 
     def _steps(self, examples: list[Example]) -> list[list[list[int]]]:
         # Tokenize each step alone, so that no token spans two steps.

@@ -14,7 +14,7 @@ from slr_core import tasks
 from slr_core.errors import DataError
 from slr_core.tasks.base import Example, OptionValue, Task
 from slr_core.tasks.prosqa import GraphSpec, generate_graph, to_example
-from slr_core.tasks.sources import load_questions
+from slr_core.tasks.sources import Questions, load_questions
 from slr_core.training.stages import DataConfig
 
 CONTINUES = "continues"
@@ -114,25 +114,64 @@ class PlainText(Source):
 
 
 @cache
-def _read(task: str, file: str | None, split: str | None) -> tuple[tuple[Example, ...], str, str]:
-    # Cached: several stages may read the same file.
-    questions = load_questions(tasks.get_task(task), data=file, split=split)
-    return questions.examples, questions.source, questions.sha256
+def _read(task: str, file: str | None, split: str | None) -> Questions:
+    # Stages name the same file again and again.
+    return load_questions(tasks.get_task(task), data=file, split=split)
 
 
-def open_source(config: DataConfig, seed: int) -> Source:
-    """Open the source of a config; read its file.
+def load_source_questions(config: DataConfig) -> Questions:
+    """The questions of a file or split; they are read once.
 
     Raises:
-        DataError: the file or split cannot be read.
+        DataError: they cannot be read, or the task cannot grade one of them.
+        ConfigError: the task does not have what is asked of it.
+    """
+    assert config.task is not None  # the config has checked it
+    return _read(config.task, config.file, config.split)
+
+
+def split_held_out(examples: Sequence[Example], count: int, source: str) -> tuple[list[Example], list[Example]]:
+    """Questions to train on, and held-out ones: ``count`` different questions with all their repetitions.
+
+    Which ones depends on the questions alone: not on a seed, nor on their order.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    if not count:
+        return list(examples), []
+    different = sorted({example.question for example in examples}, key=_digest)
+    if count >= len(different):
+        raise DataError(f"{source}: held_out must be below its {len(different)} different questions, got {count}")
+    kept_out = set(different[:count])
+    training = [example for example in examples if example.question not in kept_out]
+    return training, [example for example in examples if example.question in kept_out]
+
+
+def _digest(question: str) -> str:
+    return sha256(question.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def open_source(config: DataConfig, seed: int, held_out: int = 0) -> Source:
+    """Open the source of a config; read its file.
+
+    Args:
+        config: what to read or generate.
+        seed: of the order of a list.
+        held_out: different questions that a file or split keeps out of training.
+
+    Raises:
+        DataError: the file or split cannot be read, or keeps nothing to train on.
         ConfigError: the task does not exist, or has no such split or generator.
     """
     if config.text is not None:
         return PlainText(config.text, config.characters)
     assert config.task is not None  # checked by the config
     if not config.generated:
-        examples, description, digest = _read(config.task, config.file, config.split)
-        return Listed(examples, seed, f"{config.task}, {description}", digest)
+        questions = load_source_questions(config)
+        examples, kept_out = split_held_out(questions.examples, held_out, questions.source)
+        about = f", {len(kept_out)} of {len(questions.examples)} held out" if kept_out else ""
+        return Listed(examples, seed, f"{config.task}, {questions.source}{about}", questions.sha256)
     task = tasks.get_task(config.task)
     if config.graphs:
         return Graphs(GraphSpec(**config.generator_options))  # type: ignore[arg-type]  # checked by the config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer import TRAINER_STATE_NAME
 
 from slr_core._version import __version__
 from slr_core.checkpoint.read import load_weights
-from slr_core.errors import ConfigError, TrainingError
+from slr_core.errors import ConfigError, DataError, TrainingError
 from slr_core.model.base_support import hidden_size
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build, load_teacher
+from slr_core.training.card import write_training_card
 from slr_core.training.config import TrainConfig
-from slr_core.training.data import Collator, Share, StageStream
+from slr_core.training.data import Collator, Share, StageStream, check_longest
 from slr_core.training.guard import TrainingGuard
+from slr_core.training.held_out import HeldOutSet, answer_held_out, held_out_sets, write_held_out
 from slr_core.training.objectives import Mean, Rollout, losses
+from slr_core.training.progress import ProgressReport
 
 MANIFEST = "training.json"
 BRIDGE = "bridge.safetensors"
+_FULL_NAME = f"{DataError.__module__}.{DataError.__qualname__}"
 
 
 class LossModule(nn.Module):
@@ -136,27 +141,29 @@ class LoopTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Never replace good weights with bad ones.
-        if self.guard.is_stable and all(bool(p.isfinite().all()) for p in self._reasoner().parameters()):
+        if self.guard.is_stable and all(bool(p.isfinite().all()) for p in self.reasoner.parameters()):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        self._reasoner().save_pretrained(str(folder))
+        self.reasoner.save_pretrained(str(folder))
         if (bridge := self._loss_module().bridge) is not None:
             save_file(bridge.state_dict(), folder / BRIDGE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(self._reasoner(), resume_from_checkpoint)
+        load_weights(self.reasoner, resume_from_checkpoint)
         if (bridge := self._loss_module().bridge) is not None:
             bridge.load_state_dict(load_file(Path(resume_from_checkpoint) / BRIDGE))
+
+    @property
+    def reasoner(self) -> LatentReasoner:
+        """What is trained."""
+        return self._loss_module().reasoner
 
     def _loss_module(self) -> LossModule:
         objective = self.accelerator.unwrap_model(self.model)
         assert isinstance(objective, LossModule)
         return objective
-
-    def _reasoner(self) -> LatentReasoner:
-        return self._loss_module().reasoner
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each term and value since the last log."""
@@ -199,14 +206,22 @@ class _ResetOptimizer(TrainerCallback):
             kwargs["optimizer"].state.clear()
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> Path:
-    """Train a recipe, write the checkpoint to the folder ``output_dir`` and return its path.
+def train(config: TrainConfig, *, resume: bool = False, command: str | None = None) -> Path:
+    """Train a recipe, write the checkpoint, with a model card, to the folder ``output_dir`` and return its path.
 
     The Trainer's checkpoints, with optimizer, scheduler and step, are in ``output_dir/steps``. With ``resume``,
     training continues from the last complete one, or starts again if there is none.
 
+    Args:
+        config: the recipe.
+        resume: continue an interrupted run.
+        command: the command line, for the model card.
+
     Raises:
-        ConfigError: there is nothing to resume, or the batch cannot be divided among the processes.
+        ConfigError: there is nothing to resume, the batch cannot be divided among the processes, or ``output_dir``
+            cannot be written.
+        CheckpointError: the base model cannot be loaded.
+        DataError: questions cannot be read, or do not fit the task or the model.
         TrainingError: the run diverged.
     """
     if config.threads:
@@ -235,6 +250,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         remove_unused_columns=False,
         report_to=["tensorboard"] if is_tensorboard_available() else [],  # type: ignore[no-untyped-call]
         logging_nan_inf_filter=False,
+        disable_tqdm=True,  # ProgressReport is in its place
         ignore_data_skip=True,  # StageStream starts at first_step
     )
     if arguments.n_gpu > 1:
@@ -246,27 +262,63 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     if last is not None and not resume:
         raise ConfigError(f"{output} already holds a run: continue it with --resume, or choose another output_dir")
     first_step = 0 if last is None else TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).global_step
+    stream = StageStream(config, first_step)  # before the model: it is quicker to read
+    held_out = held_out_sets(config)
     reasoner = build(config)
+    collator = Collator(reasoner.tokenizer, config, reasoner.config.text, _room(reasoner, config))
+    check_longest(stream, collator)
+    try:
+        steps.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {output} cannot be created ({error.strerror})") from error
+    report = ProgressReport()
     trainer = LoopTrainer(
         config,
         first_step,
         model=LossModule(reasoner, config, load_teacher(config, reasoner)),
         args=arguments,
-        train_dataset=StageStream(config, first_step),
-        data_collator=Collator(reasoner.tokenizer, config, reasoner.config.text),
-        callbacks=[_ResetOptimizer(config)],
+        train_dataset=stream,
+        data_collator=collator,
+        callbacks=[_ResetOptimizer(config), report],
     )
+    trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except TrainingError as error:
         raise TrainingError(f"{error}; the last checkpoint in {steps} is kept") from error
+    except DataError as error:
+        # From a loader process, whose traceback is part of the message; its last line is the message itself.
+        raise DataError(str(error).rstrip().rpartition("\n")[2].removeprefix(f"{_FULL_NAME}: ")) from error
+    finally:
+        report.close()
     if arguments.should_save:
-        reasoner.eval().save_pretrained(str(output))
-        manifest = json.dumps(_manifest(config, trainer), indent=2) + "\n"
-        partial = output / f"{MANIFEST}.partial"
-        partial.write_text(manifest, encoding="utf-8")
-        os.replace(partial, output / MANIFEST)  # the manifest appears whole, after the weights
+        _finish(output, config, trainer, held_out, command)
     return output
+
+
+def _finish(
+    output: Path, config: TrainConfig, trainer: LoopTrainer, held_out: list[HeldOutSet], command: str | None
+) -> None:
+    """Write the checkpoint, the held-out questions and what the model makes of them, the card and the manifest."""
+    reasoner = trainer.reasoner.eval()
+    reasoner.save_pretrained(str(output))
+    answered = []
+    for found in held_out:
+        if not found.generated:
+            write_held_out(found, output)
+        answered.append(answer_held_out(reasoner, found, config))
+        print(f"held-out questions, {found.task}: {answered[-1]}", file=sys.stderr)
+    manifest = {**_manifest(config, trainer), "held_out": [result.to_json() for result in answered], "command": command}
+    write_training_card(output, reasoner, config, manifest, answered, command)
+    partial = output / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, output / MANIFEST)  # whoever finds it finds a whole one, and whole weights beside it
+
+
+def _room(reasoner: LatentReasoner, config: TrainConfig) -> list[int]:
+    """Positions for prompt and answer together, by number of iterations."""
+    longest = max(stage.longest for stage in config.schedule)
+    return [reasoner.max_positions - reasoner.workspace.loop_positions(t) for t in range(longest + 1)]
 
 
 def _last_complete(steps: Path) -> Path | None:
@@ -288,7 +340,7 @@ def _manifest(config: TrainConfig, trainer: LoopTrainer) -> dict[str, Any]:
     assert isinstance(stream, StageStream)
     sources = {source.description: source.sha256 for stage in stream.sources for source in stage}
     return {
-        "recipe": config.model_dump(mode="json", by_alias=True, exclude={"output_dir"}),
+        "recipe": config.model_dump(mode="json", by_alias=True, exclude={"output_dir"}, exclude_none=True),
         "questions": config.total_steps * config.optimizer.batch_size,
         "steps": trainer.state.global_step,
         "data": [{"source": source, "sha256": digest} for source, digest in sources.items()],

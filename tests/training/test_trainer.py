@@ -247,7 +247,7 @@ def test_a_run_that_blows_up_stops_and_keeps_its_last_good_checkpoint(factor, sa
     def poisoned(self, model, inputs, *others):
         if self.state.global_step == 22:
             with torch.no_grad():
-                self._reasoner().base.get_input_embeddings().weight.mul_(factor)
+                self.reasoner.base.get_input_embeddings().weight.mul_(factor)
         return real(self, model, inputs, *others)
 
     monkeypatch.setattr(LoopTrainer, "training_step", poisoned)
