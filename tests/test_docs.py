@@ -133,10 +133,11 @@ def test_panels_exist():
 
 
 SNIPPETS = list(blocks(README))
+PYTHON = "from ", "import "
 
 
-def starting(*words):
-    return [block for block in SNIPPETS if block.startswith(words)]
+def starting(*words, snippets=SNIPPETS):
+    return [block for block in snippets if block.startswith(words)]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,11 @@ def at(server, snippet):
     return re.sub(r"(http://)?(127\.0\.0\.1|localhost):8000", server.url, snippet)
 
 
-@pytest.mark.parametrize("snippet", starting("from ", "import "), ids=lambda snippet: snippet.split("\n")[0])
+@pytest.mark.parametrize(
+    "snippet",
+    [*starting(*PYTHON), *starting(*PYTHON, snippets=list(blocks((ROOT / "docs/engine.md").read_text())))],
+    ids=lambda snippet: snippet.split("\n")[0],
+)
 def test_python(snippet, request):
     """A snippet runs; where it has a comment ``# prints``, it prints the comments that follow."""
     if ":8000" in snippet:
@@ -162,7 +167,7 @@ def test_python(snippet, request):
 
 
 def test_has_python():
-    assert len(starting("from ", "import ")) >= 2
+    assert len(starting(*PYTHON)) >= 2
 
 
 def test_curl(server):

@@ -65,7 +65,7 @@ class LoopAdapterSets:
             ConfigError: one has.
         """
         if name in self.by_name:
-            raise ConfigError(f"there is a loop set {name!r} already")
+            raise ConfigError(f"there is a loop adapter set {name!r} already")
 
     def add(self, adapter_set: LoopAdapterSet) -> None:
         """Accept requests for another set.
@@ -84,7 +84,7 @@ class LoopAdapterSets:
             ConfigError: there is none of this name, or it is the default one.
         """
         if name == self.default.name or name not in self.by_name:
-            raise ConfigError(f"{name!r} is not a loop set that can be removed")
+            raise ConfigError(f"{name!r} is not a loop adapter set that can be removed")
         del self.by_name[name]
 
     def update_adapters(self, *added: LoopAdapterSet) -> None:

@@ -107,7 +107,7 @@ def test_removed_set_is_freed_after_its_last_request(made, others, monkeypatch):
 def test_name_is_taken_once(made, others):
     stepped = SteppedCore(made, slots=2)
     first = stepped.add("a", others["a"])
-    with pytest.raises(ConfigError, match="there is a loop set 'a' already"):
+    with pytest.raises(ConfigError, match="there is a loop adapter set 'a' already"):
         stepped.adapter_sets.add(LoopAdapterSet("a", others["b"]))
     assert stepped.adapter_sets.find("a") is first
 

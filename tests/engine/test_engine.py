@@ -111,19 +111,19 @@ def test_reference_runs_between_steps(made, requests, expected):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype, caplog):
     made = tiny.reasoner(plain=tiny.base().to(dtype), decode=True)
-    asked = [
+    requests = [
         tiny.request(made, prompt, {"max_iterations": i % 4, "criterion": "kl"}, trace=i % 2 == 0, include_states=True)
         for i, prompt in enumerate(tiny.PROMPTS)
     ]
     stepped = SteppedCore(made, slots=4)
-    futures = [stepped.submit(request) for request in asked]
+    futures = [stepped.submit(request) for request in requests]
     stepped.drain()
     assert is_empty(stepped.core)
     results = [future.result(0) for future in futures]
     assert all(result.states.dtype == torch.float32 for result in results)
     assert not caplog.records
     if dtype == torch.float64:  # in bf16, rounding depends on the batch
-        assert [facts(result) for result in results] == [facts(generate(made, [request])[0]) for request in asked]
+        assert [facts(result) for result in results] == [facts(generate(made, [request])[0]) for request in requests]
 
 
 def test_from_pretrained(made, tmp_path):
@@ -165,9 +165,9 @@ def test_capacity_is_what_model_and_memory_allow(made):
 @pytest.mark.parametrize(("workspace", "taken"), [("append", 3), ("block", 3), ("prompt", 0)])
 def test_request_may_fill_a_slot(workspace, taken):
     made = tiny.reasoner(loop=tiny.WORKSPACES[workspace], text={"answer_prefix": "w7 w8"})
-    prompt, asked = tiny.words(*range(9)), fixed(3, None)
+    prompt, loop = tiny.words(*range(9)), fixed(3)["loop"]
     with Engine(made, slots=2, capacity=24) as serving:
-        params = LoopParams(**asked["loop"])
+        params = LoopParams(**loop)
         request = serving.prepare(prompt, loop_params=params)
         assert request.max_new_tokens == 24 - 9 - 2 - taken
         (alone,) = generate(made, [request])
@@ -176,7 +176,7 @@ def test_request_may_fill_a_slot(workspace, taken):
         with pytest.raises(RequestError, match=r"max_new_tokens must be at most"):
             serving.prepare(prompt, loop_params=params, max_new_tokens=request.max_new_tokens + 1)
         # Prepared for the whole model, not for a slot.
-        large = tiny.request(made, prompt, asked["loop"], max_new_tokens=request.max_new_tokens + 1)
+        large = tiny.request(made, prompt, loop, max_new_tokens=request.max_new_tokens + 1)
         with pytest.raises(RequestError, match=r"may need 25 positions, a slot has 24") as caught:
             serving.submit(large)
         assert caught.value.param == "prompt"
@@ -405,11 +405,11 @@ def test_close_twice(made):
 
 
 def test_thread_count_is_at_most_the_callers(made, monkeypatch):
-    asked = []
+    limits = []
 
     def choose(run, most):
         run()
-        asked.append(most)
+        limits.append(most)
         return 1
 
     monkeypatch.setattr(engine_module, "fastest_threads", choose)
@@ -417,10 +417,10 @@ def test_thread_count_is_at_most_the_callers(made, monkeypatch):
     try:
         torch.set_num_threads(3)
         with Engine(made) as first, Engine(made) as second:  # the first one's choice does not limit the second
-            assert (first.threads, second.threads, asked) == (1, 1, [3, 3])
+            assert (first.threads, second.threads, limits) == (1, 1, [3, 3])
         with Engine(made, threads=2) as third:
             assert third.threads == 2
-        assert asked == [3, 3]
+        assert limits == [3, 3]
     finally:
         torch.set_num_threads(before)
 
@@ -428,7 +428,7 @@ def test_thread_count_is_at_most_the_callers(made, monkeypatch):
 def test_timed_step_uses_different_adapters(made, monkeypatch):
     seen, ran = [], []
     used, tuned = LoraBatch.use, LoraBatch.tune
-    monkeypatch.setattr(LoraBatch, "use", lambda bank, rows: (ran.append(list(rows)), used(bank, rows))[1])
+    monkeypatch.setattr(LoraBatch, "use", lambda batch, ids: (ran.append(list(ids)), used(batch, ids))[1])
     monkeypatch.setattr(LoraBatch, "tune", lambda *args: (seen.append("tuned"), tuned(*args))[1])
 
     def choose(run, most):

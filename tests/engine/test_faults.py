@@ -504,13 +504,13 @@ def test_set_of_another_base_is_refused(chain, tmp_path, case):
 
 def test_set_names_are_checked(chain, second_folder):
     with Engine(chain, slots=2) as engine:
-        with pytest.raises(ConfigError, match="there is a loop set 'default' already"):
+        with pytest.raises(ConfigError, match="there is a loop adapter set 'default' already"):
             engine.load_loop_set("default", second_folder)
-        for name in ("default", "nobody"):
-            with pytest.raises(ConfigError, match=f"'{name}' is not a loop set that can be removed"):
+        for name in ("default", "unknown"):
+            with pytest.raises(ConfigError, match=f"'{name}' is not a loop adapter set that can be removed"):
                 engine.remove_loop_set(name)
-        with pytest.raises(RequestError, match="loop_set must be one of default, got nobody"):
-            engine.generate("w1", loop_set="nobody")
+        with pytest.raises(RequestError, match="loop_set must be one of default, got unknown"):
+            engine.generate("w1", loop_set="unknown")
 
 
 # -- events ----------------------------------------------------------------------------------------------

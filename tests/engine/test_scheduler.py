@@ -345,9 +345,9 @@ class AnyLoad(RuleBasedStateMachine):
 
     @invariant()
     def each_request_is_there_once(self):
-        everyone = [*self.made.waiting, *self.made.running]
-        assert len(everyone) == len(self.present)
-        assert set(everyone) == set(self.present)
+        requests = [*self.made.waiting, *self.made.running]
+        assert len(requests) == len(self.present)
+        assert set(requests) == set(self.present)
         assert len(set(self.admitted)) == len(self.admitted)
 
     @invariant()

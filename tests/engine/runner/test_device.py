@@ -18,7 +18,7 @@ from tests import tiny
 # -- device and dtype ------------------------------------------------------------------------------------
 
 
-def test_auto_is_a_gpu_where_there_is_one(monkeypatch):
+def test_auto_device(monkeypatch):
     for there, device in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert resolve_device() == resolve_device("auto") == device
@@ -59,7 +59,7 @@ def test_auto_dtype_follows_the_processor(half_folder, native, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     expected = torch.bfloat16 if native else torch.float32
     assert load_reasoner(half_folder, device="cpu").base.dtype == expected
-    # A dtype that was asked for is used, whatever the processor computes natively.
+    # A dtype given by name is used even if the processor does not compute it natively.
     for dtype in ("bfloat16", "float16", "float32", torch.float64):
         reasoner = load_reasoner(half_folder, device="cpu", dtype=dtype)
         assert reasoner.base.dtype == resolve_dtype(dtype)
@@ -86,7 +86,7 @@ def threads():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_cpu_that_only_emulates_half_precision_gets_fp32(dtype, monkeypatch):
+def test_emulated_half_precision_is_cast_to_fp32(dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     made = tiny.reasoner().to(dtype)
@@ -95,7 +95,7 @@ def test_a_cpu_that_only_emulates_half_precision_gets_fp32(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("feature", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
-def test_a_cpu_that_computes_bf16_keeps_it_and_no_other(feature, monkeypatch):
+def test_native_bf16_is_kept(feature, monkeypatch):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name == feature)
     for dtype, expected in (
@@ -108,7 +108,7 @@ def test_a_cpu_that_computes_bf16_keeps_it_and_no_other(feature, monkeypatch):
         assert made.base.dtype == expected
 
 
-def test_the_number_of_threads_that_measures_fastest_is_kept(threads, monkeypatch):
+def test_fastest_count_is_chosen(threads, monkeypatch):
     now, seen = [0.0], []
     cost = {1: 4.0, 2: 3.0, 4: 1.0, 6: 2.0}
     monkeypatch.setattr(devices.time, "perf_counter", lambda: now[0])
@@ -130,7 +130,7 @@ def test_the_number_of_threads_that_measures_fastest_is_kept(threads, monkeypatc
         ({1: 1.0, 2: 1.5, 4: 2.0}, 1),
     ],
 )
-def test_more_threads_have_to_be_worth_it(threads, monkeypatch, cost, chosen):
+def test_more_threads_need_a_speedup(threads, monkeypatch, cost, chosen):
     now = [0.0]
     monkeypatch.setattr(devices.time, "perf_counter", lambda: now[0])
 
@@ -140,7 +140,7 @@ def test_more_threads_have_to_be_worth_it(threads, monkeypatch, cost, chosen):
     assert fastest_threads(run, 4) == chosen
 
 
-def test_short_steps_are_measured_again_and_again_and_the_times_are_told(threads, monkeypatch, caplog):
+def test_short_steps_are_repeated_and_times_logged(threads, monkeypatch, caplog):
     now = [0.0]
     monkeypatch.setattr(devices.time, "perf_counter", lambda: now[0])
 
@@ -155,7 +155,7 @@ def test_short_steps_are_measured_again_and_again_and_the_times_are_told(threads
     assert "Using 2 threads (step time: 2.0 ms with 1, 1.0 ms with 2)" in caplog.text
 
 
-def test_one_thread_is_not_measured_against_more(threads):
+def test_one_thread_is_not_measured(threads):
     ran = []
     assert fastest_threads(lambda: ran.append(1), 1) == torch.get_num_threads() == 1
     assert not ran
