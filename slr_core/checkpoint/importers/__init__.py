@@ -24,6 +24,7 @@ MODULES = {
     "simcot-coconut": "simcot_coconut",
     "codi": "codi",
     "simcot-codi": "simcot_codi",
+    "lotus": "lotus",
 }
 """Peers and the modules of their importers."""
 

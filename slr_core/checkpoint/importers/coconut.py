@@ -81,7 +81,9 @@ def with_markers(source: PeerCheckpoint, weights: Weights, loop: dict[str, Any])
             where, f"its tokenizer has {len(tokenizer)} tokens, the checkpoint {fit.vocab_size} embeddings"
         )
     fit.check()
-    return Conversion(config, state, tokenizer, markers, loop, dict(TEXT), fit.dtype, dropped=weights.dropped)
+    return Conversion(
+        config, state, tokenizer, markers, loop, dict(TEXT), fit.dtype, fit.table, dropped=weights.dropped
+    )
 
 
 def _base(source: PeerCheckpoint, weights: Weights) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, Path]:

@@ -84,7 +84,16 @@ def convert_weights(source: PeerCheckpoint, weights: Weights, peer: str) -> Conv
         "suppressed_token_ids": [markers[END]],
     }
     return Conversion(
-        config, state, tokenizer, markers, {**loop, "projection": projection}, text, dtype, modules, weights.dropped
+        config,
+        state,
+        tokenizer,
+        markers,
+        {**loop, "projection": projection},
+        text,
+        dtype,
+        fit.table,
+        modules,
+        weights.dropped,
     )
 
 

@@ -115,6 +115,7 @@ class Conversion:
         loop: settings of the loop.
         text: settings of the texts.
         dtype: the widest of the checkpoint's weights.
+        table_name: name of the embedding table among them.
         modules: weights of the loop's own modules.
         dropped: what of the checkpoint was dropped, and why.
     """
@@ -126,8 +127,14 @@ class Conversion:
     loop: dict[str, Any]
     text: dict[str, Any]
     dtype: torch.dtype
+    table_name: str
     modules: dict[str, Tensor] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def table(self) -> Tensor:
+        """The embedding table ``[V, d]``."""
+        return self.base[self.table_name]
 
 
 Recorded = Callable[[LatentReasoner, Tensor], dict[str, Tensor]]

@@ -22,6 +22,18 @@ def write(model, embeds, prefix, count, end, never=()):
 
 
 @torch.inference_mode()
+def refined(model, prompt, vector, latents, loops):
+    """Inputs ``[P + latents, d]`` of LOTUS' last pass, and the states ``[loops + 1, latents, d]`` of its passes."""
+    question, passes = model.get_input_embeddings().weight[torch.tensor(prompt)], []
+    inputs = vector.expand(latents, -1)
+    for _ in range(loops + 1):
+        embeds = torch.cat([question, inputs])
+        passes.append(states(model, embeds)[len(prompt) :])
+        inputs = vector + passes[-1]
+    return embeds, torch.stack(passes)
+
+
+@torch.inference_mode()
 def chain(model, prompt, latents, project=lambda h: h):
     """Inputs of prompt and thoughts ``[P + latents, d]``: each thought is the projected state before it."""
     embeds = model.get_input_embeddings().weight[torch.tensor(prompt)]

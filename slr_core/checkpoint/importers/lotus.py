@@ -1,0 +1,58 @@
+"""LOTUS (arXiv 2606.31779): a block of latent positions, refined in place and in parallel.
+
+Files: a transformers folder, or a pickle ``checkpoint_final`` with Coconut's keys. Neither says how many latent
+positions or loops there are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slr_core.checkpoint.importers.coconut import LATENT, with_markers
+from slr_core.checkpoint.importers.files import read_weights
+from slr_core.checkpoint.importers.peer import FIXED_LOOP, Conversion, Peer, PeerCheckpoint
+from slr_core.errors import ConfigError
+from slr_core.model.reasoner import LatentReasoner
+
+
+def convert_lotus(source: PeerCheckpoint) -> Conversion:
+    """Convert a checkpoint of LOTUS.
+
+    The latent token's embedding is the first input of every position, and is added to the state in every later one.
+    The peer's last pass is the closing pass here.
+    """
+    source.options.refuse("lotus", "lora_alpha", "keep_eos")
+    latents = source.options.require("latents", "all latent positions, loops x latents per loop (6 x 13 for GPT-2)")
+    loops = source.options.require("iterations", "the number of loops over the latent positions (6)")
+    if latents % loops:
+        raise ConfigError(f"--latents must be a multiple of --iterations ({loops}), got {latents}")
+    weights = read_weights(source.checkpoint)
+    weights.drop(r"ia_decoder\..*", "ia_decoder.*", "its auxiliary decoder, which is for training alone")
+    loop = {
+        **FIXED_LOOP,
+        "workspace": "block",
+        "block_size": latents,
+        **dict.fromkeys(("trained_iterations", "max_iterations", "min_iterations"), loops),
+        "residual": {"source": "initial", "mix": "add", "scale": 1.0},
+    }
+    conversion = with_markers(source, weights, loop)
+    vectors = conversion.table[conversion.markers[LATENT]].expand(latents, -1)
+    conversion.modules["workspace.vectors"] = vectors
+    return conversion
+
+
+def recorded_passes(reasoner: LatentReasoner, states: Tensor) -> dict[str, Tensor]:
+    """The outputs of the passes over the latent positions, but for the last one, whose states are never fed."""
+    with torch.inference_mode():
+        return {"": states[1:] - states[0]}
+
+
+PEER = Peer(
+    name="lotus",
+    title="LOTUS",
+    repository="https://github.com/yingfan-bot/lotus",
+    licence="MIT",
+    convert=convert_lotus,
+    recorded=recorded_passes,
+)
