@@ -207,6 +207,12 @@ class LoopConfig(_Model):
     )
     max_iterations: int = Field(6, ge=0, le=256, description="default maximum iterations of a request")
     min_iterations: int = Field(1, ge=0, le=256, description="default minimum iterations of a request")
+    feedback: Literal["normed", "shifted"] = Field(
+        "normed",
+        description="what an iteration gets from the one before it. normed: each position its own state, after the "
+        "final norm; shifted, in the workspace `block`: each position the state of the position before it, the first "
+        "that of the last prompt position, and at t = 1 its input vector without projection",
+    )
     projection: ProjectionConfig = ProjectionConfig()
     timestep: TimestepConfig = TimestepConfig()
     lora: LoopLoraConfig = LoopLoraConfig()
@@ -224,6 +230,8 @@ class LoopConfig(_Model):
             raise ValueError("max_iterations must be at most trained_iterations under lora.past_end `error`")
         if self.projection.kind == "pause" and self.workspace != "append":
             raise ValueError("projection.kind `pause` needs workspace `append`: in the others the input would be lost")
+        if self.feedback == "shifted" and self.workspace != "block":
+            raise ValueError("feedback `shifted` needs workspace `block`")
         if isinstance(self.lora.rank, tuple):
             if self.lora.kind != "per_iteration":
                 raise ValueError(f"lora.rank must be one number for lora.kind `{self.lora.kind}`")

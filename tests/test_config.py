@@ -155,6 +155,10 @@ MISFITS = {
         {"decoder": {"answers": "latent_decoder"}},
         "loop.decoder: answers `latent_decoder` needs a latent_decoder; `latent_decoder: {}` uses its defaults",
     ),
+    "shifted": (
+        {"feedback": "shifted"},
+        "loop: feedback `shifted` needs workspace `block`",
+    ),
     "shared-ranks": (
         {"lora": {"kind": "shared", "rank": [8]}},
         "loop: lora.rank must be one number for lora.kind `shared`",

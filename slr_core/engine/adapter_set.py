@@ -88,9 +88,25 @@ class LoopAdapterSet:
             + request.max_new_tokens
         )
 
-    def inputs(self, hidden: Tensor, iterations: Sequence[int], last_changes: Sequence[float | None]) -> Tensor:
-        """``u_t`` ``[n, W, d]`` from h_{t-1} ``[n, W, d]``, and each row's ``t`` and last relative change."""
-        timestep, projected = self.reasoner.timestep, self.reasoner.project_in(hidden)
+    def inputs(
+        self,
+        hidden: Tensor,
+        prompt_states: Tensor | None,
+        iterations: Sequence[int],
+        last_changes: Sequence[float | None],
+    ) -> Tensor:
+        """``u_t`` ``[n, W, d]`` of one iteration of each row.
+
+        Args:
+            hidden: h_{t-1} ``[n, W, d]``.
+            prompt_states: as in :meth:`LatentReasoner.feed_back`, ``[n, d]``.
+            iterations: each row's ``t``.
+            last_changes: each row's last relative change.
+        """
+        timestep, projected = self.reasoner.timestep, self.reasoner.feed_back(hidden, prompt_states)
+        if self.reasoner.shifted:
+            first = torch.tensor([t == 1 for t in iterations], device=hidden.device)
+            projected = torch.where(first[:, None, None], hidden, projected)
         if not timestep.acts:
             return projected
         device = hidden.device

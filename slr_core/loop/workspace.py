@@ -42,6 +42,10 @@ class WorkspaceModel(Protocol):
         """``project``: inputs ``[..., d]`` from states ``[..., d]``."""
         ...
 
+    def feed_back(self, hidden: Tensor, prompt_state: Tensor | None) -> Tensor:
+        """The projected states ``[..., W, d]`` that follow states ``[..., W, d]``."""
+        ...
+
     def forward_chunk(self, context: Context, embeds: Tensor, present: Tensor) -> Tensor:
         """One pass with the active adapter: states ``[B, q, d]``."""
         ...
@@ -184,7 +188,7 @@ class Block(Workspace):
         context.hidden = _at(states, kept_iterations)
         if not looped.any():
             return
-        inputs = model.project_in(context.hidden)
+        inputs = model.feed_back(context.hidden, context.state)
         closed = model.forward_after_loop(context, inputs, context.valid_mask & looped[:, None], looped)
         context.state = torch.where(looped[:, None], closed[:, -1], context.state)
 

@@ -200,7 +200,12 @@ class LatentReasoner(AdaptedModel):
         active = torch.ones_like(context.next_position, dtype=torch.bool) if active is None else active
         before = context.hidden
         g, h = self.update(
-            before, context.initial, t, lambda u: self.workspace.run(self, context, u, active), context.change[:, None]
+            before,
+            context.initial,
+            t,
+            lambda u: self.workspace.run(self, context, u, active),
+            context.change[:, None],
+            context.state,
         )
         # Padding keeps its state: a value that is not finite would spoil the row's valid positions in the next pass.
         context.hidden = torch.where((active[:, None] & context.valid_mask)[..., None], h, before)
@@ -210,13 +215,21 @@ class LatentReasoner(AdaptedModel):
         return g, context.hidden
 
     def update(
-        self, hidden: Tensor, initial: Tensor, t: int, run: Callable[[Tensor], Tensor], change: Tensor | None = None
+        self,
+        hidden: Tensor,
+        initial: Tensor,
+        t: int,
+        run: Callable[[Tensor], Tensor],
+        change: Tensor | None = None,
+        prompt_state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The three formulas: ``(g_t, h_t)`` from h_{t-1} and h_0, each ``[..., d]``.
 
-        ``run`` is the forward pass; ``change`` the last relative change, for :class:`Timestep`.
+        ``run`` is the forward pass; ``change`` the last relative change, for :class:`Timestep`; ``prompt_state`` as in
+        :meth:`feed_back`.
         """
-        u = self.timestep(self.project_in(hidden), self._trained_index(t), change)
+        fed = hidden if t == 1 and self.shifted else self.feed_back(hidden, prompt_state)
+        u = self.timestep(fed, self._trained_index(t), change)
         with self.adapters.use(self.adapter_name(t)):
             g = run(u)
         return g, self.residual(g, hidden, initial)
@@ -225,6 +238,23 @@ class LatentReasoner(AdaptedModel):
         """``project``: inputs ``[..., d]`` from states ``[..., d]``."""
         projected: Tensor = self.project(hidden, self.embedding_rms())
         return projected
+
+    @property
+    def shifted(self) -> bool:
+        """Whether a position is fed the state of the position before it; h_0 is then fed as it is."""
+        return self.config.loop.feedback == "shifted"
+
+    def feed_back(self, hidden: Tensor, prompt_state: Tensor | None) -> Tensor:
+        """The projected states ``[..., W, d]`` that follow states ``[..., W, d]``.
+
+        Args:
+            hidden: h_t.
+            prompt_state: the state ``[..., d]`` at the last prompt position; read only if :attr:`shifted`.
+        """
+        if self.shifted:
+            assert prompt_state is not None
+            hidden = torch.cat([prompt_state[..., None, :], hidden[..., :-1, :]], dim=-2)
+        return self.project_in(hidden)
 
     def compared_state(self, g: Tensor, h: Tensor) -> Tensor:
         """The state that is compared with h_{t-1}: g_t under a ``previous`` residual, else h_t."""

@@ -74,12 +74,21 @@ def derive(folder: Path, prompt: list[int], settings, max_new_tokens: int) -> De
         state = run(tokens_in(prompt), 0, None, cache)[-1]
     h = [{"append": lambda: state[None], "block": lambda: parts.w["workspace.vectors"]}.get(
         kind, lambda: tokens_in(prompt))()]  # fmt: skip
+
+    def feed(hidden, t):
+        """What iteration t gets from the state before it."""
+        if parts.loop["feedback"] == "shifted":
+            if t == 1:
+                return hidden
+            hidden = torch.cat([state[None], hidden[:-1]])
+        return parts.project(hidden)
+
     first = 0 if kind == "append" else 1  # the first t whose h_t is a state
 
     moves, settled, change = [], 0, None
     while len(h) <= settings.max_iterations:
         t = len(h)
-        u = parts.timestep(parts.project(h[-1]), t, change)
+        u = parts.timestep(feed(h[-1], t), t, change)
         adapter = parts.adapter(t)
         if kind == "append":  # a new position each, whose keys and values stay
             g = run(u, P + t - 1, adapter, cache)
@@ -115,7 +124,7 @@ def derive(folder: Path, prompt: list[int], settings, max_new_tokens: int) -> De
     if kind == "append":
         state = h[-1][0]
     elif kind == "block" and t:
-        state = run(parts.project(h[-1]), P, decode, cache)[-1]
+        state = run(feed(h[-1], t + 1), P, decode, cache)[-1]
     elif kind == "prompt":
         state = run(parts.project(h[-1]) if t else h[0], 0, decode, cache)[-1]
     feed = parts.answer_prefix

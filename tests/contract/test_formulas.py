@@ -78,11 +78,12 @@ CASES = {
     ),
     "no iteration": ({"lora": {"decode_rank": 2}, "decoder": DECODER}, {"max_iterations": 0}, PREFIX),
 }
+WORKSPACES = {**tiny.WORKSPACES, "shifted": {**tiny.WORKSPACES["block"], "feedback": "shifted"}}
 ATTENTION = {"llama": ["q_proj", "o_proj"], "gpt2": ["c_attn"]}
 
 
 def loop_of(name, kind, workspace):
-    loop = {**CASES[name][0], **tiny.WORKSPACES[workspace]}
+    loop = {**CASES[name][0], **WORKSPACES[workspace]}
     if loop.get("lora", {}).get("target_modules") == "all":
         loop["lora"] = {"target_modules": ATTENTION.get(kind, ATTENTION["llama"])}
     return loop
@@ -90,7 +91,7 @@ def loop_of(name, kind, workspace):
 
 def product():
     """Every architecture, workspace and case; each workspace and case on one architecture in turn is quick enough."""
-    for (i, workspace), (j, name) in itertools.product(enumerate(tiny.WORKSPACES), enumerate(CASES)):
+    for (i, workspace), (j, name) in itertools.product(enumerate(WORKSPACES), enumerate(CASES)):
         for kind in tiny.KINDS:
             marks = () if kind == tiny.KINDS[(i + j) % len(tiny.KINDS)] else pytest.mark.slow
             yield pytest.param(kind, workspace, name, marks=marks)

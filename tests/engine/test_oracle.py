@@ -72,6 +72,7 @@ def models(draw):
     loop = {
         **tiny.WORKSPACES[workspace],
         "halting_head": True,
+        "feedback": draw(st.sampled_from(["normed", "shifted"])) if workspace == "block" else "normed",
         "projection": projection,
         "timestep": {
             "kind": draw(st.sampled_from(["none", "sinusoidal", "learned"])),

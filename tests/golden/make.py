@@ -1,9 +1,9 @@
-"""Golden traces: one fixed model and a few requests per workspace, and all that their loops do, checked in as JSON.
+"""Golden traces: a fixed model and a few requests per workspace and feedback, and what their loops do, in JSON.
 
     python -m tests.golden.make
 
-writes ``append.json``, ``block.json`` and ``prompt.json`` anew from the reference. That is due only where the
-semantics of the design change on purpose; say so in the commit, with the rows of the files that moved.
+writes ``append.json``, ``block.json``, ``block_shifted.json`` and ``prompt.json`` anew from the reference. That is due
+only where the semantics of the design change on purpose; say so in the commit, with the rows of the files that moved.
 
 A file must read the same on every CPU. So the model is a GPT-2, which computes in double precision throughout;
 its weights are a formula, in steps of 1/256 (the last digit of a sine does not matter); states are hashed as rounded
@@ -51,6 +51,16 @@ LOOPS = {
         "halting_head": True,
         "decoder": {"latent_decoder": tiny.LATENT_DECODER},
     },
+    "block_shifted": {
+        "workspace": "block",
+        "block_size": 4,
+        "feedback": "shifted",
+        "projection": {"kind": "mlp", "inner_size": 9, "norm": False},
+        "timestep": {"kind": "none"},
+        "lora": {"rank": [1, 2, 2], "decode_rank": 1},
+        "residual": {"source": "none"},
+        "convergence": {"criterion": "relative_change", "threshold": 0.5},
+    },
     "prompt": {
         "workspace": "prompt",
         "projection": {"kind": "linear"},
@@ -61,9 +71,10 @@ LOOPS = {
     },
 }
 TEXT = {"append": {"answer_prefix": "w7 w8"}, "block": {"prompt_suffix": " w9"}, "prompt": {"answer_prefix": "w11"}}
+TEXT["block_shifted"] = {"answer_prefix": "w7", "suppressed_token_ids": [5, 6]}
 # The block's noise level passes through fp32, as distances do: its states agree to that.
-DECIMALS = {"append": 6, "block": 3, "prompt": 6}
-MARGINS = {"append": 1e-10, "block": 1e-6, "prompt": 1e-10}
+DECIMALS = {"append": 6, "block": 3, "block_shifted": 6, "prompt": 6}
+MARGINS = {"append": 1e-10, "block": 1e-6, "block_shifted": 1e-10, "prompt": 1e-10}
 
 REQUESTS = (
     {"prompt": tiny.PROMPTS[2], "loop": {"min_iterations": 4}},  # its own exit
@@ -169,7 +180,7 @@ def trace(workspace: str) -> dict:
 
 
 def make(folder: Path = FOLDER) -> None:
-    """Write the three files."""
+    """Write all files."""
     for workspace in LOOPS:
         made = model(workspace)
         results = generate(made, requests(made))

@@ -73,12 +73,20 @@ def _tokens(row: Sequence, queries: int) -> list[int]:
 def _loop_inputs(rows: Rows[Sequence]) -> Tensor:
     """``u_t`` ``[n, W, d]`` of the next iteration of rows of one loop adapter set."""
     hidden, _ = stack_states([row.states[-1] for row in rows])
-    return rows[0].adapter_set.inputs(hidden, [row.t + 1 for row in rows], [row.last_change for row in rows])
+    iterations, changes = [row.t + 1 for row in rows], [row.last_change for row in rows]
+    return rows[0].adapter_set.inputs(hidden, _prompt_states(rows), iterations, changes)
 
 
 def _closing_inputs(rows: Rows[Sequence]) -> Tensor:
     """Inputs ``[n, W, d]`` of the closing pass. A prompt whose loop kept no iteration is run as it is."""
     hidden, _ = stack_states([row.states[row.tracker.kept_iterations] for row in rows])
-    projected = rows[0].adapter_set.reasoner.project_in(hidden)
+    projected = rows[0].adapter_set.reasoner.feed_back(hidden, _prompt_states(rows))
     looped = torch.tensor([row.tracker.kept_iterations > 0 for row in rows], device=hidden.device)
     return torch.where(looped[:, None, None], projected, hidden)
+
+
+def _prompt_states(rows: Rows[Sequence]) -> Tensor | None:
+    """The states ``[n, d]`` after the prompts of rows of one loop adapter set, if its feedback reads them."""
+    if not rows[0].adapter_set.reasoner.shifted:
+        return None
+    return torch.stack([row.prompt_state for row in rows if row.prompt_state is not None])
