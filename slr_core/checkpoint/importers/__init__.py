@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from slr_core.checkpoint.importers.check import SelfCheck, run_self_check, widest_exact_dtype
-from slr_core.checkpoint.importers.files import FROM_HUB, FROM_HUB_WITHOUT_PICKLES, licence_of, local_source
+from slr_core.checkpoint.importers.files import BASE_FROM_HUB, FROM_HUB, licence_of, local_source
 from slr_core.checkpoint.importers.folder import write_card, write_folder
 from slr_core.checkpoint.importers.peer import ImportOptions, Peer, PeerCheckpoint
 from slr_core.checkpoint.read import load_checkpoint
@@ -25,6 +25,7 @@ MODULES = {
     "codi": "codi",
     "simcot-codi": "simcot_codi",
     "lotus": "lotus",
+    "pccot": "pccot",
 }
 """Peers and the modules of their importers."""
 
@@ -85,7 +86,9 @@ def import_checkpoint(request: Import) -> SelfCheck:
     checkpoint = local_source(request.checkpoint, request.revision, FROM_HUB)
     base = None
     if request.base is not None:
-        base = local_source(request.base, request.base_revision, FROM_HUB_WITHOUT_PICKLES)
+        base = local_source(
+            request.base, request.base_revision, [*BASE_FROM_HUB, *(FROM_HUB if peer.reads_base_weights else [])]
+        )
     conversion = peer.convert(PeerCheckpoint(checkpoint, base, request.options, request.dtype))
     missing = [folder for folder in (out.absolute(), *out.absolute().parents) if not folder.exists()]
     written = out.absolute().with_name(f".{out.name}.{os.getpid()}.part")

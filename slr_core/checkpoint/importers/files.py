@@ -27,7 +27,8 @@ SINGLE = ("model.safetensors", "pytorch_model.bin", "model.pt")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 FROM_HUB = ["*.json", "*.safetensors", "*.bin", "*.pt", "*.txt", "*.model", "*checkpoint*", "*.jinja", "README.md"]
 """Files of a hub repository that an import may need."""
-FROM_HUB_WITHOUT_PICKLES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+BASE_FROM_HUB = ["*.json", "*.txt", "*.model", "*.jinja"]
+"""Files of a base model that every import needs: its configuration and its tokenizer."""
 
 
 class Weights:

@@ -92,14 +92,14 @@ class PeerCheckpoint:
     options: ImportOptions
     dtype: torch.dtype | None = None
 
-    def require_base(self) -> Path:
+    def require_base(self, why: str = "the checkpoint has neither a configuration nor a tokenizer of its own") -> Path:
         """The base model's folder.
 
         Raises:
-            ConfigError: it was not given.
+            ConfigError: it was not given; ``why`` says what it is for.
         """
         if self.base is None:
-            raise ConfigError("--base is needed: the checkpoint has neither a configuration nor a tokenizer of its own")
+            raise ConfigError(f"--base is needed: {why}")
         return self.base
 
 
@@ -155,6 +155,7 @@ class Peer:
         licence: of the code, as its repository states it.
         convert: converts a checkpoint.
         recorded: see :data:`Recorded`.
+        reads_base_weights: whether the base's weights are needed, for checkpoints that have none of their own.
     """
 
     name: str
@@ -163,3 +164,4 @@ class Peer:
     licence: str
     convert: Callable[[PeerCheckpoint], Conversion]
     recorded: Recorded
+    reads_base_weights: bool = False

@@ -34,6 +34,19 @@ def refined(model, prompt, vector, latents, loops):
 
 
 @torch.inference_mode()
+def parallel(model, prompt, vector, latents, iterations, project=lambda h: h):
+    """Inputs ``[P + latents, d]`` of the last pass of PCCoT, and the states ``[iterations + 1, latents, d]``."""
+    question, passes = model.get_input_embeddings().weight[torch.tensor(prompt)], []
+    inputs = vector.expand(latents, -1)
+    for _ in range(iterations + 1):
+        embeds = torch.cat([question, inputs])
+        found = states(model, embeds)
+        passes.append(found[len(prompt) :])
+        inputs = project(found[len(prompt) - 1 : -1])
+    return embeds, torch.stack(passes)
+
+
+@torch.inference_mode()
 def chain(model, prompt, latents, project=lambda h: h):
     """Inputs of prompt and thoughts ``[P + latents, d]``: each thought is the projected state before it."""
     embeds = model.get_input_embeddings().weight[torch.tensor(prompt)]

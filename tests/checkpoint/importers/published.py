@@ -1,5 +1,7 @@
 """Tiny checkpoints in the form in which the published projects leave them, written from random weights."""
 
+import copy
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from tests import tiny
@@ -130,3 +133,72 @@ def simcot_codi(folder, kind="gpt2"):
     second = {f"decoder.{name}": x.clone() for name, x in tiny.base(kind, seed=3).state_dict().items()}
     sizes = {"pj_in.weight": (32, 32), "pj_in.bias": (32,), "pj_out.weight": (32, 32), "pj_out.bias": (32,)}
     return codi(folder, kind, extra=second | {name: torch.zeros(size) for name, size in sizes.items()})
+
+
+PCCOT = ("<pcot.bot>", "<pcot.eot>", "<pcot.latent>", "[PAD]")
+
+
+def pccot(folder, kind="gpt2", *, adapter=True, projected=False, latents=4, iterations=3, extra=None):
+    """A folder of the training script: an adapter with trained rows of the table, or a whole model."""
+    base = write_base(folder / "base", kind)
+    base.save_pretrained(folder / "base")
+    model, checkpoint = enlarge(copy.deepcopy(base), 4), folder / "checkpoint"
+    checkpoint.mkdir()
+    words = tiny.tokenizer().__class__.from_pretrained(folder / "base")
+    words.add_tokens(list(PCCOT))
+    words.save_pretrained(checkpoint)
+    vocab = len(tiny.WORDS)
+    own = {"num_iterations": iterations, "use_projection": projected, "loss_alpha": 1.0, "model_type": f"pccot-{kind}"}
+    config = {**json.loads(model.config.to_json_string()), **own}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    ids = {f"{name}_token_id": vocab + i for i, name in enumerate(("bot", "eot", "latent"))}
+    args = {**ids, "answer_prompt": "w7 w8", "num_latent_tokens": latents, "lora_alpha": 3}
+    (checkpoint / "pccot_args.json").write_text(json.dumps(args))
+    torch.manual_seed(6)
+    size = model.get_input_embeddings().weight.shape[1]
+    project = torch.nn.Sequential(
+        torch.nn.Linear(size, 20), torch.nn.GELU(), torch.nn.Linear(20, size), torch.nn.LayerNorm(size)
+    )
+    state = {f"prj.{name}": x.clone() for name, x in project.state_dict().items()} if projected else {}
+    if adapter:
+        tensors = {f"base_model.model.{name}": x for name, x in state.items()} | _pccot_adapter(checkpoint, model, kind)
+        save_file(tensors | (extra or {}), checkpoint / "adapter_model.safetensors")
+    else:
+        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+        state |= {name: x.clone() for name, x in model.state_dict().items() if name not in tied}
+        save_file(state | (extra or {}), checkpoint / "model.safetensors")
+    made = Published(checkpoint, folder / "base", model.double(), vocab)
+    if projected:
+        made.project = project.double()
+    return made
+
+
+def _pccot_adapter(checkpoint, model, kind):
+    """Write the adapter's config, merge it into ``model``, and return its tensors."""
+    rank, alpha, vocab, state = 2, 3, len(tiny.WORDS), {}
+    indices = [*range(vocab, vocab + 4), tiny.EOS]  # not sorted: the end token comes last
+    name = "wte" if kind == "gpt2" else "embed_tokens"
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "trainable_token_indices": {name: indices}}
+    (checkpoint / "adapter_config.json").write_text(json.dumps({**settings, "fan_in_fan_out": kind == "gpt2"}))
+    wrapped, table = "base_model.model.", table_name(model)
+    tables = [table, "lm_head.weight"] if model.config.tie_word_embeddings else [table]
+    rows = torch.randn(5, model.get_input_embeddings().weight.shape[1])
+    with torch.no_grad():
+        for each in tables:
+            layer = each.removesuffix(".weight")
+            state[f"{wrapped}{layer}.token_adapter.base_layer.weight"] = model.state_dict()[table].clone()
+            state[f"{wrapped}{layer}.token_adapter.trainable_tokens_delta"] = rows.clone()
+        model.get_input_embeddings().weight[indices] = rows
+        if len(tables) == 1:
+            state[f"{wrapped}lm_head.weight"] = model.lm_head.weight.clone()
+        for layer, module in model.named_modules():
+            if not isinstance(module, (torch.nn.Linear, Conv1D)) or layer == "lm_head":
+                continue
+            transposed = isinstance(module, Conv1D)
+            outputs, inputs = reversed(module.weight.shape) if transposed else module.weight.shape
+            a, b = 0.2 * torch.randn(rank, inputs), 0.2 * torch.randn(outputs, rank)
+            state[f"{wrapped}{layer}.lora_A.weight"], state[f"{wrapped}{layer}.lora_B.weight"] = a, b
+            change = alpha / rank * (b.double() @ a.double())
+            merged = module.weight.double() + (change.T if transposed else change)
+            module.weight = torch.nn.Parameter(merged)
+    return state

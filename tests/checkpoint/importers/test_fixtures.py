@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from slr_core.checkpoint.importers import Import, get_peer, import_checkpoint
 from slr_core.checkpoint.importers.peer import ImportOptions
 from slr_core.checkpoint.read import load_checkpoint
+from slr_core.engine.engine import Engine
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
+from slr_core.params import LoopParams
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ FIXTURES = {
     "codi-eos": Fixture("codi", "codi", "checkpoint", ImportOptions(latents=6, lora_alpha=16, keep_eos=True)),
     "lotus-folder": Fixture("lotus", "lotus", "hf", ImportOptions(latents=12, iterations=4)),
     "lotus-pickle": Fixture("lotus", "lotus", "checkpoint_final", ImportOptions(latents=12, iterations=4)),
+    "pccot-adapter": Fixture("pccot", "pccot", "checkpoint"),
+    "pccot-whole": Fixture("pccot", "pccot-full", "checkpoint"),
 }
 
 
@@ -100,3 +104,19 @@ def test_together(imported, cases):
     results = generate(imported, requests(imported, cases))
     for case, result in zip(cases, results, strict=True):
         assert answers(case, list(result.token_ids), imported.tokenizer.eos_token_id)
+
+
+def test_engine(imported, cases):
+    """All cases in one engine batch, mixed with requests of other depths."""
+    others = [prepare(imported, "How many?", LoopParams(max_iterations=n), max_new_tokens=9) for n in (0, 1, 3, 9)]
+    with Engine(imported, slots=7, threads=1) as engine:
+        mixed = [
+            request for pair in zip(requests(imported, cases), [*others, *others], strict=True) for request in pair
+        ]
+        results = [future.result() for future in [engine.submit(request) for request in mixed]]
+    alone = generate(imported, requests(imported, cases))
+    for case, result, reference in zip(cases, results[::2], alone, strict=True):
+        assert answers(case, list(result.token_ids), imported.tokenizer.eos_token_id)
+        torch.testing.assert_close(result.states, reference.states, rtol=0, atol=1e-3)
+    for request, result in zip(others, results[1::2], strict=False):
+        assert result.token_ids == generate(imported, [request])[0].token_ids
