@@ -96,7 +96,6 @@ def local_source(path_or_id: str, revision: str | None, allow: list[str]) -> Pat
         CheckpointError: there is no such file or folder, or the hub id cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     path = Path(path_or_id)
     if path.exists():
@@ -107,7 +106,7 @@ def local_source(path_or_id: str, revision: str | None, allow: list[str]) -> Pat
         raise checkpoint_error(path_or_id, fault)
     try:
         return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=allow))
-    except (HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # of the hub's client and of the network, which have no common class
         raise checkpoint_error(
             path_or_id, f"neither a local path nor a hub id that can be downloaded ({line(error)})"
         ) from error
