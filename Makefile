@@ -23,13 +23,13 @@ serve: .venv/.serve  ## Serve the bundled checkpoint. HOST and PORT set the addr
 	$(BIN)/slr-serve --host $(HOST) --port $(PORT)
 
 test: .venv/.dev  ## Run the tests (a few minutes).
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-all: test  ## Run the tests and the slow tests.
 	$(BIN)/python -m pytest -m slow
 
 coverage: .venv/.dev  ## Run the tests and show the coverage of slr_core and server.
-	$(BIN)/python -m pytest -n auto --cov
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov
 
 lint: .venv/.dev  ## Run ruff and mypy.
 	$(BIN)/ruff format --check .

@@ -1,30 +1,41 @@
 """Settings for the whole suite: no network, one thread, no time limits inside property tests. The command line."""
 
+from __future__ import annotations
+
+import gc
 import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from pathlib import Path
-
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-from transformers.utils import logging
 
-from slr_core import cli
-from slr_core.model.reasoner import LatentReasoner
-from slr_core.training.build import build
-from tests import tiny
-from tests.training.recipe import recipe
+if TYPE_CHECKING:
+    from slr_core.model.reasoner import LatentReasoner
 
-torch.set_num_threads(1)
-logging.set_verbosity_error()
-logging.disable_progress_bar()
 settings.register_profile(
     "suite", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("suite")
+
+
+def pytest_collection() -> None:
+    """Set up the libraries where tests run. The controller of pytest-xdist does not need to import them."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from visiting the imported modules again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +53,10 @@ def shared_data() -> Path:
 @pytest.fixture(scope="module")
 def made() -> LatentReasoner:
     """A model that reads ProsQA and knows nothing."""
+    from slr_core.training.build import build
+    from tests import tiny
+    from tests.training.recipe import recipe
+
     reasoner = build(recipe())
     tiny.shake(reasoner)
     return reasoner.eval()
@@ -58,6 +73,7 @@ def folder(made, tmp_path_factory) -> str:
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run the command as installed: its exit code, output and errors."""
+    from slr_core import cli
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["slr", *map(str, arguments)])

@@ -259,11 +259,25 @@ def test_packages_listed(modules):
     assert unlisted(modules, tomllib.loads((ROOT / "pyproject.toml").read_text())) == []
 
 
+def test_imports_no_serve(modules):
+    """No module of ``slr_core`` imports a package of the extra ``serve`` when it is imported."""
+    assert list(imports_serve(modules)) == []
+
+
+def imports_serve(modules):
+    for name, module in modules.items():
+        if module.part != "slr_server":
+            yield from (
+                f"{name} imports {target}"
+                for target, lazy in sorted(module.imports)
+                if target.partition(".")[0] in SERVE_ONLY and not lazy
+            )
+
+
+@pytest.mark.slow
 def test_needs_no_serve(modules):
     """Every module of ``slr_core`` is imported where the packages of the extra ``serve`` cannot be."""
-    names = [
-        name for name in modules if modules[name].part != "slr_server" and not name.endswith(("_main__", "_worker"))
-    ]
+    names = [name for name in modules if modules[name].part != "slr_server" and not name.endswith("__main__")]
     assert import_without(names, SERVE_ONLY) == (0, "")
 
 
@@ -423,7 +437,9 @@ def test_finds_unlisted(tree):
 
 
 def test_finds_serve(tree, tmp_path):
-    tree({"slr_core.a": "import json", "slr_core.b": "import fastapi.responses"})
+    lazy = "def f():\n    import uvicorn"
+    files = {"slr_core.a": "import json", "slr_core.b": "import fastapi.responses", "slr_core.c": lazy}
+    assert list(imports_serve(tree(files))) == ["slr_core.b imports fastapi.responses"]
     assert import_without(["slr_core.a"], SERVE_ONLY, tmp_path) == (0, "")
     code, message = import_without(["slr_core.a", "slr_core.b"], SERVE_ONLY, tmp_path)
     assert (code, message) == (1, "ImportError: fastapi belongs to the extra serve")

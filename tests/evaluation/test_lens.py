@@ -253,8 +253,9 @@ def test_everything_goes_through_a_file_and_is_drawn_alike():
     ):
         again = StateAnalysis.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
         assert again == found
-        assert again.plots() == found.plots()
-        assert ("trajectories" in found.plots(), "probes" in found.plots()) == (found.trajectories is paths,) * 2
+        drawn = found.plots()
+        assert again.plots() == drawn
+        assert ("trajectories" in drawn, "probes" in drawn) == (found.trajectories is paths,) * 2
 
 
 def test_what_was_not_found_inside_is_refused():

@@ -135,7 +135,7 @@ def test_a_spec_that_is_no_yaml(tmp_path):
 def test_the_same_questions_under_other_settings_are_other_questions(spec, trained):
     judges = [JUDGE | {"methods": ["slr"], "loop": loop} for loop in ({}, {"max_iterations": 1})]
     rows = sweep.run_sweep(spec(vary={}, seeds=[0], evaluate=judges))
-    assert rows[1].to_json()["asked"] == f"{rows[0].questions}; max_iterations=1"
+    assert rows[1].to_json()["question_set"] == f"{rows[0].questions}; max_iterations=1"
     assert json.loads(json.dumps([row.to_json() for row in rows]))[1]["iterations"] == 1
 
 
