@@ -54,6 +54,8 @@ MethodName = Literal[
     "multipass_pause",
     "shuffled_thoughts",
     "noised_thoughts",
+    "zeroed_thoughts",
+    "paused_thoughts",
     "foreign_thoughts",
 ]
 

@@ -120,6 +120,21 @@ def randomize_thoughts(seeds: Sequence[int]) -> Edit:
     return edit
 
 
+def zero_thoughts(rows: list[Tensor]) -> list[Tensor]:
+    """Replace the thoughts of every row by zeros."""
+    return [torch.cat([row[:1], torch.zeros_like(row[1:])]) for row in rows]
+
+
+def pause_thoughts(reasoner: LatentReasoner) -> Edit:
+    """Replace every thought by the mean token embedding: a vector without content, for models with no pause token."""
+
+    def edit(rows: list[Tensor]) -> list[Tensor]:
+        pause = reasoner.base.get_input_embeddings().weight.mean(0)  # type: ignore[operator]
+        return [torch.cat([row[:1], pause.to(row).expand_as(row[1:])]) for row in rows]
+
+    return edit
+
+
 def swap_thoughts(rows: list[Tensor]) -> list[Tensor]:
     """Give every row the thoughts of the row before it; if they are too few, the last thought is repeated.
 

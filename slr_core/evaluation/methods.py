@@ -17,10 +17,12 @@ from slr_core.errors import ConfigError
 from slr_core.evaluation.backends import Backend, GenerationOptions, Local
 from slr_core.evaluation.interventions import (
     add_noise,
+    pause_thoughts,
     randomize_thoughts,
     replace_states,
     shuffle_thoughts,
     swap_thoughts,
+    zero_thoughts,
 )
 from slr_core.evaluation.outcomes import MethodAnswer
 from slr_core.generation.decoding import pad_ids
@@ -289,6 +291,20 @@ _ALL = (
         "noised_thoughts",
         "noise of the same norms in place of the thoughts",
         _replaced(lambda reasoner, seeds: replace_states(reasoner, randomize_thoughts(seeds))),
+        remote=False,
+        control=True,
+    ),
+    Method(
+        "zeroed_thoughts",
+        "zeros in place of the thoughts",
+        _replaced(lambda reasoner, seeds: replace_states(reasoner, zero_thoughts)),
+        remote=False,
+        control=True,
+    ),
+    Method(
+        "paused_thoughts",
+        "the mean token embedding in place of every thought",
+        _replaced(lambda reasoner, seeds: replace_states(reasoner, pause_thoughts(reasoner))),
         remote=False,
         control=True,
     ),

@@ -69,6 +69,10 @@ def test_thoughts_are_replaced(local):
     own = generated(made)
     for name, edit in (("shuffled_thoughts", shuffle_thoughts(SEEDS)), ("noised_thoughts", randomize_thoughts(SEEDS))):
         assert texts(name, given) == generated(made, run_loop=replace_states(made, edit)) != own
+    mean = made.base.get_input_embeddings().weight.mean(0)
+    for name, value in (("zeroed_thoughts", torch.zeros(32)), ("paused_thoughts", mean)):
+        constant = replace_states(made, lambda rows, x=value: [torch.cat([r[:1], x.expand_as(r[1:])]) for r in rows])
+        assert texts(name, given) == generated(made, run_loop=constant) != own
     taken = replace_states(made, lambda rows: [torch.cat([row[:1], rows[i - 1][1:]]) for i, row in enumerate(rows)])
     fixed = {"criterion": "fixed"}
     assert texts("foreign_thoughts", batch(local, loop=fixed)) == generated(made, fixed, taken) != own
@@ -260,6 +264,8 @@ def test_every_control_of_the_issue_is_there():
         "multipass_pause",
         "shuffled_thoughts",
         "noised_thoughts",
+        "zeroed_thoughts",
+        "paused_thoughts",
         "foreign_thoughts",
     }
     assert all(name == method.name for name, method in METHODS.items())
