@@ -15,6 +15,7 @@ from slr_core.cli import (
     chat,
     compare,
     evaluate,
+    export,
     generate,
     import_,
     info,
@@ -42,6 +43,7 @@ app.command()(chat.chat)
 app.command()(trace.trace)
 app.command()(init.init)
 app.command(name="import")(import_.import_)
+app.command()(export.export)
 app.command()(info.info)
 # Every argument, --help included, goes to the server.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(

@@ -6,6 +6,8 @@ positions or loops there are.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,17 @@ from slr_core.checkpoint.importers.files import read_weights
 from slr_core.checkpoint.importers.peer import FIXED_LOOP, Conversion, Peer, PeerCheckpoint
 from slr_core.errors import ConfigError
 from slr_core.model.reasoner import LatentReasoner
+
+
+def block(latents: int, loops: int) -> dict[str, Any]:
+    """Loop settings of ``loops`` passes over ``latents`` positions."""
+    return {
+        **FIXED_LOOP,
+        "workspace": "block",
+        "block_size": latents,
+        **dict.fromkeys(("trained_iterations", "max_iterations", "min_iterations"), loops),
+        "residual": {"source": "initial", "mix": "add", "scale": 1.0},
+    }
 
 
 def convert_lotus(source: PeerCheckpoint) -> Conversion:
@@ -29,14 +42,7 @@ def convert_lotus(source: PeerCheckpoint) -> Conversion:
         raise ConfigError(f"--latents must be a multiple of --iterations ({loops}), got {latents}")
     weights = read_weights(source.checkpoint)
     weights.drop(r"ia_decoder\..*", "ia_decoder.*", "its auxiliary decoder, which is for training alone")
-    loop = {
-        **FIXED_LOOP,
-        "workspace": "block",
-        "block_size": latents,
-        **dict.fromkeys(("trained_iterations", "max_iterations", "min_iterations"), loops),
-        "residual": {"source": "initial", "mix": "add", "scale": 1.0},
-    }
-    conversion = with_markers(source, weights, loop)
+    conversion = with_markers(source, weights, block(latents, loops))
     vectors = conversion.table[conversion.markers[LATENT]].expand(latents, -1)
     conversion.modules["workspace.vectors"] = vectors
     return conversion
