@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
 
 from slr_core.cli import app
+from slr_core.config import Criterion
+from slr_server.protocol.native import TraceRequest
 from slr_server.settings import ServerSettings
 from tests import tiny
 from tests.server.process import Server
@@ -117,6 +120,17 @@ def test_make_targets_exist(path):
     code = [*(line for block in blocks(text) for line in block.splitlines()), *re.findall(r"`([^`\n]+)`", text)]
     used = {name for line in code for name in re.findall(r"(?:^|\s)make ([a-z-]+)", line)}
     assert used <= set(targets)
+
+
+def test_criteria_listed():
+    table = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/method.md").read_text(), re.MULTILINE)
+    assert set(get_args(Criterion)) <= set(table)
+
+
+def test_fields_listed():
+    """The table of the README names every field of the bodies of ``/generate`` and ``/trace``."""
+    rows = re.findall(r"^\| `POST /(?:generate|trace)` \|.*$", README, re.MULTILINE)
+    assert set(TraceRequest.model_fields) <= set(re.findall(r"`(\w+)`", "".join(rows)))
 
 
 def test_panels_exist():

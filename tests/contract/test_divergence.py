@@ -17,9 +17,9 @@ def broken_into(made, t_bad, where, bad, monkeypatch):
     now = {"t": 0}
     plain_update = LatentReasoner.update
 
-    def update(self, hidden, initial, t, run, change=None):
+    def update(self, hidden, initial, t, *rest):
         now["t"] = t
-        g, h = plain_update(self, hidden, initial, t, run, change)
+        g, h = plain_update(self, hidden, initial, t, *rest)
         now["t"] = 0
         if t == t_bad and where == "state":
             g, h = g.clone(), h.clone()

@@ -1,10 +1,12 @@
 """The reference gives what the formulas give: every part, architecture and workspace, derived again from the files."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 
+from slr_core.config import Criterion
 from slr_core.generation.reference import generate
 from tests import tiny
 from tests.contract.derivation import Parts, derive
@@ -95,6 +97,12 @@ def product():
         for kind in tiny.KINDS:
             marks = () if kind == tiny.KINDS[(i + j) % len(tiny.KINDS)] else pytest.mark.slow
             yield pytest.param(kind, workspace, name, marks=marks)
+
+
+def test_every_criterion():
+    assert {settings["criterion"] for _, settings, _ in CASES.values() if "criterion" in settings} == {
+        *get_args(Criterion)
+    }
 
 
 @pytest.mark.parametrize(("kind", "workspace", "name"), list(product()))
