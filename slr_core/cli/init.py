@@ -34,6 +34,6 @@ def init(
     def print_text() -> None:
         print_description(reasoner)
         source = shlex.quote(f"base.from={out}")
-        print(f"\nNext, train the loop (docs/training.md has recipes):\n    slr train RECIPE.yaml --set {source}")
+        print(f"\nNext, train the loop (docs/quickstart.md has a recipe):\n    slr train RECIPE.yaml --set {source}")
 
     show_results(description(reasoner), print_text, as_json)

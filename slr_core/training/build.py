@@ -72,6 +72,7 @@ def _from_source(config: TrainConfig, source: str) -> LatentReasoner:
         base, tokenizer = load_model_and_tokenizer(source)
         return LatentReasoner(base, _with_padding(tokenizer), _settings(config.loop, config.text))
     loaded = LatentReasoner.from_pretrained(source)
+    _with_padding(loaded.tokenizer)  # it may be that of a base model, as after `slr init`
     if config.loop is None:
         if config.text is not None:
             loaded.config = loaded.config.replace(text=config.text.model_dump(mode="json"))
