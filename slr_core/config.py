@@ -86,6 +86,11 @@ class LoopLoraConfig(_Model):
         "per_iteration",
         description="per_iteration: one adapter per trained iteration; shared: one for all; none: the plain base model",
     )
+    covers: Literal["loop", "all"] = Field(
+        "loop",
+        description="loop: the adapters act in the iterations alone; all: the kind `shared` acts in every pass, those "
+        "over prompt and answer included, also with 0 iterations (CODI)",
+    )
     rank: Rank | tuple[Rank, ...] = Field(
         8, description="rank of the adapters: one number, or one per trained iteration"
     )
@@ -230,6 +235,8 @@ class LoopConfig(_Model):
             raise ValueError("max_iterations must be at most trained_iterations under lora.past_end `error`")
         if self.projection.kind == "pause" and self.workspace != "append":
             raise ValueError("projection.kind `pause` needs workspace `append`: in the others the input would be lost")
+        if self.lora.covers == "all" and (self.lora.kind != "shared" or self.lora.decode_rank is not None):
+            raise ValueError("lora.covers `all` needs lora.kind `shared` and no decode_rank")
         if self.feedback == "shifted" and self.workspace != "block":
             raise ValueError("feedback `shifted` needs workspace `block`")
         if isinstance(self.lora.rank, tuple):

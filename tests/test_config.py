@@ -155,6 +155,10 @@ MISFITS = {
         {"decoder": {"answers": "latent_decoder"}},
         "loop.decoder: answers `latent_decoder` needs a latent_decoder; `latent_decoder: {}` uses its defaults",
     ),
+    "covers": (
+        {"lora": {"covers": "all"}},
+        "loop: lora.covers `all` needs lora.kind `shared` and no decode_rank",
+    ),
     "shifted": (
         {"feedback": "shifted"},
         "loop: feedback `shifted` needs workspace `block`",

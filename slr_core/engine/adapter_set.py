@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Self
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -27,12 +28,15 @@ class LoopAdapterSet:
 
     Attributes:
         adapter_ids: ids of its adapters in the LoraBatch, by name; set by :class:`LoopAdapterSets`.
+        prefix_salt: begins the keys of its prefixes in the prefix cache; empty if prefill runs the base model alone.
         timesteps: e_1 ... e_T ``[T, d]``; ``None``: the loop has no timestep embedding.
     """
 
     def __init__(self, name: str, reasoner: LatentReasoner) -> None:
         self.name, self.reasoner = name, reasoner
         self.adapter_ids: dict[str, int] = {}
+        # Prefixes that an adapter of this set has run are of no use to another set, nor to a later one of this name.
+        self.prefix_salt = uuid4().bytes if reasoner.adapters.default is not None else b""
         self._adapter_names: dict[int, str | None] = {}
         self.config = reasoner.config.loop
         self.workspace = reasoner.workspace
@@ -74,9 +78,15 @@ class LoopAdapterSet:
         return None if name is None else self.adapter_ids[name]
 
     @property
+    def default_adapter_id(self) -> int | None:
+        """The adapter of passes over the prompt, and of an answer without a loop; ``None``: the base model alone."""
+        default = self.reasoner.adapters.default
+        return None if default is None else self.adapter_ids[default]
+
+    @property
     def decode_adapter_id(self) -> int | None:
         """The adapter of passes after a loop; ``None``: the base model alone."""
-        return self.adapter_ids.get(DECODE)
+        return self.adapter_ids.get(DECODE, self.default_adapter_id)
 
     def reserved_positions(self, request: Request) -> int:
         """Cache positions that a request needs at most."""

@@ -108,7 +108,7 @@ class Core:
             future=Future(),
             on_event=on_event,
             deadline=deadline,
-            prefix_keys=prefix_keys(request.prompt_ids) if reuses_prefix else (),
+            prefix_keys=prefix_keys(request.prompt_ids, adapter_set.prefix_salt) if reuses_prefix else (),
             reserved=reserved,
             answer=DecodeState(adapter_set.reasoner, request),
             tracker=LoopTracker(ExitRule(request.loop, adapter_set.config.guard)),

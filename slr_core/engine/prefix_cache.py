@@ -3,7 +3,7 @@
 A prompt's full blocks of :data:`BLOCK` tokens have the hash of all tokens up to the block's end as key, so equal
 prefixes have equal keys: system prompts and few-shot examples are prefilled once. One more key stands for the whole
 prompt. Its entry also holds the state after the prompt, so ``n`` samples of one prompt are prefilled once. Prefill
-always runs the base model, so all loop adapter sets share the entries.
+runs the base model, so all loop adapter sets share the entries, but for those whose adapter covers the prompt.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ BLOCK = 16
 """Tokens of a block."""
 
 
-def prefix_keys(ids: tuple[int, ...]) -> tuple[bytes, ...]:
-    """Keys of a prompt's full blocks, then the key of the whole prompt."""
-    digest, keys = blake2b(digest_size=16), []
+def prefix_keys(ids: tuple[int, ...], salt: bytes = b"") -> tuple[bytes, ...]:
+    """Keys of a prompt's full blocks, then the key of the whole prompt; other salts give other keys."""
+    digest, keys = blake2b(salt, digest_size=16), []
     for start in range(0, len(ids), BLOCK):
         block = ids[start : start + BLOCK]
         digest.update(b"".join(token.to_bytes(8, "little") for token in block))

@@ -39,16 +39,21 @@ class LoopAdapters:
 
     PEFT's own ``set_adapter`` also freezes all adapters but the active one, which would undo training
     several of them at once; here the active name alone is switched.
+
+    Args:
+        model: the model.
+        default: the adapter that acts outside :meth:`use`; ``None``: none, the plain base model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, default: str | None = None) -> None:
+        self.default = default
         self.layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self.names = {name for layer in self.layers for name in layer.lora_A}
         self._activate(None)
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
-        """Let adapter ``name`` act inside the block; ``None`` is the plain base model."""
+        """Let adapter ``name`` act inside the block; ``None`` is the default."""
         self._activate(name)
         try:
             yield
@@ -56,6 +61,7 @@ class LoopAdapters:
             self._activate(None)
 
     def _activate(self, name: str | None) -> None:
+        name = self.default if name is None else name
         for layer in self.layers:
             layer._active_adapter = [] if name is None else [name]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slr_core.config import SLRConfig
 from slr_core.errors import ConfigError
 from slr_core.loop.context import Context
-from slr_core.loop.lora import LoopAdapters, attach, new_adapter_configs, trained_index
+from slr_core.loop.lora import DECODE, LoopAdapters, attach, new_adapter_configs, trained_index
 from slr_core.model.base_support import attention_mask, check_supported, end_tokens
 
 
@@ -36,7 +36,10 @@ class AdaptedModel(nn.Module):
         tokenizer.clean_up_tokenization_spaces = False
         self.adapter_configs = dict(new_adapter_configs(config.loop) if adapters is None else adapters)
         attach(base, self.adapter_configs)
-        self.adapters = LoopAdapters(base)
+        covers_all = config.loop.lora.covers == "all"
+        if covers_all and DECODE in self.adapter_configs:
+            raise ConfigError(f"an adapter `{DECODE}` has no place beside one that covers all passes")
+        self.adapters = LoopAdapters(base, config.loop.adapters[0] if covers_all else None)
         if any(token >= self.vocab_size for token in config.text.suppressed_token_ids):
             raise ConfigError(f"text.suppressed_token_ids must be below {self.vocab_size}, the number of embeddings")
         self._token_texts: dict[int, str] = {}

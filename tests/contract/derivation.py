@@ -159,6 +159,8 @@ class Parts:
     def run(self, passes, inputs, first, adapter, cache):
         """One pass over inputs ``[q, d]`` from position id ``first`` on: the states after the final norm."""
         positions = list(range(first, first + len(inputs)))
+        if adapter is None and self.loop["lora"]["covers"] == "all":
+            adapter = "loop_01"
         passes.append((adapter, positions))
         options = {
             "inputs_embeds": inputs[None],

@@ -78,6 +78,16 @@ CASES = {
         FIXED,
         {"suppressed_token_ids": list(range(2, 30))},
     ),
+    "an adapter that covers all": (
+        {"lora": {"kind": "shared", "covers": "all"}, "projection": {"kind": "identity"}},
+        FIXED,
+        PREFIX,
+    ),
+    "an adapter that covers all, no iteration": (
+        {"lora": {"kind": "shared", "covers": "all"}},
+        {"max_iterations": 0},
+        PREFIX,
+    ),
     "no iteration": ({"lora": {"decode_rank": 2}, "decoder": DECODER}, {"max_iterations": 0}, PREFIX),
 }
 WORKSPACES = {**tiny.WORKSPACES, "shifted": {**tiny.WORKSPACES["block"], "feedback": "shifted"}}

@@ -67,6 +67,7 @@ def models(draw):
         "norm": draw(st.booleans()),
     }
     lora = draw(st.sampled_from(["per_iteration", "per_iteration", "shared", "none"]))
+    covers = draw(st.sampled_from(["loop", "all"])) if lora == "shared" else "loop"
     rank = draw(st.sampled_from([2, (1, 3, 2)])) if lora == "per_iteration" else 2
     answers = draw(st.sampled_from([None, None, "lm_head", "latent_decoder"]))
     loop = {
@@ -79,7 +80,7 @@ def models(draw):
             "combine": draw(st.sampled_from(["add", "concat"])),
             "noise_level": draw(st.booleans()),
         },
-        "lora": {"kind": lora, "rank": rank, "past_end": draw(st.sampled_from(["last", "cycle"]))},
+        "lora": {"kind": lora, "rank": rank, "covers": covers, "past_end": draw(st.sampled_from(["last", "cycle"]))},
         "residual": {
             "source": draw(st.sampled_from(["none", "initial", "previous"])),
             "mix": draw(st.sampled_from(["add", "convex", "gated"])),
@@ -95,7 +96,7 @@ def models(draw):
         "answer_prefix": draw(st.sampled_from(["", "w7", "w7 w8 w9"])),
         "suppressed_token_ids": draw(st.sampled_from([[], [], [2, 3, 4, 5], list(range(2, 30))])),
     }
-    return {"loop": loop, "decode": draw(st.booleans()), "text": text}
+    return {"loop": loop, "decode": covers == "loop" and draw(st.booleans()), "text": text}
 
 
 THRESHOLDS = {

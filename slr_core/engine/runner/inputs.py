@@ -61,7 +61,7 @@ def adapter_id(row: Sequence) -> int | None:
         case Phase.CLOSE | Phase.DECODE if row.tracker.kept_iterations:
             return row.adapter_set.decode_adapter_id
         case _:
-            return None
+            return row.adapter_set.default_adapter_id
 
 
 def _tokens(row: Sequence, queries: int) -> list[int]:
