@@ -45,6 +45,13 @@ def import_(
             help="The checkpoint was trained with the end token around the thoughts (CODI's --remove_eos False).",
         ),
     ] = False,
+    keep_adapter: Annotated[
+        bool,
+        typer.Option(
+            "--keep-adapter",
+            help="Write CODI's adapter beside its base instead of merging it, so that several models share one base.",
+        ),
+    ] = False,
     expect: Annotated[
         Path | None,
         typer.Option(
@@ -76,7 +83,7 @@ def import_(
             checkpoint,
             base,
             out,
-            ImportOptions(latents, iterations, lora_alpha, keep_eos),
+            ImportOptions(latents, iterations, lora_alpha, keep_eos, keep_adapter),
             revision,
             base_revision,
             None if dtype == "auto" else getattr(torch, dtype),

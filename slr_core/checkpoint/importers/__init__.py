@@ -135,7 +135,8 @@ def command_line(request: Import) -> str:
     }.items():
         if value is not None:
             words += [flag, str(value)]
-    return shlex.join([*words, *(["--keep-eos"] if options.keep_eos else [])])
+    words += [f"--{name.replace('_', '-')}" for name in ("keep_eos", "keep_adapter") if getattr(options, name)]
+    return shlex.join(words)
 
 
 def describe_check(check: SelfCheck) -> str:

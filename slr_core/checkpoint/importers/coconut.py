@@ -41,7 +41,7 @@ def chain(latents: int) -> dict[str, Any]:
 
 def convert_coconut(source: PeerCheckpoint) -> Conversion:
     """Convert a checkpoint of Coconut."""
-    source.options.refuse("coconut", "iterations", "lora_alpha", "keep_eos")
+    source.options.refuse("coconut", "iterations", "lora_alpha", "keep_eos", "keep_adapter")
     weights = read_weights(source.checkpoint)
     loop = chain(
         source.options.require("latents", "the number of thoughts, c_thought x max_latent_stage of its training (6)")

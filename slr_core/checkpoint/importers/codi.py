@@ -22,7 +22,7 @@ from slr_core.checkpoint.importers.base import (
 )
 from slr_core.checkpoint.importers.coconut import chain
 from slr_core.checkpoint.importers.files import Weights, read_weights
-from slr_core.checkpoint.importers.lora import merge_lora, split_lora
+from slr_core.checkpoint.importers.lora import adapter_settings, merge_lora, split_lora
 from slr_core.checkpoint.importers.peer import Conversion, Peer, PeerCheckpoint
 from slr_core.checkpoint.validate import checkpoint_error
 from slr_core.model.reasoner import LatentReasoner
@@ -68,9 +68,12 @@ def convert_weights(source: PeerCheckpoint, weights: Weights, peer: str) -> Conv
     dtype = source.dtype or widest_dtype([*state.values(), *lora.values(), *modules.values()])
     if lora:
         alpha = options.require("lora_alpha", "alpha of its LoRA adapter, --lora_alpha of its scripts (often 32)")
-        merge_lora(weights.where, state, lora, alpha=alpha, transposed=fit.transposed, dtype=dtype)
+        if options.keep_adapter:
+            loop["lora"] = adapter_settings(weights.where, state, lora, alpha)
+        else:
+            merge_lora(weights.where, state, lora, alpha=alpha, transposed=fit.transposed, dtype=dtype)
     else:
-        options.refuse(peer, "lora_alpha")
+        options.refuse(peer, "lora_alpha", "keep_adapter")
     fit.check()
     first = fit.base_vocab_size
     markers = {PAD: first, START: first + 1, END: first + 2}
@@ -83,6 +86,7 @@ def convert_weights(source: PeerCheckpoint, weights: Weights, peer: str) -> Conv
         "answer_prefix": f"{END}{eos}",
         "suppressed_token_ids": [markers[END]],
     }
+    kept = lora if options.keep_adapter else {}
     return Conversion(
         config,
         state,
@@ -94,6 +98,7 @@ def convert_weights(source: PeerCheckpoint, weights: Weights, peer: str) -> Conv
         fit.table,
         modules,
         weights.dropped,
+        kept,
     )
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from slr_core._version import __version__
-from slr_core.checkpoint.folder import BASE, CONFIG, MODULES
+from slr_core.checkpoint.folder import ADAPTER_WEIGHTS, BASE, CONFIG, LOOPS, MODULES
 from slr_core.checkpoint.importers.peer import Conversion, Peer
 from slr_core.config import SLRConfig
+from slr_core.loop.lora import new_adapter_configs
 
 CARD = """---
 library_name: slr
@@ -67,12 +68,25 @@ def write_folder(conversion: Conversion, folder: Path, dtype: torch.dtype | None
         {"base": BASE, "slr_version": __version__, "loop": conversion.loop, "text": conversion.text}
     )
     (folder / CONFIG).write_text(settings.to_json(), encoding="utf-8")
+    if conversion.adapter:
+        _write_adapter(conversion, settings, folder / LOOPS / settings.loop.adapters[0], chosen)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
     # Cloned: tensors of one pickle may share a storage, which safetensors refuses.
     save_file({name: x.to(dtype, copy=True).contiguous() for name, x in tensors.items()}, path, {"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def _write_adapter(conversion: Conversion, settings: SLRConfig, folder: Path, dtype: torch.dtype) -> None:
+    folder.mkdir(parents=True)
+    (adapter,) = new_adapter_configs(settings.loop).values()
+    adapter.target_modules = list(settings.loop.lora.target_modules or ())
+    adapter.fan_in_fan_out = conversion.config.model_type == "gpt2"
+    adapter.inference_mode = True
+    adapter.save_pretrained(str(folder))
+    named = {f"base_model.model.{name}.weight": tensor for name, tensor in conversion.adapter.items()}
+    _save(named, folder / ADAPTER_WEIGHTS, dtype)
 
 
 def write_card(

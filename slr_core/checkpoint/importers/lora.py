@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,25 @@ def split_lora(tensors: Mapping[str, Tensor], suffix: str) -> tuple[dict[str, Te
         else:
             plain[name.replace(".base_layer.", ".")] = tensor
     return plain, lora
+
+
+def adapter_settings(
+    where: Path, weights: Mapping[str, Tensor], lora: Mapping[str, Tensor], alpha: float
+) -> dict[str, Any]:
+    """Settings of the loop's LoRA for an adapter that is kept and acts in every pass.
+
+    Raises:
+        CheckpointError: half of a pair is missing, a layer does not exist, or the ranks differ.
+    """
+    layers = {name.rpartition(".")[0] for name in lora}
+    for layer in sorted(layers):
+        if not {f"{layer}.lora_A", f"{layer}.lora_B"} <= lora.keys() or f"{layer}.weight" not in weights:
+            raise checkpoint_error(where, f"the adapter of {layer} is incomplete, or the base has no such layer")
+    ranks = {len(lora[f"{layer}.lora_A"]) for layer in layers}
+    if len(ranks) > 1:
+        raise checkpoint_error(where, f"its adapter has the ranks {sorted(ranks)}; one that is kept must have one rank")
+    targets = sorted({layer.rpartition(".")[2] for layer in layers})
+    return {"kind": "shared", "covers": "all", "rank": ranks.pop(), "alpha": alpha, "target_modules": targets}
 
 
 def merge_lora(

@@ -35,7 +35,7 @@ def convert_lotus(source: PeerCheckpoint) -> Conversion:
     The latent token's embedding is the first input of every position, and is added to the state in every later one.
     The peer's last pass is the closing pass here.
     """
-    source.options.refuse("lotus", "lora_alpha", "keep_eos")
+    source.options.refuse("lotus", "lora_alpha", "keep_eos", "keep_adapter")
     latents = source.options.require("latents", "all latent positions, loops x latents per loop (6 x 13 for GPT-2)")
     loops = source.options.require("iterations", "the number of loops over the latent positions (6)")
     if latents % loops:

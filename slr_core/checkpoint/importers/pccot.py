@@ -44,7 +44,7 @@ def convert_pccot(source: PeerCheckpoint) -> Conversion:
     position the state of the one before it; the peer's last pass is the closing pass here.
     """
     options, folder = source.options, source.checkpoint
-    options.refuse("pccot", "lora_alpha", "keep_eos")
+    options.refuse("pccot", "lora_alpha", "keep_eos", "keep_adapter")
     if not folder.is_dir():
         raise checkpoint_error(folder, "expected a folder, which the training script leaves")
     args, stored = _fields(folder / ARGS), _fields(folder / "config.json")

@@ -35,12 +35,14 @@ class ImportOptions:
         iterations: number of loops over the latent positions.
         lora_alpha: alpha of a LoRA adapter.
         keep_eos: CODI was trained with ``--remove_eos False``.
+        keep_adapter: write CODI's adapter as it is instead of merging it, so that several share one base.
     """
 
     latents: int | None = None
     iterations: int | None = None
     lora_alpha: float | None = None
     keep_eos: bool = False
+    keep_adapter: bool = False
 
     def require(self, name: str, why: str) -> Any:
         """The value of an option.
@@ -118,6 +120,7 @@ class Conversion:
         table_name: name of the embedding table among them.
         modules: weights of the loop's own modules.
         dropped: what of the checkpoint was dropped, and why.
+        adapter: weights of an adapter that was not merged, named ``LAYER.lora_A`` and ``LAYER.lora_B``.
     """
 
     config: PreTrainedConfig
@@ -130,6 +133,7 @@ class Conversion:
     table_name: str
     modules: dict[str, Tensor] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    adapter: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def table(self) -> Tensor:

@@ -18,7 +18,7 @@ WHY = (
 
 def convert_simcot_coconut(source: PeerCheckpoint) -> Conversion:
     """Convert a checkpoint of SIM-CoT on Coconut; one of its first step, without the decoder, is Coconut's."""
-    source.options.refuse("simcot-coconut", "iterations", "lora_alpha", "keep_eos")
+    source.options.refuse("simcot-coconut", "iterations", "lora_alpha", "keep_eos", "keep_adapter")
     weights = read_weights(source.checkpoint)
     latents = source.options.require(
         "latents", "the number of thoughts, c_thought x max_latent_stage of its training (10)"

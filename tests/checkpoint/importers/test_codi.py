@@ -8,6 +8,7 @@ import torch
 from slr_core.checkpoint.importers import Import, import_checkpoint
 from slr_core.checkpoint.importers.peer import ImportOptions
 from slr_core.checkpoint.read import load_checkpoint
+from slr_core.engine.engine import Engine
 from slr_core.errors import SLRError
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
@@ -51,6 +52,46 @@ def test_same_as_plain(form, tmp_path):
         torch.testing.assert_close(found, embeds[-3:], rtol=0, atol=1e-9)
         (result,) = generate(ours, [request])
         assert list(result.token_ids) == plain.write(made.model, embeds, [42], 8, tiny.EOS, never=[42])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_kept_adapter(kind, tmp_path):
+    """An adapter that is not merged acts in every pass: the same states and tokens, over unchanged base weights."""
+    made = published.codi(tmp_path, kind)
+    convert(made, tmp_path / "out", keep_adapter=True)
+    ours = load_checkpoint(LatentReasoner, tmp_path / "out", dtype=torch.float64)
+    assert (ours.config.loop.lora.covers, ours.config.loop.adapters) == ("all", ("loop_01",))
+    prompt, request = made.prompt(tiny.PROMPTS[1], 1), tiny.request(ours, tiny.PROMPTS[1], max_new_tokens=8)
+    embeds = plain.chain(made.model, prompt, 3, made.project)
+    found = ours.project_in(states(ours, prompt)[:-1, 0])
+    torch.testing.assert_close(found, embeds[-3:], rtol=0, atol=1e-9)
+    (result,) = generate(ours, [request])
+    assert list(result.token_ids) == plain.write(made.model, embeds, [42], 8, tiny.EOS, never=[42])
+
+
+def test_shared_base(tmp_path):
+    """Two models with the same base are served together, each with its own adapter over prompt and answer."""
+    for name, alpha in (("first", 3.0), ("second", 9.0)):
+        (tmp_path / name).mkdir()
+        made = published.codi(tmp_path / name, alpha=alpha)
+        convert(made, tmp_path / name / "out", keep_adapter=True, lora_alpha=alpha)
+    alone = {}
+    for name in ("first", "second"):
+        ours = load_checkpoint(LatentReasoner, tmp_path / name / "out")
+        requests = [tiny.request(ours, text, max_new_tokens=6) for text in tiny.PROMPTS[:4]]
+        alone[name] = [result.token_ids for result in generate(ours, requests)]
+    assert alone["first"] != alone["second"]
+    with Engine.from_pretrained(str(tmp_path / "first" / "out"), slots=5, threads=1) as engine:
+        engine.load_loop_set("second", str(tmp_path / "second" / "out"))
+        for _ in range(2):  # the second time from the prefix cache
+            futures = [
+                (name, i, engine.submit(request, loop_set=None if name == "first" else "second"))
+                for i, request in enumerate(requests)
+                for name in ("first", "second")
+            ]
+            for name, i, future in futures:
+                assert future.result().token_ids == alone[name][i]
+        assert engine.counters.reused_tokens > 0
 
 
 def test_float32(tmp_path):

@@ -32,6 +32,7 @@ FIXTURES = {
     "simcot-coconut": Fixture("simcot-coconut", "simcot-coconut", "checkpoint_1", ImportOptions(latents=10)),
     "codi": Fixture("codi", "codi", "checkpoint", ImportOptions(latents=6, lora_alpha=16)),
     "codi-eos": Fixture("codi", "codi", "checkpoint", ImportOptions(latents=6, lora_alpha=16, keep_eos=True)),
+    "codi-adapter": Fixture("codi", "codi", "checkpoint", ImportOptions(latents=6, lora_alpha=16, keep_adapter=True)),
     "lotus-folder": Fixture("lotus", "lotus", "hf", ImportOptions(latents=12, iterations=4)),
     "lotus-pickle": Fixture("lotus", "lotus", "checkpoint_final", ImportOptions(latents=12, iterations=4)),
     "pccot-adapter": Fixture("pccot", "pccot", "checkpoint"),
