@@ -19,7 +19,18 @@ from transformers import (
 )
 
 from slr_core.checkpoint.folder import ADAPTER_CONFIG, BASE, CONFIG
-from slr_core.checkpoint.validate import DTYPES, FLOATS, checkpoint_error, line, read_header, read_json, short
+from slr_core.checkpoint.validate import (
+    DTYPES,
+    FLOATS,
+    WEIGHTS_INDEX,
+    check_files,
+    checkpoint_error,
+    line,
+    read_headers,
+    read_index,
+    read_json,
+    short,
+)
 from slr_core.config import SLRConfig
 
 MAX_COUNT = 1024  # layers, experts, labels of a base model: made one by one, before any weight is looked at
@@ -78,7 +89,15 @@ def load_base_model(folder: Path, config: SLRConfig, dtype: torch.dtype | None) 
                 source, f"the base model's {key} has dtype {parameter.dtype}, expected one of {FLOATS}"
             )
         if not parameter.isfinite().all():
-            raise checkpoint_error(source, f"the base model's {key} holds values that are not finite")
+            raise checkpoint_error(
+                source, f"the base model's {key} holds values that are not finite in {parameter.dtype}"
+            )
+    if stray := untied_head(model):
+        raise checkpoint_error(
+            source,
+            f"its config ties {stray[0]} to {stray[1]}, and its files hold different values for them: leave one out, "
+            "or set tie_word_embeddings to false",
+        )
     positions = getattr(model.config, "max_position_embeddings", 1)
     if not isinstance(positions, int) or positions < 1:
         raise checkpoint_error(source, f"max_position_embeddings must be a positive integer, got {positions}")
@@ -94,13 +113,20 @@ def load_base_model(folder: Path, config: SLRConfig, dtype: torch.dtype | None) 
 
 
 def check_base_files(path: Path) -> None:
-    """Refuse a base model that claims to be larger than its files before anything of that size is allocated."""
+    """Refuse a base model that claims to be larger than its files before anything of that size is allocated.
+
+    Raises:
+        CheckpointError: it does, or a file is missing, damaged or not a regular file.
+    """
+    check_files(path)
     for key, value in _integers(read_json(path / "config.json")):
         if re.search("(layers?|blocks|experts|labels)$", key) and value > MAX_COUNT:
             raise checkpoint_error(path / "config.json", f"{key} must be at most {MAX_COUNT}")
     if (path / ADAPTER_CONFIG).exists():
         raise checkpoint_error(path, f"a base model must not have an adapter of its own ({ADAPTER_CONFIG})")
-    stored = {key: x for file in sorted(path.glob("*.safetensors")) for key, x in read_header(file).items()}
+    if (path / WEIGHTS_INDEX).exists():
+        read_index(path / WEIGHTS_INDEX)
+    stored = read_headers(sorted(path.glob("*.safetensors")))
     if not stored:
         raise checkpoint_error(path, "no weights of the base model (only safetensors are read)")
     try:
@@ -124,6 +150,15 @@ def check_base_files(path: Path) -> None:
             raise checkpoint_error(
                 path, f"the base model's {key} is stored as {stored[key].dtype}, expected one of {FLOATS}"
             )
+
+
+def untied_head(model: PreTrainedModel) -> tuple[str, str] | None:
+    """Names of two parameters that the config ties and that are separate: transformers unties them with a warning."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    for target, source in tied.items():
+        if model.get_parameter(target) is not model.get_parameter(source):
+            return target, source
+    return None
 
 
 def _quantized(config: PreTrainedConfig) -> bool:

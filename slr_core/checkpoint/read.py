@@ -25,7 +25,16 @@ from transformers import (
 from slr_core.checkpoint.base_model import load_base_model, load_tokenizer
 from slr_core.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CONFIG, LOOPS, MODULES
 from slr_core.checkpoint.hub import checkpoint_folder
-from slr_core.checkpoint.validate import check_tensors, checkpoint_error, read_json, read_tensors, short
+from slr_core.checkpoint.validate import (
+    cast,
+    check_files,
+    check_tensors,
+    checkpoint_error,
+    read_json,
+    read_tensors,
+    read_weights,
+    short,
+)
 from slr_core.checkpoint.write import base_state, modules_state
 from slr_core.config import FORMAT_VERSION, SLRConfig
 from slr_core.errors import ConfigError
@@ -51,6 +60,9 @@ def load_checkpoint(
     """
     folder = checkpoint_folder(path_or_id)
     config = _config(folder)
+    for read_by_libraries in (folder, folder / "additional_chat_templates"):
+        if read_by_libraries.is_dir():
+            check_files(read_by_libraries)
     adapters = _adapters(folder, config)
     base = load_base_model(folder, config, dtype)
     embeddings = base.get_input_embeddings().weight.shape[0]  # type: ignore[index]
@@ -72,13 +84,19 @@ def load_weights(reasoner: LatentReasoner, folder: str | Path) -> None:
         CheckpointError: a file is missing or damaged, or its tensors do not fit.
     """
     folder = Path(folder)
-    path = folder / BASE / "model.safetensors"
-    found, expected = read_tensors(path), base_state(reasoner.base)
+    path = folder / BASE
+    found, expected = read_weights(path), base_state(reasoner.base)
     # Tied weights are stored once.
-    tied = set(getattr(reasoner.base, "all_tied_weights_keys", ()) or ())
+    tied: dict[str, str] = getattr(reasoner.base, "all_tied_weights_keys", None) or {}
     check_tensors(path, found, {key: x for key, x in expected.items() if key in found or key not in tied})
+    for key, source in tied.items():
+        if key in found and source in found and not torch.equal(found[key], found[source]):
+            raise checkpoint_error(
+                path, f"{key} is tied to {source} in this model, and the files hold different values"
+            )
+    converted = {key: cast(path, key, tensor, expected[key].dtype) for key, tensor in found.items()}
     with torch.no_grad():
-        for key, tensor in found.items():
+        for key, tensor in converted.items():
             expected[key].copy_(tensor)
     _load_loop(reasoner, folder)
     reasoner.train(reasoner.training)  # forgets what was derived from the old weights
@@ -120,7 +138,7 @@ def _adapters(folder: Path, config: SLRConfig) -> dict[str, LoraConfig]:
 
 def _adapter_config(folder: Path) -> LoraConfig:
     path = folder / ADAPTER_CONFIG
-    if not (folder / ADAPTER_WEIGHTS).is_file():
+    if not (folder / ADAPTER_WEIGHTS).exists():
         raise checkpoint_error(folder, f"missing {ADAPTER_WEIGHTS} (only safetensors are read)")
     data = read_json(path)
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":
@@ -152,17 +170,18 @@ def _load_adapter(base: PreTrainedModel, folder: Path, name: str, assign: bool) 
     found = {key.removeprefix(prefix): x for key, x in read_tensors(folder / ADAPTER_WEIGHTS).items()}
     expected = get_peft_model_state_dict(base, adapter_name=name, save_embedding_layers=False)
     check_tensors(folder / ADAPTER_WEIGHTS, found, expected)
-    set_peft_model_state_dict(base, _owned(found, base), adapter_name=name, low_cpu_mem_usage=assign)
+    owned = _owned(folder / ADAPTER_WEIGHTS, found, base)
+    set_peft_model_state_dict(base, owned, adapter_name=name, low_cpu_mem_usage=assign)
 
 
 def _load_modules(reasoner: LatentReasoner, path: Path, assign: bool) -> None:
-    if not path.is_file():
+    if not path.exists():
         raise checkpoint_error(path.parent, f"missing {path.name}")
     found = read_tensors(path)
     check_tensors(path, found, modules_state(reasoner))
-    reasoner.load_state_dict(_owned(found, reasoner.base), strict=False, assign=assign)
+    reasoner.load_state_dict(_owned(path, found, reasoner.base), strict=False, assign=assign)
 
 
-def _owned(tensors: dict[str, Tensor], base: PreTrainedModel) -> dict[str, Tensor]:
+def _owned(path: Path, tensors: dict[str, Tensor], base: PreTrainedModel) -> dict[str, Tensor]:
     # Copies: the originals are views of a file that may be written again.
-    return {key: x.to(base.dtype, copy=True) for key, x in tensors.items()}
+    return {key: cast(path, key, x, base.dtype) for key, x in tensors.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +17,53 @@ from slr_core.errors import CheckpointError
 
 DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 FLOATS = ("F64", "F32", "F16", "BF16")
+WEIGHTS_INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 2**24
+MAX_OTHER_BYTES = 2**28
+"""Bytes of a file without tensors, such as a vocabulary."""
+MAX_HEADER_BYTES = 2**25
+MAX_TENSORS = 2**17
+"""Tensors of a file. Python objects are made for each of them."""
+
+
+def file_size(path: Path) -> int:
+    """Size in bytes of a regular file, or of one that a link leads to; opening a pipe or a device might never end.
+
+    Raises:
+        OSError: there is no such file.
+        CheckpointError: it is something else.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise checkpoint_error(path, "not a regular file")
+    return found.st_size
+
+
+def check_files(folder: Path) -> None:
+    """Check the files directly in a folder, before libraries open them: regular ones, of a size that can be read.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() or not path.exists():  # a broken link is no file
+                continue
+            if file_size(path) > MAX_OTHER_BYTES and path.suffix in (".json", ".txt", ".model", ".jinja", ".md"):
+                raise checkpoint_error(path, f"it has more than {MAX_OTHER_BYTES} bytes")
+    except OSError as error:
+        raise checkpoint_error(folder, f"not readable ({line(error)})") from error
 
 
 def read_json(path: Path) -> Any:
     """Parsed JSON; NaN and infinities are refused.
 
     Raises:
-        CheckpointError: the file cannot be read or is not JSON.
+        CheckpointError: the file cannot be read, is too large, or is not JSON.
     """
     try:
+        if file_size(path) > MAX_JSON_BYTES:
+            raise checkpoint_error(path, f"it has more than {MAX_JSON_BYTES} bytes")
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_a_number)
     except (OSError, ValueError, RecursionError) as error:
         raise checkpoint_error(path, f"not readable as JSON ({line(error)})") from error
@@ -37,8 +77,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: the file cannot be read, or has too many tensors.
     """
+    _check_header(path)
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises most kinds, each of them a fault of the file
@@ -53,13 +94,88 @@ class StoredTensor(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """What a safetensors file holds, from its header alone."""
+    """What a safetensors file holds, from its header alone.
+
+    Raises:
+        CheckpointError: the file cannot be read, or has too many tensors.
+    """
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             return {key: StoredTensor(list(x.get_shape()), str(x.get_dtype())) for key, x in slices.items()}
     except Exception as error:  # as above
         raise checkpoint_error(path, f"not a readable safetensors file ({short(error)})") from error
+
+
+def _check_header(path: Path) -> None:
+    """Bound the number of tensors without parsing: each one's description has a brace of its own."""
+    try:
+        size = file_size(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length <= min(size - 8, MAX_HEADER_BYTES) and file.read(length).count(b"{") <= MAX_TENSORS:
+                return
+    except OSError as error:
+        raise checkpoint_error(path, f"not a readable safetensors file ({line(error)})") from error
+    if length > size - 8:
+        raise checkpoint_error(path, "not a readable safetensors file (its header is longer than the file)")
+    raise checkpoint_error(path, f"its header has more than {MAX_TENSORS} tensors or {MAX_HEADER_BYTES} bytes")
+
+
+def read_index(path: Path) -> dict[Path, set[str]]:
+    """The shards that an index of weights names, and the tensors of each.
+
+    Raises:
+        CheckpointError: it is no such index, or a shard is not a file beside it.
+    """
+    data = read_json(path)
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise checkpoint_error(path, "not an index of shards: it has no weight_map")
+    if len(weight_map) > MAX_TENSORS:
+        raise checkpoint_error(path, f"it has more than {MAX_TENSORS} tensors")
+    shards: dict[Path, set[str]] = {}
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise checkpoint_error(path, f"a shard must be a safetensors file beside the index, got {name}")
+        shards.setdefault(path.parent / name, set()).add(key)
+    for shard in shards:
+        if not shard.is_file():
+            raise checkpoint_error(path.parent, f"the shard {shard.name} is missing")
+    return shards
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a base model: ``model.safetensors``, or else the shards of ``model.safetensors.index.json``.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a shard and the index disagree.
+    """
+    single = folder / "model.safetensors"
+    if single.exists() or not (folder / WEIGHTS_INDEX).exists():
+        return read_tensors(single)
+    tensors: dict[str, Tensor] = {}
+    for shard, listed in read_index(folder / WEIGHTS_INDEX).items():
+        found = read_tensors(shard)
+        if found.keys() != listed:
+            raise checkpoint_error(shard, f"the shard and its index disagree about {min(found.keys() ^ listed)}")
+        tensors |= found
+    return tensors
+
+
+def read_headers(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    """What several safetensors files hold together.
+
+    Raises:
+        CheckpointError: a file cannot be read, or there are too many tensors.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for path in paths:
+        stored |= read_header(path)
+        if len(stored) > MAX_TENSORS:
+            raise checkpoint_error(path, f"there are more than {MAX_TENSORS} tensors up to this file")
+    return stored
 
 
 def check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -78,6 +194,19 @@ def check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Tens
             raise checkpoint_error(path, f"{key} has dtype {tensor.dtype}, expected one of {sorted(map(str, DTYPES))}")
         if not tensor.isfinite().all():
             raise checkpoint_error(path, f"{key} holds values that are not finite")
+
+
+def cast(path: Path, key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a tensor read from ``path`` in another dtype.
+
+    Raises:
+        CheckpointError: a value is too large for it.
+    """
+    converted = tensor.to(dtype, copy=True)
+    if not converted.isfinite().all():
+        largest = tensor.abs().max().item()
+        raise checkpoint_error(path, f"{key} holds values too large for the base model's {dtype}, up to {largest:.3g}")
+    return converted
 
 
 def checkpoint_error(where: str | Path, what: object) -> CheckpointError:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from slr_core.checkpoint.folder import BUNDLED_FOLDER, DEFAULT_CHECKPOINT, local_path
 from slr_core.checkpoint.info import describe_model
@@ -19,26 +19,8 @@ from slr_core.model.exits import loop_until_exit
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
 from tests import tiny
-
-TEXT = {"prompt_prefix": "w1 ", "stop": ["w36"], "max_new_tokens": 5}
-
-
-@pytest.fixture(scope="module")
-def made():
-    return tiny.reasoner(decode=True, text=TEXT)
-
-
-@pytest.fixture(scope="module")
-def good(made, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("good") / "checkpoint"
-    made.save_pretrained(str(folder))
-    return folder
-
-
-@pytest.fixture
-def folder(good, tmp_path):
-    """A copy to break."""
-    return Path(shutil.copytree(good, tmp_path / "checkpoint"))
+from tests.checkpoint.conftest import TEXT
+from tests.checkpoint.edits import ADAPTER, ADAPTER_CONFIG, BASE_WEIGHTS, MODULES, first, rewrite, truncate
 
 
 def states(made):
@@ -188,17 +170,6 @@ def test_sizes_are_described(made):
 # -- one error for each way to be wrong ------------------------------------------------------------------
 
 
-def rewrite(path: Path, change) -> None:
-    tensors = load_file(path)
-    changed = change(dict(tensors))
-    save_file({key: x.contiguous() for key, x in (tensors if changed is None else changed).items()}, path)
-
-
-def first(tensors, value):
-    key = min(key for key, x in tensors.items() if x.is_floating_point())
-    return {**tensors, key: value(tensors[key])}
-
-
 def without_first(tensors):
     return {key: x for key, x in tensors.items() if key != min(tensors)}
 
@@ -209,10 +180,6 @@ def config(folder, **changes):
 
 def adapter(folder, **changes):
     tiny.edit_json(folder / "loops/loop_02/adapter_config.json", **changes)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def nan(x):
@@ -228,10 +195,6 @@ def one_inf(x):
 def longer(x):
     return torch.cat([x, x])
 
-
-BASE_WEIGHTS, MODULES = "base/model.safetensors", "slr_modules.safetensors"
-ADAPTER = "loops/loop_02/adapter_model.safetensors"
-ADAPTER_CONFIG = "loops/loop_02/adapter_config.json"
 
 # What is done to the folder, and what the message must name.
 BROKEN = {
