@@ -16,9 +16,14 @@ class AdapterSetFolder:
 
     Args:
         folder: its direct subfolders can be loaded; ``None``: nothing can.
+
+    Raises:
+        ConfigError: there is no such folder.
     """
 
     def __init__(self, folder: str | None) -> None:
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"loop_sets: there is no folder {folder}")
         self._folder = folder
         self._lock = asyncio.Lock()
 

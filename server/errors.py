@@ -61,6 +61,14 @@ class Unauthorized(SLRError):
     """The request has no valid key for this path."""
 
 
+class PreflightRefused(SLRError):
+    """A page of this origin may not send such a request."""
+
+
+class UnknownHost(SLRError):
+    """The Host header names another host than this server."""
+
+
 class Forbidden(SLRError):
     """The operation is disabled on this server."""
 
@@ -101,6 +109,7 @@ _KINDS: dict[type[Exception], tuple[int, str, str]] = {
     RequestError: (400, _INVALID, "invalid_value"),
     InvalidHTTP: (400, _INVALID, "invalid_http"),
     InvalidJSON: (400, _INVALID, "invalid_json"),
+    PreflightRefused: (400, _INVALID, "cors_refused"),
     Unauthorized: (401, "authentication_error", "invalid_api_key"),
     Forbidden: (403, "permission_error", "forbidden"),
     NotFound: (404, _INVALID, "not_found"),
@@ -110,6 +119,7 @@ _KINDS: dict[type[Exception], tuple[int, str, str]] = {
     BodyTooLarge: (413, _INVALID, "body_too_large"),
     UnsupportedMediaType: (415, _INVALID, "unsupported_media_type"),
     TooManyHeaders: (431, _INVALID, "headers_too_large"),
+    UnknownHost: (421, _INVALID, "unknown_host"),
     QueueFull: (429, "rate_limit_error", "queue_full"),
     ClientGone: (CLIENT_CLOSED_REQUEST, _INVALID, "client_closed_request"),
     Unavailable: (503, "unavailable_error", "unavailable"),
@@ -184,7 +194,8 @@ def _http_problem(error: HTTPException) -> Problem:
 def _validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
     first = errors[0]
     if tuple(first["loc"]) == ("body",):
-        return Problem(400, _INVALID, "invalid_value", "the body must be a JSON object")
+        what = first["msg"] if first["type"] == "too_many_fields" else "must be a JSON object"
+        return Problem(400, _INVALID, "invalid_value", f"the body {what}")
     messages = [f"{_param(error)}: {_message(error)}" for error in errors[:_MAX_REPORTED_ERRORS]]
     if len(errors) > _MAX_REPORTED_ERRORS:
         messages.append(f"and {len(errors) - _MAX_REPORTED_ERRORS} more")
@@ -216,7 +227,8 @@ def _methods(request: Request) -> list[str]:
     app: FastAPI = request.app
     paths = app.openapi()["paths"]
     matching = (operations for path, operations in paths.items() if compile_path(path)[0].match(request.url.path))
-    return sorted({method.upper() for operations in matching for method in operations})
+    methods = {method.upper() for operations in matching for method in operations}
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 def install_handlers(app: FastAPI) -> None:

@@ -9,9 +9,19 @@ import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import CLIENT_CLOSED_REQUEST, BodyTooLarge, BodyTooSlow, TooManyHeaders, send_error
+from .errors import (
+    CLIENT_CLOSED_REQUEST,
+    BodyTooLarge,
+    BodyTooSlow,
+    PreflightRefused,
+    TooManyHeaders,
+    send_error,
+    to_problem,
+)
 from .observability.access_log import AccessLogEntry, log_access
 from .observability.metrics import ENDPOINTS, Metrics
 from .observability.request_stats import request_stats
@@ -100,6 +110,39 @@ class HeaderLimit:
                 await send_error(error, scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+class HeadAsGet:
+    """Answers HEAD as GET, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def respond(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self.app({**scope, "method": "GET"}, receive, respond)
+
+
+class Preflight(CORSMiddleware):
+    """Starlette's CORS middleware; a preflight that it refuses gets the error body."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The response to a preflight."""
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        refused = to_problem(PreflightRefused(bytes(response.body).decode())).response()
+        refused.headers.update(
+            {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        )
+        return refused
 
 
 class BodyLimit:

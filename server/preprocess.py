@@ -179,6 +179,7 @@ def preprocess(
         except RequestError as error:
             raise _with_prompt_index(error, index, job) from error
         requests += _samples(request, job.n)
+    _check_response(job, requests, settings.max_response_values)
     if job.include_states:
         _check_states(reasoner, requests, settings.max_state_values)
     return requests
@@ -245,6 +246,21 @@ def _check_prompt_tokens(ids: tuple[int, ...], settings: ServerSettings) -> None
     if settings.max_prompt_tokens is not None and len(ids) > settings.max_prompt_tokens:
         raise RequestError(
             f"prompt has {len(ids)} tokens, this server takes at most {settings.max_prompt_tokens}", param="prompt"
+        )
+
+
+def _check_response(job: GenerationJob, requests: list[Request], limit: int) -> None:
+    values, name = sum(r.loop.max_iterations * r.top_tokens for r in requests), "top_tokens"
+    if values <= limit and job.logprobs is not None:
+        name = "logprobs"
+        scored = sum(r.max_new_tokens + (len(r.prompt_ids) if r.score_prompt else 0) for r in requests)
+        values = scored * max(1, job.logprobs)
+    if values > limit:
+        name = job.names[name]
+        raise RequestError(
+            f"{name}: the response may hold {values} of them, this server returns at most {limit}; "
+            "ask for fewer prompts, answers, iterations or tokens",
+            param=name,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,12 +16,17 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from slr_core.suggest import did_you_mean
 
 _MIN_KEY_LENGTH = 16
+HASH_PREFIX = "sha256:"
+"""Marks a key that is given as its hash."""
+_HASH = re.compile(rf"{HASH_PREFIX}[0-9a-fA-F]{{64}}")
 
 
 def _check_keys(value: SecretStr) -> SecretStr:
     keys = split_list(value.get_secret_value())
     if not keys or any(len(key) < _MIN_KEY_LENGTH for key in keys):
         raise PydanticCustomError("short_key", f"every key must have at least {_MIN_KEY_LENGTH} characters")
+    if any(key.startswith(HASH_PREFIX) and not _HASH.fullmatch(key) for key in keys):
+        raise PydanticCustomError("key_hash", f"{HASH_PREFIX} must be followed by the 64 hexadecimal digits of a hash")
     return value
 
 
@@ -106,6 +112,10 @@ class ServerSettings(BaseSettings):
         1 << 20, ge=0, description="Maximum number of values in all states that a trace returns; 0 for no states."
     )
 
+    max_response_values: int = Field(
+        1 << 17, ge=1, description="Maximum number of top tokens or log-probabilities in a response."
+    )
+
     request_timeout_s: float = Field(
         120.0, gt=0, le=86400, allow_inf_nan=False, description="Time limit of a request in seconds; then it gets 504."
     )
@@ -142,6 +152,11 @@ class ServerSettings(BaseSettings):
     )
     admin_key: Keys | None = Field(
         None, description="Key of the admin endpoints, or sha256:<hex> of it. Default: they are disabled."
+    )
+    allowed_hosts: str | None = Field(
+        None,
+        description="Comma-separated names that the Host header may have; * for all. Default: all, but with a loopback "
+        "--host only IP addresses, localhost and names without a dot.",
     )
     cors_origins: str | None = Field(
         None, description="Comma-separated origins whose web pages may call the server; * for all."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 from slr_core.engine import FinishedEvent, IterationEvent, TokenEvent
 from slr_core.errors import RequestError
@@ -24,7 +24,7 @@ from .openai import (
     Usage,
     response_fields,
 )
-from .schema import EXAMPLE_QUESTION, Answer, OutputEvent, RequestModel, ResponseModel
+from .schema import EXAMPLE_QUESTION, MAX_FIELDS, Answer, OutputEvent, RequestModel, ResponseModel, check_size
 from .vocabulary import Vocabulary
 
 _MIN_LOGPROB = -9999.0
@@ -32,6 +32,13 @@ _MIN_LOGPROB = -9999.0
 
 
 # -- requests ----------------------------------------------------------------------------------------------
+
+_MAX_MESSAGES, _MAX_PARTS = 1024, 256
+SmallObject = Annotated[
+    dict[Annotated[str, StringConstraints(max_length=64)], Any],
+    Field(max_length=MAX_FIELDS),
+    BeforeValidator(check_size),
+]
 
 
 class TextPart(RequestModel):
@@ -47,9 +54,15 @@ def _as_parts(value: Any) -> Any:
 
 Content = Annotated[
     list[TextPart],
+    Field(max_length=_MAX_PARTS, fail_fast=True),
     BeforeValidator(_as_parts),
     WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"$ref": "#/components/schemas/TextPart"}}]}
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"$ref": "#/components/schemas/TextPart"}, "maxItems": _MAX_PARTS},
+            ]
+        }
     ),
 ]
 
@@ -62,7 +75,7 @@ class ChatMessage(RequestModel):
     name: str | None = Field(None, description=IGNORED)
     id: str | None = Field(None, description=IGNORED)
     reasoning_content: str | None = Field(None, description="accepted and ignored: not part of the prompt")
-    provider_specific_fields: dict[str, Any] | None = Field(None, description="accepted and ignored; sent by litellm")
+    provider_specific_fields: SmallObject | None = Field(None, description="accepted and ignored; sent by litellm")
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -88,7 +101,7 @@ class ChatRequest(OpenAIRequest):
         json_schema_extra={"examples": [{"messages": [{"role": "user", "content": EXAMPLE_QUESTION}], "max_tokens": 8}]}
     )
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = Field(
         None, ge=1, description="maximum number of tokens; default: the checkpoint's; older name of the next field"
     )
@@ -98,14 +111,14 @@ class ChatRequest(OpenAIRequest):
         None, ge=0, description="return the log-probabilities of this many likely tokens as well; needs logprobs"
     )
     response_format: ResponseFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
     tools: EmptyList | None = None
     tool_choice: Literal["none", "auto"] | None = Field(None, description=IGNORED)
     parallel_tool_calls: bool | None = Field(None, description=IGNORED)
     reasoning_effort: Literal["medium"] | None = Field(
         None, description="only OpenAI's default, medium; slr.max_iterations sets the depth of the reasoning"
     )
-    chat_template_kwargs: dict[str, Any] | None = Field(
+    chat_template_kwargs: SmallObject | None = Field(
         None, description="variables for the chat template; those that it reads are not supported, others are ignored"
     )
     slr: LoopOptions | None = None

@@ -16,7 +16,7 @@ from slr_core.types import FinishReason, Request, Result, Tokens, TokenScore
 from ..preprocess import FieldNames, GenerationJob, RawText
 from ..sse import COMMENT, frame
 from .openai import OPENAI_NAMES, LoopOptions, LoopResult, OpenAIRequest, Usage, check_empty, response_fields
-from .schema import EXAMPLE_QUESTION, Answer, OutputEvent, ResponseModel
+from .schema import EXAMPLE_QUESTION, MAX_PROMPTS, Answer, OutputEvent, ResponseModel
 from .vocabulary import Offsets, Vocabulary, token_id_label
 
 DEFAULT_MAX_TOKENS = 16
@@ -33,6 +33,8 @@ def _as_prompts(value: Any) -> Any:
     if isinstance(value, list) and value:
         if all(isinstance(part, str) for part in value):
             return value
+        if isinstance(value[0], list) and len(value) > MAX_PROMPTS:
+            raise PydanticCustomError("too_long", "must hold at most {limit} prompts", {"limit": MAX_PROMPTS})
         lists = value if isinstance(value[0], list) else [value]
         if all(isinstance(ids, list) and ids and all(_is_token_id(i) for i in ids) for ids in lists):
             return [tuple(ids) for ids in lists]
@@ -48,14 +50,15 @@ def _is_token_id(value: Any) -> bool:
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1}
 Prompts = Annotated[
     list[str | tuple[int, ...]],
+    Field(max_length=MAX_PROMPTS, fail_fast=True),
     BeforeValidator(_as_prompts),
     WithJsonSchema(
         {
             "anyOf": [
                 {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
                 _TOKEN_IDS,
-                {"type": "array", "items": _TOKEN_IDS, "minItems": 1},
+                {"type": "array", "items": _TOKEN_IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
             ]
         }
     ),

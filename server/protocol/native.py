@@ -18,6 +18,7 @@ from ..preprocess import DEFAULT_TOP_TOKENS, FieldNames, GenerationJob
 from ..sse import frame
 from .schema import (
     EXAMPLE_QUESTION,
+    MAX_PROMPTS,
     Answer,
     Convergence,
     MaxIterations,
@@ -60,8 +61,16 @@ def _is_none(value: Any) -> bool:
 
 Prompts = Annotated[
     list[str],
+    Field(max_length=MAX_PROMPTS, fail_fast=True),
     BeforeValidator(_as_list),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+            ]
+        }
+    ),
 ]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 LoopSetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from slr_core.errors import RequestError
@@ -19,6 +19,7 @@ from slr_core.params import LoopParams, SamplingParams
 from slr_core.types import ExitReason, Result, Timings
 
 from .schema import (
+    MAX_FIELDS,
     Convergence,
     MaxIterations,
     MinIterations,
@@ -29,6 +30,7 @@ from .schema import (
     Temperature,
     TopK,
     TopP,
+    check_size,
     loop_names,
     loop_params,
 )
@@ -95,7 +97,9 @@ class StreamOptions(RequestModel):
 class OpenAIRequest(RequestModel):
     """Fields that both endpoints have."""
 
-    model: str | None = Field(None, description="the served model or a loop adapter set; default: the served model")
+    model: str | None = Field(
+        None, max_length=256, description="the served model or a loop adapter set; default: the served model"
+    )
     temperature: Temperature | None = Field(None, description="sampling temperature; default: 1, as with OpenAI")
     top_p: TopP | None = Field(None, description="sample from the smallest set of tokens with this probability")
     top_k: TopK | None = Field(None, description="sample from this many of the likeliest tokens; 0: from all")
@@ -110,7 +114,9 @@ class OpenAIRequest(RequestModel):
     user: str | None = Field(None, description=IGNORED)
     safety_identifier: str | None = Field(None, description=IGNORED)
     prompt_cache_key: str | None = Field(None, description=IGNORED)
-    metadata: dict[str, str] | None = Field(None, description=IGNORED)
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_FIELDS), BeforeValidator(check_size)] | None = Field(
+        None, description=IGNORED
+    )
     store: bool | None = Field(None, description="accepted and ignored: this server stores nothing")
     service_tier: Literal["auto", "default"] | None = Field(None, description=IGNORED)
 

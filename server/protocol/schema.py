@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Protocol
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from slr_core.config import Criterion, Threshold
@@ -20,13 +29,37 @@ from slr_core.types import Request, Result
 EXAMPLE_QUESTION = "Every yumpus is a rorpus. Every rorpus is a lempus. Alex is a yumpus. Is Alex a lempus or zhorpus?"
 
 
+# -- limits ------------------------------------------------------------------------------------------------
+
+MAX_FIELDS = 64
+"""Fields of any object in a body."""
+MAX_PROMPTS = 1 << 16
+"""Prompts of any request; the operator's limit is lower."""
+
+
+def check_size(value: Any) -> Any:
+    """Refuse a JSON object with more than :data:`MAX_FIELDS` fields, before each of them can be an error."""
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise PydanticCustomError("too_many_fields", "must have at most {limit} fields", {"limit": MAX_FIELDS})
+    return value
+
+
 # -- base classes ------------------------------------------------------------------------------------------
 
 
 class RequestModel(BaseModel):
-    """Base of everything in a request body."""
+    """Base of everything in a request body.
+
+    Validation has a bounded cost: a list of models stops at its first invalid item (``fail_fast``), and lists and
+    mappings have a maximum size.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        return check_size(value)
 
 
 class ResponseModel(BaseModel):
@@ -59,8 +92,8 @@ TopK = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Stop = Annotated[
     list[Annotated[str, StringConstraints(min_length=1, max_length=256)]],
+    Field(max_length=_MAX_STOP_STRINGS, fail_fast=True),
     BeforeValidator(_as_list),
-    Field(max_length=_MAX_STOP_STRINGS),
     WithJsonSchema({"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": _MAX_STOP_STRINGS}]}),
 ]
 """One string or a list of strings."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Coroutine
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from slr_core.engine.adapter_set import LoopAdapterSet
 from ..errors import InvalidJSON, UnsupportedMediaType
 from ..observability.request_stats import RequestStats, request_stats
 from ..preprocess import GenerationJob, check_limits
-from ..protocol.schema import ErrorResponse, Formatter
+from ..protocol.schema import Answer, ErrorResponse, Formatter
 from ..service import Service
 from ..sse import EventStream, while_connected
 
@@ -36,6 +37,8 @@ _DESCRIPTIONS = {
     503: "The engine is loading, stopped or stalled, or the server is shutting down.",
     504: "The request exceeded its time limit.",
 }
+_SMALL_RESPONSE = 256
+"""Values of a response that is encoded on the event loop."""
 _RETRY_AFTER = {"Retry-After": {"description": "seconds to wait", "schema": {"type": "integer"}}}
 
 
@@ -103,7 +106,7 @@ class JSONRoute(APIRoute):
         return strict if self.body_field is not None else handle
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # async: else it would run in a thread
     service: Service = request.app.state.service
     return service
 
@@ -145,9 +148,24 @@ async def respond(
             error_event=formatter.error_event,
         )
     answers = await while_connected(request.receive, service.answer(job, loop_set, stats))
-    if job.logprobs is not None or job.include_states:  # large: thousands of tokens or numbers
-        return await service.in_thread(partial(formatter.body, answers))
-    return formatter.body(answers)
+    encode = partial(_encode, formatter, answers)
+    content = await asyncio.to_thread(encode) if _is_large(job, answers) else encode()
+    # As a response, because FastAPI would validate and encode a model on the event loop.
+    return Response(content, media_type="application/json")
+
+
+def _encode(formatter: Formatter, answers: Sequence[Answer]) -> bytes:
+    return formatter.body(answers).model_dump_json().encode()
+
+
+def _is_large(job: GenerationJob, answers: Sequence[Answer]) -> bool:
+    """Whether encoding the answers takes more than a few milliseconds."""
+    values = len(answers)
+    if job.trace:
+        values += sum(len(result.records) * (1 + request.top_tokens) for request, result, _ in answers)
+    if job.logprobs is not None:
+        values += sum(len(result.scores) * (1 + job.logprobs) for _, result, _ in answers)
+    return job.include_states or values > _SMALL_RESPONSE
 
 
 async def _frames(
@@ -157,5 +175,7 @@ async def _frames(
         async for output in outputs:
             for frame in formatter.frames(output):
                 yield frame
+            if job.trace:  # large events: let other requests run in between
+                await asyncio.sleep(0)
     for frame in formatter.final_frames():
         yield frame

@@ -19,5 +19,8 @@ router = APIRouter(tags=["operation"], responses=document_errors(401))
 )
 async def metrics(request: Request, service: ServiceDependency) -> Response:
     """All metrics, in the text format that the scraper accepts."""
-    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    try:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    except (TypeError, ValueError):  # a version that is not a number
+        encode, content_type = choose_encoder("")
     return Response(encode(service.metrics.registry), headers={"Content-Type": content_type})

@@ -1,5 +1,6 @@
 import signal
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -112,6 +113,21 @@ def test_port_in_use(monkeypatch, capsys):
         assert run(monkeypatch, "--port", port, "--log-level", "error") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"slr-serve: error: cannot listen on 127.0.0.1:{port}")
+
+
+def test_two_servers_on_a_port(guarded):
+    port = guarded.url.rpartition(":")[2]
+    command = [sys.executable, "-m", "slr_server.cli", "--port", port, "--log-level", "error"]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 1
+    (line,) = second.stderr.splitlines()
+    assert line.startswith(f"slr-serve: error: cannot listen on 127.0.0.1:{port}")
+
+
+def test_missing_loop_sets(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, "--port", "0", "--loop-sets", str(tmp_path / "none")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"slr-serve: error: loop_sets: there is no folder {tmp_path / 'none'}"
 
 
 def test_not_a_checkpoint(monkeypatch, capsys, tmp_path):

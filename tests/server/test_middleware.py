@@ -62,6 +62,20 @@ def test_unexpected_error(client, monkeypatch, caplog):
     assert client.post("/generate", json={"prompt": "w1"}).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/livez", "/version", "/metrics", "/docs", "/v1/models", "/", "/nope"])
+def test_head(client, path):
+    got, asked = client.get(path), client.head(path)
+    assert asked.status_code == got.status_code
+    assert asked.content == b""
+    assert asked.headers["content-type"] == got.headers["content-type"]
+
+
+def test_head_of_post(client):
+    response = client.head("/generate")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert client.post("/version").headers["allow"] == "GET, HEAD"
+
+
 def test_plain_asgi():
     # Starlette's own base class runs the handler in another task, which never sees a disconnect.
     sources = [path.read_text() for path in Path(slr_server.__file__).parent.rglob("*.py")]

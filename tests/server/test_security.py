@@ -87,7 +87,7 @@ def test_key_hashes(monkeypatch):
     assert compared == [64] * 4, "all hashes are compared, also after a match"
 
 
-@pytest.mark.parametrize("keys", ["short", "", ",", f"{KEY},short"])
+@pytest.mark.parametrize("keys", ["short", "", ",", f"{KEY},short", "sha256:" + "0" * 63, f"sha256:{'g' * 64}"])
 def test_short_keys(keys):
     with pytest.raises(ValidationError) as error:
         ServerSettings(api_keys=keys)
@@ -123,7 +123,10 @@ def test_cors_allows_client_headers(served, origins):
     with served(cors_origins="https://b.example") as client:
         response = client.options("/v1/chat/completions", headers={"origin": "https://a.example", **preflight})
         assert response.status_code == 400
+        assert response.json()["error"]["code"] == "cors_refused"
+        assert response.headers["x-request-id"]
         assert "access-control-allow-origin" not in response.headers
+        assert sample(client, "slr_requests_total", endpoint="/v1/chat/completions", status="rejected") == 1
 
 
 def test_cors_origins(served):

@@ -35,6 +35,11 @@ def values(metrics):
     return {(s.name, *sorted(s.labels.items())): s.value for f in metrics.registry.collect() for s in f.samples}
 
 
+def test_accept_with_wrong_version(client):
+    response = client.get("/metrics", headers={"accept": "application/openmetrics-text; version=x.y"})
+    assert (response.status_code, response.headers["content-type"][:10]) == (200, "text/plain")
+
+
 def test_initial_series():
     metrics = Metrics("tiny")
     samples = values(metrics)
