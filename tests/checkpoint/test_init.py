@@ -141,7 +141,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_with_the_settings_is_named_and_nothing_is_written(case, source, tmp_path):
+def test_wrong_settings_write_nothing(case, source, tmp_path):
     text, named = WRONG[case]
     path = settings(tmp_path, text)
     with pytest.raises(ConfigError) as caught:

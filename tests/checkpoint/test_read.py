@@ -32,7 +32,7 @@ def states(made):
 # -- names -----------------------------------------------------------------------------------------------
 
 
-def test_the_bundled_checkpoint_has_a_name_and_a_folder_called_so_comes_first(good, tmp_path, monkeypatch):
+def test_folder_named_as_bundled_comes_first(good, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert local_path("prosqa") == local_path(None) == DEFAULT_CHECKPOINT
     assert {local_path(folder.name) for folder in BUNDLED_FOLDER.iterdir()} == set(BUNDLED_FOLDER.iterdir())
@@ -310,7 +310,7 @@ def test_fields_of_a_newer_peft_are_harmless_while_they_are_off(folder, good):
     assert all(torch.equal(tensor, actual[key]) for key, tensor in expected.items())
 
 
-def test_a_checkpoint_may_be_saved_over_the_folder_that_it_was_loaded_from(folder, made):
+def test_save_over_the_loaded_folder(folder, made):
     loaded = LatentReasoner.from_pretrained(str(folder))
     loaded.save_pretrained(str(folder))
     again = LatentReasoner.from_pretrained(str(folder)).state_dict()
@@ -353,7 +353,7 @@ def test_a_file_is_not_a_folder(folder):
     assert str(path) in str(caught.value)
 
 
-def test_a_base_beside_the_process_is_not_taken_for_one_in_the_checkpoint(folder, monkeypatch):
+def test_base_in_working_directory_is_ignored(folder, monkeypatch):
     # transformers reads a relative name from the working directory first.
     (folder / "base").rename(folder.parent / "elsewhere")
     config(folder, base="elsewhere")
@@ -379,7 +379,7 @@ def test_an_adapter_cannot_rewrite_the_base_model(change, folder, good):
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva", "mica"])
-def test_an_adapter_may_have_started_in_any_way_that_leaves_the_base_alone(start, folder, good, tmp_path):
+def test_adapter_initializations(start, folder, good, tmp_path):
     adapter(folder, init_lora_weights=start, eva_config={"rho": 2.0} if start == "eva" else None)
     loaded = LatentReasoner.from_pretrained(str(folder))
     expected = LatentReasoner.from_pretrained(str(good)).state_dict()

@@ -141,7 +141,7 @@ HUGE = {
 
 
 @pytest.mark.parametrize("case", HUGE)
-def test_a_size_that_the_files_do_not_have_is_refused_before_it_is_allocated(case, folders):
+def test_wrong_size_allocates_nothing(case, folders):
     workspace, name, place, value = HUGE[case]
     folder = folders[workspace]
     content = json.loads(folder.files[name])

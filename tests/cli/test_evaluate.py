@@ -196,7 +196,7 @@ def test_compare_has_a_figure_or_a_reason_for_every_method(run, folder, tmp_path
     assert outcomes(results) == before
 
 
-def test_questions_that_do_not_fit_the_model_cost_a_method_its_figure_and_no_more(run, folder):
+def test_questions_that_do_not_fit(run, folder):
     long = [*TASK, "--generate", 2, OPTION, "nodes=40"]
     weights = ["--weights", f"cot={folder}"]
     code, out, _ = run("compare", "--model", folder, *long, "--methods", "cot,beam,slr", *weights)

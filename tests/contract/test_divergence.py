@@ -42,9 +42,7 @@ def broken_into(made, t_bad, where, bad, monkeypatch):
 @pytest.mark.parametrize(
     ("at", "where", "bad"), [(1, "state", float("inf")), (3, "layer", float("nan"))], ids=["state", "layer"]
 )
-def test_a_row_that_breaks_down_decodes_its_last_good_state_and_leaves_its_neighbours_alone(
-    kind, loop, at, where, bad, monkeypatch
-):
+def test_divergence_of_one_row(kind, loop, at, where, bad, monkeypatch):
     # The noise level reads the change of the broken step, too.
     made = tiny.reasoner(kind, {**loop, "timestep": {"kind": "learned", "noise_level": True}}, decode=True)
     prompts = (tiny.PROMPTS[5], *tiny.PROMPTS[1:4])  # the third, of four tokens, is padded

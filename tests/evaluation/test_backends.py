@@ -106,7 +106,7 @@ def test_what_the_server_refuses_is_a_request_error_that_names_it(remote):
         remote.answer(["", "w1"], GenerationOptions(), [0, 1])
 
 
-def test_a_server_that_is_not_there_is_an_engine_error_that_names_it(no_pauses):
+def test_unreachable_server(no_pauses):
     with pytest.raises(EngineError, match=r"http://127.0.0.1:9: the server cannot be reached: .*refused"):
         Remote("http://127.0.0.1:9").answer(["w1"], GenerationOptions(), [0])
 
@@ -165,7 +165,7 @@ def test_what_is_no_url_is_refused():
 
 
 @pytest.mark.slow
-def test_300_questions_have_identical_answers_and_iterations_in_process_and_through_the_server(tmp_path):
+def test_300_questions_in_process_and_by_server(tmp_path):
     questions = list(islice(generate_prosqa(GraphSpec(10, 2, 4, balanced=True), 31), 300))
     here = run_method(METHODS["slr"], Local(LatentReasoner.from_pretrained()), ProsQA(), questions, MethodSettings({}))
     for remote in _served(DEFAULT_CHECKPOINT, tmp_path / "log"):

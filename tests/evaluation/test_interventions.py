@@ -79,7 +79,7 @@ def test_putting_back_a_loops_own_thoughts_changes_no_answer(made):
 
 
 @torch.inference_mode()
-def test_putting_back_a_loops_own_thoughts_changes_nothing_that_is_read(made):
+def test_same_thoughts_change_nothing(made):
     own, again = looped(made, partial(loop_until_exit, made)), looped(made, replace_states(made, same))
     for mine, its in zip(own.states, again.states, strict=True):
         torch.testing.assert_close(its, mine)
@@ -231,7 +231,7 @@ def test_noise_is_a_share_of_the_states_size(plain):
         assert torch.stack(shares).std() > 0
 
 
-def test_noise_in_the_start_alone_is_followed_by_the_models_own_iterations(plain):
+def test_noise_in_the_start_only(plain):
     states = looped(plain, add_noise(plain, 0.5, SEEDS[3:4], start_only=True), DEPTHS[3:4]).states[0]
     throughout = looped(plain, add_noise(plain, 0.5, SEEDS[3:4]), DEPTHS[3:4]).states[0]
     assert torch.equal(states[0], throughout[0])

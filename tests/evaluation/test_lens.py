@@ -71,7 +71,7 @@ def test_entropies_are_those_of_the_trace():
         assert reading.entropy == pytest.approx(sum(traced) / len(traced), abs=1e-4)
 
 
-def test_what_the_answer_begins_with_is_what_the_model_writes_after_the_whole_loop():
+def test_first_answer_token():
     made = reasoner()
     collected = collect_states(made, Steps(), ASKED, iterations=2)
     loop = LoopParams(criterion="fixed", max_iterations=2, min_iterations=2)
@@ -99,7 +99,7 @@ def test_every_difficulty_has_readings_of_its_own_questions():
         assert a.entropy == pytest.approx(b.entropy, abs=1e-4)
 
 
-def test_questions_whose_loop_ended_early_are_left_out_of_what_follows():
+def test_early_exits_are_left_out():
     made = reasoner()
     collected = collect_states(made, Steps(), ASKED)
     whole = read_lens(made, Steps(), ASKED, collected)
@@ -127,7 +127,7 @@ def test_examples_tell_the_first_questions_iteration_by_iteration():
         assert set(one.thoughts) == {None}
 
 
-def test_thoughts_are_put_into_words_where_there_is_a_latent_decoder():
+def test_thoughts_with_latent_decoder():
     made = reasoner(loop={"decoder": {"latent_decoder": LATENT_DECODER}})
     collected = collect_states(made, Steps(), ASKED)
     lens = read_lens(made, Steps(), ASKED, collected)
@@ -153,7 +153,7 @@ def prosqa(count: int) -> list[Example]:
     return list(islice(tasks.get_task("prosqa").generate(0, nodes=10, min_hops=2, max_hops=3, balanced=True), count))
 
 
-def test_the_bundled_checkpoint_reads_as_the_frontier_and_then_as_its_answer(bundled):
+def test_bundled_frontier_then_answer(bundled):
     examples = prosqa(8)
     collected = collect_states(bundled, tasks.get_task("prosqa"), examples, iterations=5)
     lens = read_lens(bundled, tasks.get_task("prosqa"), examples, collected)
@@ -168,7 +168,7 @@ def test_the_bundled_checkpoint_reads_as_the_frontier_and_then_as_its_answer(bun
     assert by_t[5].settled == 1.0
 
 
-def test_the_frontier_is_left_out_where_a_node_takes_several_tokens():
+def test_frontier_needs_single_tokens():
     made = reasoner(text={"max_new_tokens": 1})  # its tokenizer knows no word of the question
     examples = [replace(e, question=tiny.words(1, 2)) for e in prosqa(2)]
     lens = read_lens(made, tasks.get_task("prosqa"), examples, collect_states(made, tasks.get_task("prosqa"), examples))
@@ -227,7 +227,7 @@ def test_trajectories_find_the_direction_in_which_states_move():
     assert [level for level, _ in paths.points] == [1, 2] * 3
 
 
-def test_trajectories_begin_where_states_do_and_leave_out_loops_that_ended_early():
+def test_trajectories_skip_early_exits():
     states = line(1.0)
     states[:, 0] = torch.nan
     states[2, 3] = torch.inf
@@ -242,7 +242,7 @@ def test_trajectories_begin_where_states_do_and_leave_out_loops_that_ended_early
     assert project_trajectories(collected, Steps(), examples) is None
 
 
-def test_everything_goes_through_a_file_and_is_drawn_alike():
+def test_json_round_trip():
     made = reasoner()
     collected = collect_states(made, Steps(), ASKED)
     score = ProbeScore("answer", "readout", "mlp", 1, "accuracy", 0.5, (0.25, 0.75), 0.125, 0.25, 7, 3)

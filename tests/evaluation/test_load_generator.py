@@ -63,7 +63,7 @@ def test_a_closed_load_asks_questions_of_every_difficulty():
     assert len({body["prompt"] for body in seen}) == len(seen)
 
 
-def test_an_open_load_sends_what_its_seed_says_whatever_the_server_does():
+def test_open_load_follows_seed():
     counts = [len(under(lambda *_: good(), duration_s=0.4, rate=60.0, seed=7)[1]) for _ in range(2)]
     assert counts[0] == counts[1]
     assert 10 < counts[0] < 45, "a mean of 24"

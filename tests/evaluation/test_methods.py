@@ -60,7 +60,7 @@ def test_changed_settings_hold_for_what_loops(local, name):
     assert {answered.iterations for answered in answers} == {0 if name in ("no_cot", "no_thought") else 2}
 
 
-def test_a_chain_of_thought_is_the_base_models_and_as_long_as_asked(local):
+def test_chain_of_thought_length(local):
     assert texts("cot", batch(local)) == generated(local.reasoner, {"max_iterations": 0}, max_new_tokens=6)
 
 
@@ -130,7 +130,7 @@ def test_the_majority_wins_and_of_equals_the_first(local, name, said, winner):
         assert answers[0].iterations == (1 + len(said)) / 2
 
 
-def test_self_consistency_draws_every_sample_from_a_seed_of_its_own(local):
+def test_self_consistency_seeds(local):
     class Seen(Local):
         def answer(self, prompts, ask, seeds, run_loop=None):
             self.asked = ask, list(seeds)
@@ -234,7 +234,7 @@ def test_a_chain_of_thought_is_as_long_as_fits(local, name):
 
 
 @pytest.mark.parametrize("name", ["beam", "best_of_n"])
-def test_a_search_begins_with_the_answer_prefix_and_ends_at_a_stop_string(local, name):
+def test_search_prefix_and_stop(local, name):
     begun = Local(tiny.reasoner(text={**TEXT, "prompt_suffix": " w5", "answer_prefix": "w1 w2"}))
     with_prompt = [f"{prompt} w5 w1 w2" for prompt in tiny.PROMPTS]
     whole = texts(name, batch(begun))

@@ -96,7 +96,7 @@ def texts(svg: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_is_one_svg_element_with_a_name_for_those_who_cannot_see_it(name):
+def test_svg_has_a_label(name):
     svg = drawn(name)
     root = ElementTree.fromstring(svg)
     assert svg.startswith("<svg ")
@@ -114,7 +114,7 @@ def test_a_figure_is_the_same_text_every_time(name):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_colour_is_readable_on_light_and_on_dark_and_nothing_is_painted_behind(name):
+def test_colours_on_light_and_dark(name):
     svg = drawn(name)
     colours = {colour.lower() for colour in re.findall(r"#[0-9a-fA-F]{6}\b", svg)}
     assert colours <= {colour.lower() for colour in (*plots.COLOURS, plots.GREY)}

@@ -98,7 +98,7 @@ def noise(width: int = 8) -> Callable[[int, int], torch.Tensor]:
     return lambda i, t: torch.randn(width, generator=generator)
 
 
-def test_a_probe_finds_what_was_planted_in_the_states_and_only_where_it_was():
+def test_probe_finds_planted_label():
     made, examples = reasoner(loop={"max_iterations": 3}, text={"max_new_tokens": 1}), questions()
     with planted(made, examples, 50):
         collected = collect_states(made, Anything(), examples, batch_size=50)
@@ -116,14 +116,14 @@ def test_a_probe_finds_what_was_planted_in_the_states_and_only_where_it_was():
             assert s.trained_on + s.tested_on == QUESTIONS
 
 
-def test_labels_that_lie_in_no_state_score_like_chance_and_their_intervals_hold_it():
+def test_noise_scores_like_chance():
     examples = questions(400)
     for s in train_probes(states(noise(), examples), examples, [CLASS, PAIR]):
         assert s.interval[0] <= s.chance + 0.08
         assert abs(s.score - s.shuffled) < 0.15
 
 
-def test_a_question_that_occurs_twice_is_never_trained_on_and_tested():
+def test_duplicate_questions():
     # States and classes of their own for 30 texts: a split by state would let a probe learn them by heart.
     texts = questions(30)
     examples = texts * 8
@@ -141,7 +141,7 @@ def test_chance_is_the_commonest_class_of_the_training_questions():
     assert first.metric == "accuracy"
 
 
-def test_the_same_seed_gives_the_same_scores_and_another_seed_another_split():
+def test_seed_sets_the_split():
     examples = questions()
     collected = states(noise(), examples)
     assert train_probes(collected, examples, [CLASS], seed=3) == train_probes(collected, examples, [CLASS], seed=3)
@@ -172,7 +172,7 @@ def test_where_all_labels_are_alike_or_too_few_there_is_no_score():
     assert train_probes(states(noise(), few), few, [CLASS]) == []
 
 
-def test_a_class_that_only_test_questions_have_is_ranked_below_those_that_were_trained_on():
+def test_unseen_class_ranks_last():
     # Every tenth question has a class of its own, and nothing else: held out, it cannot be found.
     examples = questions(60)
     numbers = {example.question: i for i, example in enumerate(examples)}
@@ -279,7 +279,7 @@ def value(task: str, name: str, example: Example, t: int) -> Any:
     return label.of(example, t)
 
 
-def test_prosqa_frontiers_are_those_of_the_graph_and_hold_no_person():
+def test_prosqa_frontiers():
     for example in drawn("prosqa"):
         levels = frontiers(example)
         assert value("prosqa", "frontier", example, 0) is None
@@ -295,7 +295,7 @@ def test_prosqa_distance_counts_down_to_nothing():
         assert left == [str(n) for n in (*range(hops, -1, -1), 0)]
 
 
-def test_prosqa_option_is_the_place_of_the_right_one_in_the_question():
+def test_prosqa_option():
     seen = set()
     for example in drawn("prosqa"):
         right = example.answer.removesuffix(".").rpartition(" ")[2]
@@ -306,7 +306,7 @@ def test_prosqa_option_is_the_place_of_the_right_one_in_the_question():
     assert seen == {True, False}
 
 
-def test_arithmetic_digits_make_up_the_sum_and_carries_are_those_of_the_columns():
+def test_arithmetic_labels():
     for example in drawn("arithmetic", digits=4):
         digits = [value("arithmetic", "digit", example, t) for t in range(1, 5)]
         carries = [value("arithmetic", "carry", example, t) for t in range(1, 5)]

@@ -170,7 +170,7 @@ def test_the_manifest_names_what_makes_the_figures_again(store, tmp_path):
     assert cells[-12:] == [*compared, *studied]
 
 
-def test_runs_that_a_study_forced_are_points_of_its_plot_and_not_methods(store, tmp_path):
+def test_forced_runs_are_no_methods(store, tmp_path):
     before = written(store, tmp_path / "before")
     forced = {"criterion": "fixed", "max_iterations": 3, "min_iterations": 3}
     fill(store, "slr_fixed", 3, {}, settings={"loop": forced, "samples": 5, "seed": 0})

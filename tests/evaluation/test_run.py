@@ -111,7 +111,7 @@ def test_nothing_is_answered_twice(backend, tmp_path):
     assert len(backend.asked) == 10, "another run is not done yet"
 
 
-def test_a_batch_that_was_broken_off_runs_whole_but_keeps_what_it_had(backend, tmp_path):
+def test_interrupted_batch(backend, tmp_path):
     path = tmp_path / "results.jsonl"
     with pytest.raises(Killed):
         answer("slr", backend, Dying(path, 6))

@@ -91,7 +91,7 @@ def test_the_default_and_the_noise_are_those_of_separate_runs(local, found):
     assert found.noise[1.0][1] > found.noise[0.01][1]
 
 
-def test_excess_is_what_was_run_beyond_the_last_change_of_the_answer(local, found):
+def test_excess(local, found):
     texts = [
         [o.text for o in answers(local, METHODS["slr_fixed"], {"max_iterations": t, "min_iterations": t})]
         for t in range(5)
@@ -236,7 +236,7 @@ def test_prompts_are_put_as_requests_are():
     assert mine == its
 
 
-def test_a_diverging_loop_keeps_what_was_before_and_pays_for_what_it_ran():
+def test_diverging_loop_cost():
     growing = {"residual": {"source": "previous", "mix": "add", "scale": 3.0}}
     made = model(
         max_iterations=6, trained_iterations=3, guard={"expanding_iterations": 2, "norm_factor": 2.0}, **growing
@@ -255,7 +255,7 @@ def measured(norm, change):
     return {"norm": norm, "change": change, "relative_change": change}
 
 
-def test_a_loop_that_is_no_longer_finite_keeps_the_iteration_before():
+def test_nonfinite_loop_keeps_iteration_before():
     path = [measured(1.0, 0.5), measured(1.0, 0.4), measured(None, None), measured(None, None)]
     assert _exit(path, ExitRule(ResolvedLoopParams(4, 1, "fixed", 0.0, 1), GuardConfig())) == (3, 2)
 

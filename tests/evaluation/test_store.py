@@ -40,7 +40,7 @@ def test_every_outcome_is_on_disk_at_once(path):
         assert len(Store(path).runs[run.id].outcomes) == count
 
 
-def test_equal_specs_share_a_run_whatever_the_order_of_their_fields(filled):
+def test_equal_specs_share_a_run(filled):
     before = filled.read_bytes()
     run = Store(filled).open(dict(reversed(spec().items())), {"command": "another"})
     assert len(run.outcomes) == 2
@@ -65,7 +65,7 @@ def test_a_nested_change_is_another_run():
     assert runs[0].id == runs[2].id
 
 
-def test_a_run_that_two_processes_opened_keeps_all_that_either_added(path):
+def test_run_of_two_processes(path):
     first, second = Store(path), Store(path)
     runs = [store.open(spec()) for store in (first, second)]
     first.add(runs[0], KEPT[0])
@@ -117,7 +117,7 @@ def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_figure_takes_the_place_of_an_earlier_one_of_its_kind_and_spec(path):
+def test_figure_replaces_earlier(path):
     store = Store(path)
     for kind, of, data in (
         ("stability", spec(), {"n": 1}),

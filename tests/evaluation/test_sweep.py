@@ -55,7 +55,7 @@ def trained(monkeypatch):
     return done
 
 
-def test_every_combination_is_trained_with_every_seed_and_judged_once(spec, trained, tmp_path):
+def test_every_combination(spec, trained, tmp_path):
     rows = sweep.run_sweep(spec())
     assert [(c.loop.residual.source, c.seed) for c in trained] == [
         ("none", 0),
@@ -119,7 +119,7 @@ def test_an_interrupted_training_is_resumed(spec, monkeypatch, tmp_path):
         ({"colour": "red"}, "colour"),
     ],
 )
-def test_what_is_wrong_is_named_before_anything_is_trained(spec, trained, changes, named):
+def test_errors_before_training(spec, trained, changes, named):
     with pytest.raises(ConfigError, match=named):
         sweep.run_sweep(spec(**changes))
     assert trained == []
@@ -132,7 +132,7 @@ def test_a_spec_that_is_no_yaml(tmp_path):
         sweep.run_sweep(path)
 
 
-def test_the_same_questions_under_other_settings_are_other_questions(spec, trained):
+def test_other_settings_are_other_questions(spec, trained):
     judges = [JUDGE | {"methods": ["slr"], "loop": loop} for loop in ({}, {"max_iterations": 1})]
     rows = sweep.run_sweep(spec(vary={}, seeds=[0], evaluate=judges))
     assert rows[1].to_json()["question_set"] == f"{rows[0].questions}; max_iterations=1"
@@ -157,7 +157,7 @@ def test_command_prints_nothing_but_json(spec, tmp_path):
     assert "loss" in result.stderr
 
 
-def test_variants_have_names_and_settings_of_their_own(spec, trained):
+def test_variant_names(spec, trained):
     named = {"both": {"loop.residual.source": "initial", "loop.timestep.kind": "none"}, "plain": {}}
     rows = sweep.run_sweep(spec(variants=named, vary={"chains": [1, 2]}, seeds=[0]))
     assert [(c.loop.residual.source, c.chains) for c in trained] == [
@@ -185,7 +185,7 @@ def test_device_and_dtype(spec, trained, monkeypatch):
     assert asked == [{"device": "cpu", "dtype": "bfloat16"}]
 
 
-def test_a_variant_that_means_something_else_is_trained_again(spec, trained):
+def test_changed_variant_is_trained_again(spec, trained):
     sweep.run_sweep(spec(variants={"one": {"chains": 1}}, vary={}, seeds=[0]))
     sweep.run_sweep(spec(variants={"one": {"chains": 2}}, vary={}, seeds=[0]))
     assert [config.chains for config in trained] == [1, 2]

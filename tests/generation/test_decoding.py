@@ -71,7 +71,7 @@ def write_ids(made, ids, stop=(), limit=50):
     return row, shown
 
 
-def test_an_answer_ends_at_its_end_token_a_stop_string_or_its_length(bytewise):
+def test_finish_reasons(bytewise):
     ids = bytewise.tokenizer("abcd").input_ids
     row, _ = write_ids(bytewise, [*ids, tiny.EOS, *ids])
     assert (row.finish_reason, row.text, row.tokens) == ("stop", "abcd", [*ids, tiny.EOS])
@@ -161,7 +161,7 @@ def test_the_passes_told_are_the_passes_run(workspace, loop, prefix, iterations)
         assert result.forward_passes == before + closing + bool(prefix) + tokens - 1
 
 
-def test_passes_after_a_divergence_are_those_run_and_those_from_the_state_that_was_kept():
+def test_passes_after_divergence():
     # Three iterations were run, none was kept: the answer is the base model's.
     for workspace, expected in (("append", 1 + 3 + 4), ("block", 1 + 3 + 4), ("prompt", 3 + 1 + 4)):
         for loop in ({}, WRITES):
@@ -247,7 +247,7 @@ def test_the_latent_decoder_writes_what_the_loop_left(workspace):
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
-def test_in_a_mixed_batch_rows_without_a_loop_are_written_by_the_base_model(workspace):
+def test_mixed_batch_without_loop(workspace):
     made, plain = reasoner(workspace, WRITES, decode=True), reasoner(workspace)
     depths = (0, 2, 0, 4)
     requests = [tiny.request(made, p, fixed(n)) for p, n in zip(tiny.PROMPTS[:4], depths, strict=True)]
@@ -303,7 +303,7 @@ def test_a_thought_ends_at_the_end_token_or_at_its_longest(monkeypatch):
     assert [record.thought for record in answer(made, trace=True).records] == ["w5 w5 w5 w5 w5"] * 2
 
 
-def test_thoughts_of_a_batch_are_those_of_its_rows_and_only_for_those_who_asked():
+def test_thoughts_in_a_batch():
     made = reasoner("prompt", THINKS)
     traced = (True, False, True, True)
     requests = [
@@ -346,7 +346,7 @@ def test_a_state_that_is_not_finite_has_no_thought(monkeypatch):
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
-def test_states_of_loops_of_any_depth_are_put_into_words_for_those_who_are_wanted(workspace):
+def test_thoughts_of_any_depth(workspace):
     made = reasoner(workspace, THINKS)
     depths = (3, 2, 0, 1)
     results = [

@@ -98,7 +98,7 @@ def test_patience_counts_consecutive_iterations():
     assert play(rule, [0.05, 0.05, 0.2, 0.05, None, 0.05, 0.05, 0.05, 0.05]) == (8, "converged")
 
 
-def test_settled_iterations_before_the_minimum_count_towards_patience():
+def test_patience_before_the_minimum():
     assert play(ExitRule(settings_of(10, 4, patience=3), GuardConfig()), [0.0] * 9) == (4, "converged")
 
 
@@ -141,7 +141,7 @@ def test_divergence_outranks_convergence():
     assert rule.update(1, distance=0.0, change=1.0, norm=math.nan, finite=False) == "diverged"
 
 
-def test_a_loop_that_expands_from_the_start_falls_back_to_its_first_state():
+def test_early_expansion_keeps_first_state():
     rule = ExitRule(settings_of(10), GuardConfig(expanding_iterations=2, norm_factor=2))
     assert play(rule, [1.0] * 3, [1, 2, 4], [1.0, 3.0, 9.0]) == (3, "diverged")
     assert rule.last_good_iteration(3, finite=True) == 1
@@ -328,7 +328,7 @@ def test_without_an_earlier_state_only_the_new_one_is_measured():
     assert d.entropy.item() == pytest.approx(math.log(2))
 
 
-def test_without_earlier_logits_there_is_an_entropy_but_no_comparison():
+def test_without_earlier_logits():
     h, valid_mask = one_each([3.0, 4.0])
     d = measure(h, valid_mask, previous=2 * h, head=torch.zeros(1, 4).log_softmax(-1))
     assert d.entropy.item() == pytest.approx(math.log(4))

@@ -76,7 +76,7 @@ def test_the_loop_stops_when_the_head_says_so(workspace):
 
 @pytest.mark.parametrize("workspace", ["block", "prompt"])
 @pytest.mark.parametrize("criterion", ["relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "learned"])
-def test_no_criterion_stops_a_loop_that_starts_from_an_input_at_its_first_iteration(workspace, criterion):
+def test_no_exit_where_h0_is_an_input(workspace, criterion):
     made = tiny.reasoner(loop={"workspace": workspace, "halting_head": True})
     with torch.no_grad():
         made.halting.probe.bias.fill_(50.0)

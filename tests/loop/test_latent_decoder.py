@@ -49,7 +49,7 @@ def test_padding_of_the_memory_does_not_matter(filler):
         assert (made(padded, ~seen, embeds) - made(memory, present, embeds)).abs().max() > 1e-4
 
 
-def test_the_states_and_their_order_matter_and_their_length_does_not():
+def test_states_and_order_matter():
     made, (memory, present, embeds) = decoder(), inputs()
     with torch.no_grad():
         whole = made(memory, present, embeds)

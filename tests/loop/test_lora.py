@@ -46,7 +46,7 @@ def test_past_the_end_can_be_an_error():
 
 
 @pytest.mark.parametrize("timestep", ["none", "learned", "sinusoidal"])
-def test_a_shared_adapter_serves_every_trained_iteration_under_the_policy_error(timestep):
+def test_shared_adapter_with_policy_error(timestep):
     loop = {"lora": {"kind": "shared", "past_end": "error"}, "max_iterations": 3, "timestep": {"kind": timestep}}
     made = tiny.reasoner(loop=loop)
     output = run(made, 3)

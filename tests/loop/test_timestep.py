@@ -46,7 +46,7 @@ def test_iterations_are_told_apart(kind):
     assert torch.cdist(embeddings, embeddings).fill_diagonal_(1).min() > 0
 
 
-def test_sinusoidal_features_are_sines_and_cosines_of_geometric_frequencies():
+def test_sinusoidal_features():
     made = timestep(kind="sinusoidal")
     seen = []
     made.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

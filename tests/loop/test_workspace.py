@@ -111,7 +111,7 @@ def test_h_0_of_one_row_is_that_of_a_batch(made, workspace):
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
-def test_a_workspace_prefills_where_the_plain_prompt_is_run_before_its_loop(made, workspace):
+def test_which_workspaces_prefill(made, workspace):
     with Watch(made[workspace]) as watch, torch.no_grad():
         made[workspace].encode(*tiny.batch([PROMPT]))
     assert made[workspace].workspace.prefills == bool(watch.passes)
@@ -169,7 +169,7 @@ def test_after_a_loop_and_only_then_the_adapter_decode_writes(workspace, iterati
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
-def test_iterations_read_the_projected_state_with_its_timestep_and_the_closing_pass_without(made, workspace):
+def test_timestep_in_iterations_only(made, workspace):
     model = made[workspace]
     with Watch(model) as watch:
         states = loop(model, [PROMPT], 3).states[0]
@@ -223,7 +223,7 @@ def test_the_prompt_workspace_keeps_nothing_until_it_closes(made):
 
 
 @pytest.mark.parametrize("workspace", ["block", "prompt"])
-def test_the_closing_pass_is_the_base_model_over_the_projected_states(made, workspace):
+def test_closing_pass(made, workspace):
     model = made[workspace]
     output = loop(model, [PROMPT], 3)
     first, second = write(model, output.context, [True])
@@ -322,7 +322,7 @@ def test_sizes(workspace, positions, width, passes, closing):
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
-def test_a_chain_leaves_its_thoughts_and_the_others_their_last_states(workspace):
+def test_cache_after_the_loop(workspace):
     made = build_workspace(LoopConfig(workspace=workspace, block_size=K), 8)
     states = torch.randn(5, made.width(4), 8)
     expected = states[1:4, 0] if workspace == "append" else states[3]

@@ -76,7 +76,7 @@ def test_records_are_measured_on_the_states(workspace, side):
 
 @pytest.mark.parametrize("source", ["none", "initial"])
 @pytest.mark.parametrize("workspace", WORKSPACES)
-def test_without_a_previous_residual_the_state_itself_is_what_moved(source, workspace):
+def test_compared_state_without_residual(source, workspace):
     made = of(workspace, residual={"source": source})
     output = run(made, [tiny.PROMPTS[1]], {"max_iterations": 3, "criterion": "fixed"})
     h = output.states[0]
@@ -363,7 +363,7 @@ def test_end_tokens_are_the_tokenizers_the_bases_and_the_configs():
     assert tiny.reasoner(plain=plain, text={"stop_token_ids": [9]}).end_tokens == {tiny.EOS, 7, 9}
 
 
-def test_an_overlong_chain_of_left_padding_stays_within_the_positions():
+def test_overlong_left_padding():
     # GPT-2 looks positions up in a table: padding must not reach past its end.
     made = tiny.reasoner("gpt2")
     long = tiny.words(*range(30), *range(28))

@@ -89,7 +89,7 @@ def broken():
     raise SystemExit(1)
 
 
-def test_a_child_that_cannot_start_is_an_error_and_not_a_wrong_answer(monkeypatch, comparer, children):
+def test_child_that_cannot_start(monkeypatch, comparer, children):
     monkeypatch.setattr(equivalence, "set_up_worker", broken)
     with pytest.raises(ConfigError, match="does not start"):
         comparer.equal("1", "2")

@@ -216,7 +216,7 @@ def test_the_official_file(shared_data):
 
 
 @pytest.mark.slow
-def test_the_official_training_file_is_what_the_generator_was_fitted_on(shared_data):
+def test_generator_fits_official_file(shared_data):
     examples = [e for f in ("train", "valid") for e in read_jsonl(shared_data / "prontoqa" / f"{f}.jsonl.gz")]
     like_the_official(figures(examples), 0.005)
     assert all(mention_rule(e) == 1.0 for e in examples)

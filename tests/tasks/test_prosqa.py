@@ -261,7 +261,7 @@ def test_labels_are_those_of_the_official_files(official):
     assert shares(labels, range(4)) == pytest.approx({2: 0.51, 1: 0.39, 3: 0.064, 0: 0.0345}, abs=0.02)
 
 
-def test_the_shortcut_is_worth_what_it_is_worth_on_the_official_files(official):
+def test_shortcut_on_official_files(official):
     assert mean(map(depth_rule, official)) == pytest.approx(0.911, abs=0.02)
     assert mean(depth_rule(e) for e in take(GraphSpec(balanced=True), 11, 200)) == 0.5
 

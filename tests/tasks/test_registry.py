@@ -197,7 +197,7 @@ def test_the_shortcuts_on_the_card_are_those_that_are_measured(name):
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_generated_questions_are_those_of_their_seed_and_graded_right_by_their_answer(name):
+def test_generated_questions_follow_seed(name):
     task = get_task(name)
     examples = take(task, 30, seed=3)
     assert examples == take(task, 30, seed=3)
@@ -253,7 +253,7 @@ def test_options_given_as_text_are_read_as_their_kind():
     ],
     ids=str,
 )
-def test_an_option_that_does_not_exist_or_cannot_be_is_refused_at_once(name, options, named):
+def test_wrong_option(name, options, named):
     with pytest.raises(ConfigError, match=named):
         get_task(name).generate(0, **options)  # before the first question is asked for
 

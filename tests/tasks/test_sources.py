@@ -96,7 +96,7 @@ def test_exactly_one_source_has_to_be_given(data):
             load_questions(task, **numbers)
 
 
-def test_a_split_that_the_task_does_not_have_is_refused_with_those_that_it_has(hub):
+def test_unknown_split_lists_splits(hub):
     with pytest.raises(ConfigError, match="gsm8k has no split valid on the hub; it has train, test"):
         load_questions(get_task("gsm8k"), split="valid")
     with pytest.raises(ConfigError, match="it has none: give a file"):
@@ -110,7 +110,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
         load_questions(get_task("gsm8k"), split="test")
 
 
-def test_a_hub_out_of_reach_and_a_row_of_another_form_are_data_errors(hub):
+def test_hub_errors(hub):
     hub.error = ConnectionError("no network")
     with pytest.raises(DataError, match=r"ChilleD/MultiArith, split test: ConnectionError\('no network'\)"):
         load_questions(get_task("multiarith"), split="test")

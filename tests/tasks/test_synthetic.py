@@ -68,7 +68,7 @@ def test_reachability_has_the_links_that_its_degree_asks_for():
     assert {len(e.extra["links"]) for e in take("reachability", 50, nodes=16, degree=1.5)} == {24}
 
 
-def test_neither_the_prior_nor_one_end_alone_tells_whether_it_is_reached():
+def test_reachability_has_no_shortcut():
     examples = take("reachability", 2000)
     assert shortcut("reachability", "always_true") == pytest.approx(0.5, abs=0.035)
 
@@ -148,7 +148,7 @@ def test_the_order_is_that_of_the_permutations_one_after_the_other(elements, len
 
 
 @pytest.mark.parametrize("elements", [3, 4, 5])
-def test_guessing_the_start_is_worth_one_over_the_orders_at_any_length(elements):
+def test_guessing_the_start(elements):
     for length in (1, 5):
         score = shortcut("state_tracking", "identity", elements=elements, length=length)
         assert score == pytest.approx(1 / math.factorial(elements), abs=0.03)

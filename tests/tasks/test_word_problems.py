@@ -85,7 +85,7 @@ def test_the_last_explicit_statement_is_the_answer(text, words, marked):
     assert (found.words, found.marked) == (words, marked)
 
 
-def test_a_number_counts_within_a_thousandth_or_that_part_of_a_small_one():
+def test_number_tolerance():
     assert close(Fraction("72.001"), Fraction(72))
     assert not close(Fraction("72.0011"), Fraction(72))
     assert not close(Fraction(10**9 + 1), Fraction(10**9))
@@ -176,7 +176,7 @@ def test_a_row_of_the_public_set_becomes_an_example(name):
         ("6th", "6th"),
     ],
 )
-def test_an_answer_of_asdiv_that_is_no_number_with_a_unit_stays_as_it_is(raw, answer):
+def test_asdiv_answer_without_unit(raw, answer):
     row = ROWS["asdiv"][0] | {"answer": raw}
     assert get_task("asdiv").from_row(row).answer == answer
 

@@ -42,7 +42,7 @@ def weights(folder):
     return {f"{path.relative_to(folder)}/{key}": x for path in found for key, x in load_file(path).items()}
 
 
-def test_a_run_that_is_killed_and_resumed_ends_where_a_straight_one_does(tmp_path):
+def test_killed_run_resumes_to_same_weights(tmp_path):
     (tmp_path / "straight").mkdir()
     (tmp_path / "killed").mkdir()
     finish(command(recipe(tmp_path / "straight")))

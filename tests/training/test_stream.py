@@ -59,7 +59,7 @@ def test_processes_share_a_batch_among_them(passes):
         assert sorted(together) == sorted(item.example.question for item in whole)
 
 
-def test_loop_lengths_and_first_iterations_of_chains_are_drawn_per_batch():
+def test_loop_lengths_per_batch():
     drawn = stage(steps=40, iterations={"mean": 4, "least": 2, "most": 6}, backprop=3)
     steps = batches(recipe(stages=[drawn], chain_spread=2, chain_length=9))
     assert all(len({item.plan for item in step}) == 1 for step in steps)
@@ -71,7 +71,7 @@ def test_loop_lengths_and_first_iterations_of_chains_are_drawn_per_batch():
         assert all(1 <= item.short < plan.iterations for item in step)
 
 
-def test_a_late_exit_lies_between_the_end_of_the_work_and_the_last_iteration():
+def test_late_exit_range():
     drawn = [item for step in batches(recipe(stages=[stage(steps=150, iterations=6)])) for item in step]
     after = {work: Counter(i.exit for i in drawn if len(i.example.steps) == work) for work in (1, 2, 3)}
     for work, exits in after.items():

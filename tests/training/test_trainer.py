@@ -105,7 +105,7 @@ def test_there_must_be_something_to_resume(tmp_path):
         train(recipe(output_dir=tmp_path / "out", stages=STAGES), resume=True)
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path):
+def test_killed_before_first_checkpoint(tmp_path):
     straight = train(recipe(output_dir=tmp_path / "straight", stages=STAGES))
     partial = tmp_path / "resumed" / "steps" / "checkpoint-2"
     partial.mkdir(parents=True)
@@ -241,7 +241,7 @@ def test_the_optimizer_forgets_where_a_stage_asks_for_it(tmp_path, monkeypatch):
     ("factor", "said"),
     [(float("nan"), "the loss was not finite at step 22"), (1e4, "the loss has exploded: .* at step 24")],
 )
-def test_a_run_that_blows_up_stops_and_keeps_its_last_good_checkpoint(factor, said, tmp_path, monkeypatch):
+def test_diverged_run_keeps_good_checkpoint(factor, said, tmp_path, monkeypatch):
     real = LoopTrainer.training_step
 
     def poisoned(self, model, inputs, *others):

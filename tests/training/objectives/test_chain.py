@@ -49,7 +49,7 @@ def test_a_block_position_is_scored_on_its_own_token_of_the_chain():
     assert float(made.terms()["steps"].detach()) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
-def test_longer_steps_are_cut_and_thoughts_take_the_place_of_positions():
+def test_longer_steps_are_cut():
     made = Setup({"steps": 1.0}, thoughts_per_step=1)
     states, losses = last_states(made)[:, 1:, 0], []
     for row, item in enumerate(made.items):
@@ -180,7 +180,7 @@ def test_layers_are_scaled_by_the_teachers_deviation():
 
 
 @pytest.mark.parametrize("loop", [{}, BLOCK], ids=["append", "block"])
-def test_the_state_before_the_answer_is_drawn_to_the_one_after_the_chain(loop):
+def test_codi_distance(loop):
     made = Setup({"codi": 1.0}, loop)
     reasoner, batch = made.reasoner, made.batch
     teacher, student = [], []

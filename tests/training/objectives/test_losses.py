@@ -112,7 +112,7 @@ def test_truncated_backpropagation_computes_the_same(workspace, backprop):
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
-def test_truncated_backpropagation_reaches_the_last_iterations_and_the_prompt(workspace):
+def test_truncated_backpropagation(workspace):
     made = Setup({"answer": 1.0}, WORKSPACES[workspace])
     reasoner, batch = made.reasoner, made.batch
     context = reasoner.encode(batch["input_ids"], batch["attention_mask"])
@@ -128,7 +128,7 @@ def test_truncated_backpropagation_reaches_the_last_iterations_and_the_prompt(wo
 
 
 @pytest.mark.parametrize("workspace", ["block", "prompt"])
-def test_thirty_steps_on_one_batch_lower_the_terms_of_other_workspaces(workspace):
+def test_terms_fall_in_other_workspaces(workspace):
     loop = {**WORKSPACES[workspace], "timestep": {"kind": "learned", "noise_level": True}}
     history = Setup({"answer": 1.0, "frontier": 1.0}, loop, shake=False).learn()
     for name in ("answer", "frontier"):

@@ -25,7 +25,7 @@ def test_only_steps_after_the_work_count():
     assert float(settled_change(states, torch.tensor([1, 2])).value) == pytest.approx(expected)
 
 
-def test_a_state_at_rest_and_a_loop_that_is_still_at_work_cost_nothing():
+def test_fixed_point_costs_nothing_at_rest():
     assert float(settled_change(torch.ones(2, 5, 3), torch.tensor([1, 1])).value) == 0
     assert float(settled_change(torch.randn(2, 5, 3), torch.tensor([4, 9])).value) == 0
 

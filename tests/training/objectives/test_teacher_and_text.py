@@ -30,7 +30,7 @@ def distilled(tmp_path_factory):
     return setup, LossModule(setup.reasoner, setup.config, load_teacher(setup.config, setup.reasoner))
 
 
-def test_states_and_logits_are_compared_along_a_loop_of_the_same_length(distilled):
+def test_teacher_losses(distilled):
     setup, objective = distilled
     batch = setup.batch
     run = Rollout(objective.reasoner, batch, setup.config, objective.teacher, objective.bridge)
