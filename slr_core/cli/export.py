@@ -20,9 +20,9 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
     model: Model = None,
 ) -> None:
-    """Write a checkpoint in a published form, where that form can express its loop.
+    """Write a checkpoint in a published form.
 
-    Prints the command that imports the result again.
+    The form must be able to express its loop. Prints the command that imports the result again.
     """
     from transformers.utils import logging
 

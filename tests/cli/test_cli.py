@@ -92,12 +92,13 @@ def test_every_loading_command():
         option: {name for name, command in GROUP.commands.items() if option in flags(command)}
         for option in ("--model", "--device", "--dtype")
     }
-    assert takes["--model"] == LOADING.keys()
-    assert takes["--device"] == takes["--dtype"] == LOADING.keys() | {"sweep"}, "a sweep loads what it has trained"
+    assert takes["--model"] == LOADING.keys() | {"export"}, "an export keeps the weights as they are"
+    assert takes["--device"] == LOADING.keys() | {"sweep"}, "a sweep loads what it has trained"
+    assert takes["--dtype"] == takes["--device"] | {"import"}
 
 
 def test_json_means_one_thing():
-    """``--json`` is a flag and ``--output`` takes a file, wherever they are; ``slr init`` has a folder to write."""
+    """``--json`` is a flag and ``--output`` takes a file in every command; init and import write a folder."""
     options = {
         flag: {
             name: option for name, command in GROUP.commands.items() for option in command.params if flag in option.opts
@@ -106,7 +107,7 @@ def test_json_means_one_thing():
     }
     assert all(option.is_flag for option in options["--json"].values())
     assert not any(option.is_flag for option in options["--output"].values())
-    assert options["--output"].keys() == options["--json"].keys() - {"init"}
+    assert options["--output"].keys() == options["--json"].keys() - {"init", "import"}
 
 
 def flags(command):
