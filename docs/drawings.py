@@ -56,10 +56,10 @@ class Drawing:
                 style = "mid" if kind in ("cached", "vector") else "mid in"
                 self.parts.append(f'<text class="{style}" x="{middle}" y="{base}">{text}</text>')
 
-    def arrow(self, row: int, start: int, end: int, label: str = "", lower: int = 1) -> None:
-        """Add an arrow from a box to one that is ``lower`` passes further down."""
+    def arrow(self, row: int, start: int, end: int, label: str = "") -> None:
+        """Add an arrow from a box to one in the next pass."""
         x1, y1 = self.x(start) + BOX / 2, self.y(row) + BOX
-        x2, y2 = self.x(end) + BOX / 2, self.y(row + lower) - 6
+        x2, y2 = self.x(end) + BOX / 2, self.y(row + 1) - 6
         middle = (y1 + y2) / 2
         self.parts.append(f'<path class="arrow" d="M{x1} {y1} C{x1} {middle + 6} {x2} {middle - 6} {x2} {y2}"/>')
         self.parts.append(f'<path class="head" d="M{x2 - 4} {y2 - 1} h8 l-4 6 z"/>')

@@ -114,7 +114,7 @@ def time_series(
     return panel
 
 
-def single_value(title: str, description: str, unit: str, expression: str, *, width: int = 4) -> stat.Panel:
+def single_value(title: str, description: str, unit: str, expression: str) -> stat.Panel:
     """A panel of the latest value, over its curve."""
     panel = (
         stat.Panel()
@@ -122,11 +122,11 @@ def single_value(title: str, description: str, unit: str, expression: str, *, wi
         .color_mode(common_models.BigValueColorMode.NONE)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
     )
-    _fill(panel, title, description, unit, width, 5)
+    _fill(panel, title, description, unit, 4, 5)
     return panel.with_target(_query(expression, title, 0))
 
 
-def heat_map(title: str, description: str, unit: str, histogram: str, *, width: int = 12) -> heatmap.Panel:
+def heat_map(title: str, description: str, unit: str, histogram: str) -> heatmap.Panel:
     """A panel of a histogram over time: the darker a cell, the more observations in its bucket."""
     panel = (
         heatmap.Panel()
@@ -136,7 +136,7 @@ def heat_map(title: str, description: str, unit: str, histogram: str, *, width: 
         .y_axis(heatmap.YAxisConfig().unit(unit))
         .show_legend()
     )
-    _fill(panel, title, description, unit, width, 8)
+    _fill(panel, title, description, unit, 12, 8)
     expression = f"sum by (le) (increase({histogram}_bucket{_selector('')}[$__rate_interval]))"
     return panel.with_target(_query(expression, "{{le}}", 0, prometheus_models.PromQueryFormat.HEATMAP))
 

@@ -286,11 +286,9 @@ class Trajectories:
     points: tuple[tuple[int, tuple[Point, ...]], ...]
 
 
-def project_trajectories(
-    collected: CollectedStates, task: Task, examples: Sequence[Example], *, place: str = READOUT
-) -> Trajectories | None:
+def project_trajectories(collected: CollectedStates, task: Task, examples: Sequence[Example]) -> Trajectories | None:
     """Project the states of all questions whose loop ran to its end; ``None`` for fewer than two questions."""
-    states = collected.states[place].double()
+    states = collected.states[READOUT].double()
     first = 1 if states[:, 0].isnan().all() else 0
     complete = states[:, first:].isfinite().all(-1).all(-1)
     if complete.sum() < 2:

@@ -34,6 +34,7 @@ Probe = Literal["linear", "mlp"]
 PROBES: tuple[Probe, ...] = get_args(Probe)
 READOUT, MEAN = "readout", "mean"
 """Places: the position from which the next token is read, and the mean over the workspace."""
+_TEST_SHARE = 0.3  # of the questions, held out
 MIN_QUESTIONS = 10
 """Minimum number of training questions, and of test questions, for a score."""
 
@@ -172,7 +173,6 @@ def train_probes(
     probes: Sequence[Probe] = PROBES,
     seed: int = 0,
     shuffles: int = 3,
-    test_share: float = 0.3,
     progress: Callable[[], None] = lambda: None,
 ) -> list[ProbeScore]:
     """Train and test every probe for every label, place and iteration.
@@ -188,16 +188,15 @@ def train_probes(
         probes: the kinds of probes.
         seed: seed of the split, the shuffled labels and the weights of the probes.
         shuffles: number of trainings on shuffled labels; at least 1.
-        test_share: share of held-out questions.
         progress: called once per label, place and iteration.
 
     Raises:
         ConfigError: scikit-learn is not installed, or an argument is out of range.
     """
-    if shuffles < 1 or not 0 < test_share < 1:
-        raise ConfigError(f"shuffles must be at least 1 and test_share between 0 and 1: {shuffles}, {test_share}")
+    if shuffles < 1:
+        raise ConfigError(f"shuffles must be at least 1, got {shuffles}")
     _require_sklearn()
-    held_out = _held_out(examples, test_share, seed)
+    held_out = _held_out(examples, seed)
     scores = []
     for label, place, t in probe_places(collected, labels):
         values = [label.of(example, t) for example in examples]
@@ -220,11 +219,11 @@ def probe_places(collected: CollectedStates, labels: Sequence[Label]) -> list[tu
     return [(label, place, t) for label in labels for place in collected.states for t in iterations]
 
 
-def _held_out(examples: Sequence[Example], share: float, seed: int) -> NDArray[np.bool_]:
+def _held_out(examples: Sequence[Example], seed: int) -> NDArray[np.bool_]:
     # Equal questions are on the same side of the split.
     texts = sorted({example.question for example in examples})
     order = np.random.default_rng(seed).permutation(len(texts))
-    chosen = {texts[i] for i in order[: round(share * len(texts))]}
+    chosen = {texts[i] for i in order[: round(_TEST_SHARE * len(texts))]}
     return np.array([example.question in chosen for example in examples])
 
 
