@@ -47,6 +47,8 @@ def read_config(folder: Path, model_type: str | None = None) -> PreTrainedConfig
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises most kinds, each of them a fault of the file
         raise checkpoint_error(path, f"not a usable configuration ({short(error)})") from error
+    if hasattr(config, "auto_map"):  # names code of the project that wrote the checkpoint
+        del config.auto_map
     if getattr(config, "num_hidden_layers", 0) > MAX_COUNT:
         raise checkpoint_error(path, f"num_hidden_layers must be at most {MAX_COUNT}")
     return config

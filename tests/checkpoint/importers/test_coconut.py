@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from slr_core.checkpoint.importers import Import, import_checkpoint
 from slr_core.checkpoint.importers.peer import ImportOptions
@@ -70,6 +71,20 @@ def test_only_the_end_token_ends(tmp_path):
     made = published.coconut(tmp_path)
     (made.base / "generation_config.json").write_text(json.dumps({"eos_token_id": [tiny.EOS, 7, 8]}))
     assert load(made, tmp_path / "out").end_tokens == {tiny.EOS}
+
+
+def test_begin_token(tmp_path):
+    """A begin token that the tokenizer adds by itself stands before the question alone, as in Llama's."""
+    made = published.coconut(tmp_path, "llama")
+    tiny.edit_json(made.base / "config.json", auto_map={"AutoConfig": "their.Code"})
+    words = tiny.tokenizer().__class__.from_pretrained(made.base)
+    words._tokenizer.post_processor = TemplateProcessing(single="w9 $A", special_tokens=[("w9", 12)])
+    words.save_pretrained(made.base)
+    ours = load(made, tmp_path / "out")
+    request = tiny.request(ours, "w1 w2")
+    assert list(request.prompt_ids) == [12, *tiny.ids("w1 w2"), made.vocab]
+    assert list(request.answer_prefix_ids) == [made.vocab + 1]
+    assert "their.Code" not in (tmp_path / "out" / "base" / "config.json").read_text()
 
 
 def test_transformers_folder(tmp_path):
