@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from slr_core.generation.logprobs import score
 from slr_core.generation.sampling import sample_token
+from slr_core.generation.token_bytes import open_run
 from slr_core.loop.workspace import readout
 from slr_core.model.exits import LoopOutput
 from slr_core.model.reasoner import LatentReasoner
@@ -97,14 +98,18 @@ class DecodeState:
         Concatenated, the returned parts are :attr:`text` once the answer has ended.
         """
         text = self.text
-        settled = len(text) if self.finish_reason else len(text) - self._unsettled_length(text)
+        settled = len(text)
+        if self.finish_reason is None:
+            settled -= self._unsettled_length(text)
+            if run := open_run(self.tokenizer, self.tokens):
+                settled = min(settled, len(self._decode(self.tokens[:-run])))
         if not text.startswith(self._returned) or settled <= len(self._returned):
             return ""
         new, self._returned = text[len(self._returned) : settled], text[:settled]
         return new
 
-    def _decode(self) -> str:
-        return str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+    def _decode(self, tokens: list[int] | None = None) -> str:
+        return str(self.tokenizer.decode(self.tokens if tokens is None else tokens, skip_special_tokens=True))
 
     def _stop_position(self, text: str) -> int | None:
         """Where the first stop string begins; stop strings inside the forced tokens are ignored."""

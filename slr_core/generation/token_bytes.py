@@ -41,6 +41,26 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], before: 
     return found
 
 
+def open_run(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
+    """How many tokens at the end form a run of single bytes, whose text a later token may still change.
+
+    With byte fallback, a run that is not valid UTF-8 as a whole decodes to U+FFFD throughout. Special tokens, which
+    decoding skips, do not end a run.
+    """
+    decoders = set(_decoder_types(tokenizer))
+    if "ByteFallback" not in decoders:
+        return 0
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    length = 0
+    for count, token in enumerate(reversed(ids), start=1):
+        piece = tokenizer.convert_ids_to_tokens(token)
+        if isinstance(piece, str) and _fallback_byte(piece, decoders) is not None:
+            length = count
+        elif token not in special:
+            break
+    return length
+
+
 def _decoder_types(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Types of the decoders of a fast tokenizer, those inside a sequence included."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)

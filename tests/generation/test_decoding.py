@@ -1,5 +1,8 @@
 """What is written after a loop: by the head or the latent decoder, after an answer prefix, with thoughts and states."""
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +13,10 @@ from slr_core.generation.decoding import DecodeState, decode_thoughts
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import count_passes, generate
 from slr_core.model.exits import loop_until_exit
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, SamplingParams
 from tests import tiny
+from tests.generation.test_token_bytes import TOKENIZERS
 
 WORKSPACES = ("append", "block", "prompt")
 PROMPTS = tiny.PROMPTS[:4]
@@ -137,6 +142,62 @@ def test_nothing_that_was_shown_is_taken_back(bytewise, data):
         assert not any(stopping in row.text for stopping in stop)
     else:
         assert row.text.startswith(so_far)
+
+
+# -- tokenizers of all kinds -----------------------------------------------------------------------------
+
+
+def cleaned():
+    """A WordPiece tokenizer that asks for the clean-up of blanks, which rewrites earlier text."""
+    made = TOKENIZERS["word_piece"]()
+    made.clean_up_tokenization_spaces = True
+    return made
+
+
+@pytest.fixture(scope="module", params=[*TOKENIZERS, "cleaned"])
+def any_tokenizer(request):
+    """A reasoner with a tokenizer of this kind."""
+    tokenizer = cleaned() if request.param == "cleaned" else TOKENIZERS[request.param]()
+    plain = tiny.base()
+    plain.resize_token_embeddings(max(len(tokenizer), len(tiny.WORDS)), mean_resizing=False)
+    return LatentReasoner(plain, tokenizer, tiny.config())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_stream_is_the_text(any_tokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, len(any_tokenizer.tokenizer) - 1), min_size=1, max_size=14))
+    stop = tuple(data.draw(st.lists(st.text("ab é.", min_size=1, max_size=3), max_size=2)))
+    row = DecodeState(any_tokenizer, tiny_request(stop, len(ids)))
+    shown = []
+    for token in ids:
+        row.add_token(token)
+        shown.append(row.new_text())
+        if row.finish_reason:
+            break
+    assert "".join(shown) == row.text
+
+
+@functools.cache
+def plain_request():
+    return tiny.request(tiny.reasoner(), "w1", max_new_tokens=1)
+
+
+def tiny_request(stop, limit):
+    return dataclasses.replace(plain_request(), stop=stop, max_new_tokens=limit)
+
+
+def test_a_run_of_bytes_is_shown_when_it_has_ended():
+    made = tiny.reasoner()
+    made.tokenizer = TOKENIZERS["byte_fallback"]()
+    letter, *euro = made.tokenizer.convert_tokens_to_ids(["<0x41>", "<0xE2>", "<0x82>", "<0xAC>"])
+    after = made.tokenizer.convert_tokens_to_ids("a")
+    for ids, text in (([letter, *euro, after], "A€a"), ([letter, euro[0], after], "��a")):
+        row, shown = DecodeState(made, tiny_request((), 50)), []
+        for token in ids:
+            row.add_token(token)
+            shown.append(row.new_text())
+        assert shown == ["", *[""] * (len(ids) - 2), text]
 
 
 # -- what a request costs --------------------------------------------------------------------------------
