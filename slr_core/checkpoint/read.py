@@ -30,9 +30,9 @@ from slr_core.checkpoint.validate import (
     check_files,
     check_tensors,
     checkpoint_error,
+    read_base_weights,
     read_json,
     read_tensors,
-    read_weights,
     short,
 )
 from slr_core.checkpoint.write import base_state, modules_state
@@ -85,7 +85,7 @@ def load_weights(reasoner: LatentReasoner, folder: str | Path) -> None:
     """
     folder = Path(folder)
     path = folder / BASE
-    found, expected = read_weights(path), base_state(reasoner.base)
+    found, expected = read_base_weights(path), base_state(reasoner.base)
     # Tied weights are stored once.
     tied: dict[str, str] = getattr(reasoner.base, "all_tied_weights_keys", None) or {}
     check_tensors(path, found, {key: x for key, x in expected.items() if key in found or key not in tied})

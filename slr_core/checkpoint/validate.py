@@ -146,7 +146,7 @@ def read_index(path: Path) -> dict[Path, set[str]]:
     return shards
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_base_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a base model: ``model.safetensors``, or else the shards of ``model.safetensors.index.json``.
 
     Raises:
