@@ -100,7 +100,9 @@ def derive(folder: Path, prompt: list[int], settings, max_new_tokens: int) -> De
 
         record, distances = parts.measure(h, g, is_state=t > first)
         step = record.pop("step")
-        record |= {"t": t, "adapter": adapter, "contraction": step / moves[-1] if t > first + 1 else None}
+        # Undefined after a step of length zero: shifted feedback alone reaches its fixed point exactly in K iterations.
+        contraction = step / moves[-1] if moves and moves[-1] else None
+        record |= {"t": t, "adapter": adapter, "contraction": contraction}
         out.records.append(record)
         if step is not None:
             moves.append(step)
