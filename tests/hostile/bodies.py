@@ -56,12 +56,14 @@ class Cost(NamedTuple):
         response_bytes: size of its body.
         duration_s: time until it arrived.
         liveness_s: the longest time of a probe meanwhile.
+        error: the body of an error.
     """
 
     status: int
     response_bytes: int
     duration_s: float
     liveness_s: float
+    error: str
 
 
 def _measure(url: str, path: str, body: Any, key: str | None = None) -> Cost:
@@ -71,7 +73,8 @@ def _measure(url: str, path: str, body: Any, key: str | None = None) -> Cost:
         connection.sendall(request(path, body, key=key))
         status, _, content = read_response(connection)
         duration = time.monotonic() - started
-    return Cost(status, len(content), duration, liveness.worst_s)
+    error = content.decode() if status >= 400 else ""
+    return Cost(status, len(content), duration, liveness.worst_s, error)
 
 
 def costly_bodies(url: str, key: str | None = None) -> dict[str, Cost]:

@@ -9,12 +9,15 @@ from tests.hostile import connections as attacks
 from tests.hostile.wire import connect, head, read_all, read_response, request
 from tests.server.conftest import KEY
 
+LIVENESS_S = 4.0
+"""Alone a probe takes some milliseconds; without limits it took 5 to 25 s. Other tests share the processor."""
+
 
 @pytest.mark.parametrize("key", [None, KEY])
 def test_one_byte_chunks(guarded, key):
     flood = attacks.one_byte_chunks(guarded.url, key=key)
-    assert flood.closed_after_s < 5
-    assert flood.liveness_s < 1
+    assert flood.closed_after_s < 15
+    assert flood.liveness_s < LIVENESS_S
     statuses = {response[9:12] for response in flood.responses}
     # So many chunks may be refused before the key is.
     assert statuses <= ({b"401", b"400"} if key is None else {b"400"})
@@ -29,8 +32,8 @@ def test_early_refusal_arrives(guarded):
 
 def test_late_headers(guarded):
     flood = attacks.late_headers(guarded.url)
-    assert flood.closed_after_s < 3
-    assert flood.liveness_s < 1
+    assert flood.closed_after_s < 10
+    assert flood.liveness_s < LIVENESS_S
 
 
 def test_late_headers_are_refused(guarded):
@@ -47,7 +50,7 @@ def test_disconnect_after_pipelined_bytes(guarded, extra):
     attacks.pipelined_then_gone(guarded.url, extra=extra, key=KEY)
     left = time.monotonic()
     guarded.idle()
-    assert time.monotonic() - left < 2
+    assert time.monotonic() - left < 20  # a disconnect that is not seen takes 50 s
 
 
 def test_pipelining_closes(guarded):
