@@ -311,9 +311,9 @@ def broken(made: LatentReasoner, at: int, row: int, where: str, bad: float) -> I
     now = {"t": 0}
     plain = LatentReasoner.update
 
-    def update(self, hidden, initial, t, run, change=None):
+    def update(self, hidden, initial, t, run, *rest):
         now["t"] = t
-        g, h = plain(self, hidden, initial, t, run, change)
+        g, h = plain(self, hidden, initial, t, run, *rest)
         now["t"] = 0
         if t == at and where != "layer":
             g, h = g.clone(), h.clone()
