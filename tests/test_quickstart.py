@@ -80,7 +80,7 @@ class Walk:
     def run_block(self, kind: str, block: str) -> str:
         """What the block prints. It runs as a user would run it."""
         command = [sys.executable, "-c", block] if kind == "python" else ["bash", "-euc", SLR + block]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=1800, check=False
         )

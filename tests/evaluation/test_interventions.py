@@ -188,7 +188,7 @@ def test_foreign_takes_the_thoughts_of_the_row_before():
 
 
 def test_foreign_thoughts_need_workspaces_of_one_size():
-    with pytest.raises(ConfigError, match="one size"):
+    with pytest.raises(ConfigError, match="fixed size"):
         swap_thoughts([*rows(3), *rows(3, width=5)])
 
 
