@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 
 from slr_core.checkpoint.importers.check import SelfCheck, run_self_check, widest_exact_dtype
 from slr_core.checkpoint.importers.files import BASE_FROM_HUB, FROM_HUB, licence_of, local_source
-from slr_core.checkpoint.importers.folder import write_card, write_folder
+from slr_core.checkpoint.importers.folder import check_new, write_card, write_folder, written_whole
 from slr_core.checkpoint.importers.peer import ImportOptions, Peer, PeerCheckpoint
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.errors import ConfigError
@@ -79,8 +77,7 @@ def import_checkpoint(request: Import) -> SelfCheck:
             reproduce what is expected of it.
     """
     out, peer = request.out, get_peer(request.peer)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: expected a new or empty folder")
+    check_new(out)
     if request.expect is not None and not request.expect.is_file():
         raise ConfigError(f"--expect {request.expect}: no such file")
     checkpoint = local_source(request.checkpoint, request.revision, FROM_HUB)
@@ -90,10 +87,7 @@ def import_checkpoint(request: Import) -> SelfCheck:
             request.base, request.base_revision, [*BASE_FROM_HUB, *(FROM_HUB if peer.reads_base_weights else [])]
         )
     conversion = peer.convert(PeerCheckpoint(checkpoint, base, request.options, request.dtype))
-    missing = [folder for folder in (out.absolute(), *out.absolute().parents) if not folder.exists()]
-    written = out.absolute().with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        written.mkdir(parents=True)
+    with written_whole(out) as written:
         write_folder(conversion, written, request.dtype)
         reasoner = load_checkpoint(LatentReasoner, written, dtype=widest_exact_dtype(request.dtype or conversion.dtype))
         check = run_self_check(reasoner, conversion.markers, peer.recorded, request.expect)
@@ -108,15 +102,6 @@ def import_checkpoint(request: Import) -> SelfCheck:
             command=command_line(request),
             check=describe_check(check),
         )
-        os.replace(written, out)
-    except OSError as error:
-        raise ConfigError(f"{out}: the folder cannot be written ({error})") from error
-    finally:
-        if written.exists():
-            shutil.rmtree(written)
-        if not out.exists():
-            for folder in missing[1:]:
-                folder.rmdir()
     return check
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Literal
@@ -13,6 +11,7 @@ from transformers import PreTrainedModel
 
 from slr_core.checkpoint.folder import BASE, MODULES
 from slr_core.checkpoint.importers.coconut import END, LATENT, PREFIX, START, TEXT, chain
+from slr_core.checkpoint.importers.folder import check_new, written_whole
 from slr_core.checkpoint.importers.lotus import block
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.config import LoopConfig, TextConfig, validated
@@ -44,26 +43,17 @@ def export_checkpoint(model: str | None, out: str | Path, form: Form) -> str:
         CheckpointError: the checkpoint cannot be loaded.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: expected a new or empty folder")
+    check_new(out)
     reasoner = load_checkpoint(LatentReasoner, model)
     lotus = _check_expressible(reasoner)
     if lotus and form == "coconut":
         raise ConfigError("a block of latent positions is LOTUS's: --to hf writes its published form")
     loop = reasoner.config.loop
-    written = out.absolute().with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        written.mkdir(parents=True)
+    with written_whole(out) as written:
         if form == "hf":
             _write_folder(reasoner, written)
         else:
             _write_state(reasoner, written)
-        os.replace(written, out)
-    except OSError as error:
-        raise ConfigError(f"{out}: the folder cannot be written ({error})") from error
-    finally:
-        if written.exists():
-            shutil.rmtree(written)
     if lotus:
         return f"slr import lotus {out} --latents {loop.block_size} --iterations {loop.max_iterations} --out DIR"
     source = f"{out} " if form == "hf" else f"{out / STATE} --base {out / BASE} "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +17,7 @@ from slr_core._version import __version__
 from slr_core.checkpoint.folder import ADAPTER_WEIGHTS, BASE, CONFIG, LOOPS, MODULES
 from slr_core.checkpoint.importers.peer import Conversion, Peer
 from slr_core.config import SLRConfig
+from slr_core.errors import ConfigError
 from slr_core.loop.lora import new_adapter_configs
 
 CARD = """---
@@ -42,6 +46,40 @@ Dropped: {dropped}
 
 `slr info --model {name}` describes the folder; docs/importing.md says what is exact and what differs on purpose.
 """
+
+
+def check_new(out: Path) -> None:
+    """Check that a folder can be written.
+
+    Raises:
+        ConfigError: it exists and is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: expected a new or empty folder")
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that becomes ``out`` at the end. After an error nothing is left of it.
+
+    Raises:
+        ConfigError: a folder or file cannot be written.
+    """
+    missing = [folder for folder in (out.absolute(), *out.absolute().parents) if not folder.exists()]
+    part = out.absolute().with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        os.replace(part, out)
+    except OSError as error:
+        raise ConfigError(f"{out}: the folder cannot be written ({error})") from error
+    finally:
+        if part.exists():
+            shutil.rmtree(part)
+        if not out.exists():
+            for folder in missing[1:]:
+                if folder.exists():
+                    folder.rmdir()
 
 
 def write_folder(conversion: Conversion, folder: Path, dtype: torch.dtype | None) -> None:
