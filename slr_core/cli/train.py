@@ -27,6 +27,8 @@ def train(
     The loss goes to standard error while the training runs. The folder holds a model card, README.md.
     """
     try:
+        from accelerate import PartialState
+
         from slr_core.training.trainer import train as run
     except ImportError as error:
         raise missing_extra("training", "train", error) from error
@@ -35,6 +37,8 @@ def train(
     hide_loading_bars()
     command = shlex.join(["slr", *sys.argv[1:]])
     folder = run(TrainConfig.from_yaml(config, tuple(overrides or ())), resume=resume, command=command)
+    if not PartialState().is_main_process:
+        return  # the main process writes the checkpoint, maybe still
     print(folder)
     print(f"Next:\n{''.join(f'    {line}{chr(10)}' for line in _next_commands(folder))}", end="", file=sys.stderr)
 

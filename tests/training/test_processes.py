@@ -34,7 +34,8 @@ def command(path, *options):
 
 def finish(arguments):
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def weights(folder):
@@ -85,7 +86,9 @@ def test_two_processes_have_the_loss_of_one_with_the_same_batch(launcher, tmp_pa
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         path = str(recipe(tmp_path / name, **changes))
-        finish(command(path) if name == "one" else [sys.executable, "-m", *launch[launcher], path])
+        done = finish(command(path) if name == "one" else [sys.executable, "-m", *launch[launcher], path])
+        assert done.stdout.splitlines()[-1:] == [str(tmp_path / name / "out")], "named by the main process alone"
+        assert done.stderr.count("Next:") == 1
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert len(one) == len(two) == 12
     for alone, shared in zip(one, two, strict=True):
