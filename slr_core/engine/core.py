@@ -23,6 +23,7 @@ from slr_core.engine.sequence import Phase, Sequence
 from slr_core.engine.statistics import EngineCounters, StepStats
 from slr_core.errors import DeadlineError, RequestError
 from slr_core.generation.decoding import DecodeState
+from slr_core.generation.reference import prefix_joins_loop
 from slr_core.loop.convergence import ExitRule
 from slr_core.loop.diagnostics import LoopTracker
 from slr_core.types import Request
@@ -112,6 +113,8 @@ class Core:
             reserved=reserved,
             answer=DecodeState(adapter_set.reasoner, request),
             tracker=LoopTracker(ExitRule(request.loop, adapter_set.config.guard)),
+            # With fixed shapes, two replays cost less than one pass of another shape.
+            prefix_in_loop=self.runner.fixed_shapes is None and prefix_joins_loop(adapter_set.reasoner, request),
         )
         sequence.future.add_done_callback(sequence.note_cancelled)
         return sequence

@@ -138,8 +138,12 @@ class OutputProcessor:
         if not sequence.adapter_set.in_place:
             sequence.filled += 1
         sequence.emit(IterationEvent(sequence.tracker.records[-1]))
-        if sequence.tracker.exit_reason is not None:
-            self._end_loop(sequence)
+        if sequence.tracker.exit_reason is None:
+            return
+        self._end_loop(sequence)
+        prefix = passed.answer_prefixes.get(sequence)
+        if prefix is not None and sequence.tracker.kept_iterations == t:  # else it read a thought that is not kept
+            self._apply_state(sequence, prefix)
 
     def _end_loop(self, sequence: Sequence) -> None:
         sequence.looped_at = time.perf_counter()

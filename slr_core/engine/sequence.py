@@ -50,6 +50,7 @@ class Sequence:
         reserved: cache positions that it needs at most.
         answer: the answer while it is decoded.
         tracker: the loop's records, and its exit.
+        prefix_in_loop: the answer prefix is run in the pass of the last thought.
         cancelled: the future was cancelled. A copy of the future's state, since every step reads it.
         settled: the future has its outcome.
         arrived_at: ``time.perf_counter`` at its submission.
@@ -80,6 +81,7 @@ class Sequence:
     reserved: int
     answer: DecodeState
     tracker: LoopTracker
+    prefix_in_loop: bool = False
     cancelled: bool = False
     settled: bool = False
     arrived_at: float = field(default_factory=time.perf_counter)
@@ -119,11 +121,23 @@ class Sequence:
             case Phase.PREFILL:
                 return len(self.request.prompt_ids) - self.filled
             case Phase.LOOP | Phase.CLOSE:
-                return self.adapter_set.workspace.width(len(self.request.prompt_ids))
+                return self.adapter_set.workspace.width(len(self.request.prompt_ids)) + len(self.tokens())
             case Phase.DECODE:
                 return len(self.pending_tokens)
             case Phase.LATENT | Phase.DONE:
                 return 0
+
+    def tokens(self) -> list[int] | tuple[int, ...]:
+        """Tokens that its next pass runs, after its workspace positions if it runs any."""
+        match self.phase:
+            case Phase.PREFILL:
+                return self.request.prompt_ids[self.filled :]
+            case Phase.LOOP if self.prefix_in_loop and self.t + 1 == self.request.loop.max_iterations:
+                return self.request.answer_prefix_ids
+            case Phase.DECODE:
+                return self.pending_tokens
+            case _:
+                return ()
 
     def advance(self) -> None:
         """Enter the next phase. Nothing else changes the phase."""

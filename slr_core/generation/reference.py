@@ -19,6 +19,7 @@ from slr_core.generation.decoding import (
 )
 from slr_core.generation.logprobs import score
 from slr_core.loop.context import Context
+from slr_core.loop.lora import DECODE
 from slr_core.model.exits import LoopOutput, loop_until_exit
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import ResolvedLoopParams
@@ -105,8 +106,25 @@ def _result(
     )
 
 
+def prefix_joins_loop(reasoner: LatentReasoner, request: Request) -> bool:
+    """Whether the answer prefix can be run in the pass of the last thought.
+
+    It must be known before that pass that it is the last one, and the same adapter must run both. The reference runs
+    the prefix in a pass of its own, which gives the same answer.
+    """
+    loop, names = request.loop, reasoner.adapters.names
+    if not request.answer_prefix_ids or loop.criterion != "fixed" or loop.max_iterations == 0:
+        return False
+    if reasoner.config.loop.workspace != "append" or reasoner.answers_from_states:
+        return False
+    answering = DECODE if DECODE in names else reasoner.adapters.default
+    return reasoner.adapter_name(loop.max_iterations) == answering
+
+
 def count_passes(reasoner: LatentReasoner, request: Request, iterations: int, kept_iterations: int, tokens: int) -> int:
     """Forward passes of the base model that a request takes alone; those of the latent decoder do not count.
+
+    An answer prefix that can join the last thought (:func:`prefix_joins_loop`) counts as part of its pass.
 
     Args:
         reasoner: the model.
@@ -119,4 +137,6 @@ def count_passes(reasoner: LatentReasoner, request: Request, iterations: int, ke
     passes = workspace.passes(iterations) + (request.score_prompt and not workspace.prefills)
     if reasoner.answers_from_states and kept_iterations:
         return passes
-    return passes + workspace.closing_passes(kept_iterations) + bool(request.answer_prefix_ids) + tokens - 1
+    joined = kept_iterations == iterations and prefix_joins_loop(reasoner, request)
+    prefix_passes = bool(request.answer_prefix_ids) and not joined
+    return passes + workspace.closing_passes(kept_iterations) + prefix_passes + tokens - 1

@@ -199,6 +199,49 @@ def test_single_request_takes_as_many_steps_as_passes(workspace, iterations):
     assert future.result(0).forward_passes == stepped.counters.steps == len(calls)
 
 
+@pytest.mark.parametrize("lora", [{"kind": "none"}, {"kind": "shared", "covers": "all"}], ids=["none", "all"])
+def test_answer_prefix_joins_the_last_thought(lora):
+    """Of known length and with one adapter, a chain and the prefix after it take one pass less, for the same answer."""
+    made = tiny.reasoner(loop={"lora": lora}, text={"answer_prefix": "w7 w8"})
+    requests = [tiny.request(made, tiny.PROMPTS[i], **fixed(n)) for i, n in enumerate((3, 1, 2, 3, 0))]
+    requests.append(tiny.request(made, tiny.PROMPTS[5], {"max_iterations": 3, "criterion": "cosine", "threshold": 0.0}))
+    expected = [facts(generate(made, [request])[0]) for request in requests]
+    for options in ({}, {"packing": False}, {"static_shapes": True}):
+        stepped = SteppedCore(made, prefix_gib=0, static_shapes="static_shapes" in options)
+        stepped.core.runner.packing &= "packing" not in options
+        alone = stepped.submit(requests[0])
+        stepped.drain()
+        result = alone.result(0)
+        assert result.forward_passes == 1 + 3 + result.completion_tokens - 1
+        assert stepped.counters.steps == result.forward_passes + ("static_shapes" in options)
+        futures = [stepped.submit(request) for request in requests]
+        stepped.drain()
+        assert [facts(future.result(0)) for future in futures] == expected
+
+
+def test_answer_prefix_after_a_broken_last_thought():
+    """The last good thought is decoded, and the prefix is run again after it."""
+    made = tiny.reasoner(loop={"lora": {"kind": "none"}}, text={"answer_prefix": "w7 w8"})
+    (expected,) = generate(made, [tiny.request(made, tiny.PROMPTS[1], **fixed(2))])
+    stepped = SteppedCore(made, prefix_gib=0)
+    shapes = []
+
+    def break_last(_, args, options):
+        shapes.append(tuple(options["inputs_embeds"].shape[:2]))
+        if len(shapes) == 4:
+            options["inputs_embeds"].fill_(torch.nan)
+        return args, options
+
+    stepped.model.base_model.register_forward_pre_hook(break_last, with_kwargs=True)
+    future = stepped.submit(tiny.request(made, tiny.PROMPTS[1], **fixed(3)))
+    stepped.drain()
+    result = future.result(0)
+    assert (result.iterations, result.exit_reason, result.token_ids) == (3, "diverged", expected.token_ids)
+    # Prompt, two thoughts, the broken one with the prefix, the prefix alone, and the tokens.
+    assert [rows * positions for rows, positions in shapes[:5]] == [5, 1, 1, 3, 2]
+    assert len(shapes) == result.forward_passes == 1 + 3 + 1 + result.completion_tokens - 1
+
+
 def test_single_positions_of_all_phases_share_a_pass(made):
     stepped = SteppedCore(made, slots=4, prefix_gib=0)
     stepped.core.runner.packing = False

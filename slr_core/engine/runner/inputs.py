@@ -23,14 +23,15 @@ def build_inputs(work: Rows[Work], embeddings: nn.Module, table: Tensor) -> Tens
     device = table.device
     ids: list[int] = []
     token_places: list[int] = []
-    places: dict[Sequence, range] = {}
+    places: dict[Sequence, range] = {}  # of latent inputs
     start = 0
     for row, queries in work:
-        places[row] = range(start, start + queries)
-        if row.phase in (Phase.PREFILL, Phase.DECODE):
-            ids += _tokens(row, queries)
-            token_places += places[row]
-        start += queries
+        tokens = row.tokens()[:queries]
+        end = start + queries
+        places[row] = range(start, end - len(tokens))
+        ids += tokens
+        token_places += range(end - len(tokens), end)
+        start = end
     embeds: Tensor | None = embeddings(torch.tensor(ids, device=device)) if ids else None
     if embeds is not None and len(token_places) == start:
         return embeds
@@ -62,12 +63,6 @@ def adapter_id(row: Sequence) -> int | None:
             return row.adapter_set.decode_adapter_id
         case _:
             return row.adapter_set.default_adapter_id
-
-
-def _tokens(row: Sequence, queries: int) -> list[int]:
-    if row.phase is Phase.PREFILL:
-        return list(row.request.prompt_ids[row.filled : row.filled + queries])
-    return row.pending_tokens
 
 
 def _loop_inputs(rows: Rows[Sequence]) -> Tensor:

@@ -62,12 +62,14 @@ class PassOutput(NamedTuple):
         finished_at: the same, at its end.
         iterations: its rows that ran an iteration.
         states: its other rows.
+        answer_prefixes: of rows that ran the answer prefix in the same pass as their last thought.
     """
 
     started_at: float
     finished_at: float
     iterations: list[IterationOutput]
     states: list[StateOutput]
+    answer_prefixes: dict[Sequence, StateOutput]
 
 
 class RowFailure(NamedTuple):
@@ -157,6 +159,7 @@ class ModelRunner:
     def _run_pass(self, rows: list[Work]) -> PassOutput:
         started_at = time.perf_counter()
         states = dict(zip((row.sequence for row in rows), self.forward(rows), strict=True))
+        answer_prefixes = _split_answer_prefixes(rows, states)
         looping = group_by_adapter_set(row.sequence for row in rows if row.sequence.phase is Phase.LOOP)
         batches = [IterationBatch.from_pass(group, [states[sequence] for sequence in group]) for group in looping]
         # The head's weights are large: if iterations read it, decoding rows are read in the same product.
@@ -189,7 +192,7 @@ class ModelRunner:
             for sequence, queries in rows
             if sequence.phase is not Phase.LOOP
         ]
-        return PassOutput(started_at, time.perf_counter(), iterations, others)
+        return PassOutput(started_at, time.perf_counter(), iterations, others, answer_prefixes)
 
     def _score_prompt(self, sequence: Sequence, states: Tensor) -> list[TokenScore]:
         request = sequence.request
@@ -328,6 +331,16 @@ class ModelRunner:
             inputs_embeds=embeds, position_ids=position_ids, past_key_values=self.cache, use_cache=True, **options
         ).last_hidden_state
         return hidden
+
+
+def _split_answer_prefixes(rows: list[Work], states: dict[Sequence, Tensor]) -> dict[Sequence, StateOutput]:
+    """Move the states of answer prefixes out of the states of iterations that ran them."""
+    prefixes = {}
+    for sequence, _ in rows:
+        if sequence.phase is Phase.LOOP and (count := len(sequence.tokens())):
+            prefixes[sequence] = StateOutput(sequence, count, states[sequence][-1], True, None, [])
+            states[sequence] = states[sequence][:-count]
+    return prefixes
 
 
 def request_error(error: Exception) -> SLRError:
