@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,8 +123,38 @@ def _check_header(path: Path) -> None:
     raise checkpoint_error(path, f"its header has more than {MAX_TENSORS} tensors or {MAX_HEADER_BYTES} bytes")
 
 
-def read_index(path: Path) -> dict[Path, set[str]]:
-    """The shards that an index of weights names, and the tensors of each.
+class ShardIndex(NamedTuple):
+    """What an index of weights says.
+
+    Attributes:
+        shards: the files, and the names of the tensors in each.
+        metadata: its field of that name, of any type.
+    """
+
+    shards: dict[Path, set[str]]
+    metadata: Any
+
+    def read(self, read_file: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of all shards, each of which ``read_file`` reads.
+
+        Raises:
+            CheckpointError: a shard cannot be read, or holds other tensors than the index says.
+        """
+        tensors: dict[str, Tensor] = {}
+        for shard, listed in self.shards.items():
+            found = read_file(shard)
+            if found.keys() != listed:
+                raise checkpoint_error(shard, f"the shard and its index disagree about {min(found.keys() ^ listed)}")
+            tensors |= found
+        return tensors
+
+
+def read_index(path: Path, suffixes: tuple[str, ...] = (".safetensors",)) -> ShardIndex:
+    """Read an index of weights.
+
+    Args:
+        path: the index.
+        suffixes: of the shards' names.
 
     Raises:
         CheckpointError: it is no such index, or a shard is not a file beside it.
@@ -137,13 +167,14 @@ def read_index(path: Path) -> dict[Path, set[str]]:
         raise checkpoint_error(path, f"it has more than {MAX_TENSORS} tensors")
     shards: dict[Path, set[str]] = {}
     for key, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise checkpoint_error(path, f"a shard must be a safetensors file beside the index, got {name}")
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffixes):
+            wanted = " or ".join(suffixes)
+            raise checkpoint_error(path, f"a shard must be beside its index and end in {wanted}, got {name}")
         shards.setdefault(path.parent / name, set()).add(key)
     for shard in shards:
         if not shard.is_file():
             raise checkpoint_error(path.parent, f"the shard {shard.name} is missing")
-    return shards
+    return ShardIndex(shards, data.get("metadata"))
 
 
 def read_base_weights(folder: Path) -> dict[str, Tensor]:
@@ -155,13 +186,7 @@ def read_base_weights(folder: Path) -> dict[str, Tensor]:
     single = folder / "model.safetensors"
     if single.exists() or not (folder / WEIGHTS_INDEX).exists():
         return read_tensors(single)
-    tensors: dict[str, Tensor] = {}
-    for shard, listed in read_index(folder / WEIGHTS_INDEX).items():
-        found = read_tensors(shard)
-        if found.keys() != listed:
-            raise checkpoint_error(shard, f"the shard and its index disagree about {min(found.keys() ^ listed)}")
-        tensors |= found
-    return tensors
+    return read_index(folder / WEIGHTS_INDEX).read(read_tensors)
 
 
 def read_headers(paths: Iterable[Path]) -> dict[str, StoredTensor]:

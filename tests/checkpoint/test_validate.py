@@ -54,8 +54,8 @@ def index(folder, **changes):
 BROKEN_SHARDS = {
     "no-map": (lambda f, names: index(f, weight_map=None), "index.json"),
     "not-names": (lambda f, names: index(f, weight_map=dict.fromkeys(names, 1)), "index.json"),
-    "escapes": (lambda f, names: index(f, weight_map=dict.fromkeys(names, "../out.safetensors")), "beside the index"),
-    "a-pickle": (lambda f, names: index(f, weight_map=dict.fromkeys(names, "pytorch_model.bin")), "beside the index"),
+    "escapes": (lambda f, names: index(f, weight_map=dict.fromkeys(names, "../out.safetensors")), "beside its index"),
+    "a-pickle": (lambda f, names: index(f, weight_map=dict.fromkeys(names, "pytorch_model.bin")), "beside its index"),
     "missing-shard": (lambda f, names: (f / "base" / min(names.values())).unlink(), "is missing"),
     "moved": (lambda f, names: index(f, weight_map=dict.fromkeys(names, min(names.values()))), "disagree|missing"),
     "truncated": (lambda f, names: truncate(f / "base" / min(names.values())), "model-00001"),

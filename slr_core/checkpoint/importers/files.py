@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from slr_core.checkpoint.folder import missing_folder
-from slr_core.checkpoint.validate import DTYPES, checkpoint_error, line, read_json, read_tensors, short
+from slr_core.checkpoint.validate import DTYPES, checkpoint_error, line, read_index, read_tensors, short
 
 MAX_PICKLE_BYTES = 64 * 2**30
 """Largest pickle file that is read."""
@@ -125,9 +125,9 @@ def read_weights(path: Path, names: tuple[str, ...] = SINGLE) -> Weights:
     """
     if path.is_dir():
         index = next((path / name for name in INDEXES if (path / name).is_file()), None)
-        tensors = _read_shards(index) if index is not None else _read_file(_only_file(path, names))
+        tensors = _read_shards(index) if index is not None else _read_whole(_only_file(path, names))
     elif path.is_file():
-        tensors = _read_file(path)
+        tensors = _read_whole(path)
     else:
         raise checkpoint_error(path, "no such file or folder")
     for name, tensor in tensors.items():
@@ -151,36 +151,26 @@ def _only_file(folder: Path, names: tuple[str, ...]) -> Path:
     return found[0]
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    data = read_json(index)
-    weight_map = data.get("weight_map") if isinstance(data, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise checkpoint_error(index, "not an index of shards: it has no weight_map")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise checkpoint_error(index, f"a shard must be beside its index, got {name}")
-        if not (index.parent / name).is_file():
-            raise checkpoint_error(index.parent, f"the shard {name} is missing")
-        part = _read_file(index.parent / name, aliases=False)
-        listed = {key for key, shard in weight_map.items() if shard == name}
-        if part.keys() != listed:
-            key = min(part.keys() ^ listed)
-            raise checkpoint_error(index.parent / name, f"the shard and its index disagree about {key}")
-        tensors |= part
-    return tensors | _aliases(tensors, data.get("metadata"))
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    index = read_index(path, (".safetensors", ".bin"))
+    tensors = index.read(_read_file)
+    return tensors | _aliases(tensors, index.metadata)
 
 
-def _read_file(path: Path, *, aliases: bool = True) -> dict[str, Tensor]:
-    if zipfile.is_zipfile(path):
-        return _read_pickle(path)
-    if path.suffix != ".safetensors":
-        raise checkpoint_error(path, "neither a safetensors file nor one that torch.save wrote (since torch 1.6)")
-    tensors = read_tensors(path)
-    if aliases:
+def _read_whole(path: Path) -> dict[str, Tensor]:
+    tensors = _read_file(path)
+    if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             tensors |= _aliases(tensors, file.metadata())
     return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    if not zipfile.is_zipfile(path):
+        raise checkpoint_error(path, "neither a safetensors file nor one that torch.save wrote (since torch 1.6)")
+    return _read_pickle(path)
 
 
 def _aliases(tensors: Mapping[str, Tensor], metadata: Any) -> dict[str, Tensor]:
