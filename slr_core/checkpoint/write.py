@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from slr_core._version import __version__
 from slr_core.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CONFIG, LOOPS, MODULES
+from slr_core.checkpoint.validate import WEIGHTS_INDEX
 from slr_core.config import FORMAT_VERSION
 from slr_core.model.reasoner import LatentReasoner
 
@@ -22,6 +23,9 @@ def save_checkpoint(reasoner: LatentReasoner, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = reasoner.config.replace(base=BASE, slr_version=__version__, format_version=FORMAT_VERSION)
     (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
+    # Weights in one file and weights in shards have other names: those of an earlier save would be read instead.
+    for stale in [*(folder / BASE).glob("*.safetensors"), folder / BASE / WEIGHTS_INDEX]:
+        stale.unlink(missing_ok=True)
     reasoner.base.save_pretrained(folder / BASE, state_dict=base_state(reasoner.base))
     reasoner.tokenizer.save_pretrained(folder)
     for stale in (folder / LOOPS).glob("*/"):

@@ -5,11 +5,13 @@ import os
 import re
 import struct
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from slr_core.checkpoint import validate
 from slr_core.checkpoint.read import load_checkpoint, load_weights
@@ -70,6 +72,21 @@ def test_broken_shards(case, folder, made):
         load_weights(tiny.twin(made), folder)
     with pytest.raises(CheckpointError, match="base"):
         LatentReasoner.from_pretrained(str(folder))
+
+
+def test_saving_over_other_weights(folder, made, monkeypatch):
+    """Shards over one file and one file over shards: nothing of the earlier save is left to be read."""
+    shard(folder)
+    made.save_pretrained(str(folder))
+    assert [path.name for path in sorted((folder / "base").glob("model*"))] == ["model.safetensors"]
+    monkeypatch.setattr(
+        PreTrainedModel, "save_pretrained", partialmethod(PreTrainedModel.save_pretrained, max_shard_size="20KB")
+    )
+    made.save_pretrained(str(folder))
+    assert (folder / INDEX).is_file()
+    assert not (folder / BASE_WEIGHTS).exists()
+    loaded = LatentReasoner.from_pretrained(str(folder)).state_dict()
+    assert all(torch.equal(tensor, loaded[key]) for key, tensor in made.state_dict().items())
 
 
 # -- values that do not fit ------------------------------------------------------------------------------
