@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from slr_core._version import __version__
 from slr_core.checkpoint.read import load_weights
+from slr_core.checkpoint.validate import check_tensors, read_tensors
 from slr_core.errors import ConfigError, DataError, TrainingError
 from slr_core.model.base_support import hidden_size
 from slr_core.model.reasoner import LatentReasoner
@@ -153,7 +154,10 @@ class LoopTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.reasoner, resume_from_checkpoint)
         if (bridge := self._loss_module().bridge) is not None:
-            bridge.load_state_dict(load_file(Path(resume_from_checkpoint) / BRIDGE))
+            path = Path(resume_from_checkpoint) / BRIDGE
+            found = read_tensors(path)
+            check_tensors(path, found, bridge.state_dict())
+            bridge.load_state_dict(found)
 
     @property
     def reasoner(self) -> LatentReasoner:

@@ -2,10 +2,11 @@ import json
 import random
 import shutil
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from slr_core import tasks
 from slr_core.checkpoint.write import base_state
@@ -18,7 +19,7 @@ from slr_core.training.build import build
 from slr_core.training.config import TrainingGuardConfig
 from slr_core.training.guard import TrainingGuard
 from slr_core.training.sources import Listed
-from slr_core.training.trainer import MANIFEST, LoopTrainer, _ResetOptimizer, train
+from slr_core.training.trainer import BRIDGE, MANIFEST, LoopTrainer, _ResetOptimizer, train
 from tests import tiny
 from tests.training.recipe import DATA, recipe
 
@@ -85,6 +86,26 @@ def test_a_resumed_run_ends_where_a_straight_one_does(tmp_path):
     for key, tensor in expected.items():
         torch.testing.assert_close(actual[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
     assert any((tensor - halfway[key]).abs().max() > 1e-3 for key, tensor in expected.items())
+
+
+def test_damaged_bridge(tmp_path):
+    """The teacher's projection is read as the weights of a checkpoint are."""
+    bridge = torch.nn.Linear(2, 3, bias=False)
+    trainer = SimpleNamespace(reasoner=tiny.reasoner(), _loss_module=lambda: SimpleNamespace(bridge=bridge))
+    trainer.reasoner.save_pretrained(str(tmp_path))
+
+    def load(**tensors):
+        save_file(tensors, tmp_path / BRIDGE)
+        LoopTrainer._load_from_checkpoint(trainer, str(tmp_path))
+
+    load(weight=torch.full((3, 2), 0.5))
+    assert bridge.weight.eq(0.5).all()
+    for bad in ({"weight": torch.zeros(2, 2)}, {"weight": torch.full((3, 2), torch.nan)}, {"x": torch.zeros(3, 2)}):
+        with pytest.raises(CheckpointError, match=BRIDGE):
+            load(**bad)
+    (tmp_path / BRIDGE).write_bytes(b"\xff" * 64)
+    with pytest.raises(CheckpointError, match="header is longer than the file"):
+        LoopTrainer._load_from_checkpoint(trainer, str(tmp_path))
 
 
 def test_steps_can_be_served(tmp_path):
