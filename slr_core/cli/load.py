@@ -46,8 +46,8 @@ def load(
 ) -> None:
     """Measure a running server under load.
 
-    Sends questions and reports latencies, iterations and accuracy. The questions are those of --data, in random order,
-    or else generated: by --task, or without it ProsQA questions.
+    Waits until the server has loaded its model, then sends questions and reports latencies, iterations and accuracy.
+    The questions are those of --data, in random order, or else generated: by --task, or without it ProsQA questions.
     """
     import asyncio
 
@@ -71,7 +71,7 @@ def load(
         timeout_s=timeout,
     )
     with progress_bars() as bars:
-        row = bars.add_task("sending", total=round(duration))
+        row = bars.add_task("waiting for the server", total=round(duration))
         answers = 0
 
         def progress(elapsed_s: float, request: RequestOutcome) -> None:

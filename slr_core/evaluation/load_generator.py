@@ -19,12 +19,15 @@ from typing import Any
 
 import httpx
 
+from slr_core.client.core import to_error
 from slr_core.errors import ConfigError, EngineError
 from slr_core.tasks.base import Example, Task
 from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate_prosqa
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 OK, NO_ANSWER, UNREACHABLE = "200", "no answer", "unreachable"
+POLL_S = 0.25
+"""Seconds between two looks at a server that is starting."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class LoadPlan:
         hops: number of hops of generated ProsQA questions, drawn with equal probability.
         seed: seed of questions and arrival times.
         api_key: API key of the server.
-        timeout_s: longest time in seconds to wait for an answer.
+        timeout_s: longest time in seconds to wait for an answer, and for a server that is starting.
     """
 
     url: str
@@ -173,7 +176,7 @@ def quantile(values: Sequence[float], q: float) -> float | None:
 async def run_load(
     plan: LoadPlan, progress: Callable[[float, RequestOutcome], None] = lambda elapsed_s, request: None
 ) -> LoadReport:
-    """Send requests to a server as planned.
+    """Wait until a server has loaded its model, then send requests to it as planned.
 
     Args:
         plan: what to send.
@@ -181,24 +184,41 @@ async def run_load(
 
     Raises:
         ConfigError: there are no such questions.
-        EngineError: the server could not be reached at all.
+        EngineError: the server could not be reached at all, or does not start within ``timeout_s``.
     """
     requests: list[RequestOutcome] = []
     source = plan.questions()
     headers = {} if plan.api_key is None else {"authorization": f"Bearer {plan.api_key}"}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=plan.concurrency)
     client = httpx.AsyncClient(base_url=plan.url, timeout=plan.timeout_s, limits=limits, headers=headers)
-    began = time.perf_counter()
+    began = 0.0
 
     async def send(due: float) -> None:
         requests.append(await _send(client, plan.task, next(source), due))
         progress(time.perf_counter() - began, requests[-1])
 
     async with client:
+        await _wait_until_started(client, plan)
+        began = time.perf_counter()
         await (_closed(plan, send, began) if plan.rate is None else _open(plan, plan.rate, send, began))
     if requests and all(request.outcome == UNREACHABLE for request in requests):
         raise EngineError(f"{plan.url}: cannot be reached")
     return LoadReport(time.perf_counter() - began, requests)
+
+
+async def _wait_until_started(client: httpx.AsyncClient, plan: LoadPlan) -> None:
+    """Return when the server is no longer starting; what else it may have is left to the requests."""
+    end = time.perf_counter() + plan.timeout_s
+    while True:
+        try:
+            response = await client.get("/startupz")
+        except httpx.HTTPError:
+            return
+        if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+            return
+        if time.perf_counter() > end:
+            raise EngineError(f"{plan.url}: not started after {plan.timeout_s:g} s ({to_error(response)})")
+        await asyncio.sleep(POLL_S)
 
 
 async def _closed(plan: LoadPlan, send: Callable[[float], Any], began: float) -> None:

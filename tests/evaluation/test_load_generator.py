@@ -16,17 +16,23 @@ from tests.evaluation.asked import Words, examples
 
 
 @asynccontextmanager
-async def server(answer):
-    """Answers every POST with what ``answer(number, body, headers)`` gives: a status and a body."""
-    seen = []
+async def server(answer, starting=()):
+    """Answers every POST with what ``answer(number, body, headers)`` gives, a status and a body.
+
+    Its checks of health answer with the statuses of ``starting``, one after another, then with 200.
+    """
+    seen, statuses = [], list(starting)
 
     async def handle(reader, writer):
         while head := await reader.readuntil(b"\r\n\r\n"):
             fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:] if ": " in line)
             headers = {name.lower(): value for name, value in fields.items()}
-            body = json.loads(await reader.readexactly(int(headers["content-length"])))
-            seen.append(body)
-            status, reply = answer(len(seen), body, headers)
+            if head.startswith(b"GET /startupz"):
+                status, reply = statuses.pop(0) if statuses else 200, {"error": {"message": "loading"}}
+            else:
+                body = json.loads(await reader.readexactly(int(headers["content-length"])))
+                seen.append(body)
+                status, reply = answer(len(seen), body, headers)
             content = json.dumps(reply).encode()
             writer.write(f"HTTP/1.1 {status} X\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content)
 
@@ -47,9 +53,9 @@ def good(iterations=4):
     return 200, {"results": [{"text": "nothing", "iterations": iterations, "exit_reason": "converged"}]}
 
 
-def under(answer, **plan):
+def under(answer, starting=(), **plan):
     async def ask():
-        async with server(answer) as (url, seen):
+        async with server(answer, starting) as (url, seen):
             return await load.run_load(LoadPlan(url, **plan)), seen
 
     return asyncio.run(ask())
@@ -76,6 +82,15 @@ def test_what_is_refused_or_broken_is_counted_as_that():
     assert outcomes.keys() == {"200", "429", "503", "no answer"}
     assert outcomes["200"] == len(report.answered)
     assert abs(outcomes["no answer"] - 2 * outcomes["429"]) <= 2
+
+
+def test_server_that_is_starting(monkeypatch):
+    """Nothing is sent until the model is loaded, or the time to wait is over."""
+    monkeypatch.setattr(load, "POLL_S", 0.01)
+    report, _ = under(lambda *_: good(), starting=[503, 503, 503], duration_s=0.1, concurrency=1)
+    assert report.to_json()["outcomes"].keys() == {"200"}
+    with pytest.raises(EngineError, match=r"not started after 0.05 s \(503, loading\)"):
+        under(lambda *_: good(), starting=[503] * 1000, duration_s=0.1, timeout_s=0.05)
 
 
 def test_the_key_is_sent():
