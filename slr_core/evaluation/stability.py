@@ -13,7 +13,7 @@ from typing import Any, Self, get_args
 
 import torch
 
-from slr_core.config import Criterion
+from slr_core.config import DEFAULT_THRESHOLDS, Criterion
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import METHODS, NOISY_START, Method, MethodSettings
 from slr_core.evaluation.outcomes import Outcome
@@ -194,7 +194,7 @@ class StabilityStudy:
         guard = self.local.reasoner.config.loop.guard
         exits = []
         for criterion in get_args(Criterion):
-            for threshold in _grid([d.get(criterion) for path in paths for d in path]):
+            for threshold in _thresholds(criterion, [d.get(criterion) for path in paths for d in path]):
                 settings = ResolvedLoopParams(max_iterations, 1, criterion, threshold, 1)
                 at = [_exit(path, ExitRule(settings, guard)) for path in paths]
                 right = [depths[kept_iteration][i].correct for i, (_, kept_iteration) in enumerate(at)]
@@ -258,10 +258,13 @@ def _settled(texts: Sequence[str]) -> int:
     return first
 
 
-def _grid(values: Sequence[float | None]) -> list[float]:
+def _thresholds(criterion: Criterion, values: Sequence[float | None]) -> list[float]:
+    """Thresholds of a criterion, spread over the quantiles of its measured values."""
     known = torch.tensor([value for value in values if value is not None])
     if len(known) == 0:
         return []
+    if criterion == "argmax_stable":  # its values are 0 and 1: one threshold between them, and one above
+        return [DEFAULT_THRESHOLDS[criterion], 1.5]
     # Just above a quantile: the distance itself is then below the threshold.
     quantiles = known.quantile(torch.linspace(0, 1, THRESHOLDS)) * (1 + 1e-6) + 1e-9
     return sorted(set(quantiles.tolist()))
