@@ -1,12 +1,17 @@
 """Server-sent events: contents, start, failure, disconnects."""
 
 import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from slr_core.engine import Engine
 from slr_core.generation.reference import generate
+from slr_core.model.reasoner import LatentReasoner
 from slr_server import sse
 from slr_server.app import create_app
 from slr_server.protocol.schema import ErrorResponse
@@ -15,6 +20,7 @@ from tests import tiny
 from tests.server import events
 from tests.server.asgi import Caller
 from tests.server.conftest import sample
+from tests.server.process import Server
 
 BODY = {"prompt": "w1 w2", "max_new_tokens": 5, "stream": True}
 
@@ -68,6 +74,52 @@ def test_stop_strings_in_streams(client, stop):
     (result,) = of(told, "result")
     assert "".join(token["text"] for token in of(told, "token")) == result["text"]
     assert not stop or stop[0] not in result["text"]
+
+
+@pytest.fixture
+def cleaned(tmp_path):
+    """A server of its own, with a tokenizer whose clean-up of spaces would rewrite earlier text."""
+    marks = (".", ",", "?", "!", "n't", "'m", "'s", "'ve", "'re")
+    words = [*tiny.WORDS[:3], *marks, *tiny.WORDS[3 + len(marks) :]]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    model = LatentReasoner(tiny.base(), tokenizer, tiny.config(text={"chat_template": template}))
+    tiny.shake(model)
+    model.save_pretrained(str(tmp_path / "model"))
+    tiny.edit_json(tmp_path / "model" / "tokenizer_config.json", clean_up_tokenization_spaces=True)
+    started = Server(tmp_path / "model", tmp_path / "log")
+    yield started.url, AutoTokenizer.from_pretrained(tmp_path / "model")
+    started.kill()
+
+
+@pytest.mark.slow
+def test_stream_with_clean_up_of_spaces(cleaned):
+    """On all three endpoints, over sockets, the parts of a stream are the unstreamed text."""
+    url, tokenizer = cleaned
+    assert tokenizer.clean_up_tokenization_spaces
+    rewritten = 0
+    for path, options, limit in (
+        ("/generate", {"prompt": "{}"}, "max_new_tokens"),
+        ("/v1/completions", {"prompt": "{}", "temperature": 0}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "{}"}], "temperature": 0}, "max_tokens"),
+    ):
+        for prompt in ("w12 w13", "w20", "w30 w31 w14"):
+            body = {**json.loads(json.dumps(options).replace("{}", prompt)), limit: 20}
+            whole = httpx.post(url + path, json=body, timeout=60).json()
+            told = events.of(httpx.post(url + path, json={**body, "stream": True}, timeout=60).text)
+            if path == "/generate":
+                text, parts = whole["results"][0]["text"], [token["text"] for token in of(told, "token")]
+            else:
+                chat, (choice,) = "chat" in path, whole["choices"]
+                text = choice["message"]["content"] if chat else choice["text"]
+                choices = [event.data["choices"][0] for event in told if event.data != "[DONE]"]
+                parts = [c["delta"].get("content") or "" if chat else c["text"] for c in choices]
+            assert "".join(parts) == text
+            assert sum(map(bool, parts)) > 5
+            rewritten += tokenizer.clean_up_tokenization(text) != text
+    assert rewritten > 5
 
 
 def test_refused_stream_status(gated, gate):
