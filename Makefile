@@ -5,7 +5,7 @@ PORT ?= 8000
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all coverage lint bench train image up clean
+.PHONY: help serve test test-all coverage lint page bench train image up clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ lint: .venv/.dev  ## Run ruff and mypy.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+page:  ## Build the page of the server from server/page/src. Needs Node.
+	cd server/page && npm ci --no-audit --no-fund && npm run build
 
 bench: .venv/.dev  ## Run the engine benchmarks (ten minutes).
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine

@@ -17,7 +17,7 @@ from .auth import Auth
 from .errors import install_handlers
 from .hosts import HostCheck, allowed_hosts
 from .middleware import REQUEST_ID, SERVER_TIMING, BodyLimit, HeadAsGet, HeaderLimit, Preflight, RequestContext
-from .routes import admin, generate, health, index, metrics, openai
+from .routes import admin, generate, health, index, metrics, openai, page
 from .service import Service
 from .settings import ServerSettings, split_list
 
@@ -60,11 +60,12 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
     install_handlers(app)
     # For the documentation only: slr_server.auth checks the keys.
     bearer = [Depends(HTTPBearer(auto_error=False, description="a key of the server"))]
-    for module in (generate, openai, metrics):
+    for module in (generate, openai, metrics, page):
         app.include_router(module.router, dependencies=bearer if settings.api_keys else None)
     app.include_router(health.router)
     app.include_router(index.router)
     app.mount("/static", index.static_files())
+    app.mount("/page", page.page_files())
     app.include_router(admin.router, dependencies=bearer)
     return app
 

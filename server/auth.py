@@ -14,6 +14,7 @@ from .settings import HASH_PREFIX, split_list
 
 PROBES = frozenset({"/livez", "/readyz", "/startupz", "/health"})
 """Paths that need no key: orchestrators have none, and the answer is only yes or no."""
+_PAGE_PREFIX = "/page/"
 _ADMIN_PREFIX = "/admin/"
 
 
@@ -44,8 +45,9 @@ class KeyHashes:
 class Auth:
     """Requires the key that a path needs.
 
-    With API keys, every path but the probes needs one. Paths under /admin need the admin key, which is valid for all
-    other paths too; without an admin key they are disabled.
+    With API keys, every path but the probes, the page and its files needs one: the page holds no data, and its own
+    requests carry the key. Paths under /admin need the admin key, which is valid for all other paths too; without an
+    admin key they are disabled.
     """
 
     def __init__(self, app: ASGIApp, api_keys: SecretStr | None, admin_key: SecretStr | None) -> None:
@@ -53,7 +55,7 @@ class Auth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] == "http" and scope["path"] not in PROBES:
+        if scope["type"] == "http" and not _is_public(scope):
             error = self._check(scope)
             if error is not None:
                 await send_error(error, scope, receive, send)
@@ -72,6 +74,18 @@ class Auth:
         if scheme.lower() == "bearer" and (self.admin.matches(given) or (not is_admin and self.api.matches(given))):
             return None
         return Unauthorized("a valid key is required: Authorization: Bearer <key>")
+
+
+def accepts_html(headers: Headers) -> bool:
+    """Whether the client is a browser that opens a page."""
+    return "text/html" in headers.get("accept", "")
+
+
+def _is_public(scope: Scope) -> bool:
+    path: str = scope["path"]
+    if path in PROBES or path.startswith(_PAGE_PREFIX):
+        return True
+    return path == "/" and scope["method"] == "GET" and accepts_html(Headers(scope=scope))
 
 
 def _sha256(key: bytes) -> str:

@@ -320,6 +320,37 @@ class VersionInfo(ResponseModel):
     version: str
 
 
+class ExamplePrompt(ResponseModel):
+    """A prompt that the checkpoint answers well, from its ``examples.json``."""
+
+    prompt: str
+    answer: str | None = None
+
+
+class RequestLimits(ResponseModel):
+    """The operator's limits of a request."""
+
+    max_iterations: int
+    max_new_tokens: int
+    max_top_tokens: int
+
+
+class CheckpointInfo(ResponseModel):
+    """The served checkpoint: the defaults of its loop, and example prompts."""
+
+    model: str
+    models: list[str] = Field(description="loaded loop adapter sets, the served model's own first")
+    workspace: str
+    trained_iterations: int
+    max_iterations: int = Field(description="default maximum of iterations")
+    criterion: str = Field(description="default criterion")
+    threshold: float = Field(description="default threshold of the default criterion")
+    criteria: dict[str, float] = Field(description="criteria that requests can name, and their default thresholds")
+    max_new_tokens: int = Field(description="default maximum number of tokens of an answer")
+    limits: RequestLimits
+    examples: list[ExamplePrompt]
+
+
 class EndpointInfo(ResponseModel):
     """One endpoint."""
 

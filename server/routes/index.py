@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from slr_core._version import __version__
 
+from ..auth import accepts_html
 from ..protocol.native import EndpointInfo, Index
 from .common import ServiceDependency, document_errors
+from .page import page_response
 
 _STATIC = Path(__file__).parents[1] / "static"
 _CSP = "; ".join(
@@ -31,9 +33,11 @@ _CSP = "; ".join(
 router = APIRouter(tags=["operation"])
 
 
-@router.get("/", summary="List the endpoints", responses=document_errors(401))
-async def index(request: Request, service: ServiceDependency) -> Index:
-    """What this server is, and its endpoints."""
+@router.get("/", summary="List the endpoints", response_model=Index, responses=document_errors(401))
+async def index(request: Request, service: ServiceDependency) -> Index | Response:
+    """What this server is, and its endpoints. Browsers, which accept `text/html`, get the page."""
+    if accepts_html(request.headers):
+        return page_response()
     app: FastAPI = request.app
     return Index(
         name=app.title,

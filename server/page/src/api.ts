@@ -1,0 +1,79 @@
+// The server's API: types of its answers, and the reader of its event streams.
+
+export interface TopToken { token: string; prob: number }
+export interface Iteration {
+  t: number; relative_change: number | null; cosine: number | null; norm: number | null; contraction: number | null;
+  kl: number | null; entropy: number | null; adapter: string | null; duration_s: number; top_tokens: TopToken[];
+  thought?: string;
+}
+export interface Result {
+  text: string; iterations: number; exit_reason: string; final_change: number | null; budget_reduced: boolean;
+  usage: { prompt_tokens: number; completion_tokens: number; forward_passes: number };
+  timings: { total_s: number };
+}
+export interface Settings {
+  max_iterations?: number; convergence?: { criterion?: string; threshold?: number };
+  temperature?: number; loop_set?: string; max_new_tokens?: number;
+}
+export interface Checkpoint {
+  model: string; models: string[]; workspace: string; trained_iterations: number; max_iterations: number;
+  criterion: string; threshold: number; criteria: Record<string, number>; max_new_tokens: number;
+  limits: { max_iterations: number; max_top_tokens: number; max_new_tokens: number };
+  examples: { prompt: string; answer: string | null }[];
+}
+
+export class ServerError extends Error {
+  constructor(message: string, readonly status: number) { super(message); }
+}
+
+async function request(path: string, key: string, init: RequestInit = {}): Promise<Response> {
+  const headers: Record<string, string> = { accept: "application/json" };
+  if (init.body) headers["content-type"] = "application/json";
+  if (key) headers["authorization"] = `Bearer ${key}`;
+  let response: Response;
+  try {
+    response = await fetch(path, { ...init, headers });
+  } catch (error) {
+    if (init.signal?.aborted) throw error;
+    throw new ServerError("The server cannot be reached.", 0);
+  }
+  if (!response.ok) {
+    const body = await response.json().catch(() => null);
+    throw new ServerError(body?.error?.message ?? `The server answered with status ${response.status}.`, response.status);
+  }
+  return response;
+}
+
+export async function getCheckpoint(key: string): Promise<Checkpoint> {
+  return (await request("checkpoint", key)).json();
+}
+
+/** Sends a request and calls `on` with the name and data of every event. */
+export async function stream(
+  body: object, key: string, signal: AbortSignal, on: (name: string, data: any) => void,
+): Promise<void> {
+  const response = await request("trace", key, { method: "POST", body: JSON.stringify(body), signal });
+  const reader = response.body!.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) break;
+      text += value;
+      const frames = text.split("\n\n");
+      text = frames.pop()!;
+      for (const frame of frames) {
+        const name = /^event: (.*)$/m.exec(frame)?.[1];
+        const data = /^data: (.*)$/m.exec(frame)?.[1];
+        if (!name || data === undefined) continue;
+        const parsed = JSON.parse(data);
+        if (name === "error") throw new ServerError(parsed.error.message, 500);
+        on(name, parsed);
+        if (name === "done") return;
+      }
+    }
+  } catch (error) {
+    if (error instanceof ServerError || signal.aborted) throw error;
+  }
+  throw new ServerError("The connection ended before the answer was complete.", 0);
+}

@@ -1,0 +1,88 @@
+"""The page and what it shows about the checkpoint: ``GET /checkpoint`` and the files below ``/page``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from fastapi import APIRouter
+from pydantic import TypeAdapter, ValidationError
+from starlette.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+
+from slr_core.checkpoint.folder import local_path
+from slr_core.checkpoint.validate import read_json
+from slr_core.config import DEFAULT_THRESHOLDS
+from slr_core.errors import CheckpointError
+
+from ..protocol.native import CheckpointInfo, ExamplePrompt, RequestLimits
+from .common import ServiceDependency, document_errors
+
+_DIST = Path(__file__).parents[1] / "page" / "dist"
+_EXAMPLES = "examples.json"
+_Examples = TypeAdapter(list[ExamplePrompt])
+CSP = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+"""Content security policy of the page: nothing inline, nothing from another origin."""
+
+logger = logging.getLogger(__name__)
+router = APIRouter(tags=["operation"], responses=document_errors(401, 503))
+
+
+@router.get("/checkpoint", summary="Describe the served checkpoint")
+async def checkpoint(service: ServiceDependency) -> CheckpointInfo:
+    """The defaults of the served checkpoint's loop, the server's limits, and example prompts."""
+    config, settings = service.find_loop_set(None).reasoner.config, service.settings
+    loop = config.loop
+    return CheckpointInfo(
+        model=settings.model_name,
+        models=service.model_names(),
+        workspace=loop.workspace,
+        trained_iterations=loop.trained_iterations,
+        max_iterations=min(loop.max_iterations, settings.max_iterations),
+        criterion=loop.convergence.criterion,
+        threshold=loop.convergence.effective_threshold,
+        criteria={name: value for name, value in DEFAULT_THRESHOLDS.items() if name != "learned" or loop.halting_head},
+        max_new_tokens=min(config.text.max_new_tokens, settings.max_new_tokens),
+        limits=RequestLimits(
+            max_iterations=settings.max_iterations,
+            max_new_tokens=settings.max_new_tokens,
+            max_top_tokens=settings.max_top_tokens,
+        ),
+        examples=await service.in_thread(lambda: read_examples(local_path(settings.model))),
+    )
+
+
+def read_examples(folder: Path) -> list[ExamplePrompt]:
+    """The example prompts of a checkpoint folder; none if it has no ``examples.json`` or an unusable one."""
+    file = folder / _EXAMPLES
+    if not file.exists():
+        return []
+    try:
+        return _Examples.validate_python(read_json(file))
+    except (CheckpointError, ValidationError) as error:
+        logger.warning("%s is not a list of examples: %s", file, error)
+        return []
+
+
+def page_response() -> FileResponse:
+    """The page."""
+    return FileResponse(
+        _DIST / "index.html",
+        headers={"Content-Security-Policy": CSP, "Cache-Control": "no-cache", "Vary": "Accept"},
+    )
+
+
+def page_files() -> StaticFiles:
+    """Serves the page's script and style."""
+    return StaticFiles(directory=_DIST)

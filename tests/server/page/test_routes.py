@@ -1,0 +1,101 @@
+"""The page without a browser: who gets it, its policy, its size, and that the built files belong to the sources."""
+
+import gzip
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from slr_core.checkpoint.folder import BUNDLED_FOLDER, bundled_names
+from slr_server.app import create_app
+from slr_server.protocol.native import CheckpointInfo
+from slr_server.routes.page import read_examples
+from slr_server.settings import ServerSettings
+
+PAGE = Path(__file__).parents[3] / "server" / "page"
+BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+KEY = "k" * 20
+FIRST_LOAD_BYTES = 300_000
+
+
+@pytest.fixture
+def client(shared_client):
+    return shared_client
+
+
+@pytest.mark.parametrize("accept", ["application/json", "*/*"])
+def test_index_stays_json(client, accept):
+    response = client.get("/", headers={"accept": accept})
+    assert response.json()["docs"] == "/docs"
+
+
+def test_page_for_browsers(client):
+    response = client.get("/", headers=BROWSER)
+    assert response.headers["content-type"].startswith("text/html")
+    assert response.headers["vary"] == "Accept"
+    directives = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
+    assert directives["default-src"] == "'none'"
+    assert directives["script-src"] == directives["style-src"] == directives["connect-src"] == "'self'"
+    assert "unsafe" not in str(directives)
+    assert "http" not in str(directives)
+
+
+def test_page_needs_no_key(engine):
+    with TestClient(create_app(ServerSettings(api_keys=KEY), engine)) as client:
+        assert client.get("/", headers=BROWSER).status_code == 200
+        assert client.get("/page/page.js").status_code == 200
+        assert client.post("/", headers=BROWSER).status_code == 401
+        for path in ("/", "/checkpoint", "/page"):
+            assert client.get(path).status_code == 401
+        for path in ("/page/../checkpoint", "/page/%2e%2e/checkpoint", "/page/../../auth.py"):
+            assert client.get(path, headers=BROWSER).status_code in (401, 404)
+        assert client.get("/checkpoint", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
+
+
+def test_checkpoint(client):
+    info = CheckpointInfo.model_validate_json(client.get("/checkpoint").content, strict=True)
+    assert info.models == [info.model] == ["prosqa"]
+    assert info.workspace == "append"
+    assert "learned" not in info.criteria
+    assert info.criterion in info.criteria
+
+
+@pytest.mark.parametrize("name", bundled_names())
+def test_bundled_examples(name):
+    assert len(read_examples(BUNDLED_FOLDER / name)) >= 4
+
+
+def test_unusable_examples(tmp_path, caplog):
+    file = tmp_path / "examples.json"
+    assert read_examples(tmp_path) == []
+    for content in ("{", "3", "[3]", '[{"answer": "no prompt"}]', '[{"prompt": 3}]', "[" * 100_000):
+        file.write_text(content)
+        assert read_examples(tmp_path) == []
+        assert "is not a list of examples" in caplog.text
+        caplog.clear()
+    file.unlink()
+    os.mkfifo(file)
+    assert read_examples(tmp_path) == []
+
+
+def test_built_from_these_sources():
+    digest = hashlib.sha256()
+    names = sorted(f"src/{file.name}" for file in (PAGE / "src").iterdir())
+    for name in (*names, "build.mjs", "package-lock.json"):
+        digest.update(f"{name}\n".encode())
+        digest.update((PAGE / name).read_bytes())
+    assert (PAGE / "dist" / "sources.sha256").read_text().strip() == digest.hexdigest(), "run `make page`"
+
+
+def test_first_load_size():
+    files = [PAGE / "dist" / name for name in ("index.html", "page.js", "page.css")]
+    assert sum(file.stat().st_size for file in files) < FIRST_LOAD_BYTES, "the server does not compress"
+    assert sum(len(gzip.compress(file.read_bytes())) for file in files) < FIRST_LOAD_BYTES / 3
+
+
+def test_lock_names_no_host():
+    packages = json.loads((PAGE / "package-lock.json").read_text())["packages"]
+    assert all("resolved" not in package for package in packages.values())
