@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from slr_core.config import LoopConfig
+from slr_core.config import SLRConfig
 from slr_core.errors import RequestError
 from slr_core.generation.prepare import prepare, tokenize_text
 from slr_core.model.reasoner import LatentReasoner
@@ -169,7 +169,7 @@ def preprocess(
         RequestError: a prompt or a setting cannot be run.
     """
     with job.names.in_errors():
-        loop = _resolve_loop(job.loop, reasoner.config.loop, settings.max_iterations)
+        loop = _resolve_loop(job.loop, reasoner.config, settings.max_iterations)
         _check_template_options(job.template_options, reasoner)
     requests: list[Request] = []
     for index, prompt in enumerate(job.prompts):
@@ -228,7 +228,7 @@ def _preprocess_prompt(
     return request
 
 
-def _resolve_loop(params: LoopParams, config: LoopConfig, limit: int) -> ResolvedLoopParams:
+def _resolve_loop(params: LoopParams, config: SLRConfig, limit: int) -> ResolvedLoopParams:
     """Fill in the checkpoint's defaults, which give way to the operator's limit."""
     loop = params.resolve(config)
     return replace(loop, max_iterations=min(loop.max_iterations, limit), min_iterations=min(loop.min_iterations, limit))

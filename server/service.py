@@ -180,6 +180,7 @@ class Service:
         if name in (self.settings.model_name, DEFAULT_LOOP_SET):
             raise Conflict(f"the name {name!r} is reserved for the served model")
         await self._folder.load(engine, name)
+        self._warn_if_untrained(name)
 
     async def remove_loop_set(self, name: str) -> None:
         """Remove a loaded loop adapter set.
@@ -294,6 +295,15 @@ class Service:
             time.monotonic() - started,
             describe_model(self._engine.reasoner).sizes,
         )
+        self._warn_if_untrained(DEFAULT_LOOP_SET)
+
+    def _warn_if_untrained(self, name: str) -> None:
+        loop_set = self.check().loop_sets[name]
+        if not loop_set.reasoner.config.trained:
+            logger.warning(
+                "the loop of %s is untrained: requests that set no loop parameter are answered by the base model",
+                self.name_of(loop_set),
+            )
 
     def _build(self) -> Engine:
         settings = self.settings
@@ -340,7 +350,7 @@ def _warmup_request(reasoner: LatentReasoner) -> Request:
     return Request(
         prompt_ids=(0,),
         answer_prefix_ids=(),
-        loop=LoopParams().resolve(reasoner.config.loop),
+        loop=LoopParams().resolve(reasoner.config),
         max_new_tokens=1,
         sampling=SamplingParams(),
         stop=(),

@@ -302,8 +302,17 @@ class SLRConfig(_Model):
     )
     slr_version: str = Field("", description="version of the library that wrote the folder")
     base: str = Field("base", description="the base model: a folder inside the checkpoint, or a hub id")
+    trained: bool = Field(
+        True,
+        description="whether the loop has been trained. Until then a request runs it only if it sets a loop parameter",
+    )
     loop: LoopConfig = LoopConfig()
     text: TextConfig = TextConfig()
+
+    @property
+    def default_iterations(self) -> int:
+        """Maximum iterations of a request that sets no loop parameter: 0 until the loop is trained."""
+        return self.loop.max_iterations if self.trained else 0
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
-from slr_core.config import DEFAULT_THRESHOLDS, Criterion, LoopConfig
+from slr_core.config import DEFAULT_THRESHOLDS, Criterion, SLRConfig
 from slr_core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -92,20 +92,23 @@ class LoopParams:
                 param="min_iterations",
             )
 
-    def resolve(self, loop: LoopConfig) -> ResolvedLoopParams:
+    def resolve(self, config: SLRConfig) -> ResolvedLoopParams:
         """Fill in the checkpoint's defaults.
 
         A criterion without a threshold takes that criterion's default threshold. A default minimum is lowered to an
-        explicit maximum, and a default maximum is raised to an explicit minimum.
+        explicit maximum, and a default maximum is raised to an explicit minimum. An untrained loop runs only if a
+        parameter is set.
 
         Raises:
             RequestError: the criterion needs a halting head that the checkpoint does not have, or the loop would
                 pass the last trained iteration under the policy ``error``.
         """
+        loop = config.loop
         if self.criterion == "learned" and not loop.halting_head:
             raise RequestError("criterion learned needs a checkpoint with a halting head", param="criterion")
         most, least = self.max_iterations, self.min_iterations
-        highest = max(loop.max_iterations, least or 0) if most is None else most
+        most_by_default = config.default_iterations if self == LoopParams() else loop.max_iterations
+        highest = max(most_by_default, least or 0) if most is None else most
         lowest = min(loop.min_iterations, highest) if least is None else least
         if loop.lora.past_end == "error" and highest > loop.trained_iterations:
             raise RequestError(

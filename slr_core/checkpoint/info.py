@@ -25,7 +25,7 @@ class ModelDescription:
         vocabulary: tokens of the tokenizer.
         cache_bytes_per_position: keys and values of one position, all layers.
         loop_positions: positions that a loop of the default length adds to a request's cache.
-        untrained: whether there are loop adapters and none of them has an effect, as after ``slr init``.
+        untrained: whether the loop is off by default because it has not been trained, as after ``slr init``.
     """
 
     architecture: str
@@ -69,8 +69,8 @@ def describe_model(reasoner: LatentReasoner) -> ModelDescription:
         max_positions=reasoner.max_positions,
         vocabulary=len(reasoner.tokenizer),
         cache_bytes_per_position=_cache_bytes(reasoner),
-        loop_positions=reasoner.workspace.loop_positions(reasoner.config.loop.max_iterations),
-        untrained=bool(adapters) and not any(p.any() for key, p in adapters.items() if ".lora_B" in key),
+        loop_positions=reasoner.workspace.loop_positions(reasoner.config.default_iterations),
+        untrained=not reasoner.config.trained,
     )
 
 

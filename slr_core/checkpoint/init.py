@@ -38,7 +38,9 @@ tags: [latent-reasoning, peft]
 # {name}
 
 The base model `{base}` with an untrained loop, made by `slr init` {version} with seed {seed}: {sizes}.
-The adapters have no effect until `slr train` trains them. `slr info --model {name}` describes the checkpoint.
+The loop is off until `slr train` trains it (`trained` in `slr_config.json`): answers are those of the base model. A
+request that sets a loop parameter, such as `max_iterations`, runs the untrained loop, and its answer means nothing.
+`slr info --model {name}` describes the checkpoint.
 """
 
 
@@ -64,9 +66,9 @@ class InitConfig(LoopConfig):
             raise ConfigError(f"{path}: {error}") from error
 
     def config(self) -> SLRConfig:
-        """The config of a checkpoint with these settings."""
+        """The config of a checkpoint with these settings and an untrained loop."""
         data = self.model_dump(mode="json")
-        return SLRConfig.from_dict({"text": data.pop("text"), "loop": data})
+        return SLRConfig.from_dict({"trained": False, "text": data.pop("text"), "loop": data})
 
 
 def init_checkpoint(base: str, out: str | Path, config: str | Path | None = None, *, seed: int = 0) -> LatentReasoner:

@@ -54,7 +54,8 @@ def print_description(reasoner: LatentReasoner) -> None:
         "weights": f"{str(reasoner.base.dtype).removeprefix('torch.')} on {reasoner.device}",
         "loop adds": f"{sizes.added_parameters:,} parameters, {sizes.added_share:.1%} of the base",
         "workspace": loop.workspace + (f" of {loop.block_size}" if loop.workspace == "block" else ""),
-        "iterations": f"{loop.min_iterations} to {loop.max_iterations}",
+        "iterations": ("0 until the loop is trained; then " if sizes.untrained else "")
+        + f"{loop.min_iterations} to {loop.max_iterations}",
         "stops when": f"{loop.convergence.criterion} < {loop.convergence.effective_threshold:g}"
         f" for {loop.convergence.patience} iteration(s)",
         "projection": loop.projection.kind,

@@ -24,7 +24,7 @@ def init(
 ) -> None:
     """Add an untrained loop to a base model.
 
-    Writes a checkpoint folder. Its adapters have no effect until `slr train` trains them.
+    Writes a checkpoint folder. It answers as the base model until `slr train` trains the loop.
     """
     from slr_core.checkpoint.init import init_checkpoint
 

@@ -53,7 +53,7 @@ def prepare(
     """
     text = reasoner.config.text
     if not isinstance(loop, ResolvedLoopParams):
-        loop = (loop or LoopParams()).resolve(reasoner.config.loop)
+        loop = (loop or LoopParams()).resolve(reasoner.config)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise RequestError(f"max_new_tokens must be at least 1, got {max_new_tokens}", param="max_new_tokens")
     stop = (stop,) if isinstance(stop, str) else stop

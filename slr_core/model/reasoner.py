@@ -116,13 +116,13 @@ class LatentReasoner(AdaptedModel):
             attention_mask: ``[B, L]``, non-zero at real tokens, at least one per row; ``None``: all are real.
             labels: answer tokens ``[B, A]`` long, padded on the right with -100; ``None``: only the logits of the
                 first answer token are computed.
-            iterations: T, the same for all rows; ``None``: the checkpoint's ``max_iterations``; 0: the base model.
+            iterations: T, the same for all rows; ``None``: the checkpoint's default; 0: the base model.
 
         Raises:
             RequestError: the loop would pass the last trained iteration under the policy ``error``.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        count = self.config.loop.max_iterations if iterations is None else iterations
+        count = self.config.default_iterations if iterations is None else iterations
         context = self.encode(input_ids, mask)
         states = self.unroll(context, count)
         fed = input_ids[:, :0] if labels is None else labels[:, :-1]

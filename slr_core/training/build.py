@@ -35,6 +35,8 @@ def build(config: TrainConfig) -> LatentReasoner:
     source = config.base.source
     reasoner = _from_scratch(config) if source is None else _from_source(config, source)
     config.check(reasoner.config.loop)
+    if config.max_iterations != 0:
+        reasoner.config = reasoner.config.replace(trained=True)
     set_trainable(reasoner, config.train)
     return reasoner
 
@@ -86,7 +88,7 @@ def _from_source(config: TrainConfig, source: str) -> LatentReasoner:
 
 
 def _settings(loop: LoopConfig | None, text: TextConfig | None) -> SLRConfig:
-    return SLRConfig(loop=loop or LoopConfig(), text=text or TextConfig())
+    return SLRConfig(trained=False, loop=loop or LoopConfig(), text=text or TextConfig())
 
 
 def _with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

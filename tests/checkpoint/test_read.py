@@ -24,7 +24,7 @@ from tests.checkpoint.edits import ADAPTER, ADAPTER_CONFIG, BASE_WEIGHTS, MODULE
 
 
 def states(made):
-    settings = [LoopParams(max_iterations=5, criterion="fixed").resolve(made.config.loop)] * 2
+    settings = [LoopParams(max_iterations=5, criterion="fixed").resolve(made.config)] * 2
     with torch.inference_mode():
         return loop_until_exit(made, made.encode(*tiny.batch(tiny.PROMPTS[2:4])), settings).states
 

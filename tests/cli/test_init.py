@@ -6,6 +6,7 @@ import yaml
 
 from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.read import load_checkpoint
+from slr_core.config import SLRConfig
 from slr_core.model.reasoner import LatentReasoner
 from tests import tiny
 
@@ -39,6 +40,11 @@ def test_untrained_until_trained(run, plain, tmp_path):
     """``init`` and ``info`` say so, and the command that ``init`` prints trains the loop."""
     _, out, _ = run("init", plain, "--out", tmp_path / "out")
     assert "rank 8, untrained" in out
+    assert "0 until the loop is trained; then 1 to 6" in out
+    assert SLRConfig.from_json(tmp_path / "out" / "slr_config.json").trained is False
+    _, off, _ = run("generate", "--model", tmp_path / "out", "--json", "w1 w2")
+    _, on, _ = run("generate", "--model", tmp_path / "out", "--json", "--max-iterations", "2", "w1 w2")
+    assert (json.loads(off)["iterations"], json.loads(on)["iterations"] > 0) == (0, True)
     assert "trained for" not in out
     command = shlex.split(out.splitlines()[-1])
     assert command[:2] == ["slr", "train"]
@@ -50,6 +56,7 @@ def test_untrained_until_trained(run, plain, tmp_path):
     code, _, err = run(*(str(recipe) if word == "RECIPE.yaml" else word for word in command[1:]))
     assert code == 0, err
     assert "trained for 6 iterations" in run("info", "--model", tmp_path / "run")[1]
+    assert SLRConfig.from_json(tmp_path / "run" / "slr_config.json").trained is True
 
 
 def test_json(run, plain, tmp_path):

@@ -105,7 +105,7 @@ def test_one_layer_with_a_window_among_full_ones_is_refused():
 def test_the_same_architecture_without_its_window_runs(workspace):
     config = MistralConfig(**SIZES, num_hidden_layers=1, num_key_value_heads=2, sliding_window=None)
     made = tiny.reasoner(loop=tiny.WORKSPACES[workspace], plain=MistralForCausalLM(config).eval())
-    settings = LoopParams(max_iterations=3, criterion="fixed").resolve(made.config.loop)
+    settings = LoopParams(max_iterations=3, criterion="fixed").resolve(made.config)
     with torch.inference_mode():
         output = loop_until_exit(made, made.encode(*tiny.batch(tiny.PROMPTS)), [settings] * 8)
     assert output.iterations == [3] * 8

@@ -69,7 +69,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone(made, alone):
 
 
 def test_states_in_a_batch_are_those_of_rows_alone(made):
-    settings = [LoopParams(**loop).resolve(made.config.loop) for loop in MIXED]
+    settings = [LoopParams(**loop).resolve(made.config) for loop in MIXED]
     with torch.inference_mode():
         together = loop_until_exit(made, made.encode(*tiny.batch(tiny.PROMPTS)), settings)
         for i, prompt in enumerate(tiny.PROMPTS):
@@ -97,7 +97,7 @@ def test_the_order_of_a_batch_changes_nothing(made, alone):
 
 
 def test_left_padding_equals_right_padding(made):
-    settings = [LoopParams(**loop).resolve(made.config.loop) for loop in MIXED]
+    settings = [LoopParams(**loop).resolve(made.config) for loop in MIXED]
     looped = torch.tensor([s.max_iterations > 0 for s in settings])
     tokens, present = tiny.batch([tiny.words(1, 2), *[tiny.words(4, 5, 6)] * 7])
     outputs, answers = [], []

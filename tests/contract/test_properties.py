@@ -121,7 +121,7 @@ def facts(result: Result) -> tuple[Any, ...]:
 
 def looped(made: LatentReasoner, rows: list[str], asks: list[dict[str, Any]], side: str = "right"):
     with torch.inference_mode():
-        resolved = [LoopParams(**ask).resolve(made.config.loop) for ask in asks]
+        resolved = [LoopParams(**ask).resolve(made.config) for ask in asks]
         return loop_until_exit(made, made.encode(*tiny.batch(rows, side)), resolved)
 
 
@@ -222,7 +222,7 @@ def test_a_minimum_that_is_the_maximum_equals_the_criterion_fixed(kind, loop, ro
         assert ours.iterations[i] == count or plain == "diverged"
         # A criterion that is met at the last iteration has been met: nothing else may differ.
         assert reason == plain or (reason, plain) == ("converged", "max_iterations")
-        resolved = LoopParams(**forced).resolve(made.config.loop)
+        resolved = LoopParams(**forced).resolve(made.config)
         if plain == "max_iterations" and resolved.criterion in ("relative_change", "cosine", "kl"):
             last = [getattr(record, resolved.criterion) for record in ours.records[i][-resolved.patience :]]
             met = len(last) == resolved.patience and all(x is not None and x < resolved.threshold for x in last)
@@ -293,11 +293,12 @@ def test_past_the_end_adapter_and_embedding_follow_the_policy(kind, loop, beyond
 @settings(max_examples=10)
 @given(loop=loops(policies=("error",)), beyond=st.integers(1, 4))
 def test_past_the_end_an_error_comes_before_anything_runs(loop, beyond):
-    config = tiny.config(loop).loop
-    LoopParams(max_iterations=config.trained_iterations).resolve(config)
+    config = tiny.config(loop)
+    trained = config.loop.trained_iterations
+    LoopParams(max_iterations=trained).resolve(config)
     for name in ("max_iterations", "min_iterations"):
         with pytest.raises(RequestError) as caught:
-            LoopParams(**{name: config.trained_iterations + beyond}).resolve(config)
+            LoopParams(**{name: trained + beyond}).resolve(config)
         assert caught.value.param == "max_iterations"
 
 

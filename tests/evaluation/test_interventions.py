@@ -66,7 +66,7 @@ def same(rows):
 @torch.inference_mode()
 def looped(made, run_loop, depths=DEPTHS):
     context = made.encode(*tiny.batch(tiny.PROMPTS[: len(depths)]))
-    return run_loop(context, [LoopParams(**loop).resolve(made.config.loop) for loop in depths])
+    return run_loop(context, [LoopParams(**loop).resolve(made.config) for loop in depths])
 
 
 # -- replaced --------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_noise_does_not_depend_on_the_batch(plain, start_only):
         context = plain.encode(*tiny.batch([tiny.PROMPTS[row]]))
         with torch.inference_mode():
             alone = add_noise(plain, 0.3, [SEEDS[row]], start_only=start_only)(
-                context, [LoopParams(**DEPTHS[row]).resolve(plain.config.loop)]
+                context, [LoopParams(**DEPTHS[row]).resolve(plain.config)]
             )
         torch.testing.assert_close(alone.states[0], together[row], atol=1e-4, rtol=1e-4)
 

@@ -243,7 +243,7 @@ def test_diverging_loop_cost():
         max_iterations=6, trained_iterations=3, guard={"expanding_iterations": 2, "norm_factor": 2.0}, **growing
     )
     prompts = list(tiny.PROMPTS)
-    settings = LoopParams(criterion="fixed").resolve(made.config.loop)
+    settings = LoopParams(criterion="fixed").resolve(made.config)
     context = made.encode(*tiny.batch(prompts))
     with torch.inference_mode():
         output = loop_until_exit(made, context, [settings] * len(prompts))

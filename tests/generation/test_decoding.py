@@ -251,7 +251,7 @@ def test_a_prefix_is_what_a_forced_beginning_would_be(workspace):
     prefixed = answer(made, max_new_tokens=3)
     with torch.inference_mode():
         context = plain.encode(*tiny.batch([tiny.PROMPTS[1]]))
-        output = loop_until_exit(plain, context, [LoopParams(**fixed(2)).resolve(plain.config.loop)])
+        output = loop_until_exit(plain, context, [LoopParams(**fixed(2)).resolve(plain.config)])
         tokens, looped, one = tiny.ids("w7 w8"), torch.tensor([True]), torch.tensor([[True]])
         for token in tokens:
             logits = plain.answer_logits(output.context, torch.tensor([[token]]), one, looped)

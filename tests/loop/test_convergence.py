@@ -11,6 +11,7 @@ from slr_core.config import (
     GuardConfig,
     LoopConfig,
     LoopLoraConfig,
+    SLRConfig,
 )
 from slr_core.errors import RequestError
 from slr_core.loop.convergence import ExitRule, measure, measure_step
@@ -173,10 +174,10 @@ def test_requests_override_defaults(t_max, t_min, criterion, threshold, most, le
     options = {"max_iterations": most, "min_iterations": least, "criterion": asked, "threshold": asked_threshold}
     if most is not None and least is not None and least > most:
         with pytest.raises(RequestError, match="min_iterations must be at most") as caught:
-            LoopParams(**options).resolve(loop)
+            LoopParams(**options).resolve(SLRConfig(loop=loop))
         assert caught.value.param == "min_iterations"
         return
-    made = LoopParams(**options, patience=patience).resolve(loop)
+    made = LoopParams(**options, patience=patience).resolve(SLRConfig(loop=loop))
     assert made.min_iterations <= made.max_iterations
     assert made.max_iterations == (max(t_max, least or 0) if most is None else most)
     assert made.min_iterations == (min(t_min, made.max_iterations) if least is None else least)
@@ -190,9 +191,17 @@ def test_requests_override_defaults(t_max, t_min, criterion, threshold, most, le
         assert made.threshold == DEFAULT_THRESHOLDS[made.criterion]
 
 
+def test_untrained_loop_runs_on_request_alone():
+    config = SLRConfig(trained=False)
+    assert LoopParams().resolve(config).max_iterations == config.default_iterations == 0
+    assert LoopParams(min_iterations=2).resolve(config).max_iterations == config.loop.max_iterations
+    assert LoopParams(threshold=0.5).resolve(config).max_iterations == config.loop.max_iterations
+    assert LoopParams(max_iterations=3).resolve(config).max_iterations == 3
+
+
 def test_a_threshold_of_zero_is_kept():
-    assert LoopParams(threshold=0.0).resolve(LoopConfig()).threshold == 0.0
-    assert LoopParams(max_iterations=0).resolve(LoopConfig()).max_iterations == 0
+    assert LoopParams(threshold=0.0).resolve(SLRConfig()).threshold == 0.0
+    assert LoopParams(max_iterations=0).resolve(SLRConfig()).max_iterations == 0
 
 
 @pytest.mark.parametrize(
@@ -201,36 +210,36 @@ def test_a_threshold_of_zero_is_kept():
 )
 def test_settings_that_cannot_be_meant_are_refused(field, value):
     with pytest.raises(RequestError) as caught:
-        LoopParams(**{field: value}).resolve(LoopConfig())
+        LoopParams(**{field: value}).resolve(SLRConfig())
     assert caught.value.param == field
 
 
 def test_an_unknown_criterion_is_a_request_error():
     with pytest.raises(RequestError):
-        LoopParams(criterion="vibes").resolve(LoopConfig())
+        LoopParams(criterion="vibes").resolve(SLRConfig())
 
 
 def test_the_policy_error_bounds_the_maximum():
     loop = LoopConfig(trained_iterations=4, max_iterations=4, lora=LoopLoraConfig(past_end="error"))
-    assert LoopParams(max_iterations=4).resolve(loop).max_iterations == 4
+    assert LoopParams(max_iterations=4).resolve(SLRConfig(loop=loop)).max_iterations == 4
     for options in ({"max_iterations": 5}, {"min_iterations": 5}):
         with pytest.raises(RequestError, match="at most 4, the last trained iteration, got 5"):
-            LoopParams(**options).resolve(loop)
+            LoopParams(**options).resolve(SLRConfig(loop=loop))
 
 
 def test_the_head_is_read_only_where_it_is_needed():
     loop = LoopConfig(halting_head=True)
-    reading = {c for c in CRITERIA if LoopParams(criterion=c).resolve(loop).reads_head}
+    reading = {c for c in CRITERIA if LoopParams(criterion=c).resolve(SLRConfig(loop=loop)).reads_head}
     assert reading == {"kl", "entropy_change", "argmax_stable"}
 
 
 def test_the_learned_criterion_needs_a_head():
     with pytest.raises(RequestError, match="halting head") as caught:
-        LoopParams(criterion="learned").resolve(LoopConfig())
+        LoopParams(criterion="learned").resolve(SLRConfig())
     assert caught.value.param == "criterion"
     loop = LoopConfig(halting_head=True, convergence=ConvergenceConfig(criterion="learned", threshold=0.2))
-    assert LoopParams().resolve(loop).threshold == 0.2
-    assert LoopParams(criterion="fixed").resolve(loop).threshold == DEFAULT_THRESHOLDS["fixed"]
+    assert LoopParams().resolve(SLRConfig(loop=loop)).threshold == 0.2
+    assert LoopParams(criterion="fixed").resolve(SLRConfig(loop=loop)).threshold == DEFAULT_THRESHOLDS["fixed"]
 
 
 # -- distances -------------------------------------------------------------------------------------------

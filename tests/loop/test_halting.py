@@ -49,7 +49,7 @@ def test_any_leading_dimensions_and_precisions():
 
 
 def run(made, prompts=tiny.PROMPTS[1:4], **loop):
-    settings = [LoopParams(**loop).resolve(made.config.loop)] * len(prompts)
+    settings = [LoopParams(**loop).resolve(made.config)] * len(prompts)
     with torch.no_grad():
         return loop_until_exit(made, made.encode(*tiny.batch(list(prompts))), settings)
 

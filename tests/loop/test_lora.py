@@ -42,7 +42,7 @@ def test_past_the_end_can_be_an_error():
     made = tiny.reasoner(loop={"lora": {"past_end": "error"}, "max_iterations": 3})
     assert run(made, 3).iterations == [3]
     with pytest.raises(RequestError, match="at most 3"):
-        LoopParams(max_iterations=4).resolve(made.config.loop)
+        LoopParams(max_iterations=4).resolve(made.config)
 
 
 @pytest.mark.parametrize("timestep", ["none", "learned", "sinusoidal"])
@@ -62,7 +62,7 @@ def test_kinds_name_their_adapters():
 
 
 def run(made, iterations):
-    settings = LoopParams(max_iterations=iterations, criterion="fixed").resolve(made.config.loop)
+    settings = LoopParams(max_iterations=iterations, criterion="fixed").resolve(made.config)
     with torch.inference_mode():
         return loop_until_exit(made, made.encode(*tiny.batch([tiny.PROMPTS[1]])), [settings])
 

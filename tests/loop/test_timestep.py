@@ -172,7 +172,7 @@ def test_each_iteration_reads_the_change_of_the_one_before(workspace, first, sou
     seen = []
     made.timestep.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[2].flatten().tolist()))
     depths = (4, 2)
-    settings = [LoopParams(max_iterations=n, criterion="fixed").resolve(made.config.loop) for n in depths]
+    settings = [LoopParams(max_iterations=n, criterion="fixed").resolve(made.config) for n in depths]
     with torch.no_grad():
         output = loop_until_exit(made, made.encode(*tiny.batch(tiny.PROMPTS[:2])), settings)
     assert len(seen) == 4

@@ -63,7 +63,7 @@ class Watch:
 
 
 def loop(made, prompts, *iterations, side="right"):
-    settings = [LoopParams(max_iterations=n, criterion="fixed").resolve(made.config.loop) for n in iterations]
+    settings = [LoopParams(max_iterations=n, criterion="fixed").resolve(made.config) for n in iterations]
     with torch.no_grad():
         return loop_until_exit(made, made.encode(*tiny.batch(list(prompts), side)), settings)
 

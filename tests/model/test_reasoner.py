@@ -19,7 +19,7 @@ def made():
 
 
 def settings(made, **loop):
-    return LoopParams(**loop).resolve(made.config.loop)
+    return LoopParams(**loop).resolve(made.config)
 
 
 def run(made, prompts, *loops, **options):
@@ -40,7 +40,7 @@ def of(workspace, **loop):
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_records_are_measured_on_the_states(workspace, side):
     made = of(workspace)
-    fixed = LoopParams(max_iterations=4, criterion="fixed").resolve(made.config.loop)
+    fixed = LoopParams(max_iterations=4, criterion="fixed").resolve(made.config)
     with torch.no_grad():
         # Beside a longer row, so that there is padding.
         context = made.encode(*tiny.batch([tiny.PROMPTS[1], tiny.PROMPTS[3]], side))

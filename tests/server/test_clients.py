@@ -253,7 +253,7 @@ def test_lm_eval_generates(evaluate, made):
         "metric_list: [{metric: exact_match}]"
     )
     samples = evaluate("generate_until", details)
-    loop = LoopParams().resolve(made.config.loop)
+    loop = LoopParams().resolve(made.config)
     assert loop.max_iterations > 0
     for sample in samples:
         assert sample["resps"][0][0] == expected(made, raw(sample["doc"]["question"])).text
