@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +52,13 @@ class Walk:
         steps: number of training steps that replaces the recipe's; answers are then short, too.
     """
 
-    def __init__(self, folder: Path, steps: int | None = None) -> None:
+    def __init__(self, folder: Path, steps: int) -> None:
         self.folder, self.server, self.outputs = folder, None, []
         write_base(folder / "path" / "to" / "base")
         recipe = (ROOT / "configs" / "quickstart.yaml").read_text()
-        if steps is not None:
-            recipe += "text: {max_new_tokens: 4}\n"  # what has learned nothing does not stop by itself
-            recipe, found = re.subn(r"- steps: \d+$", f"- steps: {steps}", recipe, flags=re.MULTILINE)
-            assert found == 1
+        recipe += "text: {max_new_tokens: 4}\n"  # what has learned nothing does not stop by itself
+        recipe, found = re.subn(r"- steps: \d+$", f"- steps: {steps}", recipe, flags=re.MULTILINE)
+        assert found == 1
         (folder / "configs").mkdir()
         (folder / "configs" / "quickstart.yaml").write_text(recipe)
 
@@ -105,24 +102,6 @@ class Walk:
         return {name: float(accuracy) for name, accuracy in rows}
 
 
-class ShortWalk(Walk):
-    """A walk whose ``slr`` commands run in this process: starting them takes longer than what they do."""
-
-    def __init__(self, folder: Path, run_slr: Callable[..., tuple[int, str, str]]) -> None:
-        super().__init__(folder, steps=3)
-        self.run_slr = run_slr
-
-    def run_block(self, kind: str, block: str) -> str:
-        if not block.startswith("slr "):
-            return super().run_block(kind, block)
-        outputs = []
-        for line in block.replace("\\\n", " ").splitlines():
-            code, out, err = self.run_slr(*shlex.split(line)[1:])
-            assert code == 0, f"{line}\n{out}\n{err}"
-            outputs.append(out)
-        return "".join(outputs)
-
-
 def test_page_has_every_step():
     whole = "".join(block for _, block in BLOCKS)
     commands = re.findall(r"^(slr \w+|curl)", whole, re.MULTILINE)
@@ -138,20 +117,8 @@ def test_install_names_what_exists():
     assert all(f"\n{extra} = [" in text for extra in extras.split(","))
 
 
-NEEDS_CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-
-
-@NEEDS_CURL
-def test_walk_in_short(run, tmp_path, monkeypatch):
-    """All commands of the page, with a recipe of a few steps."""
-    monkeypatch.chdir(tmp_path)
-    walk = ShortWalk(tmp_path, run)
-    walk.run()
-    walk.check()
-
-
 @pytest.mark.slow
-@NEEDS_CURL
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_walk(tmp_path):
     """All commands of the page, each in a process of its own. The whole recipe takes too long here."""
     walk = Walk(tmp_path, steps=30)

@@ -113,6 +113,7 @@ def publish(hub, model, **changes):
         tiny.edit_json(folder / "config.json", **changes)
 
 
+@pytest.mark.slow
 def test_unknown_id(hub, slr):
     """One question to the hub, one line to the user."""
     hub.root.mkdir()
@@ -121,6 +122,7 @@ def test_unknown_id(hub, slr):
     assert hub.files == ["slr_config.json"]
 
 
+@pytest.mark.slow
 def test_config_before_weights(hub, slr):
     """A model that cannot be a base is refused by its config; none of its weights are downloaded."""
     publish(hub, "someone/windowed", layer_types=["sliding_attention", "full_attention"])
@@ -130,6 +132,7 @@ def test_config_before_weights(hub, slr):
     assert set(hub.files) == {"slr_config.json", "config.json"}
 
 
+@pytest.mark.slow
 def test_plain_model(hub, slr):
     """Served or asked, a plain model is refused by its config, with the command that makes a reasoner of it."""
     publish(hub, "someone/plain")
@@ -141,6 +144,7 @@ def test_plain_model(hub, slr):
     )
 
 
+@pytest.mark.slow
 def test_base_is_downloaded(hub, slr, tmp_path):
     publish(hub, "someone/plain")
     code, err = slr("init", "someone/plain", "--out", "out")

@@ -138,6 +138,7 @@ def image_environment():
     return dict(word.split("=", 1) for word in shlex.split(words.replace("\\\n", " ")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["image", "no home"])
 def test_any_user(case, tmp_path):
     """The server starts and answers as a user without a name, with nowhere to write or with an unusable home."""

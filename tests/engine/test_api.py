@@ -267,6 +267,7 @@ with Engine(made, slots=2, threads=1) as engine:
 """
 
 
+@pytest.mark.slow
 def test_interrupt_cancels():
     """SIGINT during each method: it raises KeyboardInterrupt, and the engine is free again."""
     done = subprocess.run([sys.executable, "-c", INTERRUPTS], capture_output=True, text=True, timeout=TIMEOUT)

@@ -43,6 +43,7 @@ def run(script, code=0):
     return done
 
 
+@pytest.mark.slow
 def test_engine_leaves_no_idle_workers():
     done = run("""
 torch.set_num_threads(4)
@@ -93,6 +94,7 @@ print("fine")
     assert done.stdout == "fine\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("raise ValueError('mine')", 1)])
 def test_exit_status_with_a_running_engine(end, code):
     done = run(

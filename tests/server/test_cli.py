@@ -115,6 +115,7 @@ def test_port_in_use(monkeypatch, capsys):
     assert line.startswith(f"slr-serve: error: cannot listen on 127.0.0.1:{port}")
 
 
+@pytest.mark.slow
 def test_two_servers_on_a_port(guarded):
     port = guarded.url.rpartition(":")[2]
     command = [sys.executable, "-m", "slr_server.cli", "--port", port, "--log-level", "error"]

@@ -17,6 +17,7 @@ def slr(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peer", ["coconut", "pccot"])
 def test_served(peer, tmp_path):
     """Its answers are the published loop's, and `/trace` shows its thoughts."""

@@ -26,6 +26,7 @@ RECIPES = Path(__file__).parents[2] / "configs"
 ABLATIONS = sorted(path.stem for path in (RECIPES / "ablations").glob("*.yaml") if path.stem != "base")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_variant_of_an_ablation_starts(name):
     spec = RECIPES / "ablations" / f"{name}.yaml"

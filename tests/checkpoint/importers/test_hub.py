@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from tests.checkpoint.importers import published
@@ -19,6 +20,7 @@ def slr(url, home, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_hub_ids(tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
