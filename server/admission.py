@@ -9,16 +9,49 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from threading import Lock
 
 from slr_core.types import Request
 
 from .errors import QueueFull
 
 _MAX_RETRY_AFTER_S = 60
-_RATE_WINDOW_S = 60  # older answers say nothing about the current rate
-_RATE_SAMPLES = 256
+_RATE_SAMPLES = 64
 _FULL_PRESSURE = 0.5
 """Share of the queue at which iteration budgets reach their floor: well before requests are refused."""
+
+
+class CompletionRate:
+    """Finished answers per second, measured over the last answers and only while there was work. Thread-safe.
+
+    Args:
+        clock: returns seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._lock = clock, Lock()
+        self._intervals: deque[float] = deque(maxlen=_RATE_SAMPLES)
+        self._since = clock()
+        """When the last answer finished, or when work arrived after that."""
+
+    def record_arrival(self) -> None:
+        """Record that work arrives at an idle engine: the time before does not count."""
+        with self._lock:
+            self._since = self._clock()
+
+    def record_finished(self) -> None:
+        """Record that an answer has finished."""
+        with self._lock:
+            now = self._clock()
+            self._intervals.append(now - self._since)
+            self._since = now
+
+    def seconds_for(self, answers: int) -> float | None:
+        """Seconds in which this number of answers finishes; ``None``: none has finished yet."""
+        with self._lock:
+            if not self._intervals:
+                return None
+            return answers * (sum(self._intervals) + self._clock() - self._since) / len(self._intervals)
 
 
 class Admission:
@@ -28,12 +61,33 @@ class Admission:
         limit: maximum number of waiting answers.
         queued: returns the number of answers that wait in the engine.
         clock: returns seconds, monotonic.
+        running: returns the number of answers that have a slot of the engine.
     """
 
-    def __init__(self, limit: int, queued: Callable[[], int], clock: Callable[[], float] = time.monotonic) -> None:
-        self.limit, self._queued, self._clock = limit, queued, clock
+    def __init__(
+        self,
+        limit: int,
+        queued: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+        running: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.limit, self._queued, self._running = limit, queued, running
         self._reserved = 0
-        self._finished: deque[float] = deque(maxlen=_RATE_SAMPLES)
+        self._rate = CompletionRate(clock)
+
+    @property
+    def _waiting(self) -> int:
+        return self._queued() + self._reserved
+
+    def check_room(self, count: int = 1) -> None:
+        """Check that ``count`` answers may wait.
+
+        Raises:
+            QueueFull: there is no room for all of them.
+        """
+        missing = self._waiting + count - self.limit
+        if missing > 0:
+            raise QueueFull("the queue is full, try again later", self.retry_after_s(missing))
 
     @contextmanager
     def reserve(self, count: int) -> Iterator[None]:
@@ -42,9 +96,9 @@ class Admission:
         Raises:
             QueueFull: there is no room for all of them.
         """
-        missing = self._queued() + self._reserved + count - self.limit
-        if missing > 0:
-            raise QueueFull("the queue is full, try again later", self._retry_after_s(missing))
+        self.check_room(count)
+        if not self._waiting and not self._running():
+            self._rate.record_arrival()
         self._reserved += count
         try:
             yield
@@ -54,21 +108,17 @@ class Admission:
     def depth(self, floor: float) -> float:
         """The share of its iteration budget that a new request gets: 1 while nothing waits, and linearly less, down to
         ``floor``, until the queue is half full."""
-        waiting = (self._queued() + self._reserved) / self.limit
-        return 1 - (1 - floor) * min(1.0, waiting / _FULL_PRESSURE)
+        return 1 - (1 - floor) * min(1.0, self._waiting / self.limit / _FULL_PRESSURE)
 
     def record_finished(self) -> None:
         """Count an answer that has finished. Thread-safe."""
-        self._finished.append(self._clock())
+        self._rate.record_finished()
 
-    def _retry_after_s(self, missing: int) -> int:
-        """Seconds in which the recent rate frees ``missing`` places."""
-        while self._finished and self._finished[0] < self._clock() - _RATE_WINDOW_S:
-            self._finished.popleft()
-        if not self._finished:
-            return 1
-        rate = len(self._finished) / max(self._clock() - self._finished[0], 1e-3)
-        return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(missing / rate)))
+    def retry_after_s(self, missing: int) -> int:
+        """Seconds in which the answers that wait now, and ``missing`` more, finish at the measured rate: whole, and
+        from 1 to 60."""
+        seconds = self._rate.seconds_for(self._waiting + missing)
+        return 1 if seconds is None else max(1, min(_MAX_RETRY_AFTER_S, math.ceil(seconds)))
 
 
 def reduce_budget(request: Request, depth: float) -> Request:

@@ -16,7 +16,8 @@ from slr_core.engine import Engine
 from .auth import Auth
 from .errors import install_handlers
 from .hosts import HostCheck, allowed_hosts
-from .middleware import REQUEST_ID, SERVER_TIMING, BodyLimit, HeadAsGet, HeaderLimit, Preflight, RequestContext
+from .middleware import REQUEST_ID, SERVER_TIMING, HeadAsGet, HeaderLimit, Preflight, RequestContext
+from .overload import BodyLimit, EarlyRefusal, RequestCount
 from .routes import admin, generate, health, index, metrics, openai, page
 from .service import Service
 from .settings import ServerSettings, split_list
@@ -87,7 +88,9 @@ def _middleware(settings: ServerSettings, service: Service) -> list[Middleware]:
             )
         )
     layers.append(Middleware(Auth, api_keys=settings.api_keys, admin_key=settings.admin_key))
+    layers.append(Middleware(EarlyRefusal, limit=service.requests))
     layers.append(Middleware(BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.body_timeout_s))
+    layers.append(Middleware(RequestCount, limit=service.requests))
     return layers
 
 

@@ -161,6 +161,7 @@ class Connection(HttpToolsProtocol):
             self._stop(InvalidHTTP("the version must be HTTP/1.0 or HTTP/1.1"))
         if version == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
             self._stop(InvalidHTTP("a request must have one Host header"))
+        request_stats(cast(Scope, self.scope))  # the time of arrival
         super().on_headers_complete()
         self._in_head = False
         self.cycle.transport = self._writer  # type: ignore[assignment]

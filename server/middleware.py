@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
@@ -15,8 +14,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import (
     CLIENT_CLOSED_REQUEST,
-    BodyTooLarge,
-    BodyTooSlow,
     PreflightRefused,
     TooManyHeaders,
     send_error,
@@ -46,7 +43,6 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started_at = time.perf_counter()
         given = Headers(scope=scope).get(REQUEST_ID, "")
         stats = request_stats(scope)
         if not stats.request_id:  # else the connection has refused the rest of the request
@@ -87,7 +83,7 @@ class RequestContext:
                 method=scope["method"],
                 path=scope["path"],
                 status=status,
-                duration_s=time.perf_counter() - started_at,
+                duration_s=time.monotonic() - stats.arrived_at,
                 stats=stats,
             )
             log_access(entry)
@@ -143,55 +139,3 @@ class Preflight(CORSMiddleware):
             {name: value for name, value in response.headers.items() if not name.startswith("content-")}
         )
         return refused
-
-
-class BodyLimit:
-    """Reads the body before the application does, and refuses it if it is larger than ``limit`` bytes or takes longer
-    than ``timeout_s``."""
-
-    def __init__(self, app: ASGIApp, limit: int, timeout_s: float) -> None:
-        self.app, self.limit, self.timeout_s = app, limit, timeout_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
-            await self.app(scope, receive, send)
-            return
-        try:
-            async with asyncio.timeout(self.timeout_s):
-                body = await self._read(Headers(scope=scope).get("content-length", ""), receive)
-        except TimeoutError:
-            error = BodyTooSlow(f"the body must arrive within {self.timeout_s:g} seconds")
-            await send_error(error, scope, receive, send)
-            return
-        except BodyTooLarge as too_large:
-            await send_error(too_large, scope, receive, send)
-            return
-        if body is None:
-            return
-        message: Message | None = {"type": "http.request", "body": body, "more_body": False}
-
-        async def replay() -> Message:
-            nonlocal message
-            given, message = message, None
-            return await receive() if given is None else given
-
-        await self.app(scope, replay, send)
-
-    async def _read(self, declared: str, receive: Receive) -> bytes | None:
-        """The body; ``None`` if the client disconnected before its end."""
-        size = int(declared) if declared.isdecimal() else 0
-        chunks: list[bytes] = []
-        received, more = 0, True
-        while more:
-            if max(size, received) > self.limit:
-                raise BodyTooLarge(f"the body must be at most {self.limit} bytes")
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunks.append(message.get("body", b""))
-            received += len(chunks[-1])
-            more = message.get("more_body", False)
-        if received > self.limit:
-            raise BodyTooLarge(f"the body must be at most {self.limit} bytes")
-        return b"".join(chunks)

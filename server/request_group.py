@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -21,6 +22,20 @@ from .protocol.schema import OutputEvent
 def timeout_error(limit_s: float) -> TimedOut:
     """The error of a request that exceeds its time limit."""
     return TimedOut(f"no answer within {limit_s:g} seconds")
+
+
+@asynccontextmanager
+async def until_deadline(deadline: float, limit_s: float) -> AsyncIterator[None]:
+    """Give up what runs inside at ``deadline`` (``time.monotonic``); ``limit_s`` is the same as a duration.
+
+    Raises:
+        TimedOut: the deadline has passed.
+    """
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            yield
+    except TimeoutError as error:
+        raise timeout_error(limit_s) from error
 
 
 class AdmittedRequest(NamedTuple):
@@ -115,12 +130,9 @@ class RequestGroup:
     async def __anext__(self) -> OutputEvent:
         if not self._unfinished:
             raise StopAsyncIteration
-        try:
-            # The engine checks the deadline too, but not while it is stalled.
-            async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
-                index, item = await self._queue.get()
-        except TimeoutError as error:
-            raise timeout_error(self._limit_s) from error
+        # The engine checks the deadline too, but not while it is stalled.
+        async with until_deadline(self._deadline, self._limit_s):
+            index, item = await self._queue.get()
         if isinstance(item, DeadlineError):
             raise timeout_error(self._limit_s) from item
         if isinstance(item, BaseException):

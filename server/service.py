@@ -25,9 +25,10 @@ from .admission import Admission, reduce_budget
 from .errors import Conflict, NotFound, Unavailable
 from .observability.metrics import Metrics
 from .observability.request_stats import RequestStats
+from .overload import RequestLimit
 from .preprocess import GenerationJob, preprocess
 from .protocol.schema import Answer, OutputEvent
-from .request_group import AdmittedRequest, RequestGroup, timeout_error
+from .request_group import AdmittedRequest, RequestGroup, until_deadline
 from .settings import ServerSettings
 
 T = TypeVar("T")
@@ -59,7 +60,11 @@ class Service:
         """Unix time in seconds at which the server started."""
         # One thread: the CPU cores belong to the engine.
         self._worker = ThreadPoolExecutor(1, "slr-tokenize")
-        self._admission = Admission(settings.max_queue, self._queued)
+        self._admission = Admission(settings.max_queue, self._queued, running=self._running)
+        # More can be in progress than the engine takes while answers are tokenized, encoded and sent.
+        self.requests = RequestLimit(
+            settings.max_requests or 2 * (settings.slots + settings.max_queue), self._admission
+        )
         self.metrics = Metrics(settings.model_name)
         if engine is not None:
             self.metrics.watch(engine)
@@ -119,6 +124,10 @@ class Service:
         if self.stalled:
             raise Unavailable("the engine makes no progress")
         return self._engine
+
+    def deadline(self, stats: RequestStats) -> float:
+        """``time.monotonic`` at which an HTTP request exceeds its time limit."""
+        return stats.arrived_at + self.settings.request_timeout_s
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run ``work`` in the thread that tokenizes, so that it does not block the event loop."""
@@ -226,7 +235,7 @@ class Service:
         engine = self.check()
         stats.answers, stats.stream, stats.loop_set = job.answers, job.stream, self.name_of(loop_set)
         try:
-            async with self._submit(engine, job, loop_set) as (group, reduced):
+            async with self._submit(engine, job, loop_set, self.deadline(stats)) as (group, reduced):
                 stats.reduced = reduced
                 async for output in group:
                     if isinstance(output.event, FinishedEvent):
@@ -239,19 +248,15 @@ class Service:
 
     @asynccontextmanager
     async def _submit(
-        self, engine: Engine, job: GenerationJob, loop_set: LoopAdapterSet
+        self, engine: Engine, job: GenerationJob, loop_set: LoopAdapterSet, deadline: float
     ) -> AsyncIterator[tuple[RequestGroup, int]]:
         """Run a job while the context lasts; with the number of answers whose iteration budget was reduced."""
         limit = self.settings.request_timeout_s
-        deadline = time.monotonic() + limit
         depth = self._admission.depth(self.settings.elastic_floor)
         with self._admission.reserve(job.answers):
             work = partial(preprocess, job, self.settings, loop_set.reasoner, engine.capacity)
-            try:
-                async with asyncio.timeout(limit):
-                    requests = await self.in_thread(work)
-            except TimeoutError as error:
-                raise timeout_error(limit) from error
+            async with until_deadline(deadline, limit):
+                requests = await self.in_thread(work)
             budgeted = [reduce_budget(request, depth) for request in requests]
             admitted = [AdmittedRequest(new, new is not old) for new, old in zip(budgeted, requests, strict=True)]
             with job.names.in_errors():
@@ -343,6 +348,9 @@ class Service:
 
     def _queued(self) -> int:
         return 0 if self._engine is None else self._engine.queued
+
+    def _running(self) -> int:
+        return 0 if self._engine is None else self._engine.in_flight
 
 
 def _warmup_request(reasoner: LatentReasoner) -> Request:

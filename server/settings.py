@@ -93,6 +93,13 @@ class ServerSettings(BaseSettings):
     max_queue: int = Field(
         256, ge=1, le=1_000_000, description="Maximum number of waiting answers; requests beyond it get 429."
     )
+    max_requests: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Maximum number of generation requests in progress; requests beyond it get 429. "
+        "Default: twice --slots and --max-queue together.",
+    )
     elastic_floor: float = Field(
         0.5,
         gt=0,

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 import benchmarks
-from benchmarks import passes, prosqa
+from benchmarks import overload, passes, prosqa
 from slr_core.engine import Engine
 from slr_core.engine.runner.kv_cache import KVCache
 from tests import tiny
@@ -79,3 +79,17 @@ def test_prosqa_says_how_long_it_takes(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         prosqa.main()
     assert "minutes" in capsys.readouterr().out
+
+
+def test_overload_report():
+    tally = overload.Tally(10.0, answered=[0.5] * 100, refused=[0.01] * 300, retry_after=[2] * 300, probes=[0.002, 0.9])
+    before = {"ok": 5.0, "rejected": 0.0, "error": 0.0}
+    assert overload.miscounted(before, {"ok": 105.0, "rejected": 300.0, "error": 0.0}, tally) == 0
+    assert overload.miscounted(before, {"ok": 104.0, "rejected": 300.0, "error": 2.0}, tally) == 3
+    loads = {f"{multiple:g}x": {**tally.row(), "miscounted": 0, "mib": 105.0} for multiple in overload.RATES}
+    figures = {"rate": 10.0, "saturated": tally.row(), "loads": loads, "warm_mib": 100.0, "exit_code": 0}
+    lines = overload.report(figures, figures, 60).splitlines()
+    assert "| off | 10x | 10.0 | 30.0 | 0 | 500.0 | 500.0 | 10.0 | 2.0 | 900.0 | 0.0 | 0 | 105.0 |" in lines
+    verdicts = [line.split("|")[2:4] for line in lines[-6:]]
+    assert [value.strip() for value, _ in verdicts] == ["0", "5.0 %", "1.00x", "10.0 ms", "900.0 ms", "1.00x"]
+    assert [verdict.strip() for _, verdict in verdicts] == ["met"] * 5 + ["**missed**"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from starlette.types import Scope
@@ -16,6 +17,7 @@ class RequestStats:
     """Statistics of one HTTP request. They travel in its ASGI scope: see :func:`request_stats`.
 
     Attributes:
+        arrived_at: ``time.monotonic`` when its headers were complete. Its time limit starts here.
         request_id: the id in the response header and in the log.
         status: the status that counts, where it is not the one that was sent: a stream that fails has sent 200.
         error: code of the error response, if there was one.
@@ -26,6 +28,7 @@ class RequestStats:
         reduced: number of answers whose iteration budget was reduced under load.
     """
 
+    arrived_at: float = field(default_factory=time.monotonic)
     request_id: str = ""
     status: int | None = None
     error: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Any
@@ -13,12 +13,14 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic_core import from_json
 
+from slr_core.engine import FinishedEvent
 from slr_core.engine.adapter_set import LoopAdapterSet
 
 from ..errors import InvalidJSON, UnsupportedMediaType
 from ..observability.request_stats import RequestStats, request_stats
 from ..preprocess import GenerationJob, check_limits
-from ..protocol.schema import Answer, ErrorResponse, Formatter
+from ..protocol.schema import Answer, ErrorResponse, Formatter, OutputEvent
+from ..request_group import until_deadline
 from ..service import Service
 from ..sse import EventStream, while_connected
 
@@ -149,7 +151,8 @@ async def respond(
         )
     answers = await while_connected(request.receive, service.answer(job, loop_set, stats))
     encode = partial(_encode, formatter, answers)
-    content = await asyncio.to_thread(encode) if _is_large(job, answers) else encode()
+    async with until_deadline(service.deadline(stats), service.settings.request_timeout_s):
+        content = await asyncio.to_thread(encode) if _is_large(job, answers) else encode()
     # As a response, because FastAPI would validate and encode a model on the event loop.
     return Response(content, media_type="application/json")
 
@@ -168,12 +171,20 @@ def _is_large(job: GenerationJob, answers: Sequence[Answer]) -> bool:
     return job.include_states or values > _SMALL_RESPONSE
 
 
+async def _encode_event(job: GenerationJob, formatter: Formatter, output: OutputEvent) -> Iterable[bytes]:
+    """The frames of an event; those of a large result are encoded in a thread."""
+    event = output.event
+    if isinstance(event, FinishedEvent) and _is_large(job, [Answer(output.request, event.result, False)]):
+        return await asyncio.to_thread(lambda: list(formatter.frames(output)))
+    return formatter.frames(output)
+
+
 async def _frames(
     service: Service, job: GenerationJob, loop_set: LoopAdapterSet, stats: RequestStats, formatter: Formatter
 ) -> AsyncGenerator[bytes]:
     async with aclosing(service.stream(job, loop_set, stats)) as outputs:
         async for output in outputs:
-            for frame in formatter.frames(output):
+            for frame in await _encode_event(job, formatter, output):
                 yield frame
             if job.trace:  # large events: let other requests run in between
                 await asyncio.sleep(0)

@@ -3,11 +3,11 @@
 import argparse
 import inspect
 
-from tests.hostile import bodies, connections
+from tests.hostile import bodies, connections, overload
 
 ATTACKS = {
     name: attack
-    for module in (bodies, connections)
+    for module in (bodies, connections, overload)
     for name, attack in vars(module).items()
     if inspect.isfunction(attack) and attack.__module__ == module.__name__ and not name.startswith("_")
 }

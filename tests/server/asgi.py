@@ -33,8 +33,9 @@ class Caller:
         if message["type"] == "http.response.body":
             self.heard.set()
 
-    async def call(self) -> None:
+    async def call(self, state: dict[str, Any] | None = None) -> None:
         scope = {
+            "state": state or {},
             "type": "http",
             "method": "POST",
             "path": self.path,

@@ -4,11 +4,18 @@ from slr_server.admission import Admission
 from slr_server.errors import QueueFull
 
 
+class Timed(Admission):
+    """With ten places, and a queue and a clock that tests set."""
+
+    waiting, now = 0, 100.0
+
+    def __init__(self):
+        super().__init__(10, lambda: self.waiting, lambda: self.now)
+
+
 @pytest.fixture
 def admission():
-    made = Admission(10, lambda: made.waiting, lambda: made.now)
-    made.waiting, made.now = 0, 100.0
-    return made
+    return Timed()
 
 
 def retry_after(admission, count):
@@ -40,6 +47,18 @@ def test_retry_after(admission):
     for _ in range(20):
         admission.record_finished()
         admission.now += 0.5
-    assert retry_after(admission, 1) == 1
-    assert retry_after(admission, 8) == 4, "the rate is two per second"
+    assert retry_after(admission, 1) == 6, "the rate is two per second, ten wait before it"
+    assert retry_after(admission, 8) == 9
     assert retry_after(admission, 10_000) == 60
+    admission.now += 10
+    assert retry_after(admission, 1) == 11, "none finished for as long as twenty took before"
+
+
+def test_idle_time_does_not_slow_the_rate(admission):
+    admission.now += 1000
+    with admission.reserve(1):
+        pass
+    admission.now += 2
+    admission.record_finished()
+    admission.waiting = 10
+    assert retry_after(admission, 1) == 22

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from slr_server.app import create_app
 from slr_server.auth import KeyHashes
-from slr_server.middleware import BodyLimit
+from slr_server.overload import BodyLimit
 from slr_server.settings import ServerSettings
 from tests.server.conftest import sample
 
