@@ -4,6 +4,8 @@
 ablation is a config change: ``config.replace(loop={"residual": {"source": "none"}})``.
 """
 
+# Over 400 lines: every setting of a checkpoint, its default and its meaning in one place.
+
 from __future__ import annotations
 
 import json
@@ -20,8 +22,10 @@ M = TypeVar("M", bound=BaseModel)
 
 FORMAT_VERSION = 1
 
-Criterion = Literal["relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "learned", "fixed"]
-WorkspaceKind = Literal["append", "block", "prompt"]
+Criterion = Literal[
+    "relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "learned", "survival", "fixed"
+]
+WorkspaceKind = Literal["append", "block", "prompt", "token"]
 
 DEFAULT_THRESHOLDS: dict[str, float] = {
     "relative_change": 0.1,
@@ -30,10 +34,15 @@ DEFAULT_THRESHOLDS: dict[str, float] = {
     "entropy_change": 0.01,
     "argmax_stable": 0.5,
     "learned": 0.5,
+    "survival": 0.5,
     "fixed": 0.0,
 }
 """Default threshold of each criterion. A criterion is a distance between two iterations that is small when the loop
-has converged: ``argmax_stable`` is 0 or 1, ``learned`` is 1 - p_halt, ``fixed`` never falls below its threshold."""
+has converged: ``argmax_stable`` is 0 or 1, ``learned`` is 1 - p_halt, ``survival`` is the product of
+1 - p_halt over the iterations so far, ``fixed`` never falls below its threshold."""
+
+READS_HALTING_HEAD: tuple[str, ...] = ("learned", "survival")
+"""Criteria that need a halting head."""
 
 Threshold = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
@@ -202,7 +211,8 @@ class LoopConfig(_Model):
     workspace: WorkspaceKind = Field(
         "append",
         description="append: a chain of continuous thoughts; block: block_size latent positions after the prompt, "
-        "refined in place; prompt: the prompt's own positions",
+        "refined in place; prompt: the prompt's own positions; token: every position, those of the answer included, is "
+        "looped before the next one is written",
     )
     block_size: int = Field(
         8, ge=1, le=1024, description="positions of the workspace `block`; other workspaces ignore it"
@@ -212,11 +222,19 @@ class LoopConfig(_Model):
     )
     max_iterations: int = Field(6, ge=0, le=256, description="default maximum iterations of a request")
     min_iterations: int = Field(1, ge=0, le=256, description="default minimum iterations of a request")
-    feedback: Literal["normed", "shifted"] = Field(
+    feedback: Literal["normed", "shifted", "raw"] = Field(
         "normed",
         description="what an iteration gets from the one before it. normed: each position its own state, after the "
         "final norm; shifted, in the workspace `block`: each position the state of the position before it, the first "
-        "that of the last prompt position, and at t = 1 its input vector without projection",
+        "that of the last prompt position, and at t = 1 its input vector without projection; raw, in the workspace "
+        "`token`: each position its own state before the final norm, which is then applied only where the head reads",
+    )
+    deeper_cache: Literal["copy", "shared"] = Field(
+        "copy",
+        description="in the workspace `token`: what later positions attend to at an iteration that an earlier one did "
+        "not reach. copy: one key/value cache per iteration, where the keys and values of a position's last iteration "
+        "stand in for those of deeper ones; shared: one cache for all iterations, which holds those of each position's "
+        "last iteration; other workspaces ignore it",
     )
     projection: ProjectionConfig = ProjectionConfig()
     timestep: TimestepConfig = TimestepConfig()
@@ -225,7 +243,8 @@ class LoopConfig(_Model):
     convergence: ConvergenceConfig = ConvergenceConfig()
     guard: GuardConfig = GuardConfig()
     halting_head: bool = Field(
-        False, description="add a linear head that learns when to stop, for the criterion `learned`"
+        False,
+        description="add a linear head that learns when to stop, for the criteria `learned` and `survival`",
     )
     decoder: DecoderConfig = DecoderConfig()
 
@@ -247,8 +266,23 @@ class LoopConfig(_Model):
                     f"lora.rank must be one number or {self.trained_iterations}, one per trained iteration, "
                     f"got {len(self.lora.rank)}"
                 )
-        if self.convergence.criterion == "learned" and not self.halting_head:
-            raise ValueError("convergence.criterion `learned` needs halting_head to be true")
+        if self.convergence.criterion in READS_HALTING_HEAD and not self.halting_head:
+            raise ValueError(f"convergence.criterion `{self.convergence.criterion}` needs halting_head to be true")
+        return self
+
+    @model_validator(mode="after")
+    def _workspace_token_fits(self) -> Self:
+        if self.feedback == "raw" and self.workspace != "token":
+            raise ValueError("feedback `raw` needs workspace `token`")
+        if self.workspace != "token":
+            return self
+        for field, unsupported, why in (
+            ("lora.decode_rank", self.lora.decode_rank is not None, "answers are written by the loop's own adapters"),
+            ("timestep.noise_level", self.timestep.noise_level, "one change would have to stand for many positions"),
+            ("decoder.answers", self.decoder.answers != "lm_head", "it must be `lm_head`, which reads every token"),
+        ):
+            if unsupported:
+                raise ValueError(f"{field} is not supported by workspace `token`: {why}")
         return self
 
     @property
@@ -308,6 +342,15 @@ class SLRConfig(_Model):
     )
     loop: LoopConfig = LoopConfig()
     text: TextConfig = TextConfig()
+
+    @model_validator(mode="after")
+    def _texts_fit_the_loop(self) -> Self:
+        if self.text.answer_prefix and self.loop.workspace == "token":
+            raise ValueError(
+                "text.answer_prefix is not supported by workspace `token`, which loops every position alike: "
+                "append it to text.prompt_suffix"
+            )
+        return self
 
     @property
     def default_iterations(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
-from slr_core.config import DEFAULT_THRESHOLDS, Criterion, SLRConfig
+from slr_core.config import DEFAULT_THRESHOLDS, READS_HALTING_HEAD, Criterion, SLRConfig
 from slr_core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ class LoopParams:
                 pass the last trained iteration under the policy ``error``.
         """
         loop = config.loop
-        if self.criterion == "learned" and not loop.halting_head:
-            raise RequestError("criterion learned needs a checkpoint with a halting head", param="criterion")
+        if self.criterion in READS_HALTING_HEAD and not loop.halting_head:
+            raise RequestError(f"criterion {self.criterion} needs a checkpoint with a halting head", param="criterion")
         most, least = self.max_iterations, self.min_iterations
         most_by_default = config.default_iterations if self == LoopParams() else loop.max_iterations
         highest = max(most_by_default, least or 0) if most is None else most

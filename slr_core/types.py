@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 ExitReason = Literal["converged", "max_iterations", "diverged"]
 """Why a loop ended."""
+
+
+def combine_exit_reasons(reasons: Iterable[ExitReason]) -> ExitReason:
+    """The exit reason of several loops, at least one: `diverged` if any is, else `max_iterations` if any is."""
+    found = set(reasons)
+    return next(reason for reason in ("diverged", "max_iterations", "converged") if reason in found)
+
+
 FinishReason = Literal["stop", "length"]
 """Why an answer ended."""
 Messages = Sequence[Mapping[str, str]]
@@ -165,6 +173,9 @@ class Result:
         records: one per iteration; the LM head's measures are complete only for a traced request.
         stability: summary of the records.
         states: h_0 ... h_t, ``[t + 1, W, d]`` fp32 on the CPU; ``None`` unless requested.
+        iterations_per_token: in the workspace ``token``, the iteration at whose state each of ``token_ids`` was read:
+            ``iterations``, ``records``, ``states`` and ``stability`` are those of the first one, ``exit_reason`` is
+            `diverged` if any loop diverged, else `max_iterations` if any ended so. Empty in other workspaces.
         scores: log-probabilities of ``token_ids``; empty unless requested.
         prompt_scores: log-probabilities of the prompt's tokens by the base model; empty unless requested.
     """
@@ -184,6 +195,7 @@ class Result:
     states: Tensor | None = None
     scores: tuple[TokenScore, ...] = ()
     prompt_scores: tuple[TokenScore, ...] = ()
+    iterations_per_token: tuple[int, ...] = ()
 
     @property
     def completion_tokens(self) -> int:
@@ -192,6 +204,8 @@ class Result:
 
     def to_dict(self, *, trace: bool = False, states: bool = False) -> dict[str, Any]:
         """The result as JSON-ready values, in the shape of ``POST /generate``.
+
+        There is a key ``iterations_per_token`` only in the workspace ``token``.
 
         Args:
             trace: add the keys ``trace`` (one entry per iteration) and ``stability``, as in ``POST /trace``.
@@ -203,6 +217,7 @@ class Result:
             "iterations": self.iterations,
             "exit_reason": self.exit_reason,
             "final_change": self.final_change,
+            **({"iterations_per_token": list(self.iterations_per_token)} if self.iterations_per_token else {}),
             "usage": {
                 "prompt_tokens": self.prompt_tokens,
                 "completion_tokens": self.completion_tokens,

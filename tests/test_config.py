@@ -163,6 +163,27 @@ MISFITS = {
         {"feedback": "shifted"},
         "loop: feedback `shifted` needs workspace `block`",
     ),
+    "raw": (
+        {"feedback": "raw"},
+        "loop: feedback `raw` needs workspace `token`",
+    ),
+    "token-decode": (
+        {"workspace": "token", "lora": {"decode_rank": 2}},
+        "loop: lora.decode_rank is not supported by workspace `token`: answers are written by the loop's own adapters",
+    ),
+    "token-noise": (
+        {"workspace": "token", "timestep": {"noise_level": True}},
+        "loop: timestep.noise_level is not supported by workspace `token`: one change would have to stand for many "
+        "positions",
+    ),
+    "token-latent": (
+        {"workspace": "token", "decoder": {"answers": "latent_decoder", "latent_decoder": LATENT | {"heads": 4}}},
+        "loop: decoder.answers is not supported by workspace `token`: it must be `lm_head`, which reads every token",
+    ),
+    "no-survival": (
+        {"convergence": {"criterion": "survival"}},
+        "loop: convergence.criterion `survival` needs halting_head to be true",
+    ),
     "shared-ranks": (
         {"lora": {"kind": "shared", "rank": [8]}},
         "loop: lora.rank must be one number for lora.kind `shared`",
@@ -202,9 +223,15 @@ def test_parts_that_do_not_fit_together_are_named(case):
     assert str(caught.value) == message
 
 
+def test_answer_prefix_of_token():
+    with pytest.raises(ConfigError, match=r"text\.answer_prefix is not supported by workspace `token`"):
+        SLRConfig.from_dict({"loop": {"workspace": "token"}, "text": {"answer_prefix": "A:"}})
+
+
 @pytest.mark.parametrize(
     "loop",
     [
+        {"workspace": "token", "deeper_cache": "shared", "feedback": "raw"},
         {"trained_iterations": 3, "lora": {"rank": [8, 4, 2]}},
         {"decoder": {"answers": "latent_decoder", "latent_decoder": {}}},
         {"decoder": {"latent_decoder": {"hidden_size": 24, "heads": 6}}},

@@ -33,6 +33,8 @@ class LoopAdapterSet:
     """
 
     def __init__(self, name: str, reasoner: LatentReasoner) -> None:
+        if reasoner.config.loop.workspace == "token":
+            raise ConfigError("workspace `token` is not supported by the engine")
         self.name, self.reasoner = name, reasoner
         self.adapter_ids: dict[str, int] = {}
         # Prefixes that an adapter of this set has run are of no use to another set, nor to a later one of this name.

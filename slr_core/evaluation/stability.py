@@ -211,6 +211,7 @@ def measure_distances(reasoner: LatentReasoner, prompts: Sequence[str], iteratio
     context = reasoner.encode(*pad_ids(ids, reasoner.device))
     head = reasoner.log_probs(readout(context.hidden, context.valid_mask)) if reasoner.is_state(0) else None
     paths: list[list[Distance]] = [[] for _ in prompts]
+    survival: torch.Tensor | None = None
     for t in range(1, iterations + 1):
         previous, before = context.hidden, head
         g, h = reasoner.iterate(context, t)
@@ -223,7 +224,9 @@ def measure_distances(reasoner: LatentReasoner, prompts: Sequence[str], iteratio
             head=head,
             head_before=before,
             p_halt=None if reasoner.halting is None else reasoner.halting(h, context.valid_mask),
+            survival_before=survival,
         )
+        survival = measured.survival
         values = {name: None if x is None else x.tolist() for name, x in vars(measured).items()}
         for i, path in enumerate(paths):
             path.append({name: None if x is None else finite_or_none(x[i]) for name, x in values.items()})

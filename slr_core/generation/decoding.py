@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
@@ -13,10 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 from slr_core.generation.logprobs import score
 from slr_core.generation.sampling import sample_token
 from slr_core.generation.token_bytes import open_run
+from slr_core.loop.token_workspace import Token
 from slr_core.loop.workspace import readout
-from slr_core.model.exits import LoopOutput
+from slr_core.model.exits import LoopOutput, loop_until_exit
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.types import FinishReason, TokenScore
+from slr_core.params import ResolvedLoopParams
+from slr_core.types import ExitReason, FinishReason, TokenScore
 
 if TYPE_CHECKING:
     from slr_core.types import Request
@@ -164,6 +167,88 @@ class LMHeadDecoder:
         """One pass over each row's last token."""
         last = torch.tensor([row[-1:] or [0] for row in tokens], device=self.reasoner.device)
         return self.reasoner.answer_logits(self.context, last, active[:, None], self.looped)[:, 0]
+
+
+class TokenLoopDecoder:
+    """Decodes in the workspace ``token``: every token of the answer runs its own loop, then the next is read.
+
+    Args:
+        reasoner: the model.
+        output: the prompt's loop; its context is changed.
+        requests: one per row.
+
+    Attributes:
+        loops: per row the loop before each token, the prompt's first.
+    """
+
+    def __init__(self, reasoner: LatentReasoner, output: LoopOutput, requests: Sequence[Request]) -> None:
+        self.reasoner, self.context = reasoner, output.context
+        assert isinstance(reasoner.workspace, Token)
+        assert output.context.depths is not None
+        self.workspace, self.depths = reasoner.workspace, output.context.depths.tolist()
+        self.params = [
+            replace(request.loop, max_iterations=depth, min_iterations=min(request.loop.min_iterations, depth))
+            for request, depth in zip(requests, self.depths, strict=True)
+        ]
+        self.loops = [[TokenLoop.of(output, row)] for row in range(len(requests))]
+
+    def first(self, active: Tensor) -> Tensor:
+        """Read at the context's state."""
+        return self.reasoner.head(self.context.state)
+
+    def next(self, tokens: list[list[int]], active: Tensor) -> Tensor:
+        """Loop each row's last token."""
+        reasoner = self.reasoner
+        last = torch.tensor([row[-1:] or [0] for row in tokens], device=reasoner.device)
+        self.workspace.extend(self.context, reasoner.embed(last), active[:, None])
+        idle = ResolvedLoopParams(0, 0, "fixed", 0.0, 1)
+        runs = active.tolist()
+        output = loop_until_exit(
+            reasoner, self.context, [own if run else idle for own, run in zip(self.params, runs, strict=True)]
+        )
+        for row, loops in enumerate(self.loops):
+            if runs[row]:
+                loops.append(TokenLoop.of(output, row))
+        return reasoner.head(self.context.state)
+
+
+@dataclass(frozen=True)
+class TokenLoop:
+    """The loop before one token, in the workspace ``token``.
+
+    Attributes:
+        iterations: the iteration that ended it.
+        kept_iterations: the iteration whose state was decoded.
+        iterations_run: iterations run, those of the prompt after its exit included.
+        exit_reason: why it ended.
+    """
+
+    iterations: int
+    kept_iterations: int
+    iterations_run: int
+    exit_reason: ExitReason
+
+    @classmethod
+    def of(cls, output: LoopOutput, row: int) -> Self:
+        """The loop of one row."""
+        return cls(
+            output.iterations[row], output.kept_iterations[row], output.iterations_run[row], output.exit_reasons[row]
+        )
+
+
+def count_token_passes(request: Request, loops: Sequence[TokenLoop], depth: int, *, shared_cache: bool) -> int:
+    """Forward passes of a lone request in the workspace ``token``.
+
+    Args:
+        request: the request.
+        loops: the loop before each token.
+        depth: iterations that each position of the answer could run.
+        shared_cache: whether iterations that were run and not kept take one more pass, which writes the cache again.
+    """
+    kept = [depth, *(max(1, loop.kept_iterations) for loop in loops[1:])]
+    again = [shared_cache and 0 < k < loop.iterations_run for k, loop in zip(kept, loops, strict=True)]
+    plain = len(loops) if depth == 0 else 0
+    return sum(loop.iterations_run for loop in loops) + sum(again) + plain + request.score_prompt
 
 
 class LatentTextDecoder:

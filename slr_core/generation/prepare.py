@@ -45,7 +45,7 @@ def prepare(
         score_prompt: score the prompt's tokens too, by the base model, as no loop has run before them.
         forced_ids: tokens that the answer begins with. They are scored like the others but not chosen, do not count
             towards ``max_new_tokens``, and do not end the answer.
-        limit: maximum positions of prompt, loop and answer together; ``None``: what the model can address.
+        limit: maximum cache positions of prompt, loop and answer together; ``None``: what the model can address.
 
     Raises:
         RequestError: a setting is out of range, the prompt is empty, or prompt, loop and answer together
@@ -64,8 +64,10 @@ def prepare(
     prefix: list[int] = []
     if text.answer_prefix and not raw:
         prefix = reasoner.tokenizer(text.answer_prefix, add_special_tokens=False).input_ids
-    reserved = reasoner.workspace.loop_positions(loop.max_iterations) + len(prefix) + len(forced_ids)
-    limit = reasoner.max_positions if limit is None else min(limit, reasoner.max_positions)
+    workspace = reasoner.workspace
+    reserved = workspace.loop_positions(loop.max_iterations) + len(prefix) + len(forced_ids)
+    copies = workspace.cache_copies(loop.max_iterations)
+    limit = reasoner.max_positions if limit is None else min(limit // copies, reasoner.max_positions)
     answer_limit = text.max_new_tokens if max_new_tokens is None else max_new_tokens
     if len(ids) + reserved + 1 > limit:
         raise RequestError(

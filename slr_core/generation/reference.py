@@ -13,6 +13,9 @@ from slr_core.generation.decoding import (
     DecodeState,
     LatentTextDecoder,
     LMHeadDecoder,
+    TokenLoop,
+    TokenLoopDecoder,
+    count_token_passes,
     decode_answers,
     decode_thoughts,
     pad_ids,
@@ -23,7 +26,7 @@ from slr_core.loop.lora import DECODE
 from slr_core.model.exits import LoopOutput, loop_until_exit
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import ResolvedLoopParams
-from slr_core.types import Request, Result, Timings, TokenScore
+from slr_core.types import Request, Result, Timings, TokenScore, combine_exit_reasons
 
 RunLoop = Callable[[Context, Sequence[ResolvedLoopParams]], LoopOutput]
 """From an encoded batch to its finished loops."""
@@ -47,7 +50,9 @@ def generate(reasoner: LatentReasoner, requests: Sequence[Request], *, run_loop:
     output = run_loop(context, [request.loop for request in requests])
     answers = [DecodeState(reasoner, request) for request in requests]
     from_states = [reasoner.answers_from_states and kept > 0 for kept in output.kept_iterations]
-    decode_answers(answers, LMHeadDecoder(reasoner, output, requests), [not latent for latent in from_states])
+    token_loops = TokenLoopDecoder(reasoner, output, requests) if reasoner.workspace.per_token else None
+    head_decoder = token_loops or LMHeadDecoder(reasoner, output, requests)
+    decode_answers(answers, head_decoder, [not latent for latent in from_states])
     decode_answers(answers, LatentTextDecoder.for_answers(reasoner, output, requests), from_states)
     prompt_scores = [_score_prompt(reasoner, request) for request in requests]
     thoughts = decode_thoughts(reasoner, output.states, [request.trace for request in requests])
@@ -55,7 +60,13 @@ def generate(reasoner: LatentReasoner, requests: Sequence[Request], *, run_loop:
         _result(reasoner, output, i, request, answers[i], thoughts[i], prefill_s, started)
         for i, request in enumerate(requests)
     ]
-    return [replace(result, prompt_scores=scores) for result, scores in zip(results, prompt_scores, strict=True)]
+    results = [replace(result, prompt_scores=scores) for result, scores in zip(results, prompt_scores, strict=True)]
+    if token_loops is None:
+        return results
+    return [
+        with_token_loops(reasoner, *row)
+        for row in zip(results, requests, token_loops.loops, token_loops.depths, strict=True)
+    ]
 
 
 def _score_prompt(reasoner: LatentReasoner, request: Request) -> tuple[TokenScore, ...]:
@@ -119,6 +130,30 @@ def prefix_joins_loop(reasoner: LatentReasoner, request: Request) -> bool:
         return False
     answering = DECODE if DECODE in names else reasoner.adapters.default
     return reasoner.adapter_name(loop.max_iterations) == answering
+
+
+def with_token_loops(
+    reasoner: LatentReasoner, result: Result, request: Request, loops: Sequence[TokenLoop], depth: int
+) -> Result:
+    """Add to a result what the loops before its tokens come to, in the workspace ``token``.
+
+    Args:
+        reasoner: the model.
+        result: its loop is the prompt's.
+        request: the request.
+        loops: the loop before each token.
+        depth: iterations that each position of the answer could run; fewer than the maximum after a divergence.
+    """
+    reasons = [loop.exit_reason for loop in loops]
+    if depth < request.loop.max_iterations:
+        reasons.append("diverged")
+    shared_cache = reasoner.config.loop.deeper_cache == "shared"
+    return replace(
+        result,
+        exit_reason=combine_exit_reasons(reasons),
+        forward_passes=count_token_passes(request, loops, depth, shared_cache=shared_cache),
+        iterations_per_token=tuple(loop.iterations for loop in loops),
+    )
 
 
 def count_passes(reasoner: LatentReasoner, request: Request, iterations: int, kept_iterations: int, tokens: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ class Context:
             embedding uses it.
         passes: set it to a list to record the hidden states ``[B, q, d]`` of all layers of every pass, forks included:
             embeddings first, the final norm's output last. ``None``: they are not recorded.
+        depths: ``[B]`` long, in the workspace ``token``: iterations that each position of the answer may run; ``None``:
+            the prompt is still being looped.
+        banks: in the workspace ``token``: the cache of each iteration, of which ``cache`` and ``visible`` are used;
+            a single one if all iterations share it.
+        runs: in the workspace ``token``: the cache of each iteration with the positions that are being looped.
     """
 
     cache: DynamicCache
@@ -39,6 +44,9 @@ class Context:
     valid_mask: Tensor
     change: Tensor
     passes: list[tuple[Tensor, ...]] | None = None
+    depths: Tensor | None = None
+    banks: list[Context] = field(default_factory=list)
+    runs: list[Context] = field(default_factory=list)
 
     def layers(self) -> Iterator[tuple[DynamicLayer, Tensor, Tensor]]:
         """The cache's layers with their keys and values, ``[B, heads, S, head_dim]`` each."""

@@ -24,7 +24,8 @@ class Distances:
 
     ``norm`` is the norm of the new state and ``change`` that of the step. Measures that compare two states are
     undefined where h_{t-1} is an input and not a state; ``kl``, ``entropy``, ``entropy_change`` and
-    ``argmax_stable`` need the LM head's logits, ``learned`` a halting head.
+    ``argmax_stable`` need the LM head's logits, ``learned`` and ``survival`` a halting head. ``survival`` compares no
+    states: it is defined at every iteration.
     """
 
     norm: Tensor
@@ -36,6 +37,7 @@ class Distances:
     entropy_change: Tensor | None = None
     argmax_stable: Tensor | None = None
     learned: Tensor | None = None
+    survival: Tensor | None = None
 
 
 def measure_step(compared: Tensor, previous: Tensor, valid_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -60,6 +62,7 @@ def measure(
     head: Tensor | None = None,
     head_before: Tensor | None = None,
     p_halt: Tensor | None = None,
+    survival_before: Tensor | None = None,
 ) -> Distances:
     """Compute the measures of one iteration.
 
@@ -71,11 +74,15 @@ def measure(
         head: the LM head's log-probabilities ``[B, V]`` fp32 at h_t; ``None``: no measures of the head.
         head_before: the same at h_{t-1}.
         p_halt: ``[B]`` of the halting head; ``None``: there is none.
+        survival_before: ``[B]`` fp32, ``survival`` at h_{t-1}; ``None``: this is the first iteration.
     """
     norm = vector_norm(_flat(hidden.float(), valid_mask), dim=-1)
     entropy = None if head is None else _entropy(head)
+    survival = None if p_halt is None else 1 - p_halt
+    if survival is not None and survival_before is not None:
+        survival = survival_before * survival
     if previous is None:
-        return Distances(norm, entropy=entropy)
+        return Distances(norm, entropy=entropy, survival=survival)
     compared = hidden if compared is None else compared
     change, relative_change = measure_step(compared, previous, valid_mask)
     flat, flat_before = _flat(compared.float(), valid_mask), _flat(previous.float(), valid_mask)
@@ -86,6 +93,7 @@ def measure(
         cosine=1 - torch.nn.functional.cosine_similarity(flat, flat_before, dim=-1),
         entropy=entropy,
         learned=None if p_halt is None else 1 - p_halt,
+        survival=survival,
     )
     if head is None or entropy is None or head_before is None:
         return distances

@@ -52,6 +52,7 @@ class LoopTracker:
         records: one per iteration.
         return_ratios: per iteration |h_t - h_{t-2}| / |h_t - h_{t-1}|, ``None`` where undefined.
         elapsed_s: seconds from the loop's start to the last iteration.
+        survival: the criterion `survival` after the last iteration; 1 before the first, and without a halting head.
     """
 
     rule: ExitRule
@@ -60,6 +61,7 @@ class LoopTracker:
     records: list[IterationRecord] = field(default_factory=list)
     return_ratios: list[float | None] = field(default_factory=list)
     elapsed_s: float = 0.0
+    survival: float = 1.0
 
     def __post_init__(self) -> None:
         if self.rule.settings.max_iterations == 0:
@@ -99,6 +101,7 @@ class LoopTracker:
         )
         self.kept_iterations = self.rule.last_good_iteration(t, finite) if self.exit_reason == "diverged" else t
         self.elapsed_s = elapsed_s
+        self.survival = measured.get("survival", 1.0)
         self.return_ratios.append(finite_or_none(return_ratio))
         self.records.append(
             IterationRecord(

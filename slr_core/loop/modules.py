@@ -10,7 +10,8 @@ from slr_core.loop.latent_decoder import LatentDecoder
 from slr_core.loop.projection import Projection
 from slr_core.loop.residual import Residual
 from slr_core.loop.timestep import Timestep
-from slr_core.loop.workspace import Workspace, build_workspace
+from slr_core.loop.token_workspace import Token
+from slr_core.loop.workspace import Append, Block, Prompt, Workspace
 
 
 class LoopModules(NamedTuple):
@@ -35,3 +36,16 @@ class LoopModules(NamedTuple):
             halting=HaltingHead(hidden_size) if loop.halting_head else None,
             decoder=None if latent is None else LatentDecoder(latent, hidden_size),
         )
+
+
+def build_workspace(loop: LoopConfig, hidden_size: int) -> Workspace:
+    """The workspace that ``loop`` names, with untrained vectors."""
+    match loop.workspace:
+        case "append":
+            return Append()
+        case "block":
+            return Block(loop.block_size, hidden_size)
+        case "prompt":
+            return Prompt()
+        case "token":
+            return Token(loop.deeper_cache == "shared")

@@ -12,23 +12,21 @@
 
 ``append``: continuous thoughts (Coconut: Hao et al., 2024, arXiv 2412.06769). ``block``: latent positions refined
 in place and in parallel (PCCoT, LOTUS: arXiv 2606.31779). ``prompt``: the whole prompt in every iteration, as in
-recurrent-depth models (Huginn: Geiping et al., 2025, arXiv 2502.05171).
+recurrent-depth models (Huginn: Geiping et al., 2025, arXiv 2502.05171). A fourth workspace, ``token``, is in
+:mod:`slr_core.loop.token_workspace`.
 
 In every workspace, a row with 0 iterations gives exactly the base model.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from slr_core.loop.context import Context
-
-if TYPE_CHECKING:
-    from slr_core.config import LoopConfig
 
 
 class WorkspaceModel(Protocol):
@@ -62,6 +60,8 @@ class Workspace(nn.Module):
     """Whether h_0 is a state. If not, it is an input, and no distance is defined at t = 1."""
     prefills = True
     """Whether the base model runs the prompt before the loop."""
+    per_token = False
+    """Whether every position of the answer runs a loop of its own."""
 
     def begin(self, model: WorkspaceModel, input_ids: Tensor, present: Tensor) -> Context:
         """The context before the first iteration, for prompt ids ``[B, L]`` and the mask ``[B, L]`` of real tokens."""
@@ -76,8 +76,8 @@ class Workspace(nn.Module):
         """
         raise NotImplementedError
 
-    def run(self, model: WorkspaceModel, context: Context, u: Tensor, active: Tensor) -> Tensor:
-        """The forward pass of an iteration: g_t ``[B, W, d]`` from u_t ``[B, W, d]`` in ``active`` ``[B]`` rows."""
+    def run(self, model: WorkspaceModel, context: Context, u: Tensor, active: Tensor, t: int) -> Tensor:
+        """The forward pass of iteration ``t``: g_t ``[B, W, d]`` from u_t ``[B, W, d]`` in ``active`` ``[B]`` rows."""
         raise NotImplementedError
 
     def close(self, model: WorkspaceModel, context: Context, states: Tensor, kept_iterations: Tensor) -> None:
@@ -107,6 +107,14 @@ class Workspace(nn.Module):
         """W, the workspace positions of one row with a prompt of ``prompt_tokens`` tokens."""
         raise NotImplementedError
 
+    def measured(self, states: Tensor, valid_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What the exit criterion compares, of states ``[B, W, d]`` and ``[B, W]`` bool: all positions."""
+        return states, valid_mask
+
+    def cache_copies(self, max_iterations: int) -> int:
+        """Key/value caches of one row whose loops run at most ``max_iterations`` iterations: 1."""
+        return 1
+
     def memory(self, states: Tensor, kept_iterations: int) -> Tensor:
         """The states ``[S, d]`` that the latent decoder reads, from one row's states ``[t + 1, W, d]``."""
         return states[kept_iterations]
@@ -127,7 +135,7 @@ class Append(Workspace):
         """The state at the last prompt position."""
         return prompt[None]
 
-    def run(self, model: WorkspaceModel, context: Context, u: Tensor, active: Tensor) -> Tensor:
+    def run(self, model: WorkspaceModel, context: Context, u: Tensor, active: Tensor, t: int) -> Tensor:
         """One new position, invisible in inactive rows."""
         return model.forward_chunk(context, u, active[:, None])
 
@@ -178,7 +186,7 @@ class Block(Workspace):
         """The learned vectors."""
         return self.vectors
 
-    def run(self, model: WorkspaceModel, context: Context, u: Tensor, active: Tensor) -> Tensor:
+    def run(self, model: WorkspaceModel, context: Context, u: Tensor, active: Tensor, t: int) -> Tensor:
         """The K positions over the prompt's cache, which does not change."""
         return model.forward_chunk(context.fork(), u, context.valid_mask & active[:, None])
 
@@ -212,13 +220,13 @@ class Prompt(Workspace):
 
     def begin(self, model: WorkspaceModel, input_ids: Tensor, present: Tensor) -> Context:
         """No pass; h_0 is the input embeddings."""
-        return _empty(model.embed(input_ids), present)
+        return empty_context(model.embed(input_ids), present)
 
     def initial_state(self, prompt: Tensor) -> Tensor:
         """The prompt's input embeddings."""
         return prompt
 
-    def run(self, model: WorkspaceModel, context: Context, u: Tensor, active: Tensor) -> Tensor:
+    def run(self, model: WorkspaceModel, context: Context, u: Tensor, active: Tensor, t: int) -> Tensor:
         """All prompt positions; the cache does not change."""
         return model.forward_chunk(context.fork(), u, context.valid_mask & active[:, None])
 
@@ -247,17 +255,6 @@ class Prompt(Workspace):
         return prompt_tokens
 
 
-def build_workspace(loop: LoopConfig, hidden_size: int) -> Workspace:
-    """The workspace that ``loop`` names, with untrained vectors."""
-    match loop.workspace:
-        case "append":
-            return Append()
-        case "block":
-            return Block(loop.block_size, hidden_size)
-        case "prompt":
-            return Prompt()
-
-
 def readout(hidden: Tensor, valid_mask: Tensor | None) -> Tensor:
     """The state at each row's last valid position.
 
@@ -276,13 +273,14 @@ def readout(hidden: Tensor, valid_mask: Tensor | None) -> Tensor:
 
 def _prefill(model: WorkspaceModel, input_ids: Tensor, present: Tensor) -> Context:
     embeds = model.embed(input_ids)
-    context = _empty(embeds, present)
+    context = empty_context(embeds, present)
     context.state = readout(model.forward_chunk(context, embeds, present), present)
     context.valid_mask = present.new_ones(len(input_ids), 1)
     return context
 
 
-def _empty(embeds: Tensor, present: Tensor) -> Context:
+def empty_context(embeds: Tensor, present: Tensor) -> Context:
+    """A context without cache positions, whose h_0 is ``embeds`` ``[B, W, d]``, with ``present`` ``[B, W]`` bool."""
     rows, device = len(embeds), embeds.device
     return Context(
         cache=DynamicCache(),

@@ -14,7 +14,7 @@ from slr_core.config import SLRConfig
 from slr_core.errors import ConfigError
 from slr_core.loop.context import Context
 from slr_core.loop.lora import DECODE, LoopAdapters, attach, new_adapter_configs, trained_index
-from slr_core.model.base_support import attention_mask, check_supported, end_tokens
+from slr_core.model.base_support import attention_mask, check_supported, end_tokens, find_final_norm, keep_input
 
 
 class AdaptedModel(nn.Module):
@@ -39,9 +39,12 @@ class AdaptedModel(nn.Module):
         covers_all = config.loop.lora.covers == "all"
         if covers_all and DECODE in self.adapter_configs:
             raise ConfigError(f"an adapter `{DECODE}` has no place beside one that covers all passes")
+        if config.loop.workspace == "token" and DECODE in self.adapter_configs:
+            raise ConfigError(f"an adapter `{DECODE}` is not supported by workspace `token`")
         self.adapters = LoopAdapters(base, config.loop.adapters[0] if covers_all else None)
         if any(token >= self.vocab_size for token in config.text.suppressed_token_ids):
             raise ConfigError(f"text.suppressed_token_ids must be below {self.vocab_size}, the number of embeddings")
+        self.final_norm = find_final_norm(base) if config.loop.feedback == "raw" else None
         self._token_texts: dict[int, str] = {}
         self._embedding_rms: Tensor | None = None
 
@@ -89,7 +92,9 @@ class AdaptedModel(nn.Module):
         return embedded
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of states ``[..., d]``, by the LM head."""
+        """Logits ``[..., V]`` of states ``[..., d]``, by the LM head; the final norm first under feedback `raw`."""
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
         head: nn.Module = self.base.get_output_embeddings()  # type: ignore[no-untyped-call]
         logits: Tensor = head(hidden)
         return logits
@@ -138,7 +143,7 @@ class AdaptedModel(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """One forward pass of the base model with the active adapter: states ``[B, q, d]``.
+        """One forward pass of the base model with the active adapter: states ``[B, q, d]``, see ``loop.feedback``.
 
         Args:
             context: gains ``q`` cache positions.
@@ -156,19 +161,20 @@ class AdaptedModel(nn.Module):
             mask = torch.cat([context.visible[:, None, :].expand(-1, queries, -1), causal], dim=-1)
         if positions is None:
             positions = (context.next_position[:, None] + counted - 1).clamp_min(0)
-        output = self.base.base_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask(self.base, mask, embeds.dtype),
-            position_ids=positions,
-            past_key_values=context.cache,
-            use_cache=True,
-            output_hidden_states=context.passes is not None,
-        )
+        with keep_input(self.final_norm) as before_norm:
+            output = self.base.base_model(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask(self.base, mask, embeds.dtype),
+                position_ids=positions,
+                past_key_values=context.cache,
+                use_cache=True,
+                output_hidden_states=context.passes is not None,
+            )
         if context.passes is not None:
             context.passes.append(output.hidden_states)
         context.visible = torch.cat([context.visible, present], dim=1)
         context.next_position = context.next_position + counted[:, -1]
-        hidden: Tensor = output.last_hidden_state
+        hidden: Tensor = before_norm[0] if before_norm else output.last_hidden_state
         return hidden
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slr_core.errors import ConfigError
@@ -42,6 +45,33 @@ def attention_mask(base: PreTrainedModel, mask: Tensor, dtype: torch.dtype) -> T
         return mask[:, None]
     # Eager attention adds the mask to the scores.
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[:, None]
+
+
+def find_final_norm(base: PreTrainedModel) -> nn.Module:
+    """The norm after the last layer, whose output the LM head reads.
+
+    Raises:
+        ConfigError: the model has none under a known name.
+    """
+    for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm"):
+        module = getattr(base.base_model, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise ConfigError(f"{type(base).__name__}: feedback `raw` needs a final norm, and none is known for this model")
+
+
+@contextmanager
+def keep_input(module: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Collect the inputs of ``module`` inside the block; ``None``: nothing."""
+    seen: list[Tensor] = []
+    if module is None:
+        yield seen
+        return
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def hidden_size(base: PreTrainedModel) -> int:

@@ -30,6 +30,8 @@ class LoopOutput:
         kept_iterations: iterations whose result is decoded; below ``iterations`` only after a divergence.
         exit_reasons: why the loop ended.
         records: one per iteration.
+        iterations_run: iterations run, with those after the exit that the prompt's positions run in the workspace
+            ``token``.
         stability: summary of the records.
         durations_s: seconds from the loop's start to the row's exit.
     """
@@ -40,6 +42,7 @@ class LoopOutput:
     kept_iterations: list[int]
     exit_reasons: list[ExitReason]
     records: list[list[IterationRecord]]
+    iterations_run: list[int]
     stability: list[Stability]
     durations_s: list[float]
 
@@ -54,6 +57,10 @@ def loop_until_exit(
 ) -> LoopOutput:
     """Iterate until every row has met its own exit; rows stop at different iterations.
 
+    In the workspace ``token``, this is the loop of the prompt, or of one token of each row's answer. The prompt's
+    positions go on to the last iteration after the exit, which decides where the first token is read. If a state of
+    the prompt is not finite or the loop diverges, later positions run no more iterations than were kept here.
+
     Args:
         reasoner: the model.
         context: from :meth:`LatentReasoner.encode`; changed in place.
@@ -67,47 +74,66 @@ def loop_until_exit(
     if len(params) != len(context.hidden):
         raise RequestError(f"expected loop parameters for {len(context.hidden)} rows, got {len(params)}")
     read_head = read_head or top_tokens > 0 or any(row.reads_head for row in params)
-    valid_mask = context.valid_mask
+    workspace, valid_mask = reasoner.workspace, context.valid_mask
+    full_depth = workspace.per_token and context.depths is None
+    depths, iterations_run = [row.max_iterations for row in params], [0] * len(params)
     rows = [LoopTracker(ExitRule(row, reasoner.config.loop.guard)) for row in params]
-    states = [context.hidden]
-    head = reasoner.log_probs(readout(states[0], valid_mask)) if read_head and reasoner.is_state(0) else None
+    states = [workspace.measured(context.hidden, valid_mask)[0]]
+    head = reasoner.log_probs(readout(context.hidden, valid_mask)) if read_head and reasoner.is_state(0) else None
+    survival: Tensor | None = None
     started, t = time.perf_counter(), 0
-    while any(row.exit_reason is None for row in rows):
+    while any(
+        active := [row.exit_reason is None or (full_depth and t < n) for row, n in zip(rows, depths, strict=True)]
+    ):
         t += 1
         iteration_started = time.perf_counter()
-        active = torch.tensor([row.exit_reason is None for row in rows], device=reasoner.device)
-        g, h = reasoner.iterate(context, t, active)
-        states.append(h)
+        g, h = reasoner.iterate(context, t, torch.tensor(active, device=reasoner.device))
+        finite = h.masked_fill(~valid_mask[..., None], 0).isfinite().flatten(1).all(-1)
         head_before, head = head, reasoner.log_probs(readout(h, valid_mask)) if read_head else None
+        (g, _), (h, measured) = workspace.measured(g, valid_mask), workspace.measured(h, valid_mask)
+        states.append(h)
         distances = measure(
             h,
-            valid_mask,
+            measured,
             previous=states[-2] if reasoner.is_state(t - 1) else None,
             compared=reasoner.compared_state(g, h),
             head=head,
             head_before=head_before,
-            p_halt=None if reasoner.halting is None else reasoner.halting(h, valid_mask),
+            p_halt=None if reasoner.halting is None else reasoner.halting(h, measured),
+            survival_before=survival,
         )
+        survival = distances.survival
         return_ratio = None
         if t > 1 and reasoner.is_state(t - 2):
-            return_ratio = measure_step(h, states[-3], valid_mask)[0] / measure_step(h, states[-2], valid_mask)[0]
+            return_ratio = measure_step(h, states[-3], measured)[0] / measure_step(h, states[-2], measured)[0]
         tops = reasoner.top_tokens(head, top_tokens) if head is not None else None
         now = time.perf_counter()
         observe(
             rows,
             t,
             distances,
-            finite=h.masked_fill(~valid_mask[..., None], 0).isfinite().flatten(1).all(-1),
+            finite=finite,
             return_ratio=return_ratio,
             tops=tops,
             adapter=reasoner.adapter_name(t),
             duration_s=now - iteration_started,
             elapsed_s=now - started,
         )
-    return _finish(reasoner, context, rows, torch.stack(states, dim=1))
+        for i in (i for i, runs in enumerate(active) if runs):
+            iterations_run[i] = t
+            if rows[i].exit_reason == "diverged":
+                depths[i] = rows[i].kept_iterations
+            elif not finite[i]:  # after the exit
+                depths[i] = t - 1
+    if full_depth:
+        context.depths = torch.tensor(depths, device=reasoner.device)
+    return _finish(reasoner, context, rows, torch.stack(states, dim=1), iterations_run)
 
 
-def _finish(reasoner: LatentReasoner, context: Context, rows: list[LoopTracker], states: Tensor) -> LoopOutput:
+def _finish(
+    reasoner: LatentReasoner, context: Context, rows: list[LoopTracker], states: Tensor, iterations_run: list[int]
+) -> LoopOutput:
+    valid_mask = reasoner.workspace.measured(context.hidden, context.valid_mask)[1]
     kept_iterations = torch.tensor([row.kept_iterations for row in rows], device=states.device)
     if not (reasoner.answers_from_states and all(kept_iterations)):
         reasoner.close(context, states, kept_iterations)
@@ -120,11 +146,12 @@ def _finish(reasoner: LatentReasoner, context: Context, rows: list[LoopTracker],
     reasons: list[ExitReason] = [row.exit_reason or "max_iterations" for row in rows]
     return LoopOutput(
         context=context,
-        states=[states[i, : n + 1, context.valid_mask[i]] for i, n in enumerate(iterations)],
+        states=[states[i, : n + 1, valid_mask[i]] for i, n in enumerate(iterations)],
         iterations=iterations,
         kept_iterations=[row.kept_iterations for row in rows],
         exit_reasons=reasons,
         records=[row.records for row in rows],
+        iterations_run=iterations_run,
         stability=[
             summarize_loop(row.records, row.return_ratios, reason == "converged")
             for row, reason in zip(rows, reasons, strict=True)

@@ -28,6 +28,7 @@ from slr_core.loop.context import Context
 from slr_core.loop.convergence import measure_step
 from slr_core.loop.lora import DECODE
 from slr_core.loop.modules import LoopModules
+from slr_core.loop.token_workspace import Token
 from slr_core.model.adapted import AdaptedModel
 from slr_core.model.base_support import hidden_size
 from slr_core.params import LoopParams, SamplingParams
@@ -203,7 +204,7 @@ class LatentReasoner(AdaptedModel):
             before,
             context.initial,
             t,
-            lambda u: self.workspace.run(self, context, u, active),
+            lambda u: self.workspace.run(self, context, u, active, t),
             context.change[:, None],
             context.state,
         )
@@ -337,9 +338,28 @@ class LatentReasoner(AdaptedModel):
     def answer_logits(self, context: Context, input_ids: Tensor, present: Tensor, looped: Tensor) -> Tensor:
         """Logits ``[B, q, V]`` after answer tokens ``[B, q]``; other arguments as in :meth:`forward_after_loop`.
 
-        The first token of an answer is read by the head at the context's state instead.
+        The first token of an answer is read by the head at the context's state instead. In the workspace ``token``,
+        every position runs all iterations that the context allows.
         """
+        if isinstance(self.workspace, Token):
+            return self.head(self._loop_tokens(self.workspace, context, self.embed(input_ids), present))
         return self.head(self.forward_after_loop(context, self.embed(input_ids), present, looped))
+
+    def _loop_tokens(self, workspace: Token, context: Context, embeds: Tensor, present: Tensor) -> Tensor:
+        """Loop answer tokens ``[B, q]`` at full depth, all rows the same: states ``[B, q, d]``."""
+        assert context.depths is not None
+        iterations = int(context.depths.max())
+        if iterations == 0:
+            return self.forward_chunk(context, embeds, present)
+        hidden = []
+        # With a shared cache, a position needs the last iteration of those before it.
+        size = 1 if workspace.shared_cache else embeds.shape[1]
+        for part, real in zip(torch.split(embeds, size, dim=1), torch.split(present, size, dim=1), strict=True):
+            workspace.extend(context, part, real)
+            states = self.unroll(context, iterations)
+            self.close(context, states, context.depths)
+            hidden.append(states[:, -1])
+        return torch.cat(hidden, dim=1)
 
     def decode_latent(self, memory: Tensor, present: Tensor, input_ids: Tensor) -> Tensor:
         """Logits ``[B, n + 1, V]`` of the latent decoder: at its start, and after each of ``n`` tokens.

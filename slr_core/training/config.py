@@ -193,6 +193,8 @@ class TrainConfig(RecipeModel):
         Raises:
             ConfigError: an objective needs another loop; the message names it.
         """
+        if loop.workspace == "token":
+            raise ConfigError("loop.workspace `token` is not supported by slr train")
         terms, loops = self.objectives, self.max_iterations != 0
         no_chains = loop.workspace != "append" or loop.timestep.noise_level or loop.projection.kind == "pause"
         prompt = loop.workspace == "prompt"

@@ -51,6 +51,7 @@ class Derived:
     passes: list = field(default_factory=list)
     tokens: list = field(default_factory=list)
     exit_reason: str = "max_iterations"
+    iterations_per_token: list = field(default_factory=list)
 
 
 @torch.inference_mode()
@@ -64,6 +65,8 @@ def derive(folder: Path, prompt: list[int], settings, max_new_tokens: int) -> De
         max_new_tokens: of the answer.
     """
     parts, out, P = Parts(folder), Derived(), len(prompt)
+    if parts.loop["workspace"] == "token":
+        return derive_token(parts, out, prompt, settings, max_new_tokens)
     kind, table = parts.loop["workspace"], parts.table
     tokens_in = lambda ids: table[torch.tensor(ids)]  # noqa: E731
     run = lambda *args: parts.run(out.passes, *args)  # noqa: E731
@@ -107,7 +110,8 @@ def derive(folder: Path, prompt: list[int], settings, max_new_tokens: int) -> De
         if step is not None:
             moves.append(step)
             change = record["relative_change"]
-        distance = distances.get(settings.criterion)
+        parts.survival *= distances.pop("go_on", 1.0)
+        distance = parts.survival if settings.criterion == "survival" else distances.get(settings.criterion)
         settled = settled + 1 if distance is not None and distance < settings.threshold else 0
         if t >= settings.min_iterations and settled >= settings.patience:
             out.exit_reason = "converged"
@@ -142,6 +146,65 @@ def derive(folder: Path, prompt: list[int], settings, max_new_tokens: int) -> De
             return out
 
 
+def derive_token(parts, out, prompt, settings, max_new_tokens):
+    """Run one request in the workspace ``token``: a cache per iteration, or one, and a loop for every position."""
+    T, shared = settings.max_iterations, parts.loop["deeper_cache"] == "shared"
+    plain, caches = DynamicCache(), [DynamicCache() for _ in range(T)]
+    fed, at, reasons = prompt, 0, set()
+    while True:
+        inputs = parts.table[torch.tensor(fed)]
+        if T == 0:
+            state, t = parts.run(out.passes, inputs, at, None, plain)[-1], 0
+            reasons.add("max_iterations")
+        else:
+            h, seen, settled, left, moves = [inputs], [], 0, None, []
+            parts.survival = 1.0
+            # A prompt runs all iterations, and is read at its exit.
+            while len(h) <= T and (left is None or at == 0):
+                t = len(h)
+                u = parts.timestep(parts.project(h[-1]), t, None)
+                if shared and at:
+                    caches_after = clone(caches[-1])
+                    g = parts.run(out.passes, u, at, parts.adapter(t), caches_after)
+                else:
+                    g = parts.run(out.passes, u, at, parts.adapter(t), caches[t - 1])
+                h.append(parts.residual(g, h[-1], h[0]))
+                if left is not None:
+                    continue
+                record, distances = parts.measure([x[-1:] for x in h], g[-1:], is_state=t > 1)
+                step = record.pop("step")
+                contraction = step / moves[-1] if moves and moves[-1] else None
+                moves += [] if step is None else [step]
+                seen.append(record | {"t": t, "adapter": parts.adapter(t), "contraction": contraction})
+                parts.survival *= distances.pop("go_on", 1.0)
+                distance = parts.survival if settings.criterion == "survival" else distances.get(settings.criterion)
+                settled = settled + 1 if distance is not None and distance < settings.threshold else 0
+                if t >= settings.min_iterations and settled >= settings.patience:
+                    left = t
+            reasons.add("max_iterations" if left is None else "converged")
+            t = T if left is None else left
+            state = h[t][-1]
+            if at == 0:
+                out.states, out.records = [x[-1:] for x in h[: t + 1]], seen
+            elif shared:
+                caches[-1] = caches_after
+            else:
+                for cache in caches[t:]:
+                    for index, layer in enumerate(caches[t - 1].layers):
+                        cache.update(layer.keys[..., -1:, :], layer.values[..., -1:, :], index)
+        if at == 0 and T == 0:
+            out.states = [inputs[-1:]]
+        at += len(fed)
+        out.iterations_per_token.append(t)
+        logits = parts.read(state)
+        logits[parts.suppressed] = -math.inf
+        fed = [int(logits.argmax())]
+        out.tokens += fed
+        if len(out.tokens) == max_new_tokens or fed[0] == parts.eos:
+            out.exit_reason = "max_iterations" if "max_iterations" in reasons else "converged"
+            return out
+
+
 class Parts:
     """The parts of a checkpoint, each a few lines of arithmetic over its saved tensors."""
 
@@ -156,6 +219,9 @@ class Parts:
         self.names = sorted(path.name for path in folder.glob("loops/*"))
         model = plain_base(folder)
         self.head, self.table = model.get_output_embeddings(), model.get_input_embeddings().weight
+        self.survival = 1.0
+        inner = model.base_model
+        self.norm = inner.ln_f if hasattr(inner, "ln_f") else inner.norm
         self.model = with_peft(model, folder, self.names) if self.names else model
 
     def run(self, passes, inputs, first, adapter, cache):
@@ -171,6 +237,8 @@ class Parts:
             "use_cache": True,
             "output_hidden_states": True,
         }
+        before_norm = []
+        handle = self.norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
         if adapter is None and self.names:
             with self.model.disable_adapter():
                 output = self.model(**options)
@@ -178,7 +246,12 @@ class Parts:
             if adapter is not None:
                 self.model.set_adapter(adapter)
             output = self.model(**options)
-        return output.hidden_states[-1][0]
+        handle.remove()
+        return before_norm[0][0] if self.loop["feedback"] == "raw" else output.hidden_states[-1][0]
+
+    def read(self, state):
+        """Logits at a state."""
+        return self.head(self.norm(state) if self.loop["feedback"] == "raw" else state)
 
     def trained(self, t):
         """The trained iteration that serves iteration ``t``."""
@@ -245,12 +318,15 @@ class Parts:
         now, before = h[-1].flatten().float(), h[-2].flatten().float()
         moved = g.flatten().float() if self.loop["residual"]["source"] == "previous" else now
         # The first token is read at the workspace's last position.
-        log_p, log_q = (self.head(x[-1]).float().log_softmax(-1) for x in (h[-2], h[-1]))
+        log_p, log_q = (self.read(x[-1]).float().log_softmax(-1) for x in (h[-2], h[-1]))
         entropy = lambda log: -float((log.exp() * log).sum())  # noqa: E731
         record = {"norm": float(now.norm()), "entropy": entropy(log_q), "step": None}
         record |= dict.fromkeys(("relative_change", "cosine", "kl"))
+        go_on = 1.0
+        if self.loop["halting_head"]:
+            go_on -= float(self.linear("halting.probe", h[-1].mean(0)).sigmoid())
         if not is_state:
-            return record, {}
+            return record, {"go_on": go_on}
         record["step"] = float((moved - before).norm())
         record["relative_change"] = record["step"] / float(before.norm())
         record["cosine"] = 1 - float(moved @ before / (moved.norm() * before.norm()))
@@ -258,8 +334,9 @@ class Parts:
         distances = {name: record[name] for name in ("relative_change", "cosine", "kl")}
         distances["entropy_change"] = abs(record["entropy"] - entropy(log_p))
         distances["argmax_stable"] = float(log_p.argmax() != log_q.argmax())
+        distances["go_on"] = go_on
         if self.loop["halting_head"]:
-            distances["learned"] = 1 - float(self.linear("halting.probe", h[-1].mean(0)).sigmoid())
+            distances["learned"] = go_on
         return record, distances
 
     def thought(self, h):

@@ -58,6 +58,11 @@ CASES = {
         {"max_iterations": 3, "criterion": "learned", "threshold": 0.9},
         PREFIX,
     ),
+    "no residual, halting by survival": (
+        {"residual": {"source": "none"}, "halting_head": True},
+        {"max_iterations": 6, "criterion": "survival", "threshold": 0.1},
+        {},
+    ),
     "noise alone, previous-convex, latent decoder": (
         {
             "timestep": {"kind": "none", "noise_level": True},

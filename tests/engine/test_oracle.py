@@ -106,6 +106,7 @@ THRESHOLDS = {
     "entropy_change": st.floats(0.01, 0.8),
     "argmax_stable": st.just(0.5),
     "learned": st.floats(0.85, 0.95),
+    "survival": st.floats(0.05, 0.95),
     "fixed": st.just(0.0),
 }
 

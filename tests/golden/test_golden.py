@@ -55,6 +55,7 @@ def test_so_does_the_derivation_from_its_saved_files(workspace, golden, made, tm
         derived = derive(tmp_path, list(request.prompt_ids), request.loop, request.max_new_tokens)
         # As a result's states do, these pass through fp32.
         assert [make.fingerprint(h.float(), golden["decimals"]) for h in derived.states] == expected["states"]
+        assert derived.iterations_per_token == expected.get("iterations_per_token", [])
         assert (derived.tokens, derived.exit_reason) == (expected["tokens"], expected["exit_reason"])
         assert [{"adapter": a, "positions": p} for a, p in derived.passes] == expected["passes"]
         for record, wanted in zip(derived.records, expected["trace"], strict=True):
@@ -68,7 +69,7 @@ def test_the_counted_passes_are_those_that_a_result_reports(golden):
 
 
 def adapters_of_the_loop(row, workspace):
-    start = 0 if workspace == "prompt" else 1
+    start = 0 if workspace in ("prompt", "token", "token_shared") else 1
     return [ran["adapter"] for ran in row["passes"][start : start + row["iterations"]]]
 
 

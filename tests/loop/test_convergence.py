@@ -234,9 +234,10 @@ def test_the_head_is_read_only_where_it_is_needed():
 
 
 def test_the_learned_criterion_needs_a_head():
-    with pytest.raises(RequestError, match="halting head") as caught:
-        LoopParams(criterion="learned").resolve(SLRConfig())
-    assert caught.value.param == "criterion"
+    for criterion in ("learned", "survival"):
+        with pytest.raises(RequestError, match=f"{criterion} needs a checkpoint with a halting head") as caught:
+            LoopParams(criterion=criterion).resolve(SLRConfig())
+        assert caught.value.param == "criterion"
     loop = LoopConfig(halting_head=True, convergence=ConvergenceConfig(criterion="learned", threshold=0.2))
     assert LoopParams().resolve(SLRConfig(loop=loop)).threshold == 0.2
     assert LoopParams(criterion="fixed").resolve(SLRConfig(loop=loop)).threshold == DEFAULT_THRESHOLDS["fixed"]
@@ -321,6 +322,14 @@ def test_learned_is_the_probability_of_going_on():
     torch.testing.assert_close(d.learned, torch.tensor([0.1, 0.75]))
 
 
+def test_survival_is_the_product_of_going_on():
+    h, valid_mask = one_each([1.0, 1.0], [0.0, 2.0])
+    first = measure(h, valid_mask, p_halt=torch.tensor([0.9, 0.25]))
+    then = measure(h, valid_mask, previous=h, p_halt=torch.tensor([0.5, 0.5]), survival_before=first.survival)
+    torch.testing.assert_close(first.survival, torch.tensor([0.1, 0.75]))
+    torch.testing.assert_close(then.survival, torch.tensor([0.05, 0.375]))
+
+
 def test_without_an_earlier_state_only_the_new_one_is_measured():
     h, valid_mask = one_each([3.0, 4.0])
     logits = torch.tensor([[0.5, 0.5]]).log()
@@ -332,7 +341,7 @@ def test_without_an_earlier_state_only_the_new_one_is_measured():
         head_before=logits.log_softmax(-1),
         p_halt=torch.tensor([0.9]),
     )
-    assert {name for name, value in vars(d).items() if value is not None} == {"norm", "entropy"}
+    assert {name for name, value in vars(d).items() if value is not None} == {"norm", "entropy", "survival"}
     assert d.norm.item() == pytest.approx(5.0)
     assert d.entropy.item() == pytest.approx(math.log(2))
 

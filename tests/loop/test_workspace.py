@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from slr_core.config import LoopConfig
-from slr_core.loop.workspace import build_workspace, readout
+from slr_core.loop.modules import build_workspace
+from slr_core.loop.workspace import readout
 from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams
 from tests import tiny
