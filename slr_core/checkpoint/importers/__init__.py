@@ -129,10 +129,11 @@ def describe_check(check: SelfCheck) -> str:
     compared = check.comparison
     if compared is None:
         return "No recorded output of the peer's code was given to compare with."
-    thoughts = "" if compared.thoughts is None else f", thoughts to {compared.thoughts:.1g}"
+    differences = {"thoughts": compared.thoughts, "logits of the first token": compared.logits}
+    equal_to = "".join(f", {what} to {x:.1g}" for what, x in differences.items() if x is not None)
     return (
         f"Compared with recorded output of the peer's code: {compared.equal_answers} of {compared.cases} greedy answers"
-        f" equal{thoughts}."
+        f" equal{equal_to}."
     )
 
 

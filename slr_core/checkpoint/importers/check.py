@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slr_core.checkpoint.importers.peer import Recorded
+from slr_core.checkpoint.importers.peer import LoopStates, Recorded
 from slr_core.checkpoint.validate import checkpoint_error, read_json, read_tensors
 from slr_core.errors import RequestError
+from slr_core.generation.prepare import prepare
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.types import Result
+from slr_core.types import Request, Result
 
 PROMPT = "What is 2 plus 3?"
 """The question of the check's greedy answer."""
 TOLERANCE = 2e-3
-"""Largest difference of a thought: recorded in fp32 after loops that amplify rounding."""
+"""Largest difference of a thought or a logit: recorded in fp32 after loops that amplify rounding."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Comparison:
         equal_prompts: cases with the recorded prompt ids.
         equal_answers: cases with the recorded answer ids.
         thoughts: largest difference of a thought; ``None`` if none were recorded.
+        logits: largest difference of a logit of the first token; ``None`` if none were recorded.
         first_difference: what differs in the first case that does; ``None`` if all are equal.
     """
 
@@ -37,6 +40,7 @@ class Comparison:
     equal_prompts: int
     equal_answers: int
     thoughts: float | None
+    logits: float | None
     first_difference: str | None
 
 
@@ -108,11 +112,30 @@ def run_self_check(
 
 def _answer(reasoner: LatentReasoner, prompts: list[str], max_new_tokens: int) -> list[Result]:
     # Scored prompts come back with their ids.
-    return reasoner.generate(prompts, max_new_tokens=max_new_tokens, include_states=True, score_prompt=True, logprobs=0)
+    return reasoner.generate(prompts, max_new_tokens=max_new_tokens, score_prompt=True, logprobs=0)
 
 
 def _prompt_ids(result: Result) -> tuple[int, ...]:
     return tuple(score.token_id for score in result.prompt_scores)
+
+
+@torch.inference_mode()
+def run_loop(reasoner: LatentReasoner, prompt_ids: Sequence[int]) -> LoopStates:
+    """The states of a prompt's loop, one iteration past its end."""
+    ids = torch.tensor([prompt_ids], device=reasoner.device)
+    context = reasoner.encode(ids, torch.ones_like(ids))
+    (states,) = reasoner.unroll(context, reasoner.config.loop.max_iterations + 1)
+    return LoopStates(states, context.state[0])
+
+
+@torch.inference_mode()
+def first_logits(reasoner: LatentReasoner, request: Request) -> Tensor:
+    """Logits ``[V]`` of an answer's first token."""
+    ids = torch.tensor([request.prompt_ids], device=reasoner.device)
+    answer = torch.tensor([[*request.answer_prefix_ids, 0]], device=reasoner.device)
+    logits = reasoner(ids, labels=answer).logits
+    assert isinstance(logits, Tensor)
+    return logits[0, -1]
 
 
 def _compare(reasoner: LatentReasoner, recorded: Recorded, expect: Path) -> Comparison:
@@ -129,35 +152,44 @@ def _compare(reasoner: LatentReasoner, recorded: Recorded, expect: Path) -> Comp
         raise checkpoint_error(expect, f"a recorded prompt cannot be answered ({error})") from error
     end = reasoner.tokenizer.eos_token_id
     prompts = answers = 0
-    largest, first = None, None
+    first, thought_differences, logit_differences = None, [], []
     for number, (case, result) in enumerate(zip(cases, results, strict=True)):
         same_prompt = list(_prompt_ids(result)) == case["prompt_ids"]
         # Some peers keep the end token in an answer and some drop it.
         ours, theirs = _without_end(list(result.token_ids), end), _without_end(case["tokens"], end)
         prompts, answers = prompts + same_prompt, answers + (ours == theirs)
-        assert result.states is not None
-        for key, state in recorded(reasoner, result.states).items():
+        request = prepare(reasoner, case["prompt"])
+        for key, state in recorded(reasoner, run_loop(reasoner, request.prompt_ids)).items() if thoughts else ():
             wanted = thoughts.get(f"{number}{key}")
             if wanted is not None:
-                largest = max(largest or 0.0, _difference(state, wanted))
+                thought_differences.append(_difference(state, wanted))
+        if top := case.get("first_logits_top5"):
+            logit_differences.append(_difference_of_logits(first_logits(reasoner, request), top, expect))
         if first is None and not same_prompt:
             first = f"case {number}: prompt ids {_prompt_ids(result)}, recorded {tuple(case['prompt_ids'])}"
         elif first is None and ours != theirs:
             first = f"case {number}: answer ids {ours}, recorded {theirs}"
-    if largest is not None and first is None and not largest <= TOLERANCE:
-        first = f"a thought differs by {largest:.2g}, at most {TOLERANCE:g} is rounding"
+    thought, logit = (max(found, default=None) for found in (thought_differences, logit_differences))
+    for what, difference in (("thought", thought), ("logit of a first token", logit)):
+        if difference is not None and first is None and not difference <= TOLERANCE:
+            first = f"a {what} differs by {difference:.2g}, at most {TOLERANCE:g} is rounding"
     if first is not None:
         raise checkpoint_error(
             expect, f"not reproduced: {answers} of {len(cases)} answers are equal, {prompts} prompts; {first}"
         )
-    return Comparison(len(cases), prompts, answers, largest, first)
+    return Comparison(len(cases), prompts, answers, thought, logit, first)
 
 
 def _difference(state: Tensor, wanted: Tensor) -> float:
-    """Largest difference of the rows that there are; infinite where the shapes say that N is another."""
-    if state.shape[1:] != wanted.shape[1:] or len(state) > len(wanted):
-        return float("inf")
-    return float((state.double() - wanted[: len(state)].double()).abs().max()) if len(state) else 0.0
+    """Largest difference; infinite where the shapes say that N is another."""
+    return float((state.double() - wanted.double()).abs().max()) if state.shape == wanted.shape else float("inf")
+
+
+def _difference_of_logits(logits: Tensor, recorded: Any, expect: Path) -> float:
+    try:
+        return max(abs(float(logits[int(token)]) - float(logit)) for token, logit in recorded)
+    except (TypeError, ValueError, IndexError) as error:
+        raise checkpoint_error(expect, "first_logits_top5 must be pairs of a token id and its logit") from error
 
 
 def _without_end(ids: list[int], end: int | None) -> list[int]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from slr_core.checkpoint.importers.base import BaseFit, add_markers, drop_buffers, read_config, read_tokenizer
 from slr_core.checkpoint.importers.files import Weights, read_weights
-from slr_core.checkpoint.importers.peer import FIXED_LOOP, Conversion, Peer, PeerCheckpoint
+from slr_core.checkpoint.importers.peer import FIXED_LOOP, Conversion, LoopStates, Peer, PeerCheckpoint
 from slr_core.checkpoint.validate import checkpoint_error
 from slr_core.errors import ConfigError
 from slr_core.model.reasoner import LatentReasoner
@@ -102,9 +102,9 @@ def _base(source: PeerCheckpoint, weights: Weights) -> tuple[PreTrainedConfig, P
     return config, own, folder
 
 
-def recorded_thoughts(reasoner: LatentReasoner, states: Tensor) -> dict[str, Tensor]:
+def recorded_thoughts(reasoner: LatentReasoner, loop: LoopStates) -> dict[str, Tensor]:
     """The vectors that were fed at the latent positions."""
-    return {"": states[:-1, 0]}
+    return {"": loop.states[:-2, 0]}
 
 
 PEER = Peer(

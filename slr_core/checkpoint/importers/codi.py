@@ -23,7 +23,7 @@ from slr_core.checkpoint.importers.base import (
 from slr_core.checkpoint.importers.coconut import chain
 from slr_core.checkpoint.importers.files import Weights, read_weights
 from slr_core.checkpoint.importers.lora import adapter_settings, merge_lora, split_lora
-from slr_core.checkpoint.importers.peer import Conversion, Peer, PeerCheckpoint
+from slr_core.checkpoint.importers.peer import Conversion, LoopStates, Peer, PeerCheckpoint
 from slr_core.checkpoint.validate import checkpoint_error
 from slr_core.model.reasoner import LatentReasoner
 
@@ -125,11 +125,11 @@ def take_projection(weights: Weights, layers: dict[str, str]) -> tuple[dict[str,
     return modules, {"kind": "mlp", "inner_size": inner, "norm": has_norm}
 
 
-def recorded_projections(reasoner: LatentReasoner, states: Tensor) -> dict[str, Tensor]:
+def recorded_projections(reasoner: LatentReasoner, loop: LoopStates) -> dict[str, Tensor]:
     """The state before each thought and after the last, and the projections that were fed."""
+    chain_states = loop.states[:-1, 0]
     with torch.inference_mode():
-        fed = reasoner.project_in(states[:-1, 0].to(reasoner.base.dtype))
-    return {".states": states[:, 0], ".fed": fed}
+        return {".states": chain_states, ".fed": reasoner.project_in(chain_states[:-1])}
 
 
 PEER = Peer(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slr_core.checkpoint.importers.coconut import LATENT, with_markers
 from slr_core.checkpoint.importers.files import read_weights
-from slr_core.checkpoint.importers.peer import FIXED_LOOP, Conversion, Peer, PeerCheckpoint
+from slr_core.checkpoint.importers.peer import FIXED_LOOP, Conversion, LoopStates, Peer, PeerCheckpoint
 from slr_core.errors import ConfigError
 from slr_core.model.reasoner import LatentReasoner
 
@@ -48,10 +48,10 @@ def convert_lotus(source: PeerCheckpoint) -> Conversion:
     return conversion
 
 
-def recorded_passes(reasoner: LatentReasoner, states: Tensor) -> dict[str, Tensor]:
-    """The outputs of the passes over the latent positions, but for the last one, whose states are never fed."""
+def recorded_passes(reasoner: LatentReasoner, loop: LoopStates) -> dict[str, Tensor]:
+    """The outputs of the passes over the latent positions."""
     with torch.inference_mode():
-        return {"": states[1:] - states[0]}
+        return {"": loop.states[1:] - loop.states[0]}
 
 
 PEER = Peer(

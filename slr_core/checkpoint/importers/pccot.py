@@ -23,7 +23,7 @@ from slr_core.checkpoint.importers.base import (
 from slr_core.checkpoint.importers.codi import take_projection
 from slr_core.checkpoint.importers.files import SINGLE, Weights, read_weights
 from slr_core.checkpoint.importers.lora import merge_lora, split_lora
-from slr_core.checkpoint.importers.peer import FIXED_LOOP, Conversion, Peer, PeerCheckpoint
+from slr_core.checkpoint.importers.peer import FIXED_LOOP, Conversion, LoopStates, Peer, PeerCheckpoint
 from slr_core.checkpoint.validate import checkpoint_error, read_json
 from slr_core.model.reasoner import LatentReasoner
 
@@ -211,9 +211,12 @@ def _check_base_rows(base: Path, old: Tensor | None, new: Tensor) -> None:
         raise checkpoint_error(base, "the checkpoint does not fit this base: most rows of the embedding table differ")
 
 
-def recorded_blocks(reasoner: LatentReasoner, states: Tensor) -> dict[str, Tensor]:
-    """The states of the passes over the latent positions, but for the last one, whose states are never fed."""
-    return {".states": states[2:]}
+def recorded_blocks(reasoner: LatentReasoner, loop: LoopStates) -> dict[str, Tensor]:
+    """Inputs and states of the passes over the latent positions, without the first, which runs the question, too."""
+    before = loop.states[1:-1]
+    with torch.inference_mode():
+        fed = reasoner.feed_back(before, loop.prompt_state.expand(len(before), -1))
+    return {".fed": fed, ".states": loop.states[2:]}
 
 
 PEER = Peer(

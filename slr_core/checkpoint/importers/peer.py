@@ -141,10 +141,24 @@ class Conversion:
         return self.base[self.table_name]
 
 
-Recorded = Callable[[LatentReasoner, Tensor], dict[str, Tensor]]
-"""From the states h_0 ... h_R ``[R + 1, W, d]`` of a request to the tensors that a peer's own code records of it.
+@dataclass(frozen=True)
+class LoopStates:
+    """The states of one request.
 
-A key is appended to the number of the case. A tensor may have fewer rows than the recorded one: the first are compared.
+    Attributes:
+        states: h_0 ... h_{R + 1} ``[R + 2, W, d]``: one iteration more than the R of its answer, since in a block that
+            one computes what the closing pass does.
+        prompt_state: the state ``[d]`` after the prompt.
+    """
+
+    states: Tensor
+    prompt_state: Tensor
+
+
+Recorded = Callable[[LatentReasoner, LoopStates], dict[str, Tensor]]
+"""From the states of a request to the tensors that a peer's own code records of it.
+
+A key is appended to the number of the case.
 """
 
 

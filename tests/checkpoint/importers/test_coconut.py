@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from slr_core.checkpoint.importers import Import, import_checkpoint
@@ -272,14 +273,21 @@ def test_full_folder(tmp_path):
 # -- recorded output -------------------------------------------------------------------------------------
 
 
+@torch.inference_mode()
 def record(made, path, latents=4):
     """What the peer's code would have written, by plain calls of transformers."""
-    cases = []
-    for text in tiny.PROMPTS[:2]:
+    cases, thoughts, model = [], {}, made.model
+    for number, text in enumerate(tiny.PROMPTS[:2]):
         prompt = made.prompt(text, 0)
-        tokens = plain.write(made.model, plain.chain(made.model, prompt, latents), [made.vocab + 1], 6, tiny.EOS)
-        cases.append({"prompt": text, "prompt_ids": prompt, "tokens": tokens})
+        embeds = plain.chain(model, prompt, latents)
+        tokens = plain.write(model, embeds, [made.vocab + 1], 6, tiny.EOS)
+        closed = torch.cat([embeds, model.get_input_embeddings().weight[[made.vocab + 1]]])
+        top = model.get_output_embeddings()(plain.states(model, closed)[-1]).topk(5)
+        pairs = [list(pair) for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+        cases.append({"prompt": text, "prompt_ids": prompt, "tokens": tokens, "first_logits_top5": pairs})
+        thoughts[str(number)] = embeds[-latents:].clone()
     path.write_text(json.dumps({"cases": cases, "new_tokens": 6}))
+    save_file(thoughts, path.parent / "thoughts.safetensors")
 
 
 def test_expect(tmp_path):
@@ -287,10 +295,24 @@ def test_expect(tmp_path):
     record(made, tmp_path / "expected.json")
     compared = convert(made, tmp_path / "out", expect=tmp_path / "expected.json").comparison
     assert (compared.cases, compared.equal_prompts, compared.equal_answers) == (2, 2, 2)
-    assert "2 of 2 greedy answers equal" in (tmp_path / "out" / "README.md").read_text()
+    assert compared.thoughts < 1e-4
+    assert compared.logits < 1e-4
+    assert "2 of 2 greedy answers equal, thoughts to " in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("case", ["latents", "tokens", "prompt_ids", "no cases", "no file"])
+EXPECT_MESSAGES = {
+    "latents": "not reproduced",
+    "tokens": "not reproduced",
+    "prompt_ids": "not reproduced",
+    "logits": "a logit of a first token differs",
+    "pairs": "first_logits_top5 must be pairs",
+    "thoughts": "a thought differs by 0.01",
+    "no cases": "no cases",
+    "no file": "no such file",
+}
+
+
+@pytest.mark.parametrize("case", EXPECT_MESSAGES)
 def test_expect_differs(case, tmp_path):
     """Nothing is written where recorded output is not reproduced."""
     made, path = published.coconut(tmp_path), tmp_path / "expected.json"
@@ -299,10 +321,17 @@ def test_expect_differs(case, tmp_path):
         data = json.loads(path.read_text())
         data["cases"][1][case][0] += 1
         path.write_text(json.dumps(data))
+    elif case in ("logits", "pairs"):
+        data = json.loads(path.read_text())
+        data["cases"][1]["first_logits_top5"][4] = [3, 99.0] if case == "logits" else [9999, 1.0]
+        path.write_text(json.dumps(data))
+    elif case == "thoughts":
+        beside = path.parent / "thoughts.safetensors"
+        save_file({name: x + 0.01 for name, x in load_file(beside).items()}, beside)
     elif case == "no cases":
         path.write_text("{}")
     elif case == "no file":
         path.unlink()
-    with pytest.raises(SLRError, match=r"not reproduced|no cases|no such file"):
+    with pytest.raises(SLRError, match=EXPECT_MESSAGES[case]):
         convert(made, tmp_path / "out", expect=path)
     assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from slr_core.checkpoint.importers import Import, get_peer, import_checkpoint
+from slr_core.checkpoint.importers.check import first_logits, run_loop
 from slr_core.checkpoint.importers.peer import ImportOptions
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.engine.engine import Engine
@@ -57,7 +58,13 @@ def recorded(fixture, shared_data):
 def imported(fixture, recorded, tmp_path_factory):
     out = tmp_path_factory.mktemp(fixture.folder) / "imported"
     checkpoint, base = recorded / fixture.checkpoint, recorded / "base"
-    import_checkpoint(Import(fixture.peer, str(checkpoint), str(base), out, fixture.options))
+    expect = None if fixture.options.keep_eos else recorded / "expected.json"
+    check = import_checkpoint(Import(fixture.peer, str(checkpoint), str(base), out, fixture.options, expect=expect))
+    if expect is not None:
+        found = check.comparison
+        assert (found.cases, found.equal_prompts, found.equal_answers) == (8, 8, 8)
+        assert found.thoughts < 1e-3
+        assert found.logits < 1e-3
     return load_checkpoint(LatentReasoner, out)
 
 
@@ -91,12 +98,17 @@ def test_alone(fixture, recorded, imported, cases):
     for number, (case, request) in enumerate(zip(cases, requests(imported, cases), strict=True)):
         (result,) = generate(imported, [request])
         assert answers(case, list(result.token_ids), imported.tokenizer.eos_token_id)
-        for key, found in get_peer(fixture.peer).recorded(imported, result.states).items():
-            wanted = thoughts[f"{number}{key}"]
+        loop = run_loop(imported, request.prompt_ids)
+        assert torch.equal(loop.states[:-1], result.states)
+        for key, found in get_peer(fixture.peer).recorded(imported, loop).items():
             if fixture.options.keep_eos:  # their thoughts were not recorded
                 continue
-            torch.testing.assert_close(found, wanted[: len(found)], rtol=0, atol=1e-3)
+            torch.testing.assert_close(found, thoughts[f"{number}{key}"], rtol=0, atol=1e-3)
             compared += 1
+        for token, logit in case.get("first_logits_top5", ()):
+            assert first_logits(imported, request)[token].item() == pytest.approx(logit, abs=2e-3)
+        if "forwards" in case:  # as many passes as the peer's own code runs
+            assert result.forward_passes - (len(result.token_ids) - len(case["tokens"])) <= case["forwards"]
     assert compared >= len(cases) or fixture.options.keep_eos
 
 
