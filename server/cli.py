@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import inspect
 import logging
@@ -22,6 +23,7 @@ from slr_core._version import __version__
 from slr_core.errors import EngineError, SLRError
 from slr_core.suggest import did_you_mean
 
+from .observability.loop_errors import LoopErrorLog
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 _BACKLOG = 1024
 """Connections that wait for the event loop to accept them."""
+_ACCEPTED_AT_ONCE = 64
+"""Connections that are accepted before other events are handled."""
 _KEEP_ALIVE_S = 75
 """Longer than load balancers keep idle connections (often 60 s). If the server closed them first, requests that are
 being sent would be lost."""
@@ -44,6 +48,12 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self.service, self.address = service, address
         self._announced = self._stop_requested = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(LoopErrorLog())
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(_BACKLOG)  # asyncio takes the number that it accepts at once for the backlog, too
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._stop_requested:  # a second signal: do not wait for running requests
@@ -131,12 +141,14 @@ def serve(settings: ServerSettings) -> None:
 
     from .app import create_app
     from .connection import Connection, ConnectionLimits
+    from .connection_limit import ConnectionLimit, max_connections
     from .observability.access_log import log_handler
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     disable_progress_bars()
     logging.basicConfig(level=settings.log_level.upper(), handlers=[log_handler(settings)])
     try:
+        most = max_connections(settings.max_connections)
         app = create_app(settings)
     except SLRError as error:
         _fail(str(error))
@@ -146,7 +158,9 @@ def serve(settings: ServerSettings) -> None:
         _fail(f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error})")
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     service: Service = app.state.service
-    limits = ConnectionLimits(settings.max_body_bytes, settings.head_timeout_s, service.metrics)
+    connections = ConnectionLimit(most)
+    service.metrics.watch_connections(connections.__len__)
+    limits = ConnectionLimits(settings.max_body_bytes, settings.head_timeout_s, connections, service.metrics)
     config = Config(
         app,
         lifespan="on",
@@ -155,7 +169,7 @@ def serve(settings: ServerSettings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        backlog=_BACKLOG,
+        backlog=_ACCEPTED_AT_ONCE,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_FLUSH_S,
     )

@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from slr_core.errors import SLRError
 
+from .connection_limit import Admitted, ConnectionLimit
 from .errors import HeadersTooSlow, InvalidHTTP, TooManyHeaders, to_problem
 from .middleware import REQUEST_ID
 from .observability.access_log import AccessLogEntry, log_access
@@ -36,11 +37,13 @@ class ConnectionLimits:
     Attributes:
         body_bytes: maximum size of a request body.
         head_timeout_s: seconds in which the first byte of a connection, and then all headers of a request, must arrive.
+        connections: how many there may be.
         metrics: of the server.
     """
 
     body_bytes: int
     head_timeout_s: float
+    connections: ConnectionLimit
     metrics: Metrics
 
 
@@ -55,6 +58,7 @@ class _ResponseWriter:
 class Connection(HttpToolsProtocol):
     """A connection that answers one request at a time.
 
+    - There is a limit on their number, see :class:`ConnectionLimit`.
     - Headers must arrive in time, and at most :data:`MAX_HEAD_BYTES` of them.
     - A body comes in at most :data:`MAX_CHUNKS` chunks.
     - A response that is sent before the end of its request closes the connection, and the rest of the request is
@@ -75,26 +79,36 @@ class Connection(HttpToolsProtocol):
         """Whether everything that still arrives is dropped."""
         self._keep_alive = False
         """Whether the request lets the connection stay open."""
+        self._admitted = Admitted.NOT
         self._error: SLRError | None = None
         """Why a callback has stopped the parser."""
 
     # -- the connection -----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the time limit of the first request's headers."""
+        """Start the time limit of the first request's headers, unless there are too many connections."""
         super().connection_made(transport)
         self._writer = _ResponseWriter(self)
-        self._start_timer(self.limits.head_timeout_s)
+        self._admitted = self.limits.connections.open(self)
+        if self._admitted is Admitted.NOT:
+            self._discarding = True
+            self.limits.metrics.connection_refused()
+            transport.abort()
+        else:
+            self._start_timer(self.limits.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timer and tell the request in progress."""
         self._unset_keepalive_if_required()
+        self.limits.connections.close(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse what has arrived, unless it can no longer matter."""
         if self._discarding:
             return
+        if not self._received:
+            self.limits.connections.mark_active(self)
         self._received += len(data)
         try:
             self.parser.feed_data(data)
@@ -119,6 +133,16 @@ class Connection(HttpToolsProtocol):
             self._discarding = True
             self.transport.write_eof()
             self.loop.call_later(LINGER_S, self.transport.close)
+
+    def give_way(self) -> None:
+        """Close the connection, which has no request, in favour of another."""
+        self.transport.close()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        if self._in_head and not self.transport.is_closing():
+            self.limits.connections.mark_idle(self)
 
     def shutdown(self) -> None:
         """Close the connection after the request in progress."""
@@ -161,12 +185,13 @@ class Connection(HttpToolsProtocol):
             self._stop(InvalidHTTP("the version must be HTTP/1.0 or HTTP/1.1"))
         if version == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
             self._stop(InvalidHTTP("a request must have one Host header"))
-        request_stats(cast(Scope, self.scope))  # the time of arrival
+        stats = request_stats(cast(Scope, self.scope))  # the request has arrived now
+        stats.probes_only = self._admitted is Admitted.FOR_PROBES
         super().on_headers_complete()
         self._in_head = False
         self.cycle.transport = self._writer  # type: ignore[assignment]
         # Until the request is complete, a response closes the connection.
-        self._keep_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
+        self._keep_alive, self.cycle.keep_alive = self.cycle.keep_alive and not stats.probes_only, False
 
     def on_chunk_header(self) -> None:
         """Count a chunk of a body."""

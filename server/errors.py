@@ -81,8 +81,8 @@ class Conflict(SLRError):
     """The operation conflicts with the server's current state."""
 
 
-class QueueFull(SLRError):
-    """The queue has no room for the request.
+class Overloaded(SLRError):
+    """The server has no room for the request.
 
     Attributes:
         retry_after_s: estimated seconds until there is room.
@@ -91,6 +91,14 @@ class QueueFull(SLRError):
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QueueFull(Overloaded):
+    """Too many answers wait, or too many requests are in progress."""
+
+
+class TooManyConnections(Overloaded):
+    """There are too many connections."""
 
 
 class Unavailable(SLRError):
@@ -122,6 +130,7 @@ _KINDS: dict[type[Exception], tuple[int, str, str]] = {
     UnknownHost: (421, _INVALID, "unknown_host"),
     QueueFull: (429, "rate_limit_error", "queue_full"),
     ClientGone: (CLIENT_CLOSED_REQUEST, _INVALID, "client_closed_request"),
+    TooManyConnections: (503, "unavailable_error", "too_many_connections"),
     Unavailable: (503, "unavailable_error", "unavailable"),
     TimedOut: (504, "timeout_error", "timeout"),
     DeadlineError: (504, "timeout_error", "timeout"),
@@ -177,7 +186,7 @@ def to_problem(error: Exception) -> Problem:
             status, family, code = _KINDS[kind]
             param = error.param if isinstance(error, RequestError) else None
             headers = {}
-            if isinstance(error, QueueFull):
+            if isinstance(error, Overloaded):
                 headers["Retry-After"] = str(error.retry_after_s)
             elif isinstance(error, Unauthorized):
                 headers["WWW-Authenticate"] = "Bearer"

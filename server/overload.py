@@ -11,8 +11,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .admission import Admission
-from .errors import BodyTooLarge, BodyTooSlow, QueueFull, send_error
+from .auth import PROBES
+from .errors import BodyTooLarge, BodyTooSlow, Overloaded, QueueFull, TooManyConnections, send_error
 from .observability.metrics import ENDPOINTS
+from .observability.request_stats import request_stats
 
 _LARGEST_BODIES = 64
 """Unfinished bodies hold at most this many times the maximum size of one."""
@@ -37,9 +39,12 @@ class RequestLimit:
             QueueFull: the queue is full, or there are too many requests.
         """
         self._admission.check_room()
-        missing = self.in_progress + 1 - self.limit
-        if missing > 0:
-            raise QueueFull("too many requests in progress, try again later", self._admission.retry_after_s(missing))
+        if self.in_progress >= self.limit:
+            raise QueueFull("too many requests in progress, try again later", self.retry_after_s())
+
+    def retry_after_s(self) -> int:
+        """Seconds until there should be room for one more request."""
+        return self._admission.retry_after_s(max(1, self.in_progress + 1 - self.limit))
 
     def begin(self) -> None:
         """Count a request; :meth:`end` must follow.
@@ -56,7 +61,8 @@ class RequestLimit:
 
 
 class EarlyRefusal:
-    """Refuses a request that runs the model, before its body is read, if the server has no room for it.
+    """Refuses a request before its body is read, if it runs the model and the server has no room for it, or if there
+    are too many connections and it is no health check.
 
     Args:
         limit: of the server.
@@ -67,10 +73,13 @@ class EarlyRefusal:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] == "http" and scope["path"] in ENDPOINTS:
+        if scope["type"] == "http":
             try:
-                self.limit.check()
-            except QueueFull as error:
+                if request_stats(scope).probes_only and scope["path"] not in PROBES:
+                    raise TooManyConnections("too many connections, try again later", self.limit.retry_after_s())
+                if scope["path"] in ENDPOINTS:
+                    self.limit.check()
+            except Overloaded as error:
                 await send_error(error, scope, receive, send)
                 return
         await self.app(scope, receive, send)

@@ -93,6 +93,12 @@ class ServerSettings(BaseSettings):
     max_queue: int = Field(
         256, ge=1, le=1_000_000, description="Maximum number of waiting answers; requests beyond it get 429."
     )
+    max_connections: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Maximum number of open connections. Default: what the limit of open files (ulimit -n) allows.",
+    )
     max_requests: int | None = Field(
         None,
         ge=1,

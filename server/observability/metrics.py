@@ -7,7 +7,7 @@ step.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import get_args
 
@@ -92,6 +92,11 @@ class Metrics:
         _initialise(self._rejections, ((reason,) for reason in {INVALID, *REJECTIONS.values()}))
         self._in_flight = Gauge("slr_requests_in_flight", "HTTP requests in progress", registry=registry)
 
+        self._connections = Gauge("slr_connections", "Open connections", registry=registry)
+        self._refused_connections = counter(
+            "slr_refused_connections_total", "Connections that were closed at once, because there were too many"
+        )
+
         self._reduced = counter("slr_budget_reductions_total", "Answers whose iteration budget was reduced under load")
         self._iterations = histogram("slr_loop_iterations", "Iterations of a finished loop", _ITERATIONS)
         exits = counter(
@@ -148,6 +153,14 @@ class Metrics:
         self._requests.labels(endpoint, status).inc()
         if status == "rejected":
             self._rejections.labels(REJECTIONS.get(http_status, INVALID)).inc()
+
+    def watch_connections(self, count: Callable[[], int]) -> None:
+        """Read the number of open connections at each scrape."""
+        self._connections.set_function(count)
+
+    def connection_refused(self) -> None:
+        """Count a connection that was closed at once."""
+        self._refused_connections.inc()
 
     def request_refused(self, http_status: int) -> None:
         """Count a request that was refused before its path was known."""

@@ -18,6 +18,7 @@ class RequestStats:
 
     Attributes:
         arrived_at: ``time.monotonic`` when its headers were complete. Its time limit starts here.
+        probes_only: whether its connection is one beyond the limit, on which only health checks are answered.
         request_id: the id in the response header and in the log.
         status: the status that counts, where it is not the one that was sent: a stream that fails has sent 200.
         error: code of the error response, if there was one.
@@ -29,6 +30,7 @@ class RequestStats:
     """
 
     arrived_at: float = field(default_factory=time.monotonic)
+    probes_only: bool = False
     request_id: str = ""
     status: int | None = None
     error: str | None = None

@@ -144,3 +144,13 @@ def malformed(url: str, name: str = "garbage") -> tuple[int, dict[str, Any]]:
     first, *lines = top.decode().split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return int(first.split()[1]), headers | json.loads(content)
+
+
+def many_connections(url: str, connections: int = 300, seconds: float = 3.0) -> Flood:
+    """Open connections; half of them send a request and then nothing, the others nothing at all."""
+    with Liveness(url) as liveness, opened(url, connections) as sockets:
+        for connection in sockets[::2]:
+            with suppress(OSError):
+                connection.sendall(head("/livez", method="GET"))
+        time.sleep(seconds)
+    return Flood(seconds, liveness.worst_s, [])
