@@ -7,13 +7,19 @@ import asyncio
 import gc
 import inspect
 import logging
+import math
+import os
 import signal
 import socket
 import sys
+import threading
+import time
+from contextlib import suppress
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
+import huggingface_hub.constants
 import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp, CliSettingsSource, SettingsError
@@ -25,6 +31,7 @@ from slr_core.suggest import did_you_mean
 
 from .observability.loop_errors import LoopErrorLog
 from .settings import ServerSettings
+from .threads import start_daemon, unfinished
 
 if TYPE_CHECKING:
     from .service import Service
@@ -39,15 +46,35 @@ _KEEP_ALIVE_S = 75
 being sent would be lost."""
 _FLUSH_S = 5
 """Seconds for the last responses to reach their clients."""
+_END_S = 5.0
+"""Seconds beyond the grace period and the last responses after which the process ends, whatever still runs."""
+_END_NOW_S = 2.0
+"""The same after a second signal, from the signal on."""
 
 
 class _Server(uvicorn.Server):
-    """Announces when the server is ready, exits if the model cannot be loaded, and drains on SIGTERM and SIGINT."""
+    """Announces when the server is ready, exits if the model cannot be loaded, and drains on a signal.
+
+    Signals are SIGTERM, SIGINT and SIGHUP. A second signal ends the grace period. A thread that hangs does not hold up
+    the end: see :data:`_END_S`.
+    """
 
     def __init__(self, config: Config, service: Service, address: str) -> None:
         super().__init__(config)
         self.service, self.address = service, address
-        self._announced = self._stop_requested = False
+        self._announced = self._stop_requested = self._end_requested = False
+        self._end_at = math.inf
+        """``time.monotonic`` at which the process ends."""
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        # After nohup, SIGHUP is ignored.
+        original = signal.getsignal(signal.SIGHUP)
+        if original != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.handle_exit)
+        try:
+            await super().serve(sockets)
+        finally:
+            signal.signal(signal.SIGHUP, original)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(LoopErrorLog())
@@ -56,9 +83,21 @@ class _Server(uvicorn.Server):
             listener.listen(_BACKLOG)  # asyncio takes the number that it accepts at once for the backlog, too
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._stop_requested:  # a second signal: do not wait for running requests
-            super().handle_exit(sig, frame)
-        self._stop_requested = True
+        if not self._stop_requested:
+            self._stop_requested = True
+            self._end_at = time.monotonic() + self.service.settings.grace_s + _FLUSH_S + _END_S
+            # Not a daemon thread of slr_server.threads: those are waited for.
+            threading.Thread(target=self._end_in_time, name="slr-end", daemon=True).start()
+        else:
+            self._end_requested = True
+            self._end_at = time.monotonic() + _END_NOW_S
+
+    def _end_in_time(self) -> None:
+        while time.monotonic() < self._end_at:
+            time.sleep(0.05)
+        logging.getLogger(__name__).error("shutdown takes too long: ending the process")
+        _flush_log()
+        os._exit(1)
 
     async def on_tick(self, counter: int) -> bool:
         if self.service.broken:
@@ -68,7 +107,10 @@ class _Server(uvicorn.Server):
         if self._stop_requested:
             if self.service.draining is None:
                 self.service.drain()
-            elif self.service.draining.done():
+            elif self._end_requested:
+                self.service.end_now()
+                self.config.timeout_graceful_shutdown = 1
+            if self.service.draining is not None and self.service.draining.done():
                 return True
         if self.service.ready and not self._announced:
             self._announced = True
@@ -76,7 +118,10 @@ class _Server(uvicorn.Server):
             # then parsed in 0.2 s instead of 1.7 s.
             gc.collect()
             gc.freeze()
-            print(f"slr-serve: {self.service.settings.model_name} ready at {self.address}", flush=True)
+            if self.service.settings.offline:
+                huggingface_hub.constants.HF_HUB_OFFLINE = True
+            line = f"slr-serve: {self.service.settings.model_name} ready at {self.address}"
+            start_daemon(partial(_print, line))  # standard output may be a pipe that nobody reads
         return await super().on_tick(counter)
 
 
@@ -96,6 +141,9 @@ def main(arguments: list[str] | None = None) -> None:
         serve(settings)
     except KeyboardInterrupt:
         sys.exit(0)
+    if unfinished():  # a load that was given up, or output that nobody reads
+        _flush_log()
+        os._exit(0)
 
 
 def read_settings(arguments: list[str]) -> ServerSettings:
@@ -137,7 +185,7 @@ def serve(settings: ServerSettings) -> None:
     """Serve until a signal comes. Exits with status 1 if the server cannot start or the engine fails."""
     # Imported here, so that --help and wrong flags are answered without importing torch.
     from huggingface_hub.utils.tqdm import disable_progress_bars
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_default_handler, disable_progress_bar, enable_propagation
 
     from .app import create_app
     from .connection import Connection, ConnectionLimits
@@ -146,6 +194,10 @@ def serve(settings: ServerSettings) -> None:
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     disable_progress_bars()
+    # Through the server's handler, which does not block.
+    disable_default_handler()
+    enable_propagation()
+    logging.captureWarnings(True)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[log_handler(settings)])
     try:
         most = max_connections(settings.max_connections)
@@ -208,8 +260,27 @@ def _explain(error: ValidationError | SettingsError) -> str:
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:
-    print(f"slr-serve: error: {' '.join(message.split())}", file=sys.stderr)
+    _flush_log()
+    writing = start_daemon(partial(_print, f"slr-serve: error: {' '.join(message.split())}", "stderr"))
+    writing.join(_FLUSH_S)
+    if unfinished():
+        os._exit(status)
     sys.exit(status)
+
+
+def _flush_log() -> None:
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+
+
+def _print(line: str, stream: Literal["stdout", "stderr"] = "stdout") -> None:
+    """Print a line. If the stream is closed, it and all later output are dropped."""
+    try:
+        print(line, file=getattr(sys, stream), flush=True)
+    except (OSError, ValueError):
+        # The interpreter flushes the stream at its end, and would fail.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, stream).fileno())
 
 
 if __name__ == "__main__":

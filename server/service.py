@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ from .preprocess import GenerationJob, preprocess
 from .protocol.schema import Answer, OutputEvent
 from .request_group import AdmittedRequest, RequestGroup, until_deadline
 from .settings import ServerSettings
+from .threads import run_in_daemon
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -54,8 +56,13 @@ class Service:
         """Done when the model is loaded or :attr:`failure` is set."""
         self.draining: asyncio.Task[None] | None = None
         """Done when no request is left; see :meth:`drain`."""
+        self._drain_until = math.inf
+        """``time.monotonic`` until which running requests may finish."""
+        self._closed = False
         self._groups: set[RequestGroup] = set()
-        self._folder = AdapterSetFolder(settings.loop_sets)
+        self._loads: set[asyncio.Task[None]] = set()
+        """Loads of loop adapter sets."""
+        self._folder = AdapterSetFolder(settings.loop_sets, settings.load_timeout_s)
         self.created = int(time.time())
         """Unix time in seconds at which the server started."""
         # One thread: the CPU cores belong to the engine.
@@ -78,11 +85,13 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # A thread cannot be interrupted: an engine that is still loading is closed once it has loaded.
-        if self.loading is not None:
-            await self.loading
+        self._closed = True
+        if self.loading is not None and not self.loading.done():
+            self.loading.cancel()
+            await asyncio.wait((self.loading,))
         if self._engine is not None and self._owned:
             # The time limit lets the process end although a step hangs.
-            await asyncio.to_thread(self._engine.close, self.settings.stall_timeout_s)
+            await run_in_daemon(partial(self._engine.close, self.settings.stall_timeout_s))
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     # -- state --------------------------------------------------------------------------------------
@@ -188,7 +197,15 @@ class Service:
         engine = self.check()
         if name in (self.settings.model_name, DEFAULT_LOOP_SET):
             raise Conflict(f"the name {name!r} is reserved for the served model")
-        await self._folder.load(engine, name)
+        load = asyncio.ensure_future(self._folder.load(engine, name))
+        self._loads.add(load)
+        load.add_done_callback(self._loads.discard)
+        try:
+            await load
+        except asyncio.CancelledError:
+            if self.draining is None:
+                raise
+            raise Unavailable("the server is shutting down") from None
         self._warn_if_untrained(name)
 
     async def remove_loop_set(self, name: str) -> None:
@@ -257,6 +274,7 @@ class Service:
             work = partial(preprocess, job, self.settings, loop_set.reasoner, engine.capacity)
             async with until_deadline(deadline, limit):
                 requests = await self.in_thread(work)
+            self.check()  # the server may be shutting down by now
             budgeted = [reduce_budget(request, depth) for request in requests]
             admitted = [AdmittedRequest(new, new is not old) for new, old in zip(budgeted, requests, strict=True)]
             with job.names.in_errors():
@@ -289,7 +307,7 @@ class Service:
     async def _load(self) -> None:
         started = time.monotonic()
         try:
-            self._engine = await asyncio.to_thread(self._build)
+            self._engine = await run_in_daemon(self._build)
         except Exception as error:  # of any kind: the process ends with it, see slr_server.cli
             self.failure = error
             return
@@ -328,20 +346,29 @@ class Service:
         except BaseException:
             engine.close()
             raise
+        if self._closed:  # nobody waits for it any more
+            engine.close()
         return engine
 
     def drain(self) -> None:
-        """Refuse new and waiting requests, and let running ones finish within the grace period. Call it once."""
+        """Refuse new and waiting requests, give up loads of loop adapter sets, and let running requests finish within
+        the grace period. Call it once."""
+        self._drain_until = time.monotonic() + self.settings.grace_s
         self.draining = asyncio.create_task(self._drain())
+
+    def end_now(self) -> None:
+        """End the grace period."""
+        self._drain_until = 0.0
 
     async def _drain(self) -> None:
         error = Unavailable("the server is shutting down")
         logger.info("shutting down: %d requests in progress", len(self._groups))
+        for load in list(self._loads):
+            load.cancel()
         for group in list(self._groups):
             if not group.started:
                 group.fail(error)
-        deadline = time.monotonic() + self.settings.grace_s
-        while self._groups and time.monotonic() < deadline:
+        while self._groups and time.monotonic() < self._drain_until:
             await asyncio.sleep(0.02)
         for group in list(self._groups):
             group.fail(error)

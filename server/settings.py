@@ -70,6 +70,11 @@ class ServerSettings(BaseSettings):
     loop_sets: str | None = Field(
         None, description="Folder of checkpoints that the admin endpoints can load as further loop adapter sets."
     )
+    offline: bool = Field(
+        True,
+        description="Download nothing once the model is loaded: a loop adapter set's base must be on disk or in the "
+        "hub's cache.",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 for any free one.")
 
@@ -131,6 +136,13 @@ class ServerSettings(BaseSettings):
 
     request_timeout_s: float = Field(
         120.0, gt=0, le=86400, allow_inf_nan=False, description="Time limit of a request in seconds; then it gets 504."
+    )
+    load_timeout_s: float = Field(
+        300.0,
+        gt=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="Seconds in which the admin endpoint loads a loop adapter set; then it answers 504.",
     )
     stall_timeout_s: float = Field(
         60.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -11,6 +12,7 @@ from urllib.parse import quote
 
 from ..auth import PROBES
 from ..settings import ServerSettings
+from .log_writer import LogWriter, write_stderr
 from .request_stats import RequestStats
 
 access = logging.getLogger("slr.access")
@@ -97,9 +99,9 @@ class _JSONFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=True)
 
 
-def log_handler(settings: ServerSettings) -> logging.Handler:
-    """A handler that writes to standard error in the format of the settings."""
-    handler = logging.StreamHandler()
+def log_handler(settings: ServerSettings, write: Callable[[bytes], None] = write_stderr) -> logging.Handler:
+    """A handler that writes to standard error, without blocking, in the format of the settings."""
+    handler = LogWriter(write)
     text = _TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(_JSONFormatter() if settings.log_format == "json" else text)
     return handler

@@ -21,7 +21,7 @@ async def list_loop_sets(service: ServiceDependency) -> LoopSetList:
 @router.post(
     "/loop_sets",
     summary="Load a loop adapter set",
-    responses=document_errors(400, 404, 408, 409, 413, 415, 431, *_ERRORS),
+    responses=document_errors(400, 404, 408, 409, 413, 415, 431, 504, *_ERRORS),
 )
 async def load_loop_set(body: LoadLoopSet, service: ServiceDependency) -> LoopSetList:
     """Load a checkpoint from the operator's folder. Running requests go on."""

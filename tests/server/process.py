@@ -20,6 +20,8 @@ class Server:
         flags: of ``slr-serve``.
         module: the module to run.
         key: an API key, for :meth:`metrics`.
+        stderr: where standard error goes instead of to the log.
+        stdout: where standard output goes; the server must then have a known port.
         environment: additional environment variables.
     """
 
@@ -30,19 +32,20 @@ class Server:
         *flags: str,
         module: str = "slr_server.cli",
         key: str | None = None,
+        stderr: int | None = None,
+        stdout: int = subprocess.PIPE,
         **environment: str,
     ) -> None:
-        # A file, because an unread pipe fills up and blocks the server.
         self.log, self.key = log, key
-        with log.open("w") as stderr:
+        with log.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, "--model", str(folder), "--port", "0", "--threads", "1", *flags],
                 env={**os.environ, **environment},
-                stdout=subprocess.PIPE,
-                stderr=stderr,
+                stdout=stdout,
+                stderr=file if stderr is None else stderr,
                 text=True,
             )
-        self.line = self.process.stdout.readline()
+        self.line = "" if self.process.stdout is None else self.process.stdout.readline()
         self.url = self.line.split()[-1] if self.line else ""
 
     def stop(self) -> int:
@@ -52,7 +55,9 @@ class Server:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdout.close()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
 
     def metrics(self) -> dict[str, float]:
         """Samples by name; with labels, by ``name{value,...}``."""

@@ -1,13 +1,18 @@
 """Loop adapter sets that are loaded and removed while requests run."""
 
+import asyncio
 import copy
+import threading
+import time
 
 import pytest
 from fastapi.testclient import TestClient
 
 from slr_core.engine import Engine
 from slr_core.generation.reference import generate
+from slr_server import threads
 from slr_server.app import create_app
+from slr_server.errors import Unavailable
 from slr_server.settings import ServerSettings
 from tests import tiny
 from tests.server import events
@@ -147,3 +152,50 @@ def test_load_without_folder(engine):
     with TestClient(create_app(ServerSettings(admin_key=ADMIN), engine)) as client:
         assert load(client, "other").status_code == 404
         assert client.get("/admin/loop_sets", headers=HEADERS).json()["available"] == []
+
+
+@pytest.fixture
+def slow_load(monkeypatch):
+    """Loads last until the event is set."""
+    ended = threading.Event()
+    load_loop_set = Engine.load_loop_set
+
+    def slowly(engine, name, path):
+        assert ended.wait(20)
+        load_loop_set(engine, name, path)
+
+    monkeypatch.setattr(Engine, "load_loop_set", slowly)
+    yield ended
+    ended.set()
+
+
+def test_load_has_a_time_limit(reasoner, folder, slow_load):
+    settings = ServerSettings(admin_key=ADMIN, loop_sets=str(folder), load_timeout_s=0.1)
+    with Engine(reasoner, threads=1) as engine, TestClient(create_app(settings, engine)) as client:
+        assert load(client, "other").status_code == 504
+        refused = load(client, "other")
+        assert (refused.status_code, "has not ended yet" in refused.text) == (409, True)
+        slow_load.set()
+        deadline = time.monotonic() + 20
+        while threads.unfinished():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert list(engine.loop_sets) == ["default"], "it is removed again"
+
+
+def test_load_does_not_hold_up_the_end(reasoner, folder, slow_load):
+    async def scenario(engine):
+        app = create_app(ServerSettings(admin_key=ADMIN, loop_sets=str(folder)), engine)
+        async with app.router.lifespan_context(app):
+            service = app.state.service
+            loading = asyncio.create_task(service.load_loop_set("other"))
+            while not threads.unfinished():
+                await asyncio.sleep(0.001)
+            service.drain()
+            with pytest.raises(Unavailable):
+                await asyncio.wait_for(loading, 10)
+            await asyncio.wait_for(service.draining, 10)
+
+    with Engine(reasoner, threads=1) as engine:
+        asyncio.run(scenario(engine))
+        slow_load.set()

@@ -30,10 +30,15 @@ def lines(capsys):
     level = root.level
 
     def configure(**settings):
-        made.append(log.log_handler(ServerSettings(**settings)))
+        made.append(log.log_handler(ServerSettings(**settings), lambda data: print(data.decode(), file=sys.stderr)))
         root.addHandler(made[0])
         root.setLevel(logging.INFO)
-        return lambda: capsys.readouterr().err.splitlines()
+
+        def read():
+            made[0].flush()
+            return list(filter(None, capsys.readouterr().err.splitlines()))
+
+        return read
 
     yield configure
     root.removeHandler(made[0])
