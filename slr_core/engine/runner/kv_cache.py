@@ -1,8 +1,13 @@
-"""The key/value cache: allocated once, one slot per request. Neighbouring slots are read without a copy."""
+"""The key/value cache: allocated once, one slot per request. Neighbouring slots are read without a copy.
+
+On a CPU its memory is reserved at first, and used as positions are written.
+"""
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -31,7 +36,7 @@ class KVCache(Cache):
         layers, heads, head_dim = cache_shape(base)
         self.slots, self.capacity = slots, capacity
         # Zeros: uninitialized memory may hold NaN, and a masked NaN still spoils attention (0 * NaN is NaN).
-        self.store = torch.zeros(layers, 2, slots, heads, capacity + 1, head_dim, dtype=base.dtype, device=base.device)
+        self.store = _zeros((layers, 2, slots, heads, capacity + 1, head_dim), base.dtype, base.device)
         super().__init__(layers=[KVCacheLayer(self, index) for index in range(layers)])
         self.row_slots: Tensor = torch.empty(0)
         self.positions: Tensor = torch.empty(0)
@@ -108,6 +113,19 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_max_length(self) -> int:
         """Positions of a slot."""
         return self.cache.capacity
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU, memory that the operating system provides page by page when it is first written."""
+    size = prod(shape) * dtype.itemsize
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Not torch.zeros, which writes every page. Private, as malloc's: no file system's limits apply to it.
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        # Every slot has scratch positions at its end: with huge pages, they would bring in almost the whole cache.
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def cache_shape(base: PreTrainedModel) -> tuple[int, int, int]:

@@ -114,21 +114,25 @@ class LayerWeights(NamedTuple):
 _NO_WEIGHTS = LayerWeights(torch.empty(0), torch.empty(0), torch.empty(0), torch.empty(0), [])
 
 
-def _stack_weights(layers: Sequence[tuple[nn.Module, str]]) -> LayerWeights | None:
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers of a model with PEFT's LoRA, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _stack_weights(layers: Sequence[tuple[LoraLayer | None, str]]) -> LayerWeights | None:
     """Stack one layer's adapters.
 
     Args:
-        layers: for each adapter the layer, with or without PEFT's LoRA, and the adapter's name.
+        layers: for each adapter the layer, if the adapter's model has LoRA there, and the adapter's name.
 
     Returns:
-        ``None`` if no adapter has weights for this layer.
+        ``None`` if no adapter has an effect on this layer, as before training: their product would be zero.
     """
     pairs = [
-        _scaled_weights(layer, name) if isinstance(layer, LoraLayer) and name in layer.lora_A else None
-        for layer, name in layers
+        _scaled_weights(layer, name) if layer is not None and name in layer.lora_A else None for layer, name in layers
     ]
     present = [pair for pair in pairs if pair is not None]
-    if not present:
+    if not any(up.any() for _, up in present):
         return None
     rank = max(len(a) for a, _ in present)
     down = present[0][0].new_zeros(len(pairs), present[0][0].shape[1], rank)
@@ -180,8 +184,8 @@ def check_finite(base: PreTrainedModel) -> None:
     Raises:
         ConfigError: a weight, multiplied by its scale, is not finite.
     """
-    for path, layer in base.named_modules():
-        for name in layer.lora_A if isinstance(layer, LoraLayer) else ():
+    for path, layer in lora_layers(base).items():
+        for name in layer.lora_A:
             if not all(weight.isfinite().all() for weight in _scaled_weights(layer, name)):
                 raise ConfigError(f"adapter {name} at {path}: its weights are not finite once they are scaled")
 
@@ -258,16 +262,17 @@ class LoraBatch:
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
-        memo: dict[int, object] = {id(x): x for x in (*base.parameters(), *base.buffers())}
-        self.model: PreTrainedModel = copy.deepcopy(base, memo).eval()  # type: ignore[no-untyped-call]
-        self.device = self.model.device
         self.index: AdapterIndex | None = None
         self.layers: dict[str, LoraBatchLinear] = {}
         self.count = 0
         self.version = 0
-        for path, module in list(self.model.named_modules()):
-            if isinstance(module, LoraLayer):
-                self._replace(path, module.get_base_layer())
+        memo: dict[int, object] = {id(x): x for x in (*base.parameters(), *base.buffers())}
+        for path, module in lora_layers(base).items():
+            # PEFT's layers are replaced while the model is copied: copying their parts takes seconds.
+            self.layers[path] = LoraBatchLinear(copy.deepcopy(module.get_base_layer(), memo), self)
+            memo[id(module)] = self.layers[path]
+        self.model: PreTrainedModel = copy.deepcopy(base, memo).eval()  # type: ignore[no-untyped-call]
+        self.device = self.model.device
 
     def set_adapters(self, adapters: Sequence[tuple[PreTrainedModel, str]]) -> None:
         """Replace all adapters. If this fails, for lack of memory, the adapters stay as they were.
@@ -275,11 +280,12 @@ class LoraBatch:
         Args:
             adapters: for each one a model with PEFT's LoRA layers, and its name; its id is its place here.
         """
-        for path in {p for model, _ in adapters for p, m in model.named_modules() if isinstance(m, LoraLayer)}:
+        found = {id(model): lora_layers(model) for model in {id(model): model for model, _ in adapters}.values()}
+        for path in {path for layers in found.values() for path in layers}:
             if path not in self.layers:
                 self._replace(path, self.model.get_submodule(path))
         weights = {
-            path: _stack_weights([(model.get_submodule(path), name) for model, name in adapters])
+            path: _stack_weights([(found[id(model)].get(path), name) for model, name in adapters])
             for path in self.layers
         }
         for path, layer in self.layers.items():
