@@ -82,7 +82,8 @@ class ServerSettings(BaseSettings):
         None,
         ge=1,
         le=1024,
-        description="Number of CPU threads of the engine. Default: the fastest count, measured at startup.",
+        description="Number of CPU threads of the engine. Default: the fastest count, measured at startup "
+        "and again when the step time has changed.",
     )
     static_shapes: bool | None = Field(
         None,

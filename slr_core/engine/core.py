@@ -18,6 +18,7 @@ from slr_core.engine.prefix_cache import PrefixCache, prefix_keys
 from slr_core.engine.runner.kv_cache import KVCache
 from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.engine.runner.model_runner import ModelRunner
+from slr_core.engine.runner.step_times import StepTimes
 from slr_core.engine.scheduler import Plan, Scheduler
 from slr_core.engine.sequence import Phase, Sequence
 from slr_core.engine.statistics import EngineCounters, StepStats
@@ -59,6 +60,7 @@ class Core:
         self.cache = KVCache(lora_batch.model, slots, capacity)
         self.prefixes = PrefixCache(prefix_bytes)
         self.counters = EngineCounters()
+        self.step_times = StepTimes()
         self.runner = ModelRunner(lora_batch, self.cache, static_shapes=static_shapes)
         self.outputs = OutputProcessor(self.runner, self.prefixes, self.counters)
         self.scheduler = Scheduler(
@@ -163,11 +165,22 @@ class Core:
 
     @torch.inference_mode()
     def run_idle(self, rows: int, width: int) -> None:
-        """Compute what a step of single positions computes, each with another adapter; all slots must be free."""
-        rows, width = min(rows, self.cache.slots), min(width, self.cache.capacity)
-        self.runner.head(self.runner.run_idle(rows, width))
-        for slot in range(rows):
+        """Compute what a step of single positions computes, each with another adapter, in free slots.
+
+        Args:
+            rows: number of rows; reduced to the number of free slots, of which there must be one.
+            width: positions that they read; reduced to those of a slot.
+        """
+        first, width = len(self.scheduler.running), min(width, self.cache.capacity)
+        slots = range(first, first + min(rows, self.free_slots))
+        self.runner.head(self.runner.run_idle(slots, width))
+        for slot in slots:
             self.cache.clear(slot, 0, width)
+
+    @property
+    def free_slots(self) -> int:
+        """Number of slots without a request."""
+        return self.cache.slots - len(self.scheduler.running)
 
     def _count_step(self, plan: Plan, before: EngineCounters, began: float) -> None:
         if not plan:
@@ -175,6 +188,9 @@ class Core:
         now = self.counters
         now.steps += 1
         now.row_steps += len(plan)
+        if all(row.queries == 1 for row in plan):
+            width = max(sequence.filled for sequence, _ in plan)
+            self.step_times.record(len(plan), width, time.perf_counter() - began)
         if self.on_step is None:
             return
         stats = StepStats(

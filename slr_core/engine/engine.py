@@ -18,19 +18,18 @@ from slr_core.engine.adapter_set import LoopAdapterSet
 from slr_core.engine.adapter_sets import DEFAULT_LOOP_SET, LoopAdapterSets
 from slr_core.engine.core import Core
 from slr_core.engine.events import Event
-from slr_core.engine.runner.device import fastest_threads, load_reasoner, release_workers, restore_default_threads
+from slr_core.engine.runner.device import load_reasoner, release_workers
 from slr_core.engine.runner.kv_cache import position_bytes
 from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.engine.statistics import EngineCounters, StepStats
 from slr_core.engine.thread import EngineThread
+from slr_core.engine.thread_count import ThreadCount
 from slr_core.errors import ConfigError, RequestError
 from slr_core.generation.prepare import prepare
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
 from slr_core.types import Messages, Request, Result, Tokens
 
-TIMED_STEP = 8, 64
-"""Rows, and positions that they read, of the step that is timed to choose the number of threads."""
 GIB = 2**30
 
 Prompt = str | Tokens
@@ -51,7 +50,8 @@ class Engine:
         prefix_gib: memory of the prefix cache in GiB; 0: no prefix cache.
         prefill_chunk: maximum number of prompt positions in one step. A long prompt is run in chunks, except in the
             workspace ``prompt``.
-        threads: number of torch threads. Default: the fastest count, measured at startup.
+        threads: number of torch threads. Default: the fastest count, measured at startup, and again when the step time
+            has changed.
         static_shapes: run loop and decode passes in a few fixed shapes, which a GPU replays as CUDA graphs. Default:
             on a GPU.
         on_step: called after every step, on the engine's thread. It must not block.
@@ -83,7 +83,7 @@ class Engine:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if prefix_gib < 0:
             raise ConfigError(f"prefix_gib must be at least 0, got {prefix_gib:g}")
-        self.reasoner, self.slots, self.threads = reasoner, slots, threads or torch.get_num_threads()
+        self.reasoner, self.slots = reasoner, slots
         room = int(cache_gib * GIB) // (slots * position_bytes(reasoner.base))
         self.capacity = min(reasoner.max_positions, room) if capacity is None else capacity
         if self.capacity < 2:
@@ -108,11 +108,12 @@ class Engine:
             in_use=lambda: {sequence.adapter_set for sequence in self._thread.sequences()},
         )
         self.loop_sets = self._adapter_sets.by_name
-        self._thread = EngineThread(self._core, after_step=self._adapter_sets.drop_unused)
+        self._thread_count = ThreadCount(self._core, threads, on_measured=self._adapter_sets.tune)
+        self._thread = EngineThread(self._core, after_step=self._after_step)
         # Measured on the thread that will run the steps, while no other thread computes.
         release_workers()
         try:
-            self._thread.call(lambda: self._set_up(threads))
+            self._thread.call(self._set_up)
         except BaseException:
             self.close()
             raise
@@ -335,17 +336,21 @@ class Engine:
         self._adapter_sets.remove(name)
         self._thread.call(self._adapter_sets.drop_unused)
 
-    def _set_up(self, threads: int | None) -> None:
-        default = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
+    def _set_up(self) -> None:
+        self._thread_count.set_first()
         self._adapter_sets.update_adapters()
-        if threads is None and self.model.device.type == "cpu":
-            self.threads = fastest_threads(lambda: self._core.run_idle(*TIMED_STEP), self.threads)
-            release_workers()  # those of the largest count that was tried
-            self._adapter_sets.tune()
-        restore_default_threads(default)
+        self._thread_count.measure_first()
+
+    def _after_step(self) -> None:
+        self._adapter_sets.drop_unused()
+        self._thread_count.after_step()
 
     # -- status ------------------------------------------------------------------------------------
+
+    @property
+    def threads(self) -> int:
+        """Number of torch threads that compute a step."""
+        return self._thread_count.current
 
     @property
     def counters(self) -> EngineCounters:

@@ -1,13 +1,14 @@
 """The engine from outside: answers, capacity, threads, closing."""
 
+import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
-from slr_core.engine import Engine, IterationEvent
-from slr_core.engine import engine as engine_module
+from slr_core.engine import Engine, IterationEvent, thread_count
 from slr_core.engine.engine import GIB
 from slr_core.engine.runner.kv_cache import position_bytes
 from slr_core.engine.runner.lora_batch import LoraBatch
@@ -455,7 +456,7 @@ def test_thread_count_is_at_most_the_callers(made, monkeypatch):
         limits.append(most)
         return 1
 
-    monkeypatch.setattr(engine_module, "fastest_threads", choose)
+    monkeypatch.setattr(thread_count, "fastest_threads", choose)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -480,12 +481,49 @@ def test_timed_step_uses_different_adapters(made, monkeypatch):
         seen.append("chosen")
         return 1
 
-    monkeypatch.setattr(engine_module, "fastest_threads", choose)
+    monkeypatch.setattr(thread_count, "fastest_threads", choose)
     with Engine(made, slots=6) as engine:
         assert seen[-2:] == ["chosen", "tuned"]
         count = engine._lora_batch.count
         assert count > 1
         assert ran == [[row % count for row in range(6)]]
+
+
+def test_thread_count_is_measured_again(made, monkeypatch):
+    """After a step whose time has changed, as soon as there is room for the timed step; not if it was given."""
+    measured = []
+
+    def choose(run, most):
+        run()
+        measured.append(most)
+        return 1
+
+    monkeypatch.setattr(thread_count, "fastest_threads", choose)
+    for threads, expected in ((None, 2), (1, 0)):
+        measured.clear()
+        with Engine(made, slots=2, threads=threads) as engine:
+            answer = engine.generate(tiny.PROMPTS[0])[0].token_ids
+            assert len(measured) == expected // 2
+            engine._core.step_times.changed = True
+            assert engine.generate(tiny.PROMPTS[0])[0].token_ids == answer
+        # After closing, so that the engine's thread has finished its last step.
+        assert (len(measured), engine._core.step_times.changed) == (expected, threads == 1)
+
+
+def test_cache_memory_is_used_as_it_is_needed(made):
+    """At the start, and after answers, a large cache takes memory for the positions that were written."""
+    resident = Path("/proc/self/statm")
+    if not resident.exists():
+        pytest.skip("no /proc")
+
+    def mebibytes():
+        return int(resident.read_text().split()[1]) * resource.getpagesize() / 2**20
+
+    before = mebibytes()
+    with Engine(made, slots=32, capacity=30_000, threads=1) as engine:
+        assert engine._core.cache.store.nbytes > 200 * 2**20
+        assert len(engine.generate(list(tiny.PROMPTS))) == len(tiny.PROMPTS)
+        assert mebibytes() - before < 30
 
 
 def test_failed_startup_leaves_no_thread(made, monkeypatch):

@@ -277,21 +277,21 @@ class ModelRunner:
         hidden = self._forward_padded(slots, ids, embeds, positions, position_ids, read_width(work))
         return [states[:count] for states, count in zip(hidden, queries, strict=True)]
 
-    def run_idle(self, rows: int, width: int) -> Tensor:
+    def run_idle(self, slots: range, width: int) -> Tensor:
         """Run a pass of single positions that read ``width`` positions, each with another adapter, to measure time.
 
-        It overwrites what it reads: every slot must be free.
+        It overwrites what it reads: ``slots`` must be free.
 
         Returns:
-            States ``[rows, d]``.
+            States ``[n, d]`` of the ``n`` slots.
         """
-        count = self.lora_batch.count
+        count, rows = self.lora_batch.count, len(slots)
         ids = [row % count if count else None for row in range(rows)]
         embeds = self.table.new_zeros(rows, 1, self.table.shape[1])
         if self.fixed_shapes is not None:
-            return self.fixed_shapes.run(range(rows), [width - 1] * rows, ids, embeds)[:, 0]
+            return self.fixed_shapes.run(slots, [width - 1] * rows, ids, embeds)[:, 0]
         last = torch.full((rows, 1), width - 1, device=self.device)
-        return self._forward_padded(range(rows), ids, embeds, last, last, width)[:, 0]
+        return self._forward_padded(slots, ids, embeds, last, last, width)[:, 0]
 
     def _forward_padded(
         self,
