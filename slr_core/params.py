@@ -66,6 +66,8 @@ class LoopParams:
         criterion: the convergence criterion, a key of :data:`slr_core.config.DEFAULT_THRESHOLDS`.
         threshold: the loop converges when the criterion falls below it; at least 0.
         patience: number of iterations in a row below the threshold; at least 1.
+        noise_scale: standard deviation of Gaussian noise in h_0, as a multiple of the RMS of each of its positions.
+        noise_seed: seed of that noise.
 
     Raises:
         RequestError: a value is out of range, or ``min_iterations`` is above ``max_iterations``.
@@ -76,12 +78,18 @@ class LoopParams:
     criterion: Criterion | None = None
     threshold: float | None = None
     patience: int | None = None
+    noise_scale: float = 0.0
+    noise_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("max_iterations", 0), ("min_iterations", 0), ("patience", 1), ("threshold", 0)):
+        least_values = {"max_iterations": 0, "min_iterations": 0, "patience": 1, "threshold": 0, "noise_scale": 0}
+        for name, least in least_values.items():
             value = getattr(self, name)
             if value is not None and not value >= least:  # not `value < least`: NaN is refused too
                 raise RequestError(f"{name} must be at least {least}, got {value}", param=name)
+        for name, valid in (("noise_scale", self.noise_scale < inf), ("noise_seed", 0 <= self.noise_seed < 2**64)):
+            if not valid:
+                raise RequestError(f"{name} is out of range, got {getattr(self, name)}", param=name)
         if self.criterion is not None and self.criterion not in DEFAULT_THRESHOLDS:
             raise RequestError(
                 f"criterion must be one of {', '.join(DEFAULT_THRESHOLDS)}, got {self.criterion}", param="criterion"
@@ -100,12 +108,14 @@ class LoopParams:
         parameter is set.
 
         Raises:
-            RequestError: the criterion needs a halting head that the checkpoint does not have, or the loop would
-                pass the last trained iteration under the policy ``error``.
+            RequestError: the criterion needs a halting head that the checkpoint does not have, the workspace takes no
+                noise, or the loop would pass the last trained iteration under the policy ``error``.
         """
         loop = config.loop
         if self.criterion in READS_HALTING_HEAD and not loop.halting_head:
             raise RequestError(f"criterion {self.criterion} needs a checkpoint with a halting head", param="criterion")
+        if self.noise_scale and loop.workspace == "token":
+            raise RequestError("the workspace token has no initial state that noise could disturb", param="noise_scale")
         most, least = self.max_iterations, self.min_iterations
         most_by_default = config.default_iterations if self == LoopParams() else loop.max_iterations
         highest = max(most_by_default, least or 0) if most is None else most
@@ -120,7 +130,8 @@ class LoopParams:
         threshold = self.threshold
         if threshold is None:
             threshold = default.effective_threshold if criterion == default.criterion else DEFAULT_THRESHOLDS[criterion]
-        return ResolvedLoopParams(highest, lowest, criterion, threshold, self.patience or default.patience)
+        patience = self.patience or default.patience
+        return ResolvedLoopParams(highest, lowest, criterion, threshold, patience, self.noise_scale, self.noise_seed)
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,8 @@ class ResolvedLoopParams:
     criterion: Criterion
     threshold: float
     patience: int
+    noise_scale: float = 0.0
+    noise_seed: int = 0
 
     @property
     def reads_head(self) -> bool:

@@ -21,6 +21,7 @@ from .schema import (
     MAX_PROMPTS,
     Answer,
     Convergence,
+    InitialNoise,
     MaxIterations,
     MinIterations,
     OutputEvent,
@@ -88,6 +89,9 @@ class GenerateRequest(RequestModel):
     max_iterations: MaxIterations = None
     min_iterations: MinIterations = None
     convergence: Convergence | None = None
+    initial_noise: InitialNoise | None = Field(
+        None, description="noise in the initial state, to see whether the loop comes back from it"
+    )
     max_new_tokens: int | None = Field(None, ge=1, description="maximum number of tokens of an answer")
     temperature: Temperature | None = Field(None, description="sampling temperature; 0 (the default) is greedy")
     top_p: TopP | None = Field(None, description="sample from the smallest set of tokens with this probability")
@@ -124,7 +128,7 @@ def to_job(body: GenerateRequest) -> GenerationJob:
         RequestError: its fields contradict each other.
     """
     with _NAMES.in_errors():
-        loop = loop_params(body.max_iterations, body.min_iterations, body.convergence)
+        loop = loop_params(body.max_iterations, body.min_iterations, body.convergence, body.initial_noise)
         sampling = SamplingParams(
             temperature=body.temperature or 0.0,
             top_k=body.top_k or 0,

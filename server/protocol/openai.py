@@ -21,6 +21,7 @@ from slr_core.types import ExitReason, Result, Timings
 from .schema import (
     MAX_FIELDS,
     Convergence,
+    InitialNoise,
     MaxIterations,
     MinIterations,
     RequestModel,
@@ -76,6 +77,7 @@ class LoopOptions(RequestModel):
     max_iterations: MaxIterations = None
     min_iterations: MinIterations = None
     convergence: Convergence | None = None
+    initial_noise: InitialNoise | None = None
 
     def params(self) -> LoopParams:
         """As the engine takes them.
@@ -83,7 +85,7 @@ class LoopOptions(RequestModel):
         Raises:
             RequestError: ``min_iterations`` is above ``max_iterations``.
         """
-        return loop_params(self.max_iterations, self.min_iterations, self.convergence)
+        return loop_params(self.max_iterations, self.min_iterations, self.convergence, self.initial_noise)
 
 
 class StreamOptions(RequestModel):

@@ -109,30 +109,48 @@ class Convergence(RequestModel):
     patience: int | None = Field(None, ge=1, le=64, description="consecutive iterations below the threshold")
 
 
+class InitialNoise(RequestModel):
+    """Noise in the state from which the loop starts."""
+
+    scale: float = Field(
+        ge=0, le=100, description="standard deviation, as a multiple of the RMS of each position of the initial state"
+    )
+    seed: Seed | None = Field(None, description="seed of the noise; default: 0")
+
+
 MaxIterations = Annotated[int | None, Field(ge=0, description="maximum loop iterations; 0: the base model, no loop")]
 MinIterations = Annotated[int | None, Field(ge=0, description="minimum loop iterations before an early exit")]
 
 
-def loop_params(max_iterations: int | None, min_iterations: int | None, convergence: Convergence | None) -> LoopParams:
+def loop_params(
+    max_iterations: int | None,
+    min_iterations: int | None,
+    convergence: Convergence | None,
+    initial_noise: InitialNoise | None,
+) -> LoopParams:
     """A body's loop settings as the engine takes them.
 
     Raises:
         RequestError: ``min_iterations`` is above ``max_iterations``.
     """
     convergence = convergence or Convergence()
+    noise = initial_noise or InitialNoise(scale=0.0)
     return LoopParams(
         max_iterations=max_iterations,
         min_iterations=min_iterations,
         criterion=convergence.criterion,
         threshold=convergence.threshold,
         patience=convergence.patience,
+        noise_scale=noise.scale,
+        noise_seed=noise.seed or 0,
     )
 
 
 def loop_names(prefix: str = "") -> Mapping[str, str]:
     """Names in the body of the fields of :class:`slr_core.params.LoopParams`, for :class:`FieldNames`."""
     direct = {name: f"{prefix}{name}" for name in ("max_iterations", "min_iterations")}
-    return direct | {name: f"{prefix}convergence.{name}" for name in ("criterion", "threshold", "patience")}
+    noise = {f"noise_{name}": f"{prefix}initial_noise.{name}" for name in ("scale", "seed")}
+    return direct | noise | {name: f"{prefix}convergence.{name}" for name in ("criterion", "threshold", "patience")}
 
 
 # -- answers -----------------------------------------------------------------------------------------------

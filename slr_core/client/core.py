@@ -26,12 +26,20 @@ class ConvergenceFields(TypedDict, total=False):
     patience: int | None
 
 
+class NoiseFields(TypedDict, total=False):
+    """The field ``initial_noise`` of a request."""
+
+    scale: float
+    seed: int | None
+
+
 class GenerateFields(TypedDict, total=False):
     """The fields of ``POST /generate`` besides ``prompt`` and ``stream``; docs/server.md describes them."""
 
     max_iterations: int | None
     min_iterations: int | None
     convergence: ConvergenceFields | None
+    initial_noise: NoiseFields | None
     max_new_tokens: int | None
     temperature: float | None
     top_p: float | None

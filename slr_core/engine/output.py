@@ -28,6 +28,7 @@ from slr_core.errors import EngineError, SLRError
 from slr_core.generation.decoding import decode_thoughts
 from slr_core.generation.reference import count_passes
 from slr_core.loop.diagnostics import summarize_loop
+from slr_core.loop.noise import perturb_start
 from slr_core.types import Result, Timings
 
 
@@ -115,7 +116,8 @@ class OutputProcessor:
         """Begin the loop; ``prompt_state`` is the argument of :meth:`Workspace.initial_state`."""
         sequence.prefilled_at = time.perf_counter()
         sequence.prompt_state = prompt_state
-        sequence.states = [sequence.adapter_set.workspace.initial_state(prompt_state)]
+        initial = sequence.adapter_set.workspace.initial_state(prompt_state)
+        sequence.states = [perturb_start(initial, sequence.request.loop)]
         sequence.advance()
         if sequence.tracker.exit_reason is not None:
             self._end_loop(sequence)

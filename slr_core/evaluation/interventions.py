@@ -17,6 +17,7 @@ from torch import Tensor
 from slr_core.errors import ConfigError
 from slr_core.generation.reference import RunLoop
 from slr_core.loop.context import Context
+from slr_core.loop.noise import perturb
 from slr_core.model.exits import LoopOutput, loop_until_exit
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import ResolvedLoopParams
@@ -39,12 +40,11 @@ def add_noise(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, s
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def disturb(hidden: Tensor) -> Tensor:
-            noise = torch.zeros_like(hidden)
+            noised = hidden.clone()
             for row, generator in enumerate(generators):
                 valid_mask = context.valid_mask[row]
-                sample = torch.randn(int(valid_mask.sum()), hidden.shape[-1], generator=generator)
-                noise[row, valid_mask] = sample.to(noise)
-            return hidden + scale * hidden.float().pow(2).mean(-1, keepdim=True).sqrt().to(hidden.dtype) * noise
+                noised[row, valid_mask] = perturb(hidden[row, valid_mask], scale, generator)
+            return noised
 
         context.initial = context.hidden = disturb(context.hidden)
         if start_only:

@@ -13,6 +13,7 @@ from slr_core.errors import RequestError
 from slr_core.loop.context import Context
 from slr_core.loop.convergence import ExitRule, measure, measure_step
 from slr_core.loop.diagnostics import LoopTracker, observe, summarize_loop
+from slr_core.loop.noise import perturb_start
 from slr_core.loop.workspace import readout
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import ResolvedLoopParams
@@ -78,6 +79,8 @@ def loop_until_exit(
     full_depth = workspace.per_token and context.depths is None
     depths, iterations_run = [row.max_iterations for row in params], [0] * len(params)
     rows = [LoopTracker(ExitRule(row, reasoner.config.loop.guard)) for row in params]
+    clean = workspace.measured(context.hidden, valid_mask)[0]
+    _perturb(context, params)
     states = [workspace.measured(context.hidden, valid_mask)[0]]
     head = reasoner.log_probs(readout(context.hidden, valid_mask)) if read_head and reasoner.is_state(0) else None
     survival: Tensor | None = None
@@ -127,16 +130,33 @@ def loop_until_exit(
                 depths[i] = t - 1
     if full_depth:
         context.depths = torch.tensor(depths, device=reasoner.device)
-    return _finish(reasoner, context, rows, torch.stack(states, dim=1), iterations_run)
+    return _finish(reasoner, context, rows, torch.stack(states, dim=1), clean, iterations_run)
+
+
+def _perturb(context: Context, params: Sequence[ResolvedLoopParams]) -> None:
+    """Add the noise that rows request to h_0."""
+    if not any(row.noise_scale for row in params):
+        return
+    hidden = context.hidden.clone()
+    for i, row in enumerate(params):
+        valid_mask = context.valid_mask[i]
+        hidden[i, valid_mask] = perturb_start(hidden[i, valid_mask], row)
+    context.initial = context.hidden = hidden
 
 
 def _finish(
-    reasoner: LatentReasoner, context: Context, rows: list[LoopTracker], states: Tensor, iterations_run: list[int]
+    reasoner: LatentReasoner,
+    context: Context,
+    rows: list[LoopTracker],
+    states: Tensor,
+    clean: Tensor,
+    iterations_run: list[int],
 ) -> LoopOutput:
     valid_mask = reasoner.workspace.measured(context.hidden, context.valid_mask)[1]
     kept_iterations = torch.tensor([row.kept_iterations for row in rows], device=states.device)
     if not (reasoner.answers_from_states and all(kept_iterations)):
-        reasoner.close(context, states, kept_iterations)
+        # A loop that kept no iteration is the base model, whatever noise it started from.
+        reasoner.close(context, torch.cat([clean[:, None], states[:, 1:]], dim=1), kept_iterations)
     for layer, keys, values in context.layers():
         # A masked NaN still poisons attention: 0 * NaN is NaN.
         if not (keys.isfinite().all() and values.isfinite().all()):

@@ -125,6 +125,8 @@ def arrivals(draw, two):
         "criterion": criterion,
         "threshold": draw(THRESHOLDS[criterion]),
         "patience": draw(st.sampled_from([1, 1, 2])),
+        "noise_scale": draw(st.sampled_from([0.0, 0.0, 0.5])),
+        "noise_seed": draw(st.integers(0, 3)),
     }
     sampling = SamplingParams(
         temperature=draw(st.sampled_from([0.0, 0.0, 0.7, 2.0])),

@@ -206,7 +206,16 @@ def test_a_threshold_of_zero_is_kept():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_iterations", -1), ("min_iterations", -1), ("patience", 0), ("threshold", math.nan), ("threshold", -1.0)],
+    [
+        *(
+            ("max_iterations", -1),
+            ("min_iterations", -1),
+            ("patience", 0),
+            ("threshold", math.nan),
+            ("threshold", -1.0),
+        ),
+        *(("noise_scale", -0.1), ("noise_scale", math.nan), ("noise_scale", math.inf), ("noise_seed", -1)),
+    ],
 )
 def test_settings_that_cannot_be_meant_are_refused(field, value):
     with pytest.raises(RequestError) as caught:

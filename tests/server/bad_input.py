@@ -89,6 +89,7 @@ CASES = [
     fields("learned without a head", "convergence.criterion", convergence={"criterion": "learned"}),
     fields("negative threshold", "convergence.threshold", convergence={"threshold": -0.1}),
     fields("boolean threshold", "convergence.threshold", convergence={"threshold": True}),
+    fields("negative noise", "initial_noise.scale", initial_noise={"scale": -1}),
     fields("no patience", "convergence.patience", convergence={"patience": 0}),
     # sizes and content types
     case("2 MiB", {"prompt": "w" * (2 << 20)}, 413, None, "body_too_large"),

@@ -32,6 +32,7 @@ sensible = {
             "patience": st.integers(1, 64),
         },
     ),
+    "initial_noise": st.fixed_dictionaries({"scale": st.floats(0, 100)}, optional={"seed": st.integers(0, 2**63 - 1)}),
     "temperature": st.just(0) | st.floats(1e-3, 10),
     "top_p": st.floats(1e-6, 1),
     "top_k": st.integers(0, 2**31 - 1),

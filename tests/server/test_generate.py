@@ -15,6 +15,7 @@ SETTINGS = [
     ({"max_iterations": 0}, {"max_iterations": 0}, {}),
     ({"max_iterations": 3, "min_iterations": 3}, {"max_iterations": 3, "min_iterations": 3}, {}),
     ({"convergence": {"threshold": 0.5}}, {"threshold": 0.5}, {}),
+    ({"initial_noise": {"scale": 0.5, "seed": 3}}, {"noise_scale": 0.5, "noise_seed": 3}, {}),
     ({"convergence": {"criterion": "kl", "patience": 2}}, {"criterion": "kl", "patience": 2}, {}),
     ({"convergence": {"criterion": "fixed"}, "stop": ["w16"]}, {"criterion": "fixed"}, {"stop": ["w16"]}),
     (

@@ -74,10 +74,18 @@ def _loop_inputs(rows: Rows[Sequence]) -> Tensor:
 
 def _closing_inputs(rows: Rows[Sequence]) -> Tensor:
     """Inputs ``[n, W, d]`` of the closing pass. A prompt whose loop kept no iteration is run as it is."""
-    hidden, _ = stack_states([row.states[row.tracker.kept_iterations] for row in rows])
+    hidden, _ = stack_states([_last_state(row) for row in rows])
     projected = rows[0].adapter_set.reasoner.feed_back(hidden, _prompt_states(rows))
     looped = torch.tensor([row.tracker.kept_iterations > 0 for row in rows], device=hidden.device)
     return torch.where(looped[:, None, None], projected, hidden)
+
+
+def _last_state(row: Sequence) -> Tensor:
+    """The state that a loop kept; without one, h_0 without noise."""
+    if row.tracker.kept_iterations:
+        return row.states[row.tracker.kept_iterations]
+    assert row.prompt_state is not None
+    return row.adapter_set.workspace.initial_state(row.prompt_state)
 
 
 def _prompt_states(rows: Rows[Sequence]) -> Tensor | None:
