@@ -337,6 +337,8 @@ class RequestLimits(ResponseModel):
     max_iterations: int
     max_new_tokens: int
     max_top_tokens: int
+    max_prompts: int
+    max_state_values: int
 
 
 class CheckpointInfo(ResponseModel):
@@ -345,6 +347,8 @@ class CheckpointInfo(ResponseModel):
     model: str
     models: list[str] = Field(description="loaded loop adapter sets, the served model's own first")
     workspace: str
+    positions: int | None = Field(description="positions that the loop refines; null: those of the prompt")
+    hidden_size: int = Field(description="numbers in the state of a position")
     trained_iterations: int
     max_iterations: int = Field(description="default maximum of iterations")
     criterion: str = Field(description="default criterion")

@@ -12,15 +12,16 @@ from starlette.staticfiles import StaticFiles
 
 from slr_core.checkpoint.folder import local_path
 from slr_core.checkpoint.validate import read_json
-from slr_core.config import DEFAULT_THRESHOLDS
+from slr_core.config import DEFAULT_THRESHOLDS, READS_HALTING_HEAD
 from slr_core.errors import CheckpointError
+from slr_core.model.base_support import hidden_size
 
 from ..protocol.native import CheckpointInfo, ExamplePrompt, RequestLimits
 from .common import ServiceDependency, document_errors
 
 _DIST = Path(__file__).parents[1] / "page" / "dist"
 _EXAMPLES = "examples.json"
-_Examples = TypeAdapter(list[ExamplePrompt])
+_EXAMPLE_LIST = TypeAdapter(list[ExamplePrompt])
 CSP = "; ".join(
     (
         "default-src 'none'",
@@ -42,22 +43,31 @@ router = APIRouter(tags=["operation"], responses=document_errors(401, 503))
 @router.get("/checkpoint", summary="Describe the served checkpoint")
 async def checkpoint(service: ServiceDependency) -> CheckpointInfo:
     """The defaults of the served checkpoint's loop, the server's limits, and example prompts."""
-    config, settings = service.find_loop_set(None).reasoner.config, service.settings
+    reasoner, settings = service.find_loop_set(None).reasoner, service.settings
+    config, workspace = reasoner.config, reasoner.workspace
     loop = config.loop
     return CheckpointInfo(
         model=settings.model_name,
         models=service.model_names(),
         workspace=loop.workspace,
+        positions=workspace.width(0) or None,
+        hidden_size=hidden_size(reasoner.base),
         trained_iterations=loop.trained_iterations,
-        max_iterations=min(loop.max_iterations, settings.max_iterations),
+        max_iterations=min(config.default_iterations, settings.max_iterations),
         criterion=loop.convergence.criterion,
         threshold=loop.convergence.effective_threshold,
-        criteria={name: value for name, value in DEFAULT_THRESHOLDS.items() if name != "learned" or loop.halting_head},
+        criteria={
+            name: value
+            for name, value in DEFAULT_THRESHOLDS.items()
+            if loop.halting_head or name not in READS_HALTING_HEAD
+        },
         max_new_tokens=min(config.text.max_new_tokens, settings.max_new_tokens),
         limits=RequestLimits(
             max_iterations=settings.max_iterations,
             max_new_tokens=settings.max_new_tokens,
             max_top_tokens=settings.max_top_tokens,
+            max_prompts=settings.max_prompts,
+            max_state_values=settings.max_state_values,
         ),
         examples=await service.in_thread(lambda: read_examples(local_path(settings.model))),
     )
@@ -69,7 +79,7 @@ def read_examples(folder: Path) -> list[ExamplePrompt]:
     if not file.exists():
         return []
     try:
-        return _Examples.validate_python(read_json(file))
+        return _EXAMPLE_LIST.validate_python(read_json(file))
     except (CheckpointError, ValidationError) as error:
         logger.warning("%s is not a list of examples: %s", file, error)
         return []

@@ -1,65 +1,14 @@
-// The views of a run: charts over iterations, logit lens, graph of a ProsQA question.
+// The views of a run besides its charts: logit lens, facts as a graph, path of the states, change of each position.
 import { Graph, layout } from "@dagrejs/dagre";
-import { useEffect, useMemo, useRef } from "preact/hooks";
-import uPlot from "uplot";
+import { useMemo } from "preact/hooks";
 import type { Iteration } from "./api";
+import type { Point, Projection } from "./states";
 
-const LENS_ROWS = 12;
-/** Probability from which a cell is filled so strongly that its text takes the colour of the paper. */
+/** Most rows of the logit lens, and the probability that a token must reach to get one. */
+const LENS_ROWS = 12, LENS_PROBABILITY = 0.01;
+/** Share of a full cell from which its text takes the colour of the paper. */
 const DARK = 0.7;
 const CELL = 44, ROW = 26, LABEL = 150, HEAD = 24;
-
-export interface ChartProps {
-  title: string; note: string; trace: Iteration[]; selected: number; log?: boolean; threshold?: number | null;
-  value: (step: Iteration) => number | null;
-}
-
-export function Chart({ title, note, trace, selected, log, threshold, value }: ChartProps) {
-  const host = useRef<HTMLDivElement>(null);
-  const values = trace.map(value);
-  useEffect(() => {
-    const element = host.current!;
-    const style = getComputedStyle(element);
-    const ink = style.color, accent = style.getPropertyValue("--accent"), rule = style.getPropertyValue("--rule");
-    const shown = log ? values.map((v) => (v !== null && v > 0 ? v : null)) : values;
-    const axis = { stroke: ink, grid: { stroke: rule, width: 1 }, ticks: { stroke: rule, width: 1 } };
-    const given = shown.filter((v): v is number => v !== null);
-    const line = threshold && threshold > 0 ? [threshold] : [];
-    const low = Math.min(...given, ...line), high = Math.max(...given, ...line);
-    const range: uPlot.Range.MinMax = !given.length ? [log ? 0.01 : 0, 1]
-      : log ? [low / 1.6, high * 1.6] : [Math.min(0, low), high > 0 ? high * 1.1 : 1];
-    const chart = new uPlot({
-      width: element.clientWidth || 280, height: 150, legend: { show: false }, cursor: { show: false },
-      scales: { x: { time: false, range: [0.5, Math.max(trace.length, 2) + 0.5] }, y: { distr: log ? 3 : 1, range } },
-      axes: [
-        { ...axis, size: 28, incrs: [1, 2, 5, 10, 20] },
-        { ...axis, size: 48, values: (_, ticks) => ticks.map((v) => (v === null ? "" : String(+v.toPrecision(2)))) },
-      ],
-      series: [
-        {},
-        { stroke: accent, width: 2, points: { show: true, size: 7, fill: accent } },
-        { stroke: ink, width: 1.5, dash: [5, 4], points: { show: false } },
-      ],
-      hooks: {
-        draw: [({ ctx, bbox, valToPos }) => {
-          const x = valToPos(selected, "x", true);
-          ctx.save(); ctx.globalAlpha = 0.14; ctx.fillStyle = ink;
-          ctx.fillRect(x - 8, bbox.top, 16, bbox.height); ctx.restore();
-        }],
-      },
-    }, [trace.map((step) => step.t), shown, trace.map(() => threshold ?? null)], element);
-    const observer = new ResizeObserver(() => chart.setSize({ width: element.clientWidth, height: 150 }));
-    observer.observe(element);
-    return () => { observer.disconnect(); chart.destroy(); };
-  }, [trace, selected, log, threshold]);
-  const current = values[selected - 1];
-  return (
-    <figure class="chart">
-      <figcaption><b>{title}</b> <output>{current == null ? "–" : current.toPrecision(3)}</output><small>{note}</small></figcaption>
-      <div ref={host} role="img" aria-label={`${title} per iteration: ${values.map((v) => v?.toPrecision(3) ?? "none").join(", ")}`} />
-    </figure>
-  );
-}
 
 /** The likeliest tokens of a trace, in the order in which they lead. */
 function lensRows(trace: Iteration[]): string[] {
@@ -67,40 +16,114 @@ function lensRows(trace: Iteration[]): string[] {
   for (const step of trace) for (const { token, prob } of step.top_tokens) {
     if (prob > (best.get(token)?.prob ?? 0)) best.set(token, { prob, t: step.t });
   }
-  const rows = [...best].sort(([, a], [, b]) => b.prob - a.prob).slice(0, LENS_ROWS);
+  const rows = [...best].filter(([, { prob }]) => prob >= LENS_PROBABILITY).sort(([, a], [, b]) => b.prob - a.prob).slice(0, LENS_ROWS);
   return rows.sort(([, a], [, b]) => a.t - b.t || b.prob - a.prob).map(([token]) => token);
 }
 
-const show = (token: string) => token.trim() || JSON.stringify(token);
+export const showToken = (token: string) => token.trim() || JSON.stringify(token);
 
-export function Lens({ trace, selected, select }: { trace: Iteration[]; selected: number; select: (t: number) => void }) {
-  const rows = useMemo(() => lensRows(trace), [trace]);
-  const width = LABEL + trace.length * CELL, height = HEAD + rows.length * ROW + 4;
+interface HeatMapProps {
+  name: string; label: string; rows: string[]; columns: number; selected: number; select: (t: number) => void;
+  /** How full a cell is, 0 to 1, and its text. */
+  cell: (row: number, column: number) => { fill: number; text: string };
+}
+
+/** A table of cells, iterations across. */
+function HeatMap({ name, label, rows, columns, selected, select, cell }: HeatMapProps) {
+  const width = LABEL + columns * CELL, height = HEAD + rows.length * ROW + 4;
+  const numbers = Array.from({ length: columns }, (_, i) => i);
   return (
-    <svg class="lens" data-picture="lens" viewBox={`0 0 ${width} ${height}`} width={width} height={height} role="img"
-      aria-label="Logit lens: probability of each token after each iteration">
-      {trace.map((step, i) => (
+    <svg class="lens" data-picture={name} viewBox={`0 0 ${width} ${height}`} width={width} height={height} role="img" aria-label={label}>
+      {numbers.map((i) => (
         <text key={i} x={LABEL + i * CELL + CELL / 2} y={16} text-anchor="middle" fill="currentColor"
-          font-weight={step.t === selected ? "bold" : "normal"}>{step.t}</text>
+          font-weight={i + 1 === selected ? "bold" : "normal"}>{i + 1}</text>
       ))}
-      {rows.map((token, row) => (
-        <text key={token} x={LABEL - 10} y={HEAD + row * ROW + 17} text-anchor="end" fill="currentColor">{show(token).slice(0, 20)}</text>
+      {rows.map((text, row) => (
+        <text key={row} x={LABEL - 10} y={HEAD + row * ROW + 17} text-anchor="end" fill="currentColor">{text.slice(0, 20)}</text>
       ))}
-      {trace.map((step, i) => {
-        const probs = new Map(step.top_tokens.map((top) => [top.token, top.prob]));
-        return rows.map((token, row) => {
-          const prob = probs.get(token) ?? 0, x = LABEL + i * CELL, y = HEAD + row * ROW;
-          return (
-            <g key={`${i} ${row}`} onClick={() => select(step.t)}>
-              <rect x={x + 1} y={y + 1} width={CELL - 2} height={ROW - 2} rx={3} fill="currentColor" fill-opacity={0.05} />
-              <rect x={x + 1} y={y + 1} width={CELL - 2} height={ROW - 2} rx={3} fill="var(--accent)" fill-opacity={prob} />
-              {prob >= 0.005 && <text x={x + CELL / 2} y={y + 17} text-anchor="middle" font-size={11}
-                fill={prob > DARK ? "var(--paper)" : "currentColor"}>{prob.toFixed(2)}</text>}
-            </g>
-          );
-        });
+      {numbers.map((i) => rows.map((_, row) => {
+        const { fill, text } = cell(row, i), x = LABEL + i * CELL, y = HEAD + row * ROW;
+        return (
+          <g key={`${i} ${row}`} onClick={() => select(i + 1)}>
+            <rect x={x + 1} y={y + 1} width={CELL - 2} height={ROW - 2} rx={3} fill="currentColor" fill-opacity={0.05} />
+            {fill > 0 && <rect x={x + 1} y={y + 1} width={CELL - 2} height={ROW - 2} rx={3} fill="var(--accent)" fill-opacity={fill} />}
+            {text && <text x={x + CELL / 2} y={y + 17} text-anchor="middle" font-size={11}
+              fill={fill > DARK ? "var(--paper)" : "currentColor"}>{text}</text>}
+          </g>
+        );
+      }))}
+      {columns > 0 && <rect x={LABEL + (selected - 1) * CELL} y={1} width={CELL} height={height - 2} rx={4} fill="none" stroke="currentColor" />}
+    </svg>
+  );
+}
+
+interface TraceProps { trace: Iteration[]; selected: number; select: (t: number) => void }
+
+export function Lens({ trace, selected, select }: TraceProps) {
+  const tokens = useMemo(() => lensRows(trace), [trace]);
+  const probs = useMemo(() => trace.map((step) => new Map(step.top_tokens.map((top) => [top.token, top.prob]))), [trace]);
+  return <HeatMap name="lens" label="Logit lens: probability of each token after each iteration" rows={tokens.map(showToken)}
+    columns={trace.length} selected={selected} select={select} cell={(row, i) => {
+      const prob = probs[i].get(tokens[row]) ?? 0;
+      return { fill: prob, text: prob >= 0.005 ? prob.toFixed(2) : "" };
+    }} />;
+}
+
+/** Changes that fill a cell completely, and not at all; logarithmic between them. */
+const FULL = 2, EMPTY = 0.005;
+
+/** The change of each position of a workspace; a full cell still moves, an empty one has settled. */
+export function Positions({ changes, selected, select }: { changes: (number | null)[][] } & Omit<TraceProps, "trace">) {
+  const count = Math.max(...changes.map((step) => step.length));
+  return <HeatMap name="positions" label="Relative change of each position after each iteration" columns={changes.length}
+    rows={Array.from({ length: count }, (_, i) => `position ${i + 1}`)} selected={selected} select={select} cell={(row, i) => {
+      const change = changes[i][row];
+      if (change == null) return { fill: 0, text: "" };
+      const fill = change > 0 ? Math.log(change / EMPTY) / Math.log(FULL / EMPTY) : 0;
+      return { fill: Math.min(1, Math.max(0, fill)), text: change < 0.01 ? change.toExponential(0) : change.toPrecision(2) };
+    }} />;
+}
+
+const PATH_WIDTH = 380, PATH_HEIGHT = 300, MARGIN = 34;
+
+export interface Path { label: string; points: Point[]; settled: boolean; dashed?: boolean }
+
+/** Paths of states on their first two principal components. Both axes have the same scale. */
+export function PathPicture({ paths, shares, selected }: { paths: Path[]; shares: Projection["shares"]; selected?: number }) {
+  const all = paths.flatMap((path) => path.points);
+  const [left, right] = [Math.min(...all.map(([x]) => x)), Math.max(...all.map(([x]) => x))];
+  const [low, high] = [Math.min(...all.map(([, y]) => y)), Math.max(...all.map(([, y]) => y))];
+  const scale = Math.min((PATH_WIDTH - 2 * MARGIN) / (right - left || 1), (PATH_HEIGHT - 2 * MARGIN) / (high - low || 1));
+  const place = ([x, y]: Point): Point => [
+    PATH_WIDTH / 2 + (x - (left + right) / 2) * scale, PATH_HEIGHT / 2 - (y - (low + high) / 2) * scale,
+  ];
+  const percent = (share: number) => `${Math.round(100 * share)} %`;
+  return (
+    <svg class="path" viewBox={`0 0 ${PATH_WIDTH} ${PATH_HEIGHT}`} role="img"
+      aria-label={`Path of the state on two principal components, which show ${percent(shares[0] + shares[1])} of its variance`}>
+      {paths.map(({ label, points, settled, dashed }) => {
+        const placed = points.map(place), last = placed[placed.length - 1];
+        const fill = dashed ? "var(--paper)" : "var(--accent)", stroke = dashed ? "currentColor" : "var(--accent)";
+        return (
+          <g key={label}>
+            <polyline points={placed.map((point) => point.join(",")).join(" ")} fill="none" stroke={stroke} stroke-width={1.5}
+              stroke-opacity={0.7} stroke-dasharray={dashed ? "6 4" : "none"} />
+            {settled && last && <circle cx={last[0]} cy={last[1]} r={14} fill="none" stroke="currentColor" stroke-width={2} />}
+            {placed.map(([x, y], i) => {
+              const radius = selected === i + 1 ? 10 : 8;
+              return (
+                <g key={i}>
+                  {dashed ? <rect x={x - radius} y={y - radius} width={2 * radius} height={2 * radius} fill={fill} stroke={stroke} />
+                    : <circle cx={x} cy={y} r={radius} fill={fill} stroke={selected === i + 1 ? "currentColor" : fill} stroke-width={2} />}
+                  <text x={x} y={y + 4} text-anchor="middle" font-size={10} fill={dashed ? "currentColor" : "var(--paper)"}>{i + 1}</text>
+                </g>
+              );
+            })}
+          </g>
+        );
       })}
-      {trace.length > 0 && <rect x={LABEL + (selected - 1) * CELL} y={1} width={CELL} height={height - 2} rx={4} fill="none" stroke="currentColor" />}
+      <text x={PATH_WIDTH - 6} y={PATH_HEIGHT - 6} text-anchor="end" font-size={11} fill="currentColor">{percent(shares[0])} →</text>
+      <text x={6} y={14} font-size={11} fill="currentColor">↑ {percent(shares[1])}</text>
     </svg>
   );
 }

@@ -4,25 +4,58 @@ import json
 import re
 import shutil
 import subprocess
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
+import uvicorn
 
 from slr_core.checkpoint.folder import BUNDLED_FOLDER
-from tests.server.process import Server
+from slr_server.app import create_app
+from slr_server.settings import ServerSettings
+from tests import tiny
 
 CHROMIUM = shutil.which("chromium")
 AXE = Path(__file__).parents[3] / "server" / "page" / "node_modules" / "axe-core" / "axe.min.js"
+PROSQA = BUNDLED_FOLDER / "prosqa"
 KEY = "k" * 20
 MARKUP = "<img src=x onerror=\"document.title='attacked'\"><script>document.title='attacked'</script>"
+VIEWS = ("Watch", "Compare", "Batch", "Server")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]
 
 
+@contextmanager
+def serving(folder, **settings):
+    """A server in a thread: the function that stops it, with its ``url``."""
+    config = uvicorn.Config(
+        create_app(ServerSettings(model=str(folder), threads=1, **settings)), port=0, log_level="error"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+
+    def stop():
+        server.should_exit = True
+        thread.join()
+
+    stop.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    while httpx.get(f"{stop.url}/readyz").status_code != 200:
+        time.sleep(0.05)
+    try:
+        yield stop
+    finally:
+        stop()
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    made = Server(BUNDLED_FOLDER / "prosqa", tmp_path_factory.mktemp("server") / "log")
-    yield made
-    made.kill()
+def server():
+    with serving(PROSQA) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +74,7 @@ def visit(browser, server):
     """Opens the page; afterwards there must be no console error and no request to another host."""
     contexts, faults = [], []
 
-    def open_page(url=None, fragment="", expected=(), **options):
+    def open_page(url=None, fragment="", expected=(), routes=(), **options):
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
@@ -55,6 +88,8 @@ def visit(browser, server):
         page.on("pageerror", lambda error: faults.append(str(error)))
         own = url or server.url
         page.on("request", lambda r: r.url.startswith((own, "data:", "blob:")) or faults.append(r.url))
+        for pattern, handle in routes:
+            page.route(pattern, handle)
         page.goto(f"{own}/{fragment}")
         return page
 
@@ -65,8 +100,17 @@ def visit(browser, server):
 
 
 def ask(page):
-    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("button", name="Ask", exact=True).click()
     page.get_by_role("button", name="Download trace").wait_for()
+
+
+def view(page, name):
+    page.get_by_role("navigation").get_by_role("button", name=name).click()
+
+
+def set_iterations(page, count):
+    page.get_by_text("Settings", exact=True).filter(visible=True).click()
+    page.get_by_label("Maximum iterations").filter(visible=True).fill(str(count))
 
 
 def test_ask_and_scrub(visit):
@@ -84,12 +128,12 @@ def test_ask_and_scrub(visit):
     assert slider.input_value() == "1"
     assert page.locator(".graph").get_attribute("aria-label") != before
     assert page.locator(".chart canvas").count() == 4
+    assert page.locator(".path text").all_text_contents()[:last] == [str(t) for t in range(1, last + 1)]
 
 
-def test_curl_runs(visit):
+def test_copies(visit):
     page = visit(permissions=["clipboard-read", "clipboard-write"])
-    page.get_by_text("Settings").click()
-    page.get_by_label("Maximum iterations").fill("3")
+    set_iterations(page, 3)
     ask(page)
     page.get_by_role("button", name="Copy as curl").click()
     page.get_by_text("curl command copied.").wait_for()
@@ -97,63 +141,71 @@ def test_curl_runs(visit):
     answer = json.loads(subprocess.run(["bash", "-c", f"{command} -s"], capture_output=True, check=True).stdout)
     assert answer["results"][0]["iterations"] == 3
     assert answer["results"][0]["text"] == page.locator(".answer .text").inner_text()
-
-
-def test_link_restores_settings(visit):
-    page = visit(permissions=["clipboard-read", "clipboard-write"])
-    page.get_by_text("Settings").click()
-    page.get_by_label("Maximum iterations").fill("2")
-    ask(page)
     page.get_by_role("button", name="Link to this run").click()
     page.get_by_text("Link copied.").wait_for()
     link = page.evaluate("navigator.clipboard.readText()")
     again = visit(fragment="#" + link.partition("#")[2])
     ask(again)
-    assert again.get_by_role("slider").input_value() == "2"
+    assert again.get_by_role("slider").input_value() == "3"
 
 
 def test_trace_file_without_server(visit, tmp_path):
     page = visit()
     ask(page)
-    with page.expect_download() as saved:
-        page.get_by_role("button", name="Download trace").click()
-    saved.value.save_as(tmp_path / "trace.json")
-    with page.expect_download() as saved:
-        page.get_by_role("button", name="Picture (SVG)").click()
-    saved.value.save_as(tmp_path / "lens.svg")
+    for button, name in (
+        ("Download trace", "trace.json"),
+        ("Picture (SVG)", "lens.svg"),
+        ("Picture (PNG)", "lens.png"),
+    ):
+        with page.expect_download() as saved:
+            page.get_by_role("button", name=button).click()
+        saved.value.save_as(tmp_path / name)
     assert "var(" not in (tmp_path / "lens.svg").read_text()
-    with page.expect_download() as saved:
-        page.get_by_role("button", name="Picture (PNG)").click()
-    saved.value.save_as(tmp_path / "lens.png")
     assert (tmp_path / "lens.png").read_bytes().startswith(b"\x89PNG")
     other = visit()
-    other.get_by_role("button", name="Ask").wait_for()
+    other.get_by_role("button", name="Ask", exact=True).wait_for()
     other.context.set_offline(True)
     other.get_by_label("Open a trace file").set_input_files(tmp_path / "trace.json")
     other.locator(".lens").wait_for()
     assert other.locator(".answer .text").inner_text() == page.locator(".answer .text").inner_text()
+    assert other.locator(".path").inner_html() == page.locator(".path").inner_html()
 
 
 def test_markup_shows_as_text(visit, tmp_path):
+    def rename(route):
+        route.fulfill(json={**route.fetch().json(), "model": MARKUP, "models": [MARKUP, MARKUP]})
+
     step = {"top_tokens": [{"token": MARKUP, "prob": 0.9}], "thought": MARKUP, "adapter": MARKUP}
     result = {"text": MARKUP, "exit_reason": MARKUP}
     fields = {"prompt": MARKUP, "model": MARKUP, "criterion": MARKUP, "text": MARKUP}
-    (tmp_path / "trace.json").write_text(
-        json.dumps({"format": "slr-trace", **fields, "trace": [step], "result": result})
-    )
-    page = visit()
-    page.get_by_label("Open a trace file").set_input_files(tmp_path / "trace.json")
+    file = tmp_path / "trace.json"
+    file.write_text(json.dumps({"format": "slr-trace", **fields, "trace": [step], "result": result}))
+    page = visit(routes=[("**/checkpoint", rename)])
+    page.get_by_label("Open a trace file").set_input_files(file)
     page.locator(".lens").wait_for()
     assert MARKUP in page.locator(".answer").inner_text()
+    assert MARKUP in page.locator("header").inner_text()
+    view(page, "Batch")
+    page.get_by_label("Questions", exact=False).first.fill(json.dumps({"question": MARKUP, "answer": MARKUP}))
+    page.get_by_role("button", name="Run all").click()
+    page.get_by_text("wrong", exact=True).wait_for()
+    assert page.get_by_role("cell", name=MARKUP, exact=True).count() == 1
+    view(page, "Compare")
+    page.get_by_role("button", name="Compare").last.click()
+    page.get_by_role("heading", name="Where the paths part").wait_for()
     assert page.locator("main img, main script").count() == 0
     assert page.title() == "Stable Latent Reasoning"
 
 
-def test_unusable_trace_file(visit, tmp_path):
+def test_unusable_files(visit, tmp_path):
     (tmp_path / "trace.json").write_text("[]")
     page = visit()
     page.get_by_label("Open a trace file").set_input_files(tmp_path / "trace.json")
     assert page.get_by_role("alert").inner_text() == "The file is not a trace from this page."
+    view(page, "Batch")
+    page.get_by_label("Questions", exact=False).first.fill('{"question": "w"}\n{')
+    page.get_by_role("button", name="Run all").click()
+    assert page.get_by_role("alert").inner_text() == "Line 2 is not JSON."
 
 
 def test_long_trace(visit, tmp_path):
@@ -169,18 +221,87 @@ def test_long_trace(visit, tmp_path):
     assert page.get_by_role("slider").input_value() == "1"
 
 
+def test_compare(visit):
+    page = visit()
+    view(page, "Compare")
+    page.get_by_role("button", name="Compare").last.click()
+    page.get_by_role("heading", name="Where the paths part").wait_for()
+    assert "B has no loop" in page.locator(".parting").inner_text()
+    page.get_by_text("Settings of B").click()
+    page.get_by_label("Maximum iterations").filter(visible=True).fill("2")
+    page.get_by_role("button", name="Compare").last.click()
+    page.get_by_role("table").wait_for()
+    assert "same after each of the first 2 iterations" in page.locator(".parting").inner_text()
+    rows = page.get_by_role("row").all_inner_texts()[1:]
+    assert [" ≠" in row for row in rows] == [False, False] + [True] * (len(rows) - 2)
+    assert page.locator(".path g > rect").count() == 2
+    page.get_by_role("button", name="Open B in Watch").click()
+    assert page.get_by_role("slider").input_value() == "2"
+    view(page, "Compare")
+    page.get_by_role("button", name="Perturb").click()
+    page.get_by_role("button", name="Compare").last.click()
+    page.get_by_role("img", name="Distance").wait_for()
+    assert "The answers are the same." in page.locator(".parting").inner_text()
+
+
+def test_batch(visit):
+    page = visit()
+    view(page, "Batch")
+    examples = json.loads((PROSQA / "examples.json").read_text())
+    lines = [
+        {"question": examples[i % len(examples)]["prompt"], "answer": examples[i % len(examples)]["answer"]}
+        for i in range(19)
+    ]
+    lines.append({"question": examples[0]["prompt"], "answer": "No."})
+    page.get_by_label("Questions", exact=False).first.fill("\n".join(map(json.dumps, lines)))
+    page.get_by_role("button", name="Run all").click()
+    page.get_by_text("20 of 20.").wait_for()
+    assert "19 of 20 correct (95 %)" in page.get_by_role("status").inner_text()
+    assert "answers" in page.locator(".histogram").get_attribute("aria-label")
+    page.get_by_role("button", name="Measure").click()
+    page.get_by_role("button", name="Run all").wait_for()
+    accuracies = page.get_by_role("img", name="Accuracy").get_attribute("aria-label").split("correct ")[1].split(", ")
+    assert float(accuracies[0]) < float(accuracies[-1]) == 0.95
+    wrong = page.get_by_role("row").filter(has_text="wrong")
+    wrong.get_by_role("button", name="Watch").click()
+    page.get_by_role("slider").wait_for()
+    assert page.get_by_role("textbox", name="Question").input_value() == examples[0]["prompt"]
+
+
+def test_server_view(visit):
+    page = visit()
+    ask(page)
+    view(page, "Server")
+    row = page.get_by_role("row").filter(has_text="Exits: converged")
+    row.wait_for()
+    assert int(row.get_by_role("cell").last.inner_text()) >= 1
+    assert re.match(
+        r"[\d.]+ m?s", page.get_by_role("row").filter(has_text="median").first.get_by_role("cell").last.inner_text()
+    )
+
+
+@pytest.mark.parametrize("workspace", ["block", "prompt"])
+def test_positions(visit, tmp_path, workspace):
+    made = tiny.reasoner(loop={**tiny.WORKSPACES[workspace], "max_iterations": 4})
+    made.save_pretrained(str(tmp_path / "tiny"))
+    with serving(tmp_path / "tiny") as server:
+        page = visit(server.url)
+        page.get_by_role("textbox", name="Question").fill(tiny.words(1, 2, 3, 4, 5))
+        ask(page)
+        labels = page.locator("[data-picture=positions] text[text-anchor=end]").all_text_contents()
+        assert labels == [f"position {i + 1}" for i in range(3 if workspace == "block" else 5)]
+
+
 def test_server_refusal(visit):
     page = visit(expected=["status of 400"])
-    page.get_by_text("Settings").click()
-    page.get_by_label("Maximum iterations").fill("65")
-    page.get_by_role("button", name="Ask").click()
+    set_iterations(page, 65)
+    page.get_by_role("button", name="Ask", exact=True).click()
     assert "max_iterations" in page.get_by_role("alert").inner_text()
 
 
-def test_key(visit, tmp_path):
-    server = Server(BUNDLED_FOLDER / "prosqa", tmp_path / "log", SLR_API_KEYS=KEY)
-    try:
-        page = visit(server.url, expected=["status of 401", "status of 503"])
+def test_key(visit):
+    with serving(PROSQA, api_keys=KEY) as server:
+        page = visit(server.url, expected=["status of 401", "status of 503", "net::ERR"])
         page.get_by_label("API key").fill("x" * 20)
         page.get_by_role("button", name="Use key").click()
         assert "a valid key is required" in page.get_by_role("alert").inner_text()
@@ -188,38 +309,43 @@ def test_key(visit, tmp_path):
         page.get_by_role("button", name="Use key").click()
         ask(page)
         assert page.evaluate("JSON.stringify([localStorage, sessionStorage, document.cookie])") == '[{},{},""]'
-    finally:
-        server.kill()
+        page.get_by_role("button", name="Ask", exact=True).wait_for()
+        server()
+        page.get_by_role("button", name="Ask", exact=True).click()
+        page.get_by_text("The server cannot be reached.").wait_for()
 
 
 def test_stream_that_breaks(visit):
-    page = visit(expected=["net::ERR"])
-    page.get_by_role("button", name="Ask").wait_for()
+    page = visit()
+    page.get_by_role("button", name="Ask", exact=True).wait_for()
     frame = {"index": 0, "t": 1, "relative_change": 1, "top_tokens": []}
     body = f"event: iteration\ndata: {json.dumps(frame)}\n\n"
     page.route("**/trace", lambda route: route.fulfill(content_type="text/event-stream", body=body))
-    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("button", name="Ask", exact=True).click()
     assert "ended before the answer was complete" in page.get_by_role("alert").inner_text()
-    page.unroute("**/trace")
-    page.route("**/trace", lambda route: route.abort())
-    page.get_by_role("button", name="Ask").click()
-    page.get_by_text("The server cannot be reached.").wait_for()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
 def test_layout(visit, scheme, width):
     page = visit(color_scheme=scheme, reduced_motion="reduce", viewport={"width": width, "height": 800})
     ask(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page must not scroll sideways"
     assert page.evaluate("getComputedStyle(document.querySelector('.lens rect')).transitionDuration") == "0s"
-
-
-@pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed: npm ci in server/page")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_accessibility(visit, scheme):
-    page = visit(color_scheme=scheme)
-    page.get_by_text("Settings").click()
-    ask(page)
-    page.evaluate(AXE.read_text())
-    assert page.evaluate("axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html)]))") == []
+    if AXE.exists():  # `npm ci` in server/page installs it
+        page.evaluate(AXE.read_text())
+    for name in VIEWS:
+        view(page, name)
+        if name == "Compare":
+            page.get_by_role("button", name="Compare").last.click()
+            page.get_by_role("heading", name="Where the paths part").wait_for()
+        elif name == "Batch":
+            page.get_by_role("button", name="Use the examples").click()
+            page.get_by_role("button", name="Run all").click()
+            page.get_by_role("button", name="Measure").wait_for()
+        elif name == "Server":
+            page.get_by_role("table").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} must not scroll sideways"
+        if AXE.exists():
+            found = page.evaluate("axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html)]))")
+            assert found == [], name
+    if not AXE.exists():
+        pytest.skip("axe-core is not installed: npm ci in server/page")

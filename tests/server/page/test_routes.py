@@ -58,7 +58,7 @@ def test_page_needs_no_key(engine):
 def test_checkpoint(client):
     info = CheckpointInfo.model_validate_json(client.get("/checkpoint").content, strict=True)
     assert info.models == [info.model] == ["prosqa"]
-    assert info.workspace == "append"
+    assert (info.workspace, info.positions, info.hidden_size) == ("append", 1, 32)
     assert "learned" not in info.criteria
     assert info.criterion in info.criteria
 
