@@ -13,7 +13,7 @@ from slr_core._install import missing_extra
 from slr_core._version import __version__
 from slr_core.engine import Engine
 
-from .auth import Auth
+from .auth import ApiKeys, Auth
 from .errors import install_handlers
 from .hosts import HostCheck, allowed_hosts
 from .middleware import REQUEST_ID, SERVER_TIMING, HeadAsGet, HeaderLimit, Preflight, RequestContext
@@ -37,10 +37,11 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
             startup and closes the engine at shutdown.
 
     Raises:
-        ConfigError: spans are enabled and OpenTelemetry is not installed, or the folder of loop adapter sets does not
-            exist.
+        ConfigError: spans are enabled and OpenTelemetry is not installed, the folder of loop adapter sets does not
+            exist, or the file of keys cannot be used.
     """
     service = Service(settings, engine)
+    api_keys = ApiKeys(settings.api_keys, settings.api_keys_file)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,14 +56,14 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=_middleware(settings, service),
+        middleware=_middleware(settings, service, api_keys),
     )
-    app.state.service = service
+    app.state.service, app.state.api_keys = service, api_keys
     install_handlers(app)
     # For the documentation only: slr_server.auth checks the keys.
     bearer = [Depends(HTTPBearer(auto_error=False, description="a key of the server"))]
     for module in (generate, openai, metrics, page):
-        app.include_router(module.router, dependencies=bearer if settings.api_keys else None)
+        app.include_router(module.router, dependencies=bearer if api_keys else None)
     app.include_router(health.router)
     app.include_router(index.router)
     app.mount("/static", index.static_files())
@@ -71,7 +72,7 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
     return app
 
 
-def _middleware(settings: ServerSettings, service: Service) -> list[Middleware]:
+def _middleware(settings: ServerSettings, service: Service, api_keys: ApiKeys) -> list[Middleware]:
     """Middleware, the outermost first."""
     layers = [*_tracing(settings), Middleware(RequestContext, metrics=service.metrics)]
     layers += [Middleware(HeadAsGet), Middleware(HeaderLimit), Middleware(HostCheck, allowed=allowed_hosts(settings))]
@@ -87,7 +88,7 @@ def _middleware(settings: ServerSettings, service: Service) -> list[Middleware]:
                 expose_headers=[REQUEST_ID, SERVER_TIMING, "Retry-After"],
             )
         )
-    layers.append(Middleware(Auth, api_keys=settings.api_keys, admin_key=settings.admin_key))
+    layers.append(Middleware(Auth, api_keys=api_keys, admin_key=settings.admin_key))
     layers.append(Middleware(EarlyRefusal, limit=service.requests))
     layers.append(Middleware(BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.body_timeout_s))
     layers.append(Middleware(RequestCount, limit=service.requests))

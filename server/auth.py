@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
+from pathlib import Path
 
 from pydantic import SecretStr
+from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from slr_core.errors import ConfigError
+
 from .errors import Forbidden, Unauthorized, send_error
-from .settings import HASH_PREFIX, split_list
+from .settings import HASH_PREFIX, check_keys, split_list
+
+logger = logging.getLogger(__name__)
 
 PROBES = frozenset({"/livez", "/readyz", "/startupz", "/health"})
 """Paths that need no key: orchestrators have none, and the answer is only yes or no."""
@@ -42,6 +49,53 @@ class KeyHashes:
         return any(matches)
 
 
+class ApiKeys:
+    """The keys of the settings, and those of a file that can be read again.
+
+    Args:
+        keys: as of :class:`KeyHashes`.
+        path: the file: one key, or ``sha256:<hex>`` of one, a line; ``None``: there is no file.
+
+    Raises:
+        ConfigError: the file cannot be read, holds no key, or an invalid one.
+    """
+
+    def __init__(self, keys: SecretStr | None, path: str | None) -> None:
+        self._given, self.path = KeyHashes(keys), path
+        self._read = KeyHashes(None if path is None else _read_keys(path))
+
+    def __bool__(self) -> bool:
+        return bool(self._given) or self.path is not None
+
+    def matches(self, key: bytes) -> bool:
+        """As :meth:`KeyHashes.matches`."""
+        return self._given.matches(key) | self._read.matches(key)
+
+    def reload(self) -> None:
+        """Read the file again. If it has a fault, log it and keep the keys."""
+        if self.path is None:
+            return
+        try:
+            self._read = KeyHashes(_read_keys(self.path))
+        except ConfigError as error:
+            logger.error("%s; the keys stay as they are", error)
+        else:
+            logger.info("read the API keys again from %s", self.path)
+
+
+def _read_keys(path: str) -> SecretStr:
+    """The keys of a file, separated by commas; empty lines and lines that begin with # are skipped."""
+    try:
+        if not Path(path).is_file():
+            raise ConfigError(f"api_keys_file: {path} is not a file")
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        return check_keys(SecretStr(",".join(line for line in lines if line and not line.startswith("#"))))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"api_keys_file: {path} cannot be read ({type(error).__name__})") from error
+    except PydanticCustomError as error:
+        raise ConfigError(f"api_keys_file: {path}: {error.message()}") from error
+
+
 class Auth:
     """Requires the key that a path needs.
 
@@ -50,8 +104,8 @@ class Auth:
     admin key they are disabled.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: SecretStr | None, admin_key: SecretStr | None) -> None:
-        self.app, self.api, self.admin = app, KeyHashes(api_keys), KeyHashes(admin_key)
+    def __init__(self, app: ASGIApp, api_keys: ApiKeys, admin_key: SecretStr | None) -> None:
+        self.app, self.api, self.admin = app, api_keys, KeyHashes(admin_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""

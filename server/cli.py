@@ -34,6 +34,9 @@ from .settings import ServerSettings
 from .threads import start_daemon, unfinished
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from .auth import ApiKeys
     from .service import Service
 
 
@@ -55,21 +58,25 @@ _END_NOW_S = 2.0
 class _Server(uvicorn.Server):
     """Announces when the server is ready, exits if the model cannot be loaded, and drains on a signal.
 
-    Signals are SIGTERM, SIGINT and SIGHUP. A second signal ends the grace period. A thread that hangs does not hold up
-    the end: see :data:`_END_S`.
+    Signals are SIGTERM, SIGINT, and SIGHUP; with a file of API keys, SIGHUP reads them again instead. A second signal
+    ends the grace period. A thread that hangs does not hold up the end: see :data:`_END_S`.
     """
 
-    def __init__(self, config: Config, service: Service, address: str) -> None:
+    def __init__(self, config: Config, app: FastAPI, address: str) -> None:
         super().__init__(config)
-        self.service, self.address = service, address
-        self._announced = self._stop_requested = self._end_requested = False
+        self.service: Service = app.state.service
+        self.api_keys: ApiKeys = app.state.api_keys
+        self.address = address
+        self._announced = self._stop_requested = self._end_requested = self._keys_requested = False
         self._end_at = math.inf
         """``time.monotonic`` at which the process ends."""
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         # After nohup, SIGHUP is ignored.
         original = signal.getsignal(signal.SIGHUP)
-        if original != signal.SIG_IGN:
+        if self.api_keys.path is not None:
+            signal.signal(signal.SIGHUP, self._request_keys)
+        elif original != signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self.handle_exit)
         try:
             await super().serve(sockets)
@@ -77,10 +84,18 @@ class _Server(uvicorn.Server):
             signal.signal(signal.SIGHUP, original)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(LoopErrorLog())
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(LoopErrorLog())
+        if self.config.is_ssl:
+            handshake_s = self.service.settings.head_timeout_s
+            # uvicorn does not pass this on, and asyncio waits a minute for a handshake.
+            loop.create_server = partial(loop.create_server, ssl_handshake_timeout=handshake_s)  # type: ignore[method-assign]
         await super().startup(sockets)
         for listener in sockets or []:
             listener.listen(_BACKLOG)  # asyncio takes the number that it accepts at once for the backlog, too
+
+    def _request_keys(self, sig: int, frame: FrameType | None) -> None:
+        self._keys_requested = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self._stop_requested:
@@ -104,6 +119,9 @@ class _Server(uvicorn.Server):
             self.service.failure = EngineError("the engine has failed")
         if self.service.failure is not None:
             return True
+        if self._keys_requested:
+            self._keys_requested = False
+            self.api_keys.reload()
         if self._stop_requested:
             if self.service.draining is None:
                 self.service.drain()
@@ -224,8 +242,15 @@ def serve(settings: ServerSettings) -> None:
         backlog=_ACCEPTED_AT_ONCE,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_FLUSH_S,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
     )
-    _Server(config, service, f"http://{host}:{listener.getsockname()[1]}").run([listener])
+    try:
+        config.load()
+    except OSError as error:
+        _fail(f"ssl_certfile, ssl_keyfile: the certificate or its key cannot be used ({error.strerror or error})")
+    scheme = "https" if config.is_ssl else "http"
+    _Server(config, app, f"{scheme}://{host}:{listener.getsockname()[1]}").run([listener])
     if service.failure is not None:
         if not isinstance(service.failure, SLRError):
             raise service.failure

@@ -127,11 +127,12 @@ class Connection(HttpToolsProtocol):
     def close_after_response(self) -> None:
         """Close the connection. A client that is still sending can read the response before: closing with unread data
         resets the connection, and the response may be lost."""
-        if self._in_head or not self.transport.can_write_eof() or self.transport.is_closing():
+        if self._in_head or self.transport.is_closing():
             self.transport.close()
         elif not self._discarding:
             self._discarding = True
-            self.transport.write_eof()
+            if self.transport.can_write_eof():  # not with TLS: there the client sees the end only when it is closed
+                self.transport.write_eof()
             self.loop.call_later(LINGER_S, self.transport.close)
 
     def give_way(self) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
@@ -21,7 +21,12 @@ HASH_PREFIX = "sha256:"
 _HASH = re.compile(rf"{HASH_PREFIX}[0-9a-fA-F]{{64}}")
 
 
-def _check_keys(value: SecretStr) -> SecretStr:
+def check_keys(value: SecretStr) -> SecretStr:
+    """The keys, separated by commas.
+
+    Raises:
+        PydanticCustomError: there is none, or one is too short or no hash.
+    """
     keys = split_list(value.get_secret_value())
     if not keys or any(len(key) < _MIN_KEY_LENGTH for key in keys):
         raise PydanticCustomError("short_key", f"every key must have at least {_MIN_KEY_LENGTH} characters")
@@ -30,7 +35,7 @@ def _check_keys(value: SecretStr) -> SecretStr:
     return value
 
 
-Keys = Annotated[SecretStr, AfterValidator(_check_keys)]
+Keys = Annotated[SecretStr, AfterValidator(check_keys)]
 
 
 class ServerSettings(BaseSettings):
@@ -176,6 +181,10 @@ class ServerSettings(BaseSettings):
     api_keys: Keys | None = Field(
         None, description="Comma-separated API keys, or sha256:<hex> of them. Default: no key is required."
     )
+    api_keys_file: str | None = Field(
+        None,
+        description="File of API keys, or sha256:<hex> of them, one a line; read again on SIGHUP. Default: no file.",
+    )
     admin_key: Keys | None = Field(
         None, description="Key of the admin endpoints, or sha256:<hex> of it. Default: they are disabled."
     )
@@ -186,6 +195,13 @@ class ServerSettings(BaseSettings):
     )
     cors_origins: str | None = Field(
         None, description="Comma-separated origins whose web pages may call the server; * for all."
+    )
+
+    ssl_certfile: str | None = Field(
+        None, description="PEM file of the certificate, and those of its issuers, for HTTPS. Default: plain HTTP."
+    )
+    ssl_keyfile: str | None = Field(
+        None, description="PEM file of the certificate's private key. Default: it is in --ssl-certfile."
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Minimum log level.")
@@ -208,6 +224,12 @@ class ServerSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The sources of settings, in order of precedence."""
         return init_settings, env_settings, _ConfigFile(settings_cls)
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise PydanticCustomError("tls", "ssl_keyfile needs ssl_certfile")
+        return self
 
     @property
     def model_name(self) -> str:

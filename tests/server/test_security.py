@@ -8,8 +8,9 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
+from slr_core.errors import ConfigError
 from slr_server.app import create_app
-from slr_server.auth import KeyHashes
+from slr_server.auth import ApiKeys, KeyHashes
 from slr_server.overload import BodyLimit
 from slr_server.settings import ServerSettings
 from tests.server.conftest import sample
@@ -175,3 +176,35 @@ def test_path_traversal(client, path):
     assert response.status_code == 404
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert "root:" not in response.text
+
+
+def test_key_file(tmp_path, engine, caplog):
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "keys"
+    hashed = hashlib.sha256(OTHER.encode()).hexdigest()
+    path.write_text(f"# clients\n{KEY}\n\nsha256:{hashed}\n")
+    with TestClient(create_app(ServerSettings(api_keys="g" * 20, api_keys_file=str(path)), engine)) as client:
+
+        def accepted():
+            return [client.get("/version", headers=bearer(key)).status_code == 200 for key in (KEY, OTHER, "g" * 20)]
+
+        assert client.get("/version").status_code == 401
+        assert accepted() == [True, True, True]
+        for fault in ("short\n", "", "sha256:12345678901234567890\n"):
+            path.write_text(fault)
+            client.app.state.api_keys.reload()
+            assert caplog.records[-1].getMessage().endswith("the keys stay as they are")
+            assert accepted() == [True, True, True]
+        path.write_text(OTHER)
+        client.app.state.api_keys.reload()
+        assert accepted() == [False, True, True]
+    assert not any(key in caplog.text for key in (KEY, OTHER, hashed))
+
+
+def test_key_file_without_keys(tmp_path):
+    for path, told in ((tmp_path / "none", "is not a file"), (tmp_path, "is not a file")):
+        with pytest.raises(ConfigError, match=told):
+            ApiKeys(None, str(path))
+    (tmp_path / "keys").write_text("# none yet\n")
+    with pytest.raises(ConfigError, match="every key must have at least 16 characters"):
+        ApiKeys(None, str(tmp_path / "keys"))
