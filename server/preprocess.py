@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any
+from weakref import WeakSet
 
 from slr_core.config import SLRConfig
 from slr_core.errors import RequestError
@@ -23,6 +25,12 @@ from .settings import ServerSettings
 
 DEFAULT_TOP_TOKENS = 5
 """Default of ``top_tokens`` in a trace."""
+
+
+_CHARACTERS_PER_POSITION, _LEAST_CHARACTERS = 16, 16_384
+"""The default of ``max_prompt_chars``. Texts have about four characters a token, and code with deep indentation ten."""
+_used: WeakSet[LatentReasoner] = WeakSet()
+_used_lock = Lock()
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,38 @@ def check_limits(job: GenerationJob, settings: ServerSettings) -> None:
             )
 
 
+def check_characters(job: GenerationJob, settings: ServerSettings, capacity: int) -> int:
+    """Check the lengths of the prompts, before they are tokenized.
+
+    Args:
+        job: what is asked for.
+        settings: the operator's limits.
+        capacity: positions of a slot of the engine.
+
+    Returns:
+        The number of characters of all prompts.
+
+    Raises:
+        RequestError: a prompt has more than the limit.
+    """
+    limit = settings.max_prompt_chars or max(_LEAST_CHARACTERS, _CHARACTERS_PER_POSITION * capacity)
+    counts = [_characters(prompt) for prompt in job.prompts]
+    for index, count in enumerate(counts):
+        if count > limit:
+            name = job.names["prompt"]
+            error = RequestError(f"{name} has {count} characters, this server takes at most {limit}", param=name)
+            raise _with_prompt_index(error, index, job)
+    return sum(counts)
+
+
+def _characters(prompt: Prompt) -> int:
+    if isinstance(prompt, Tokens):
+        return 0
+    if isinstance(prompt, RawText):
+        return len(prompt.text)
+    return len(prompt) if isinstance(prompt, str) else sum(len(v) for message in prompt for v in message.values())
+
+
 def check_max(name: str, value: int | None, limit: int) -> None:
     """Check one field.
 
@@ -168,6 +208,7 @@ def preprocess(
     Raises:
         RequestError: a prompt or a setting cannot be run.
     """
+    _use_once(reasoner)
     with job.names.in_errors():
         loop = _resolve_loop(job.loop, reasoner.config, settings.max_iterations)
         _check_template_options(job.template_options, reasoner)
@@ -183,6 +224,14 @@ def preprocess(
     if job.include_states:
         _check_states(reasoner, requests, settings.max_state_values)
     return requests
+
+
+def _use_once(reasoner: LatentReasoner) -> None:
+    """Let one thread alone use a tokenizer first: its first use changes it, if its file sets truncation or padding."""
+    with _used_lock:
+        if reasoner not in _used:
+            tokenize_text(reasoner, "a")
+            _used.add(reasoner)
 
 
 def _preprocess_prompt(

@@ -6,34 +6,34 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 from slr_core.checkpoint.info import describe_model
 from slr_core.engine import DEFAULT_LOOP_SET, Engine, FinishedEvent
 from slr_core.engine.adapter_set import LoopAdapterSet
 from slr_core.errors import EngineError, RequestError
-from slr_core.model.reasoner import LatentReasoner
-from slr_core.params import LoopParams, SamplingParams
 from slr_core.types import Request, Result
 
 from .adapter_sets import AdapterSetFolder
 from .admission import Admission, reduce_budget
 from .errors import Conflict, NotFound, Unavailable
+from .loading import build_engine
+from .loop_lag import LoopLag
 from .observability.metrics import Metrics
 from .observability.request_stats import RequestStats
 from .overload import RequestLimit
-from .preprocess import GenerationJob, preprocess
+from .preprocess import GenerationJob, check_characters, preprocess
 from .protocol.schema import Answer, OutputEvent
 from .request_group import AdmittedRequest, RequestGroup, until_deadline
 from .settings import ServerSettings
 from .threads import run_in_daemon
+from .tokenizer_pool import TokenizerPool
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -65,18 +65,19 @@ class Service:
         self._folder = AdapterSetFolder(settings.loop_sets, settings.load_timeout_s)
         self.created = int(time.time())
         """Unix time in seconds at which the server started."""
-        # One thread: the CPU cores belong to the engine.
-        self._worker = ThreadPoolExecutor(1, "slr-tokenize")
+        self.tokenizers, self.loop_lag = TokenizerPool(), LoopLag()
         self._admission = Admission(settings.max_queue, self._queued, running=self._running)
         # More can be in progress than the engine takes while answers are tokenized, encoded and sent.
         self.requests = RequestLimit(
             settings.max_requests or 2 * (settings.slots + settings.max_queue), self._admission
         )
         self.metrics = Metrics(settings.model_name)
+        self.metrics.watch_lags(lambda: self.tokenizers.lag_s, lambda: self.loop_lag.seconds)
         if engine is not None:
             self.metrics.watch(engine)
 
     async def __aenter__(self) -> Self:
+        self._watching = asyncio.create_task(self.loop_lag.watch())
         if self._engine is None:
             self.loading = asyncio.create_task(self._load())
         return self
@@ -92,7 +93,8 @@ class Service:
         if self._engine is not None and self._owned:
             # The time limit lets the process end although a step hangs.
             await run_in_daemon(partial(self._engine.close, self.settings.stall_timeout_s))
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        self.tokenizers.close()
+        self._watching.cancel()
 
     # -- state --------------------------------------------------------------------------------------
 
@@ -120,7 +122,7 @@ class Service:
         """The engine, if it accepts requests.
 
         Raises:
-            Unavailable: it is loading, stopped or stalled, or the server is shutting down.
+            Unavailable: it is loading, stopped or stalled, no prompt is tokenized, or the server is shutting down.
         """
         if self.failure is not None:
             raise Unavailable("the model could not be loaded")
@@ -132,15 +134,13 @@ class Service:
             raise Unavailable("the engine is stopped")
         if self.stalled:
             raise Unavailable("the engine makes no progress")
+        if self.tokenizers.waiting_s > self.settings.stall_timeout_s:
+            raise Unavailable("the tokenizer makes no progress")
         return self._engine
 
     def deadline(self, stats: RequestStats) -> float:
         """``time.monotonic`` at which an HTTP request exceeds its time limit."""
         return stats.arrived_at + self.settings.request_timeout_s
-
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in the thread that tokenizes, so that it does not block the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
 
     # -- loop adapter sets --------------------------------------------------------------------------
 
@@ -269,11 +269,12 @@ class Service:
     ) -> AsyncIterator[tuple[RequestGroup, int]]:
         """Run a job while the context lasts; with the number of answers whose iteration budget was reduced."""
         limit = self.settings.request_timeout_s
+        characters = check_characters(job, self.settings, engine.capacity)
         depth = self._admission.depth(self.settings.elastic_floor)
         with self._admission.reserve(job.answers):
             work = partial(preprocess, job, self.settings, loop_set.reasoner, engine.capacity)
             async with until_deadline(deadline, limit):
-                requests = await self.in_thread(work)
+                requests = await self.tokenizers.run(work, characters)
             self.check()  # the server may be shutting down by now
             budgeted = [reduce_budget(request, depth) for request in requests]
             admitted = [AdmittedRequest(new, new is not old) for new, old in zip(budgeted, requests, strict=True)]
@@ -329,23 +330,7 @@ class Service:
             )
 
     def _build(self) -> Engine:
-        settings = self.settings
-        engine = Engine.from_pretrained(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            slots=settings.slots,
-            cache_gib=settings.cache_gib,
-            prefix_gib=settings.prefix_gib,
-            threads=settings.threads,
-            static_shapes=settings.static_shapes,
-            on_step=self.metrics.record_step,
-        )
-        try:
-            engine.submit(_warmup_request(engine.reasoner)).result()
-        except BaseException:
-            engine.close()
-            raise
+        engine = build_engine(self.settings, self.metrics)
         if self._closed:  # nobody waits for it any more
             engine.close()
         return engine
@@ -378,18 +363,3 @@ class Service:
 
     def _running(self) -> int:
         return 0 if self._engine is None else self._engine.in_flight
-
-
-def _warmup_request(reasoner: LatentReasoner) -> Request:
-    """One prompt token, the checkpoint's default loop and one generated token."""
-    return Request(
-        prompt_ids=(0,),
-        answer_prefix_ids=(),
-        loop=LoopParams().resolve(reasoner.config),
-        max_new_tokens=1,
-        sampling=SamplingParams(),
-        stop=(),
-        trace=False,
-        top_tokens=0,
-        include_states=False,
-    )

@@ -128,6 +128,12 @@ class ServerSettings(BaseSettings):
     max_prompt_tokens: int | None = Field(
         None, ge=1, description="Maximum number of tokens of a prompt. Default: what fits the model."
     )
+    max_prompt_chars: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum number of characters of a prompt, checked before it is tokenized. "
+        "Default: 16 for each position of a slot, and at least 16384.",
+    )
     max_n: int = Field(16, ge=1, description="Maximum n of a request.")
     max_iterations: int = Field(64, ge=0, description="Maximum max_iterations of a request.")
     max_new_tokens: int = Field(1024, ge=1, description="Maximum number of tokens of an answer.")

@@ -154,6 +154,14 @@ class Metrics:
         if status == "rejected":
             self._rejections.labels(REJECTIONS.get(http_status, INVALID)).inc()
 
+    def watch_lags(self, tokenizer: Callable[[], float], event_loop: Callable[[], float]) -> None:
+        """Read the delays of the tokenizer and of the event loop, in seconds, at each scrape."""
+        for name, documentation, read in (
+            ("slr_tokenizer_lag_seconds", "Age of the oldest request that is not tokenized yet", tokenizer),
+            ("slr_event_loop_lag_seconds", "Longest delay of the event loop in the last 5 to 10 s", event_loop),
+        ):
+            Gauge(name, documentation, registry=self.registry).set_function(read)
+
     def watch_connections(self, count: Callable[[], int]) -> None:
         """Read the number of open connections at each scrape."""
         self._connections.set_function(count)

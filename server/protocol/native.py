@@ -312,6 +312,14 @@ class LoopSetList(ResponseModel):
     available: list[str] = Field(description="checkpoint folders in the server's --loop-sets folder")
 
 
+class Readiness(ResponseModel):
+    """The answer of ``/readyz``."""
+
+    status: str
+    tokenizer_lag_s: float = Field(description="age of the oldest request that is not tokenized yet")
+    event_loop_lag_s: float = Field(description="longest delay of the event loop in the last 5 to 10 s")
+
+
 class HealthStatus(ResponseModel):
     """Body of a health check that passes."""
 

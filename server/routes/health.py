@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from slr_core._version import __version__
 
 from ..errors import Unavailable
-from ..protocol.native import HealthStatus, VersionInfo
+from ..protocol.native import HealthStatus, Readiness, VersionInfo
 from .common import ServiceDependency, document_errors
 
 router = APIRouter(tags=["operation"])
@@ -23,10 +23,11 @@ async def livez(service: ServiceDependency) -> HealthStatus:
 
 
 @router.get("/readyz", summary="Readiness", responses=_ERRORS)
-async def readyz(service: ServiceDependency) -> HealthStatus:
-    """503 while the model loads, while the server shuts down, and if the engine is stopped or stalled."""
+async def readyz(service: ServiceDependency) -> Readiness:
+    """503 while the model loads, while the server shuts down, and if the engine or the tokenizer makes no progress."""
     service.check()
-    return HealthStatus(status="ready")
+    lags = round(service.tokenizers.lag_s, 6), round(service.loop_lag.seconds, 6)
+    return Readiness(status="ready", tokenizer_lag_s=lags[0], event_loop_lag_s=lags[1])
 
 
 @router.get("/health", summary="Health", responses=_ERRORS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 
@@ -69,7 +70,7 @@ async def checkpoint(service: ServiceDependency) -> CheckpointInfo:
             max_prompts=settings.max_prompts,
             max_state_values=settings.max_state_values,
         ),
-        examples=await service.in_thread(lambda: read_examples(local_path(settings.model))),
+        examples=await asyncio.to_thread(lambda: read_examples(local_path(settings.model))),
     )
 
 

@@ -1,5 +1,6 @@
 """Attacks by the content of a request: bodies that are costly to refuse, and answers that are costly to build."""
 
+import threading
 import time
 from typing import Any, NamedTuple
 
@@ -101,3 +102,24 @@ def large_logprobs(url: str, key: str | None = None, n: int = 16, tokens: int = 
     """Ask for the log-probabilities of many tokens."""
     body = {"prompt": ["w1"] * 16, "n": n, "max_tokens": tokens, "logprobs": logprobs}
     return _measure(url, "/v1/completions", body, key)
+
+
+def long_prompts(url: str, key: str | None = None, clients: int = 8, seconds: float = 3.0) -> list[float]:
+    """Send prompts of a megabyte without a pause; the times of short requests meanwhile, in seconds."""
+    long = request("/generate", {"prompt": "w1 w2 " * (MIB // 6 - 10)}, key=key)
+    ends, times = time.monotonic() + seconds, []
+
+    def flood() -> None:
+        with connect(url) as connection:
+            while time.monotonic() < ends:
+                connection.sendall(long)
+                read_response(connection)
+
+    threads = [threading.Thread(target=flood) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < ends:
+        times.append(_measure(url, "/generate", {"prompt": "w1", "max_new_tokens": 1}, key).duration_s)
+    for thread in threads:
+        thread.join()
+    return times

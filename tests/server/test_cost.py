@@ -45,3 +45,9 @@ def test_largest_trace(guarded):
     assert cost.status == 200
     assert cost.response_bytes > 4 << 20
     assert cost.liveness_s < LIMIT_S
+
+
+@pytest.mark.slow
+def test_long_prompts(guarded):
+    """A bystander does not wait for the tokenization of refused megabytes."""
+    assert max(bodies.long_prompts(guarded.url, KEY)) < LIMIT_S

@@ -12,7 +12,11 @@ from tests import tiny
 
 def test_ready(client):
     assert client.get("/livez").json() == {"status": "alive"}
-    assert client.get("/readyz").json() == {"status": "ready"}
+    ready = client.get("/readyz").json()
+    assert ready.pop("status") == "ready"
+    assert ready.pop("tokenizer_lag_s") == 0
+    assert 0 <= ready.pop("event_loop_lag_s") < 10
+    assert not ready
     assert client.get("/startupz").json() == {"status": "started"}
     assert client.get("/health").json() == {"status": "ready"}
     assert client.get("/version").json() == {"version": __version__}
