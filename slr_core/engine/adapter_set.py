@@ -33,8 +33,6 @@ class LoopAdapterSet:
     """
 
     def __init__(self, name: str, reasoner: LatentReasoner) -> None:
-        if reasoner.config.loop.workspace == "token":
-            raise ConfigError("workspace `token` is not supported by the engine")
         self.name, self.reasoner = name, reasoner
         self.adapter_ids: dict[str, int] = {}
         # Prefixes that an adapter of this set has run are of no use to another set, nor to a later one of this name.
@@ -68,6 +66,11 @@ class LoopAdapterSet:
         """Whether every iteration runs the same positions: in all workspaces but ``append``."""
         return not self.workspace.starts_from_state
 
+    @property
+    def raw(self) -> bool:
+        """Whether its states are those before the final norm."""
+        return self.reasoner.final_norm is not None
+
     def adapter_name(self, t: int) -> str | None:
         """As :meth:`LatentReasoner.adapter_name`, cached."""
         if t not in self._adapter_names:
@@ -92,9 +95,10 @@ class LoopAdapterSet:
 
     def reserved_positions(self, request: Request) -> int:
         """Cache positions that a request needs at most."""
-        return (
+        iterations = request.loop.max_iterations
+        return self.workspace.cache_copies(iterations) * (
             len(request.prompt_ids)
-            + self.workspace.loop_positions(request.loop.max_iterations)
+            + self.workspace.loop_positions(iterations)
             + len(request.answer_prefix_ids)
             + len(request.forced_ids)
             + request.max_new_tokens

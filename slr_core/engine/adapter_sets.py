@@ -99,7 +99,9 @@ class LoopAdapterSets:
 
     def tune(self) -> None:
         """Choose how the LoraBatch computes, by measurement on the current number of threads."""
-        chosen = self.lora_batch.tune(self.tuned_rows, self.default.workspace.width(TUNED_PROMPT_TOKENS))
+        workspace = self.default.workspace
+        width = 1 if workspace.per_token else workspace.width(TUNED_PROMPT_TOKENS)
+        chosen = self.lora_batch.tune(self.tuned_rows, width)
         logger.debug("LoRA batch: %d adapters, %s", self.lora_batch.count, chosen)
 
     def drop_unused(self) -> None:

@@ -20,13 +20,14 @@ from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.engine.runner.model_runner import ModelRunner
 from slr_core.engine.runner.step_times import StepTimes
 from slr_core.engine.scheduler import Plan, Scheduler
-from slr_core.engine.sequence import Phase, Sequence
+from slr_core.engine.sequence import Phase, Sequence, TokenLoops
 from slr_core.engine.statistics import EngineCounters, StepStats
 from slr_core.errors import DeadlineError, RequestError
 from slr_core.generation.decoding import DecodeState
 from slr_core.generation.reference import prefix_joins_loop
 from slr_core.loop.convergence import ExitRule
 from slr_core.loop.diagnostics import LoopTracker
+from slr_core.loop.token_workspace import Token
 from slr_core.types import Request
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class Core:
             reserved=reserved,
             answer=DecodeState(adapter_set.reasoner, request),
             tracker=LoopTracker(ExitRule(request.loop, adapter_set.config.guard)),
+            token=_token_loops(request, adapter_set, reserved),
             # With fixed shapes, two replays cost less than one pass of another shape.
             prefix_in_loop=self.runner.fixed_shapes is None and prefix_joins_loop(adapter_set.reasoner, request),
         )
@@ -146,7 +148,7 @@ class Core:
     def _drop(self, sequence: Sequence) -> None:
         # If it was cancelled, this notifies `concurrent.futures.wait`.
         sequence.settle(DeadlineError("the request's deadline has passed"))
-        self.counters.wasted_iterations += sequence.t
+        self.counters.wasted_iterations += sequence.iterations_run
         self._leave(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
@@ -199,9 +201,18 @@ class Core:
             iterations=now.iterations - before.iterations,
             prefill_tokens=now.prefill_tokens - before.prefill_tokens,
             tokens=now.tokens - before.tokens,
-            used_positions=sum(sequence.filled for sequence in self.scheduler.running),
+            used_positions=sum(sequence.used_positions for sequence in self.scheduler.running),
         )
         try:
             self.on_step(stats)
         except BaseException:  # a callback may raise SystemExit too
             logger.exception("Step callback failed")
+
+
+def _token_loops(request: Request, adapter_set: LoopAdapterSet, reserved: int) -> TokenLoops | None:
+    workspace = adapter_set.workspace
+    if not isinstance(workspace, Token):
+        return None
+    depth = request.loop.max_iterations
+    copies = workspace.cache_copies(depth)
+    return TokenLoops(copies, reserved // copies, workspace.shared_cache, depth)

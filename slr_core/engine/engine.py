@@ -44,8 +44,8 @@ class Engine:
     Args:
         reasoner: the model, in eval mode. Its weights are shared, not copied.
         slots: maximum number of requests that run at once.
-        capacity: positions of a slot: prompt, loop and answer. Default: what the model can address, or what
-            ``cache_gib`` has room for, whichever is less.
+        capacity: positions of a slot: prompt, loop and answer, once per key/value cache of a request. Default: what the
+            model can address, or what ``cache_gib`` has room for, whichever is less.
         cache_gib: memory of all slots in GiB; ignored if ``capacity`` is given.
         prefix_gib: memory of the prefix cache in GiB; 0: no prefix cache.
         prefill_chunk: maximum number of prompt positions in one step. A long prompt is run in chunks, except in the
@@ -85,7 +85,8 @@ class Engine:
             raise ConfigError(f"prefix_gib must be at least 0, got {prefix_gib:g}")
         self.reasoner, self.slots = reasoner, slots
         room = int(cache_gib * GIB) // (slots * position_bytes(reasoner.base))
-        self.capacity = min(reasoner.max_positions, room) if capacity is None else capacity
+        copies = reasoner.workspace.cache_copies(reasoner.config.loop.max_iterations)
+        self.capacity = min(copies * reasoner.max_positions, room) if capacity is None else capacity
         if self.capacity < 2:
             raise ConfigError(
                 f"a slot has room for {self.capacity} positions; give `capacity`, more `cache_gib` or fewer `slots`"

@@ -23,11 +23,13 @@ class TokenEvent:
         text: the text that no earlier event had and that no later token can change. It is empty while the answer
             ends with an incomplete character or with the start of a stop string.
         score: its log-probability, if the request asks for log-probabilities.
+        iterations: in the workspace ``token``, the iteration at whose state it was read; ``None`` in the others.
     """
 
     token_id: int
     text: str
     score: TokenScore | None = None
+    iterations: int | None = None
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from slr_core.engine.runner.model_runner import (
     request_error,
 )
 from slr_core.engine.scheduler import Plan
-from slr_core.engine.sequence import Phase, Sequence
+from slr_core.engine.sequence import Phase, Sequence, TokenLoops
 from slr_core.engine.statistics import EngineCounters
 from slr_core.errors import EngineError, SLRError
-from slr_core.generation.decoding import decode_thoughts
-from slr_core.generation.reference import count_passes
-from slr_core.loop.diagnostics import summarize_loop
+from slr_core.generation.decoding import TokenLoop, decode_thoughts
+from slr_core.generation.reference import count_passes, with_token_loops
+from slr_core.loop.convergence import ExitRule
+from slr_core.loop.diagnostics import LoopTracker, summarize_loop
 from slr_core.loop.noise import perturb_start
 from slr_core.types import Result, Timings
 
@@ -66,7 +67,7 @@ class OutputProcessor:
         sequence.settle(error)
         sequence.advance()
         sequence.read_state = None
-        self.counters.wasted_iterations += sequence.t
+        self.counters.wasted_iterations += sequence.iterations_run
 
     # -- the prompt --------------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ class OutputProcessor:
             if state is not None:
                 self._begin_loop(sequence, state)
         elif not sequence.request.score_prompt:
-            self._begin_loop(sequence, self.runner.embed_prompt(sequence))
+            self._begin_loop(sequence, self.runner.embed(sequence.request.prompt_ids))
 
     def _apply_state(self, sequence: Sequence, output: StateOutput) -> None:
         sequence.filled += output.queries
@@ -93,7 +94,11 @@ class OutputProcessor:
                 self._apply_prefill(sequence, output)
             case Phase.CLOSE:
                 sequence.advance()
-                self._begin_answer(sequence, output.state)
+                state = output.state
+                if sequence.token is not None and sequence.token.closing_iteration:
+                    # The pass only wrote keys and values again.
+                    state = sequence.states[max(1, sequence.tracker.kept_iterations)][-1]
+                self._begin_answer(sequence, state)
             case _:
                 sequence.read_state = output.state
 
@@ -108,7 +113,7 @@ class OutputProcessor:
             self._begin_loop(sequence, output.state)
         else:  # the prompt was run only for its scores
             sequence.filled = 0
-            self._begin_loop(sequence, self.runner.embed_prompt(sequence))
+            self._begin_loop(sequence, self.runner.embed(sequence.request.prompt_ids))
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -123,24 +128,31 @@ class OutputProcessor:
             self._end_loop(sequence)
 
     def _apply_iteration(self, sequence: Sequence, output: IterationOutput, passed: PassOutput) -> None:
-        t = sequence.t + 1
         sequence.states.append(output.state)
-        sequence.head = output.head
-        sequence.tracker.observe(
-            t,
-            output.measured,
-            finite=output.finite,
-            return_ratio=output.return_ratio,
-            adapter=sequence.adapter_set.adapter_name(t),
-            duration_s=passed.finished_at - passed.started_at,
-            elapsed_s=passed.finished_at - sequence.prefilled_at,
-            top_tokens=output.top_tokens,
-        )
+        t, tracker, token = sequence.t, sequence.tracker, sequence.token
         self.counters.iterations += 1
         if not sequence.adapter_set.in_place:
             sequence.filled += 1
-        sequence.emit(IterationEvent(sequence.tracker.records[-1]))
-        if sequence.tracker.exit_reason is None:
+        if tracker.exit_reason is None:
+            sequence.head = output.head
+            tracker.observe(
+                t,
+                output.measured,
+                finite=output.finite,
+                return_ratio=output.return_ratio,
+                adapter=sequence.adapter_set.adapter_name(t),
+                duration_s=passed.finished_at - passed.started_at,
+                elapsed_s=passed.finished_at - sequence.prefilled_at,
+                top_tokens=output.top_tokens,
+            )
+            if token is None or not token.loops:
+                sequence.emit(IterationEvent(tracker.records[-1]))
+        if token is not None and not token.loops:  # later positions run as many iterations as were kept here
+            if tracker.exit_reason == "diverged":
+                token.depth = tracker.kept_iterations
+            elif not output.finite:
+                token.depth = t - 1
+        if tracker.exit_reason is None or sequence.goes_on:
             return
         self._end_loop(sequence)
         prefix = passed.answer_prefixes.get(sequence)
@@ -148,8 +160,11 @@ class OutputProcessor:
             self._apply_state(sequence, prefix)
 
     def _end_loop(self, sequence: Sequence) -> None:
-        sequence.looped_at = time.perf_counter()
         kept_iterations = sequence.tracker.kept_iterations
+        if sequence.token is not None:
+            self._end_token_loop(sequence, sequence.token)
+            return
+        sequence.looped_at = time.perf_counter()
         if not sequence.adapter_set.in_place:
             sequence.filled = len(sequence.request.prompt_ids) + kept_iterations
         if sequence.tracker.exit_reason == "diverged":
@@ -160,6 +175,25 @@ class OutputProcessor:
                 sequence.logits = sequence.head
             state = sequence.states[kept_iterations][-1] if kept_iterations else sequence.prompt_state
             self._begin_answer(sequence, state)
+
+    def _end_token_loop(self, sequence: Sequence, token: TokenLoops) -> None:
+        """End the loop of the prompt, or of a token, and fill the caches that it did not reach."""
+        t, kept = sequence.t, sequence.tracker.kept_iterations
+        if not token.loops:
+            sequence.looped_at = time.perf_counter()
+            if not token.shared_cache:  # those of iterations that were not kept may hold values that are not finite
+                self.cache.clear(sequence.slot, token.depth * token.cache_size, t * token.cache_size)
+        elif not token.shared_cache:
+            source, size = max(1, kept), token.cache_size
+            first, end = sequence.filled + source * size, sequence.filled + token.depth * size
+            self.cache.spread(sequence.slot, sequence.filled + (source - 1) * size, range(first, end, size))
+        token.end_loop(sequence.tracker, sequence.states)
+        if kept and kept == t:
+            sequence.logits = sequence.head
+        sequence.advance()
+        if sequence.phase is Phase.DECODE:
+            sequence.filled += len(sequence.states[0])
+            self._begin_answer(sequence, sequence.states[max(1, kept)][-1])
 
     # -- the answer --------------------------------------------------------------------------------
 
@@ -192,13 +226,30 @@ class OutputProcessor:
         sequence.read_state, sequence.logits, sequence.pending_tokens = None, None, [token]
         self.counters.tokens += 1
         if sequence.on_event is not None:
-            sequence.emit(TokenEvent(token, answer.new_text(), answer.scores[-1] if answer.scores else None))
+            iterations = (
+                None if sequence.token is None else len(sequence.tracker.records) if sequence.token.depth else 0
+            )
+            score = answer.scores[-1] if answer.scores else None
+            sequence.emit(TokenEvent(token, answer.new_text(), score, iterations))
         if answer.finish_reason is not None:
             self._finish(sequence)
+        elif sequence.token is not None and sequence.token.depth:
+            self._begin_token_loop(sequence, sequence.token, token)
+
+    def _begin_token_loop(self, sequence: Sequence, loops: TokenLoops, token: int) -> None:
+        """Begin the loop of a token of the answer, in the workspace ``token``."""
+        settings, depth = sequence.request.loop, loops.depth
+        settings = replace(settings, max_iterations=depth, min_iterations=min(depth, settings.min_iterations))
+        sequence.tracker = LoopTracker(ExitRule(settings, sequence.adapter_set.config.guard))
+        sequence.states, sequence.head, sequence.pending_tokens = [self.runner.embed([token])], None, []
+        sequence.advance()
 
     def _finish(self, sequence: Sequence) -> None:
         result = build_result(sequence)
-        self.counters.wasted_iterations += sequence.t - sequence.tracker.kept_iterations
+        kept = sequence.tracker.kept_iterations
+        self.counters.wasted_iterations += (
+            sequence.t - kept if sequence.token is None else sequence.token.wasted_iterations
+        )
         sequence.emit(FinishedEvent(result))
         sequence.settle(result)
         sequence.advance()
@@ -206,24 +257,28 @@ class OutputProcessor:
 
 def build_result(sequence: Sequence) -> Result:
     """The result of a request whose answer is complete."""
-    request, tracker, answer = sequence.request, sequence.tracker, sequence.answer
+    request, answer, token = sequence.request, sequence.answer, sequence.token
+    tracker, states_of_loop = sequence.tracker, sequence.states
+    if token is not None:
+        assert token.tracker is not None
+        tracker, states_of_loop = token.tracker, token.states
     reasoner, records, reason = sequence.adapter_set.reasoner, tracker.records, tracker.exit_reason
     assert answer.finish_reason is not None
     assert reason is not None
-    states = torch.stack(sequence.states) if request.trace or request.include_states else None
+    states = torch.stack(states_of_loop) if request.trace or request.include_states else None
     if states is not None and request.trace:
         (thoughts,) = decode_thoughts(reasoner, [states], [True])
         if any(thought is not None for thought in thoughts):
             records = [replace(r, thought=thought) for r, thought in zip(records, thoughts, strict=True)]
-    return Result(
+    result = Result(
         text=answer.text,
         token_ids=tuple(answer.tokens),
         finish_reason=answer.finish_reason,
-        iterations=sequence.t,
+        iterations=len(records),
         exit_reason=reason,
         final_change=records[-1].relative_change if records else None,
         prompt_tokens=len(request.prompt_ids),
-        forward_passes=count_passes(reasoner, request, sequence.t, tracker.kept_iterations, len(answer.tokens)),
+        forward_passes=count_passes(reasoner, request, len(records), tracker.kept_iterations, len(answer.tokens)),
         timings=Timings(
             queue_s=sequence.admitted_at - sequence.arrived_at,
             prefill_s=sequence.prefilled_at - sequence.admitted_at,
@@ -238,3 +293,7 @@ def build_result(sequence: Sequence) -> Result:
         scores=tuple(answer.scores),
         prompt_scores=tuple(sequence.prompt_scores),
     )
+    if token is None:
+        return result
+    unlooped = [TokenLoop(0, 0, 0, "max_iterations")] * (len(answer.tokens) - len(token.loops))
+    return with_token_loops(reasoner, result, request, token.loops + unlooped, token.depth)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slr_core.engine.adapter_set import LoopAdapterSet
 from slr_core.engine.events import Event
-from slr_core.generation.decoding import DecodeState
+from slr_core.generation.decoding import DecodeState, TokenLoop
 from slr_core.loop.diagnostics import LoopTracker
 from slr_core.types import Request, Result, TokenScore
 
@@ -34,6 +34,49 @@ class Phase(enum.Enum):
     """The latent decoder decodes the answer, without a pass of the base model."""
     DONE = "done"
     """Its slot is freed at the end of the step."""
+
+
+@dataclass
+class TokenLoops:
+    """The loops of a request in the workspace ``token``: the prompt's, then one for each token that is run.
+
+    Attributes:
+        cache_copies: key/value caches in its slot.
+        cache_size: positions of each of them.
+        shared_cache: whether all iterations use the same one.
+        depth: iterations that later positions may run: the maximum, or what was kept of a prompt that diverged.
+        loops: the finished ones.
+        closing_iteration: iteration that its closing pass runs again, since its keys and values were overwritten; 0:
+            the base model's pass, without a loop; ``None``: there is no closing pass.
+        tracker: the prompt's loop, once it has ended.
+        states: h_0 ... h_t ``[1, d]`` at the prompt's last position, up to its exit.
+    """
+
+    cache_copies: int
+    cache_size: int
+    shared_cache: bool
+    depth: int
+    loops: list[TokenLoop] = field(default_factory=list)
+    closing_iteration: int | None = None
+    tracker: LoopTracker | None = None
+    states: list[Tensor] = field(default_factory=list)
+
+    def end_loop(self, tracker: LoopTracker, states: list[Tensor]) -> None:
+        """Note that a loop has ended; ``states`` are h_0 ... h_t ``[W, d]``."""
+        t, records = len(states) - 1, len(tracker.records)
+        assert tracker.exit_reason is not None
+        if self.tracker is None:
+            self.tracker, self.states = tracker, [h[-1:] for h in states[: records + 1]]
+            last = self.depth
+        else:
+            last = max(1, tracker.kept_iterations)
+        self.loops.append(TokenLoop(records, tracker.kept_iterations, t, tracker.exit_reason))
+        self.closing_iteration = last if last == 0 or (self.shared_cache and last < t) else None
+
+    @property
+    def wasted_iterations(self) -> int:
+        """Iterations after the last good state of a loop that diverged."""
+        return sum(loop.iterations - loop.kept_iterations for loop in self.loops)
 
 
 @dataclass(eq=False)
@@ -57,15 +100,16 @@ class Sequence:
         bypassed: number of later requests that were admitted before it.
         slot: its index in the cache; -1 while it waits.
         phase: what it does next.
-        filled: valid cache positions of its slot. Workspaces that are refined in place lie beyond them until the
-            closing pass.
-        states: h_0 ... h_t ``[W, d]``.
+        filled: valid positions of each of its key/value caches. Workspaces that are refined in place lie beyond them
+            until the closing pass.
+        states: h_0 ... h_t ``[W, d]`` of its loop; in the workspace ``token``, of its current one.
         prompt_state: the base model's state ``[d]`` after the prompt, if the workspace prefills; else the prompt's
             input embeddings ``[P, d]``.
         head: log-probabilities ``[V]`` of the LM head at the last state, if the request reads them.
         read_state: the state ``[d]`` at which this step reads the next token.
         logits: logits ``[V]`` at ``read_state``, up to a constant, if they are known already.
         pending_tokens: tokens to run next.
+        token: its loops in the workspace ``token``; ``None`` in the others.
         prompt_scores: scores of the prompt's tokens so far, if the request asks for them.
         admitted_at: ``time.perf_counter`` when it got its slot.
         prefilled_at: the same, when its loop began.
@@ -81,6 +125,7 @@ class Sequence:
     reserved: int
     answer: DecodeState
     tracker: LoopTracker
+    token: TokenLoops | None = None
     prefix_in_loop: bool = False
     cancelled: bool = False
     settled: bool = False
@@ -102,8 +147,39 @@ class Sequence:
 
     @property
     def t(self) -> int:
-        """Iterations done."""
-        return len(self.tracker.records)
+        """Iterations done of its loop; in the workspace ``token``, of its current one."""
+        return max(0, len(self.states) - 1)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether its loop goes on after its exit: that of the prompt in the workspace ``token``."""
+        return self.token is not None and not self.token.loops and self.t < self.token.depth
+
+    @property
+    def iterations_run(self) -> int:
+        """Iterations run so far, of all its loops."""
+        if self.token is None:
+            return self.t
+        return sum(loop.iterations_run for loop in self.token.loops) + (self.t if self.phase is Phase.LOOP else 0)
+
+    @property
+    def cache_start(self) -> int:
+        """The position of its slot at which the key/value cache of its next pass begins."""
+        if self.token is None or self.token.shared_cache or self.phase is not Phase.LOOP:
+            return 0
+        return self.t * self.token.cache_size
+
+    @property
+    def used_positions(self) -> int:
+        """Valid positions of its slot, all key/value caches together."""
+        return self.filled * (1 if self.token is None else self.token.cache_copies)
+
+    @property
+    def width(self) -> int:
+        """Positions of its workspace."""
+        if self.token is not None and self.states:
+            return self.states[0].shape[0]
+        return self.adapter_set.workspace.width(len(self.request.prompt_ids))
 
     @property
     def last_change(self) -> float | None:
@@ -121,7 +197,7 @@ class Sequence:
             case Phase.PREFILL:
                 return len(self.request.prompt_ids) - self.filled
             case Phase.LOOP | Phase.CLOSE:
-                return self.adapter_set.workspace.width(len(self.request.prompt_ids)) + len(self.tokens())
+                return self.width + len(self.tokens())
             case Phase.DECODE:
                 return len(self.pending_tokens)
             case Phase.LATENT | Phase.DONE:
@@ -146,6 +222,10 @@ class Sequence:
             case _ if self.settled:
                 self.phase = Phase.DONE
             case Phase.PREFILL:
+                self.phase = Phase.LOOP
+            case Phase.LOOP if self.token is not None:
+                self.phase = Phase.DECODE if self.token.closing_iteration is None else Phase.CLOSE
+            case Phase.DECODE if self.token is not None and self.token.depth:
                 self.phase = Phase.LOOP
             case Phase.LOOP if kept_iterations and self.adapter_set.reasoner.answers_from_states:
                 self.phase = Phase.LATENT

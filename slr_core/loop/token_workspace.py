@@ -109,9 +109,9 @@ class Token(Workspace):
             for t, bank in enumerate(context.banks, start=1)
         ]
 
-    def measured(self, states: Tensor, valid_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def measured(self, states: Tensor, valid_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The last valid position alone: the next token is read there."""
-        return readout(states, valid_mask)[:, None], torch.ones_like(valid_mask[:, :1])
+        return readout(states, valid_mask)[:, None], None
 
     def cache_copies(self, max_iterations: int) -> int:
         """One per iteration; 1 if the cache is shared."""

@@ -107,8 +107,8 @@ class Workspace(nn.Module):
         """W, the workspace positions of one row with a prompt of ``prompt_tokens`` tokens."""
         raise NotImplementedError
 
-    def measured(self, states: Tensor, valid_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What the exit criterion compares, of states ``[B, W, d]`` and ``[B, W]`` bool: all positions."""
+    def measured(self, states: Tensor, valid_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the exit criterion compares, of states ``[B, W, d]`` and their valid positions ``[B, W]`` bool: all."""
         return states, valid_mask
 
     def cache_copies(self, max_iterations: int) -> int:

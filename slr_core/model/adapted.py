@@ -92,12 +92,17 @@ class AdaptedModel(nn.Module):
         return embedded
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of states ``[..., d]``, by the LM head; the final norm first under feedback `raw`."""
-        if self.final_norm is not None:
-            hidden = self.final_norm(hidden)
+        """Logits ``[..., V]`` of states ``[..., d]``, by the LM head."""
         head: nn.Module = self.base.get_output_embeddings()  # type: ignore[no-untyped-call]
-        logits: Tensor = head(hidden)
+        logits: Tensor = head(self.normed(hidden))
         return logits
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the LM head reads of states ``[..., d]``: the states, or the final norm of them under feedback `raw`."""
+        if self.final_norm is None:
+            return hidden
+        normed: Tensor = self.final_norm(hidden)
+        return normed
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities ``[..., V]`` fp32 of the next token, read by the LM head at states ``[..., d]``."""

@@ -166,7 +166,9 @@ def _finish(
     reasons: list[ExitReason] = [row.exit_reason or "max_iterations" for row in rows]
     return LoopOutput(
         context=context,
-        states=[states[i, : n + 1, valid_mask[i]] for i, n in enumerate(iterations)],
+        states=[
+            states[i, : n + 1, slice(None) if valid_mask is None else valid_mask[i]] for i, n in enumerate(iterations)
+        ],
         iterations=iterations,
         kept_iterations=[row.kept_iterations for row in rows],
         exit_reasons=reasons,

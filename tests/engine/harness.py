@@ -150,6 +150,7 @@ def facts(result: Any) -> tuple[Any, ...]:
         result.finish_reason,
         result.iterations,
         result.exit_reason,
+        result.iterations_per_token,
         result.forward_passes,
         result.prompt_tokens,
         thoughts,

@@ -35,19 +35,26 @@ class FixedShapeRunner:
         slots, width = cache.slots, hidden_size(lora_batch.model)
         self.inputs = torch.zeros(slots, 1, width, dtype=lora_batch.model.dtype, device=self.device)
         self.positions = torch.zeros(slots, 1, dtype=torch.long, device=self.device)
+        self.cache_starts = torch.zeros(slots, 1, dtype=torch.long, device=self.device)
         self.adapter_ids = torch.zeros(slots, dtype=torch.long, device=self.device)
         self._graphs: dict[tuple[int, int, bool], Callable[[], Tensor]] = {}
         self._version = lora_batch.version
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def run(
-        self, slots: Sequence[int], positions: Sequence[int], adapter_ids: Sequence[int | None], embeds: Tensor
+        self,
+        slots: Sequence[int],
+        positions: Sequence[int],
+        cache_starts: Sequence[int],
+        adapter_ids: Sequence[int | None],
+        embeds: Tensor,
     ) -> Tensor:
         """Run one pass.
 
         Args:
             slots: the slot of each row, in ascending order.
-            positions: the cache position that each row writes.
+            positions: the position that each row writes, counted from ``cache_starts``.
+            cache_starts: the position of its slot at which each row's key/value cache begins.
             adapter_ids: the adapter of each row.
             embeds: inputs ``[n, 1, d]``.
 
@@ -58,15 +65,17 @@ class FixedShapeRunner:
             self._graphs.clear()
             self._version = self.lora_batch.version
         rows = min(_power_of_two(slots[-1] + 1), self.cache.slots)
-        width = min(max(_power_of_two(max(positions) + 1), MIN_WIDTH), self.cache.capacity)
-        write_at, ids = [self.cache.capacity] * rows, [-1] * rows
-        for slot, position, adapter in zip(slots, positions, adapter_ids, strict=True):
-            write_at[slot], ids[slot] = position, -1 if adapter is None else adapter
-        table = torch.tensor([write_at, ids, [*slots, *[0] * (rows - len(slots))]], device=self.device)
+        end = max(start + position for start, position in zip(cache_starts, positions, strict=True)) + 1
+        width = min(max(_power_of_two(end), MIN_WIDTH), self.cache.capacity)
+        write_at, begin, ids = [self.cache.capacity] * rows, [0] * rows, [-1] * rows
+        for slot, position, start, adapter in zip(slots, positions, cache_starts, adapter_ids, strict=True):
+            write_at[slot], begin[slot], ids[slot] = start + position, start, -1 if adapter is None else adapter
+        table = torch.tensor([write_at, ids, [*slots, *[0] * (rows - len(slots))], begin], device=self.device)
         active = table[2, : len(slots)]
         self.inputs[:rows].zero_()
         self.inputs[active] = embeds
         self.positions[:rows, 0] = table[0]
+        self.cache_starts[:rows, 0] = table[3]
         self.adapter_ids[:rows] = table[1]
         shape = rows, width, any(adapter is not None for adapter in adapter_ids)
         if shape not in self._graphs:
@@ -79,12 +88,15 @@ class FixedShapeRunner:
         def run() -> Tensor:
             inputs, positions = self.inputs[:rows], self.positions[:rows]
             # Idle rows write to the scratch position and attend to the first one, so that no row of the mask is empty.
-            position_ids = positions.masked_fill(positions == self.cache.capacity, 0)
+            write_at = positions.masked_fill(positions == self.cache.capacity, 0)
+            starts = self.cache_starts[:rows]
+            position_ids = write_at - starts
+            mask = (order >= starts[..., None]) & (order <= write_at[..., None])
             lora_batch = self.lora_batch
             lora_batch.index = AdapterIndex(self.adapter_ids[:rows], lora_batch.count) if has_adapters else None
             hidden: Tensor = lora_batch.model.base_model(
                 inputs_embeds=inputs,
-                attention_mask=attention_mask(lora_batch.model, order <= position_ids[..., None], inputs.dtype),
+                attention_mask=attention_mask(lora_batch.model, mask, inputs.dtype),
                 position_ids=position_ids,
                 past_key_values=self.cache,
                 use_cache=True,

@@ -59,6 +59,9 @@ def adapter_id(row: Sequence) -> int | None:
     match row.phase:
         case Phase.LOOP:
             return row.adapter_set.adapter_id(row.t + 1)
+        case Phase.CLOSE if row.token is not None:
+            iteration = row.token.closing_iteration
+            return row.adapter_set.adapter_id(iteration) if iteration else row.adapter_set.default_adapter_id
         case Phase.CLOSE | Phase.DECODE if row.tracker.kept_iterations:
             return row.adapter_set.decode_adapter_id
         case _:
@@ -74,6 +77,12 @@ def _loop_inputs(rows: Rows[Sequence]) -> Tensor:
 
 def _closing_inputs(rows: Rows[Sequence]) -> Tensor:
     """Inputs ``[n, W, d]`` of the closing pass. A prompt whose loop kept no iteration is run as it is."""
+    if rows[0].adapter_set.workspace.per_token:
+        again = [row.token.closing_iteration or 0 for row in rows if row.token is not None]
+        hidden, _ = stack_states([row.states[max(0, t - 1)] for row, t in zip(rows, again, strict=True)])
+        u = rows[0].adapter_set.inputs(hidden, None, [max(1, t) for t in again], [None] * len(rows))
+        looped = torch.tensor([t > 0 for t in again], device=hidden.device)
+        return torch.where(looped[:, None, None], u, hidden)
     hidden, _ = stack_states([_last_state(row) for row in rows])
     projected = rows[0].adapter_set.reasoner.feed_back(hidden, _prompt_states(rows))
     looped = torch.tensor([row.tracker.kept_iterations > 0 for row in rows], device=hidden.device)

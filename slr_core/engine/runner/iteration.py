@@ -76,7 +76,8 @@ class IterationBatch:
 
     def read_states(self) -> Tensor:
         """States ``[n + m, d]`` for the LM head: h_t of all rows, then h_0 of rows that begin, where it is a state."""
-        return torch.cat([readout(self.h, self.valid_mask), *(row.states[0][-1:] for row in self._first_reads())])
+        states = torch.cat([readout(self.h, self.valid_mask), *(row.states[0][-1:] for row in self._first_reads())])
+        return self.rows[0].adapter_set.reasoner.normed(states)
 
     def _first_reads(self) -> list[Sequence]:
         return [row for row in self.rows if row.head is None and row.adapter_set.reasoner.is_state(0)]
@@ -87,9 +88,13 @@ class IterationBatch:
         Args:
             logits: ``[n + m, V]`` at :meth:`read_states`; ``None`` if the head is not read.
         """
-        rows, h, valid_mask, previous = self.rows, self.h, self.valid_mask, self.previous
+        rows, states, workspace = self.rows, self.h, self.rows[0].adapter_set.workspace
         reasoner = rows[0].adapter_set.reasoner
-        compared = reasoner.compared_state(self.g, h)
+        valid = states if self.valid_mask is None else states.masked_fill(~self.valid_mask[..., None], 0)
+        (h, valid_mask), (g, _), (previous, _) = (
+            workspace.measured(x, self.valid_mask) for x in (states, self.g, self.previous)
+        )
+        compared = reasoner.compared_state(g, h)
         head = head_before = None
         if logits is not None:
             log_probs = logits.float().log_softmax(-1)
@@ -109,11 +114,11 @@ class IterationBatch:
         )
         measured = {name: x for name, x in vars(distances).items() if x is not None}
         earlier, _ = stack_states([row.states[-2] if row.t else row.states[-1] for row in rows])
+        earlier, _ = workspace.measured(earlier, self.valid_mask)
         change = distances.change
         if change is None or compared is not h:
             change = measure_step(h, previous, valid_mask)[0]
         measured["return_ratio"] = measure_step(h, earlier, valid_mask)[0] / change
-        valid = h if valid_mask is None else h.masked_fill(~valid_mask[..., None], 0)
         measured["finite"] = valid.isfinite().flatten(1).all(-1).float()
         table = torch.stack(list(measured.values())).T.tolist()
 
@@ -128,7 +133,7 @@ class IterationBatch:
             iterations.append(
                 IterationOutput(
                     sequence=row,
-                    state=h[i, : row.states[-1].shape[0]],
+                    state=states[i, : row.states[-1].shape[0]],
                     measured=values,
                     finite=bool(finite),
                     return_ratio=return_ratio if t > 1 and reasoner.is_state(t - 2) else None,

@@ -40,19 +40,22 @@ class KVCache(Cache):
         super().__init__(layers=[KVCacheLayer(self, index) for index in range(layers)])
         self.row_slots: Tensor = torch.empty(0)
         self.positions: Tensor = torch.empty(0)
-        self.width = 0
+        self.first = self.width = 0
         self.read_slots: slice | Tensor = slice(0, 0)
 
-    def bind(self, slots: Sequence[int], positions: Tensor, width: int, *, read_all: bool = False) -> None:
+    def bind(
+        self, slots: Sequence[int], positions: Tensor, width: int, *, first: int = 0, read_all: bool = False
+    ) -> None:
         """Set where the next pass writes and what it reads.
 
         Args:
             slots: the slot of each row, in ascending order; with ``read_all`` in any order, also repeatedly.
             positions: ``[n, q]`` long, where each input is written; ``capacity`` for padding.
-            width: number of positions to read.
+            width: end of the positions to read.
+            first: the first position to read.
             read_all: read all slots, not only those of the rows.
         """
-        self.positions, self.width = positions, width
+        self.positions, self.first, self.width = positions, first, width
         self.row_slots = torch.tensor(slots, device=positions.device)
         if read_all:
             self.read_slots = slice(None)
@@ -72,6 +75,12 @@ class KVCache(Cache):
     def write(self, slot: int, start: int, keys_values: Tensor) -> None:
         """Write what :meth:`read` returned."""
         self.store[:, :, slot, :, start : start + keys_values.shape[-2]] = keys_values
+
+    def spread(self, slot: int, source: int, targets: range) -> None:
+        """Copy one position of a slot to others."""
+        if targets:
+            kept = self.store[:, :, slot, :, source : source + 1]
+            self.store[:, :, slot, :, targets.start : targets.stop : targets.step] = kept
 
     def clear(self, slot: int, start: int, end: int) -> None:
         """Zero positions ``start`` to ``end``: values that are not finite would spoil the next request's attention."""
@@ -93,14 +102,15 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Do nothing: the cache is allocated already."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write ``[n, heads, q, head_dim]`` and return the keys and values to read, ``[n, heads, width, head_dim]``."""
+        """Write ``[n, heads, q, head_dim]`` and return the keys and values to read, of the same shape but for q."""
         cache, keys, values = self.cache, self.keys, self.values
         assert keys is not None
         assert values is not None
         row_slots = cache.row_slots[:, None]
         keys[row_slots, :, cache.positions] = key_states.transpose(1, 2)
         values[row_slots, :, cache.positions] = value_states.transpose(1, 2)
-        return keys[:, :, : cache.width][cache.read_slots], values[:, :, : cache.width][cache.read_slots]
+        read = slice(cache.first, cache.width)
+        return keys[:, :, read][cache.read_slots], values[:, :, read][cache.read_slots]
 
     def get_seq_length(self) -> int:
         """Positions that a pass reads. Position ids are always passed to the model, never derived from this."""

@@ -27,7 +27,7 @@ from slr_core.engine.sequence import Phase, Sequence
 from slr_core.errors import EngineError, SLRError
 from slr_core.generation.decoding import LatentTextDecoder
 from slr_core.generation.logprobs import score_states
-from slr_core.model.base_support import attention_mask
+from slr_core.model.base_support import attention_mask, find_final_norm, keep_input
 from slr_core.types import TokenScore
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,10 @@ class ModelRunner:
         # The head's weights are large: if iterations read it, decoding rows are read in the same product.
         reading = [batch for batch in batches if batch.reads_head]
         decoding = [row.sequence for row in rows if row.sequence.phase is Phase.DECODE] if reading else []
-        to_read = [*(batch.read_states() for batch in reading), *(states[sequence][-1:] for sequence in decoding)]
+        to_read = [
+            *(batch.read_states() for batch in reading),
+            *(_normed(sequence, states[sequence][-1:]) for sequence in decoding),
+        ]
         read = list(self.head(torch.cat(to_read)).split([len(x) for x in to_read])) if reading else []
         logits = dict(zip(decoding, (x[0] for x in read[len(reading) :]), strict=True))
         iterations = [
@@ -201,11 +204,11 @@ class ModelRunner:
         first = [] if sequence.filled else [TokenScore(request.prompt_ids[0], None)]
         start = sequence.filled + 1
         following = request.prompt_ids[start : start + len(states)]
-        return first + score_states(self.head, states, following, request.logprobs or 0)
+        return first + score_states(self.head, _normed(sequence, states), following, request.logprobs or 0)
 
-    def embed_prompt(self, sequence: Sequence) -> Tensor:
-        """Input embeddings ``[P, d]`` of a request's prompt."""
-        embedded: Tensor = self.embeddings(torch.tensor(sequence.request.prompt_ids, device=self.device))
+    def embed(self, ids: Rows[int]) -> Tensor:
+        """Input embeddings ``[n, d]`` of tokens."""
+        embedded: Tensor = self.embeddings(torch.tensor(ids, device=self.device))
         return embedded
 
     # -- next tokens -------------------------------------------------------------------------------
@@ -229,7 +232,7 @@ class ModelRunner:
 
     def _read_head(self, rows: list[Work]) -> LogitsOutput:
         sequences = [row.sequence for row in rows]
-        unread = [s.read_state for s in sequences if s.logits is None and s.read_state is not None]
+        unread = [_normed(s, s.read_state) for s in sequences if s.logits is None and s.read_state is not None]
         logits: Tensor | None = self.head(torch.stack(unread)) if unread else None
         if logits is None or len(unread) < len(sequences):
             fresh = iter(() if logits is None else logits)
@@ -261,10 +264,12 @@ class ModelRunner:
         if len(set(map(length_class, work))) > 1:
             return list(torch.split(self._forward_packed(work, ids, inputs), queries))
         slots, starts, width = [s.slot for s, _ in work], [s.filled for s, _ in work], max(queries)
-        if self.fixed_shapes is not None and width == 1:
-            return list(self.fixed_shapes.run(slots, starts, ids, inputs[:, None]))
+        cache_starts, raw = [s.cache_start for s, _ in work], [s.adapter_set.raw for s, _ in work]
+        if self.fixed_shapes is not None and width == 1 and not any(raw):
+            return list(self.fixed_shapes.run(slots, starts, cache_starts, ids, inputs[:, None]))
         order = torch.arange(width, device=self.device)
-        positions = position_ids = torch.tensor(starts, device=self.device)[:, None] + order
+        position_ids = torch.tensor(starts, device=self.device)[:, None] + order
+        positions = position_ids + torch.tensor(cache_starts, device=self.device)[:, None]
         if len(set(queries)) == 1:
             embeds = inputs.view(len(work), width, -1)
         else:
@@ -274,7 +279,7 @@ class ModelRunner:
             # Padding is written to the scratch position, and attends to the first one, so that no mask is empty.
             positions = torch.where(real, positions, self.cache.capacity)
             position_ids = torch.where(real, position_ids, 0)
-        hidden = self._forward_padded(slots, ids, embeds, positions, position_ids, read_width(work))
+        hidden = self._forward_padded(slots, ids, embeds, positions, position_ids, read_width(work), cache_starts, raw)
         return [states[:count] for states, count in zip(hidden, queries, strict=True)]
 
     def run_idle(self, slots: range, width: int) -> Tensor:
@@ -289,7 +294,7 @@ class ModelRunner:
         ids = [row % count if count else None for row in range(rows)]
         embeds = self.table.new_zeros(rows, 1, self.table.shape[1])
         if self.fixed_shapes is not None:
-            return self.fixed_shapes.run(slots, [width - 1] * rows, ids, embeds)[:, 0]
+            return self.fixed_shapes.run(slots, [width - 1] * rows, [0] * rows, ids, embeds)[:, 0]
         last = torch.full((rows, 1), width - 1, device=self.device)
         return self._forward_padded(slots, ids, embeds, last, last, width)[:, 0]
 
@@ -301,6 +306,8 @@ class ModelRunner:
         positions: Tensor,
         position_ids: Tensor,
         width: int,
+        cache_starts: Rows[int] = (0,),
+        raw: Rows[bool] = (False,),
     ) -> Tensor:
         """Every row of the batch is a slot: states ``[n, q, d]``.
 
@@ -310,27 +317,45 @@ class ModelRunner:
             embeds: inputs ``[n, q, d]``.
             positions: ``[n, q]`` long, where they are written.
             position_ids: ``[n, q]`` long.
-            width: cache positions to read.
+            width: end of the cache positions to read.
+            cache_starts: where the key/value cache of each row begins; one number: that of all rows.
+            raw: whether each row's states are those before the final norm; one value: for all rows.
         """
-        self.cache.bind(slots, positions, width)
+        first = min(cache_starts)
+        self.cache.bind(slots, positions, width, first=first)
         self.lora_batch.use(ids)
-        mask = torch.arange(width, device=self.device) <= position_ids[..., None]
-        return self._forward(embeds, position_ids, attention_mask=attention_mask(self.model, mask, embeds.dtype))
+        order = torch.arange(first, width, device=self.device)
+        begin = torch.tensor(cache_starts, device=self.device)[:, None, None]
+        mask = order <= position_ids[..., None] + begin
+        if max(cache_starts) > first:
+            mask &= order >= begin
+        mask = attention_mask(self.model, mask, embeds.dtype)
+        return self._forward(embeds, position_ids, raw, attention_mask=mask)
 
     def _forward_packed(self, work: Rows[Work], ids: list[int | None], inputs: Tensor) -> Tensor:
         """Every position is a row of the batch: states ``[m, d]``."""
         rows = [row for row, (_, queries) in enumerate(work) for _ in range(queries)]
-        positions = torch.tensor([s.filled + i for s, queries in work for i in range(queries)], device=self.device)
+        position_ids = torch.tensor([s.filled + i for s, queries in work for i in range(queries)], device=self.device)
+        positions = position_ids + torch.tensor([work[row].sequence.cache_start for row in rows], device=self.device)
         slots = [work[row].sequence.slot for row in rows]
         self.cache.bind(slots, positions[:, None], self.cache.capacity, read_all=True)
         self.lora_batch.use([ids[row] for row in rows])
-        return self._forward(inputs[:, None], positions[:, None], packed=pack(work, positions))[:, 0]
+        raw = [work[row].sequence.adapter_set.raw for row in rows]
+        return self._forward(inputs[:, None], position_ids[:, None], raw, packed=pack(work, positions))[:, 0]
 
-    def _forward(self, embeds: Tensor, position_ids: Tensor, **options: Any) -> Tensor:
-        hidden: Tensor = self.model.base_model(
-            inputs_embeds=embeds, position_ids=position_ids, past_key_values=self.cache, use_cache=True, **options
-        ).last_hidden_state
+    def _forward(self, embeds: Tensor, position_ids: Tensor, raw: Rows[bool], **options: Any) -> Tensor:
+        with keep_input(find_final_norm(self.model) if any(raw) else None) as before_norm:
+            hidden: Tensor = self.model.base_model(
+                inputs_embeds=embeds, position_ids=position_ids, past_key_values=self.cache, use_cache=True, **options
+            ).last_hidden_state
+        if before_norm:
+            hidden = torch.where(torch.tensor(raw, device=self.device)[:, None, None], before_norm[0], hidden)
         return hidden
+
+
+def _normed(sequence: Sequence, states: Tensor) -> Tensor:
+    """What the LM head reads of a request's states."""
+    return sequence.adapter_set.reasoner.normed(states)
 
 
 def _split_answer_prefixes(rows: list[Work], states: dict[Sequence, Tensor]) -> dict[Sequence, StateOutput]:

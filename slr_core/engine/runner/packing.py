@@ -35,15 +35,19 @@ def length_class(row: Work) -> int:
 
 
 def read_width(work: Iterable[Work]) -> int:
-    """Cache positions that a pass of these rows reads."""
-    return max(sequence.filled + queries for sequence, queries in work)
+    """End of the cache positions that a pass of these rows reads."""
+    return max(sequence.cache_start + sequence.filled + queries for sequence, queries in work)
 
 
 def group_by_adapter_set(sequences: Iterable[Sequence]) -> list[list[Sequence]]:
-    """Group rows by their loop adapter set, and by whether they read the LM head at every iteration."""
-    groups: dict[tuple[int, bool], list[Sequence]] = {}
+    """Group rows by their loop adapter set, and by whether they read the LM head at every iteration.
+
+    In the workspace ``token``, rows whose prompt loops are another group than rows with a token: they differ in width.
+    """
+    groups: dict[tuple[int, bool, bool], list[Sequence]] = {}
     for sequence in sequences:
-        groups.setdefault((id(sequence.adapter_set), sequence.reads_head), []).append(sequence)
+        loops_token = sequence.token is not None and bool(sequence.token.loops)
+        groups.setdefault((id(sequence.adapter_set), sequence.reads_head, loops_token), []).append(sequence)
     return list(groups.values())
 
 
@@ -68,13 +72,15 @@ class PackedSegment:
     Attributes:
         rows: the rows of the batch.
         slots: the slots that are read.
-        width: the number of positions that are read.
-        mask: ``[n, 1, q, width]`` bool, for ``n`` slots.
+        first: the first position that is read.
+        width: the end of the positions that are read.
+        mask: ``[n, 1, q, width - first]`` bool, for ``n`` slots.
         active_slots: ``[m]`` long, which of the slots have a row; ``None``: all.
     """
 
     rows: slice
     slots: slice
+    first: int
     width: int
     mask: Tensor
     active_slots: Tensor | None = None
@@ -106,19 +112,24 @@ def pack(work: Rows[Work], positions: Tensor) -> PackedBatch:
         segments.append(_pack_singles(singles, positions, order))
     start = len(singles)
     for sequence, queries in work[len(singles) :]:
-        rows, width = slice(start, start + queries), sequence.filled + queries
-        mask = order[:width] <= positions[rows, None]
-        segments.append(PackedSegment(rows, slice(sequence.slot, sequence.slot + 1), width, mask[None, None]))
+        rows, first = slice(start, start + queries), sequence.cache_start
+        width = first + sequence.filled + queries
+        mask = order[first:width] <= positions[rows, None]
+        segments.append(PackedSegment(rows, slice(sequence.slot, sequence.slot + 1), first, width, mask[None, None]))
         start += queries
     return PackedBatch(segments)
 
 
 def _pack_singles(sequences: list[Sequence], positions: Tensor, order: Tensor) -> PackedSegment:
-    slots, width = [sequence.slot for sequence in sequences], max(sequence.filled for sequence in sequences) + 1
+    slots, starts = [sequence.slot for sequence in sequences], [sequence.cache_start for sequence in sequences]
+    first, width = min(starts), max(sequence.cache_start + sequence.filled for sequence in sequences) + 1
     span, rows = slice(slots[0], slots[-1] + 1), slice(0, len(slots))
-    mask, active_slots = order[:width] <= positions[rows, None], None
+    order = order[first:width]
+    mask, active_slots = order <= positions[rows, None], None
+    if max(starts) > first:
+        mask &= order >= torch.tensor(starts, device=positions.device)[:, None]
     if span.stop - span.start > len(slots):
         active_slots = torch.tensor(slots, device=positions.device) - span.start
         # Slots without a row attend to the first position, so that no row of the mask is empty.
-        mask = (order[:width] < 1).repeat(span.stop - span.start, 1).index_copy_(0, active_slots, mask)
-    return PackedSegment(rows, span, width, mask[:, None, None], active_slots)
+        mask = (order == first).repeat(span.stop - span.start, 1).index_copy_(0, active_slots, mask)
+    return PackedSegment(rows, span, first, width, mask[:, None, None], active_slots)

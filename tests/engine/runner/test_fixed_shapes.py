@@ -87,7 +87,7 @@ def test_padding_rows_change_no_slot():
     before = cache.store.clone()
     x = torch.randn(2, 1, 32)
     with torch.inference_mode():
-        hidden = FixedShapeRunner(lora_batch, cache).run([1, 2], [3, 7], [0, None], x)
+        hidden = FixedShapeRunner(lora_batch, cache).run([1, 2], [3, 7], [0, 0], [0, None], x)
     written = torch.zeros(4, 17, dtype=torch.bool)
     written[1, 3] = written[2, 7] = True
     written[:, 16] = True  # padding is written there
@@ -104,9 +104,9 @@ def test_result_survives_the_next_pass():
     lora_batch.set_adapters([(made.base, name) for name in made.config.loop.adapters])
     runner = FixedShapeRunner(lora_batch, KVCache(lora_batch.model, 2, 16))
     with torch.inference_mode():
-        first = runner.run([0], [0], [0], torch.ones(1, 1, 32))
+        first = runner.run([0], [0], [0], [0], torch.ones(1, 1, 32))
         kept = first.clone()
-        runner.run([0], [1], [1], -torch.ones(1, 1, 32))
+        runner.run([0], [1], [0], [1], -torch.ones(1, 1, 32))
     torch.testing.assert_close(first, kept)
 
 
