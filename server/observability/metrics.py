@@ -188,9 +188,15 @@ class Metrics:
             self._record_result(request, future.result())
 
     def _record_result(self, request: Request, result: Result) -> None:
-        self._iterations.observe(result.iterations)
+        # In the workspace `token`, every token has a loop of its own; the prompt runs all iterations and saves none.
+        for iterations in result.iterations_per_token or (result.iterations,):
+            self._iterations.observe(iterations)
         self._exits[result.exit_reason].inc()
-        if result.exit_reason == "converged":
+        if result.iterations_per_token:
+            if result.exit_reason != "diverged":
+                left = (request.loop.max_iterations - iterations for iterations in result.iterations_per_token[1:])
+                self._saved.inc(sum(left))
+        elif result.exit_reason == "converged":
             self._saved.inc(request.loop.max_iterations - result.iterations)
         self._prompt_tokens.inc(result.prompt_tokens)
         for record in result.records:

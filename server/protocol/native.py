@@ -168,9 +168,14 @@ class GenerateResult(ResponseModel):
     index: int = Field(description="position in the response: all samples of the first prompt, then of the next")
     text: str
     finish_reason: FinishReason
-    iterations: int = Field(description="iterations that the loop ran")
+    iterations: int = Field(
+        description="iterations that the loop ran; in the workspace `token`, before the first token"
+    )
     exit_reason: ExitReason
     final_change: float | None = Field(description="relative change of the last iteration")
+    iterations_per_token: list[int] | None = Field(
+        None, exclude_if=_is_none, description="in the workspace `token`: iterations before each token of the answer"
+    )
     budget_reduced: bool = Field(description="true: under load, the loop got fewer iterations than requested")
     usage: AnswerUsage
     timings: Timings = Field(description="seconds in each stage")
@@ -216,6 +221,9 @@ class TokenData(ResponseModel):
     index: int = Field(description="index of the answer")
     token_id: int
     text: str = Field(description="text added since the last event; empty while a character is incomplete")
+    iterations: int | None = Field(
+        None, exclude_if=_is_none, description="in the workspace `token`: iterations before this token"
+    )
 
 
 class TraceResult(GenerateResult):
@@ -270,8 +278,8 @@ class GenerateFormatter:
         match output.event:
             case IterationEvent(record):
                 yield frame(IterationData(index=index, **record.to_dict()), "iteration")
-            case TokenEvent(token_id, text):
-                yield frame(TokenData(index=index, token_id=token_id, text=text), "token")
+            case TokenEvent(token_id, text, _, iterations):
+                yield frame(TokenData(index=index, token_id=token_id, text=text, iterations=iterations), "token")
             case FinishedEvent(result):
                 yield frame(self._result(index, result, output.budget_reduced), "result")
 

@@ -153,6 +153,9 @@ class LoopResult(ResponseModel):
     """What the loop did for a choice: its object ``slr``."""
 
     iterations: int
+    iterations_per_token: list[int] | None = Field(
+        None, exclude_if=lambda value: value is None, description="in the workspace `token`: before each token"
+    )
     exit_reason: ExitReason
     final_change: float | None
     budget_reduced: bool
@@ -164,6 +167,7 @@ class LoopResult(ResponseModel):
         """From a result of the engine."""
         return cls(
             iterations=result.iterations,
+            iterations_per_token=list(result.iterations_per_token) or None,
             exit_reason=result.exit_reason,
             final_change=result.final_change,
             budget_reduced=budget_reduced,

@@ -288,7 +288,8 @@ def check(mix, tally, seen):
     wanted = []
     for arrival in mix.arrivals:
         made = second if arrival.second else first
-        wanted.append(expect(made, tiny.request(made, arrival.prompt, arrival.loop, **arrival.options), seen))
+        loop = arrival.loop | ({"noise_scale": 0.0} if made.workspace.per_token else {})
+        wanted.append(expect(made, tiny.request(made, arrival.prompt, loop, **arrival.options), seen))
 
     tally["requests"] += len(wanted)
     futures: dict[int, Any] = {}
