@@ -12,6 +12,8 @@ export interface Result {
   text: string; iterations: number; exit_reason: string; final_change: number | null; budget_reduced: boolean;
   usage: { prompt_tokens: number; completion_tokens: number; forward_passes: number };
   timings: { total_s: number };
+  /** In the workspace `token`: the iterations of each token's loop. */
+  iterations_per_token?: number[];
 }
 export interface TraceResult extends Result { trace: Iteration[] }
 export interface Settings {

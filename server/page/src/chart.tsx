@@ -24,7 +24,8 @@ interface ChartProps {
 const format = (value: number | null | undefined) => (value == null ? "–" : String(+value.toPrecision(3)));
 
 export function Chart({ title, note, series, x, selected, log, guide }: ChartProps) {
-  const host = useRef<HTMLDivElement>(null);
+  const host = useRef<HTMLDivElement>(null), drawn = useRef<uPlot | null>(null), marked = useRef(selected);
+  marked.current = selected;
   const length = Math.max(...series.map(({ values }) => values.length));
   useEffect(() => {
     const element = host.current!, style = getComputedStyle(element);
@@ -56,17 +57,19 @@ export function Chart({ title, note, series, x, selected, log, guide }: ChartPro
       ],
       hooks: {
         draw: [({ ctx, bbox, valToPos }) => {
-          if (selected === undefined || selected < 0) return;
-          const left = valToPos(xs[selected], "x", true);
+          if (marked.current === undefined || marked.current < 0) return;
+          const left = valToPos(xs[marked.current], "x", true);
           ctx.save(); ctx.globalAlpha = 0.14; ctx.fillStyle = ink;
           ctx.fillRect(left - 8, bbox.top, 16, bbox.height); ctx.restore();
         }],
       },
     }, [xs, ...shown, xs.map(() => guide ?? null)], element);
+    drawn.current = chart;
     const observer = new ResizeObserver(() => chart.setSize({ width: element.clientWidth, height: HEIGHT }));
     observer.observe(element);
     return () => { observer.disconnect(); chart.destroy(); };
-  }, [series, x, selected, log, guide]);
+  }, [series, x, log, guide]);
+  useEffect(() => { drawn.current?.redraw(false, false); }, [selected]);
   const at = (values: (number | null)[]) => format(values[selected ?? values.length - 1]);
   const text = series.map(({ label, values }) => `${label} ${values.map(format).join(", ")}`).join("; ");
   return (

@@ -5,6 +5,8 @@ import { positionChanges, project, type Projection, readStates, type State } fro
 export interface Run {
   prompt: string; settings: Settings; model: string; criterion: string; threshold: number;
   trace: Iteration[]; text: string; result: Result | null;
+  /** The texts of the written tokens. */
+  tokens: string[];
   /** The states on their first two principal components; null if the run has no states. */
   projection: Projection | null;
   /** Relative change of each position (inner) after each iteration (outer); null if the run has no states. */
@@ -31,7 +33,7 @@ export function newRun(checkpoint: Checkpoint, prompt: string, settings: Setting
     ?? (criterion === checkpoint.criterion ? checkpoint.threshold : checkpoint.criteria[criterion]);
   return {
     prompt, settings, model: settings.loop_set ?? checkpoint.model, criterion, threshold, trace: [], text: "", result: null,
-    projection: null, positions: null,
+    tokens: [], projection: null, positions: null,
   };
 }
 
@@ -67,7 +69,7 @@ export async function execute(
     { prompt: run.prompt, ...run.settings, top_tokens: checkpoint.limits.max_top_tokens, ...more }, key, signal,
     (name, data) => {
       if (name === "iteration") change({ ...run, trace: [...run.trace, data] });
-      else if (name === "token") change({ ...run, text: run.text + data.text });
+      else if (name === "token") change({ ...run, text: run.text + data.text, tokens: [...run.tokens, data.text] });
       else if (name === "result") {
         const found = withResult(run, data);
         states = found.states;
@@ -179,12 +181,14 @@ export function readFile(text: string): Run {
       forward_passes: asNumber(file.result.usage?.forward_passes) ?? 0,
     },
     timings: { total_s: asNumber(file.result.timings?.total_s) ?? 0 },
+    ...(file.result.iterations_per_token && { iterations_per_token: asList(file.result.iterations_per_token).map((n) => asNumber(n) ?? 0) }),
   };
   const pair = (value: unknown): [number, number] => [asNumber(asList(value)[0]) ?? 0, asNumber(asList(value)[1]) ?? 0];
   const points = asList(file.projection?.points).map(pair), positions = asList(file.positions);
   return {
     prompt: String(file.prompt), settings: asSettings(file.settings), model: String(file.model), criterion: String(file.criterion),
     threshold: asNumber(file.threshold) ?? 0, trace, text: String(file.text ?? ""), result: result ?? null,
+    tokens: asList(file.tokens).map(String),
     projection: points.length && points.length === trace.length ? { points, shares: pair(file.projection.shares) } : null,
     positions: positions.length && positions.length === trace.length
       ? positions.map((step) => asList(step).slice(0, MOST_POSITIONS).map(asNumber)) : null,

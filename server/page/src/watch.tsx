@@ -2,14 +2,14 @@
 import { useMemo, useRef, useState } from "preact/hooks";
 import { Chart } from "./chart";
 import { download, EXITS, type Run, savePicture, toCurl, toFile, toLink, toPython } from "./run";
-import { FactGraph, Lens, PathPicture, Positions, readFacts } from "./views";
+import { FactGraph, Lens, PathPicture, Positions, readFacts, TokenLoops } from "./views";
 
 export function Answer({ run, running }: { run: Run; running: boolean }) {
   const { result } = run;
   return (
     <div class="answer" aria-live="polite">
       <p class="text">{run.text || (running ? "Thinking…" : "")}</p>
-      {result && <p>{run.settings.max_iterations === 0 ? "The loop is off." : EXITS[result.exit_reason] ?? result.exit_reason} {" "}
+      {result && <p>{result.iterations === 0 ? "The loop did not run." : EXITS[result.exit_reason] ?? result.exit_reason} {" "}
         <b>{result.iterations} iterations</b>, {result.usage.forward_passes} forward passes, {(1000 * result.timings.total_s).toFixed(0)} ms.
         {result.budget_reduced && " The server reduced the iterations because it is busy."}</p>}
     </div>
@@ -75,6 +75,11 @@ export function Watch({ run, running, selected, select, hasKey }: WatchProps) {
           <h2>Change of each position</h2>
           <p class="hint">Relative change per position of the workspace, on a log scale: full cells still move, empty ones have settled.</p>
           <div class="scroll tall" tabIndex={0} role="group" aria-label="Positions"><Positions changes={positions} selected={selected} select={select} /></div>
+        </>}
+        {result?.iterations_per_token && <>
+          <h2>Loop of each token</h2>
+          <p class="hint">Every written token runs its own loop; its bar ends at the iteration at which the loop stopped. The views above show the first token.</p>
+          <div class="scroll tall" tabIndex={0} role="group" aria-label="Tokens"><TokenLoops tokens={run.tokens} iterations={result.iterations_per_token} /></div>
         </>}
         <h2>How the state moves</h2>
         <Charts run={run} selected={selected} />

@@ -176,8 +176,8 @@ def test_markup_shows_as_text(visit, tmp_path):
         route.fulfill(json={**route.fetch().json(), "model": MARKUP, "models": [MARKUP, MARKUP]})
 
     step = {"top_tokens": [{"token": MARKUP, "prob": 0.9}], "thought": MARKUP, "adapter": MARKUP}
-    result = {"text": MARKUP, "exit_reason": MARKUP}
-    fields = {"prompt": MARKUP, "model": MARKUP, "criterion": MARKUP, "text": MARKUP}
+    result = {"text": MARKUP, "exit_reason": MARKUP, "iterations_per_token": [2, 1]}
+    fields = {"tokens": [MARKUP], "prompt": MARKUP, "model": MARKUP, "criterion": MARKUP, "text": MARKUP}
     file = tmp_path / "trace.json"
     file.write_text(json.dumps({"format": "slr-trace", **fields, "trace": [step], "result": result}))
     page = visit(routes=[("**/checkpoint", rename)])
@@ -185,6 +185,12 @@ def test_markup_shows_as_text(visit, tmp_path):
     page.locator(".lens").wait_for()
     assert MARKUP in page.locator(".answer").inner_text()
     assert MARKUP in page.locator("header").inner_text()
+    assert page.get_by_role("group", name="Tokens").locator("text").all_text_contents() == [
+        MARKUP[:20],
+        "2",
+        "token 2",
+        "1",
+    ]
     view(page, "Batch")
     page.get_by_label("Questions", exact=False).first.fill(json.dumps({"question": MARKUP, "answer": MARKUP}))
     page.get_by_role("button", name="Run all").click()
