@@ -25,6 +25,7 @@ from slr_core.checkpoint.validate import (
     WEIGHTS_INDEX,
     check_files,
     checkpoint_error,
+    is_finite,
     line,
     read_headers,
     read_index,
@@ -88,7 +89,7 @@ def load_base_model(folder: Path, config: SLRConfig, dtype: torch.dtype | None) 
             raise checkpoint_error(
                 source, f"the base model's {key} has dtype {parameter.dtype}, expected one of {FLOATS}"
             )
-        if not parameter.isfinite().all():
+        if not is_finite(parameter):
             raise checkpoint_error(
                 source, f"the base model's {key} holds values that are not finite in {parameter.dtype}"
             )

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -38,7 +39,7 @@ from slr_core.checkpoint.validate import (
 from slr_core.checkpoint.write import base_state, modules_state
 from slr_core.config import FORMAT_VERSION, SLRConfig
 from slr_core.errors import ConfigError
-from slr_core.loop.lora import DECODE, check_start, new_adapter_configs
+from slr_core.loop.lora import DECODE, check_start, lora_layers, new_adapter_configs
 from slr_core.model.reasoner import LatentReasoner
 
 R = TypeVar("R", bound="LatentReasoner")
@@ -103,8 +104,9 @@ def load_weights(reasoner: LatentReasoner, folder: str | Path) -> None:
 
 
 def _load_loop(reasoner: LatentReasoner, folder: Path, *, assign: bool = False) -> None:
+    layers = lora_layers(reasoner.base)
     for name in reasoner.adapter_configs:
-        _load_adapter(reasoner.base, folder / LOOPS / name, name, assign)
+        _load_adapter(reasoner.base, layers, folder / LOOPS / name, assign)
     _load_modules(reasoner, folder / MODULES, assign)
 
 
@@ -165,13 +167,23 @@ def _adapter_config(folder: Path) -> LoraConfig:
     return config
 
 
-def _load_adapter(base: PreTrainedModel, folder: Path, name: str, assign: bool) -> None:
-    prefix = "base_model.model."
+def _load_adapter(base: PreTrainedModel, layers: dict[str, LoraLayer], folder: Path, assign: bool) -> None:
+    prefix, name = "base_model.model.", folder.name
     found = {key.removeprefix(prefix): x for key, x in read_tensors(folder / ADAPTER_WEIGHTS).items()}
-    expected = get_peft_model_state_dict(base, adapter_name=name, save_embedding_layers=False)
-    check_tensors(folder / ADAPTER_WEIGHTS, found, expected)
-    owned = _owned(folder / ADAPTER_WEIGHTS, found, base)
-    set_peft_model_state_dict(base, owned, adapter_name=name, low_cpu_mem_usage=assign)
+    # Not PEFT's own functions: they look through the whole model several times for each adapter.
+    expected = {
+        f"{path}.{part}.weight": getattr(layer, part)[name]
+        for path, layer in layers.items()
+        if name in layer.lora_A
+        for part in ("lora_A", "lora_B")
+    }
+    check_tensors(folder / ADAPTER_WEIGHTS, found, {key: linear.weight for key, linear in expected.items()})
+    for key, tensor in _owned(folder / ADAPTER_WEIGHTS, found, base).items():
+        weight = expected[key].weight
+        if assign:
+            expected[key].weight = torch.nn.Parameter(tensor, requires_grad=weight.requires_grad)
+        else:
+            weight.data.copy_(tensor)
 
 
 def _load_modules(reasoner: LatentReasoner, path: Path, assign: bool) -> None:

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -66,6 +67,11 @@ class LoopAdapters:
             layer._active_adapter = [] if name is None else [name]
 
 
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers of a model with PEFT's LoRA, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
 def new_adapter_configs(loop: LoopConfig) -> dict[str, LoraConfig]:
     """PEFT configs of untrained adapters, by adapter name: the loop's, and ``decode`` where there is one."""
     config = loop.lora
@@ -93,6 +99,9 @@ def attach(base: PreTrainedModel, configs: Mapping[str, LoraConfig]) -> None:
     """
     trainable = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
     transposed = any(isinstance(module, Conv1D) for module in base.modules())
+    first: LoraConfig | None = None
+    targets: list[str] | str | None = None
+    layers: list[LoraLayer] = []
     for name, config in configs.items():
         _refuse(name, config)
         config.fan_in_fan_out = config.fan_in_fan_out or transposed
@@ -104,21 +113,50 @@ def attach(base: PreTrainedModel, configs: Mapping[str, LoraConfig]) -> None:
             resolved = copy.copy(resolved)
             resolved.init_lora_weights = True
         try:
+            if first is not None and _differs_in_size_alone(resolved, first):
+                resolved.target_modules = targets
+                _add_to_layers(base, resolved, name, layers)
+                continue
+            asked = copy.copy(resolved)
             with warnings.catch_warnings():
                 # Several adapters on one model are the point here, and PEFT warns of the second.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
                 inject_adapter_in_model(resolved, base, adapter_name=name)
         except Exception as error:  # PEFT raises most kinds, each of them a fault of the config
             raise ConfigError(f"adapter {name}: {error}") from error
-        head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
-        embeds = any(isinstance(m, LoraLayer) and isinstance(m.get_base_layer(), nn.Embedding) for m in base.modules())
-        if embeds or isinstance(head, LoraLayer):
+        head, found = base.get_output_embeddings(), list(lora_layers(base).values())  # type: ignore[no-untyped-call]
+        if isinstance(head, LoraLayer) or any(isinstance(layer.get_base_layer(), nn.Embedding) for layer in found):
             raise ConfigError(
                 f"adapter {name}: the embeddings or the LM head in target_modules are not supported in a loop adapter"
             )
+        if first is None:
+            # PEFT has put the names of the layers in place of `all-linear`.
+            first, targets, layers = asked, resolved.target_modules, found
     # PEFT freezes the base and all adapters but one: here nothing is frozen that was not before.
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.replace(".base_layer.", ".") in trainable)
+
+
+def _differs_in_size_alone(config: LoraConfig, first: LoraConfig) -> bool:
+    """Whether an adapter has the layers of the first one, with at most another rank and scale."""
+    same = copy.copy(config)
+    same.r, same.lora_alpha = first.r, first.lora_alpha
+    return _plain_values(same) == _plain_values(first)
+
+
+def _plain_values(config: LoraConfig) -> dict[str, object]:
+    values = {field: getattr(config, field) for field in sorted(_PLAIN - {"base_model_name_or_path", "peft_version"})}
+    if not isinstance(config.target_modules, str):
+        values["target_modules"] = sorted(config.target_modules or ())
+    return values
+
+
+def _add_to_layers(base: PreTrainedModel, config: LoraConfig, name: str, layers: list[LoraLayer]) -> None:
+    """Add an adapter as PEFT does, but without its search for the layers, which takes seconds for many adapters."""
+    for layer in layers:
+        layer.update_layer(name, config.r, lora_alpha=config.lora_alpha, config=config)
+    configs: dict[str, Any] = base.peft_config
+    configs[name] = config
 
 
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")

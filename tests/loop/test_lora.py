@@ -4,14 +4,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 
 from slr_core.config import LoopConfig, LoopLoraConfig
 from slr_core.errors import ConfigError, RequestError
-from slr_core.loop.lora import DECODE, LoopAdapters, attach, new_adapter_configs, trained_index
+from slr_core.loop import lora
+from slr_core.loop.lora import DECODE, LoopAdapters, attach, lora_layers, new_adapter_configs, trained_index
 from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams
 from tests import tiny
+
+SIZES = {"loop_01": 2, "loop_02": 5}
+"""Ranks of adapters."""
 
 
 @given(st.integers(1, 300), st.integers(1, 64))
@@ -203,6 +207,34 @@ def test_an_adapter_that_would_rewrite_the_base_weights_does_not(plain):
         return
     after = plain.model.layers[0].self_attn.q_proj.base_layer.weight
     assert torch.equal(before, after)
+
+
+def test_adapters_of_other_sizes_are_added_as_by_peft(plain, monkeypatch):
+    """Without another search for the layers, which takes seconds in a large model."""
+
+    def configs():
+        return {name: LoraConfig(r=r, lora_alpha=3 * r, target_modules="all-linear") for name, r in SIZES.items()}
+
+    searches, theirs = [], tiny.base()
+    for name, config in configs().items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(config, theirs, adapter_name=name)
+    monkeypatch.setattr(
+        lora,
+        "inject_adapter_in_model",
+        lambda *args, **options: (searches.append(1), inject_adapter_in_model(*args, **options))[1],
+    )
+    attach(plain, ours := configs())
+    assert len(searches) == 1
+    assert {key: x.shape for key, x in plain.state_dict().items()} == {
+        key: x.shape for key, x in theirs.state_dict().items()
+    }
+    for path, layer in lora_layers(theirs).items():
+        assert lora_layers(plain)[path].scaling == layer.scaling
+    assert ours["loop_02"].target_modules == ours["loop_01"].target_modules != "all-linear"
+    attach(other := tiny.base(), {"loop_01": configs()["loop_01"], "decode": LoraConfig(target_modules=["q_proj"])})
+    assert "decode" not in other.model.layers[0].mlp.up_proj.lora_A
 
 
 def test_conv1d_layers_raise_no_warning():

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slr_core.errors import ConfigError
+from slr_core.loop.lora import lora_layers
 
 Method = Literal["masked", "grouped", "segments"]
 
@@ -112,11 +113,6 @@ class LayerWeights(NamedTuple):
 
 
 _NO_WEIGHTS = LayerWeights(torch.empty(0), torch.empty(0), torch.empty(0), torch.empty(0), [])
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The layers of a model with PEFT's LoRA, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def _stack_weights(layers: Sequence[tuple[LoraLayer | None, str]]) -> LayerWeights | None:
