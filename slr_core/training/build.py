@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from slr_core.checkpoint.folder import CONFIG
 from slr_core.checkpoint.hub import find_file
-from slr_core.checkpoint.init import load_model_and_tokenizer
+from slr_core.checkpoint.init import find_base, load_model_and_tokenizer
 from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.model.reasoner import LatentReasoner
@@ -69,6 +69,7 @@ def load_teacher(config: TrainConfig, student: LatentReasoner) -> LatentReasoner
 
 
 def _from_source(config: TrainConfig, source: str) -> LatentReasoner:
+    source = find_base(source)
     found = None if source.endswith(".gguf") else find_file(source, CONFIG)
     if found is None:
         base, tokenizer = load_model_and_tokenizer(source)

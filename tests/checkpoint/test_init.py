@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
 from slr_core.checkpoint.info import describe_model
-from slr_core.checkpoint.init import InitConfig, init_checkpoint
+from slr_core.checkpoint.init import PACKAGED, InitConfig, init_checkpoint
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.generation.reference import generate
@@ -327,10 +328,10 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path):
+def write_gguf(path, architecture="llama"):
     plain = tiny.base()
     config = plain.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -372,6 +373,41 @@ def test_a_gguf_file(tmp_path):
         torch.testing.assert_close(made.base(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     assert made.config.loop.workspace == "prompt"
     assert "quantization_config" not in json.loads((tmp_path / "out" / "base" / "config.json").read_text())
+
+
+def test_gguf_is_refused_by_its_metadata(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "plain.gguf", "gemma2")  # caps its logits
+    monkeypatch.setattr("slr_core.checkpoint.init.AutoModelForCausalLM.from_pretrained", None)
+    with pytest.raises(ConfigError, match=r"plain\.gguf \(gemma2\): .* not supported"):
+        init_checkpoint(str(tmp_path / "plain.gguf"), tmp_path / "out")
+
+
+def test_packaged_base(tmp_path, monkeypatch):
+    package, file = PACKAGED["smollm2"]
+    monkeypatch.setattr("slr_core.checkpoint.init.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"base model smollm2 needs the extra `smollm2` .no module {package}"):
+        init_checkpoint("smollm2", tmp_path / "out")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("slr_core.checkpoint.init.find_spec", lambda name: spec)
+    write_gguf(tmp_path / file)
+    made = init_checkpoint("smollm2", tmp_path / "out")
+    assert made.base.dtype == torch.float32
+    assert f"`{file}`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_dtype(tmp_path):
+    """That of the base, unless another one is asked for, which must hold the weights."""
+    source = tmp_path / "plain"
+    tiny.base().to(torch.bfloat16).save_pretrained(source)
+    tiny.tokenizer().save_pretrained(source)
+    assert init_checkpoint(str(source), tmp_path / "kept").base.dtype == torch.bfloat16
+    made = init_checkpoint(str(source), tmp_path / "chosen", dtype=torch.float32)
+    assert made.base.dtype == load_checkpoint(LatentReasoner, tmp_path / "chosen").base.dtype == torch.float32
+    large = tiny.base()
+    large.model.norm.weight.data *= 1e6
+    large.save_pretrained(source)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds values .* finite in torch\.float16"):
+        init_checkpoint(str(source), tmp_path / "half", dtype=torch.float16)
 
 
 def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
