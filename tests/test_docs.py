@@ -143,6 +143,24 @@ def test_panels_exist():
     assert named - titles == {"Accuracy against mean iterations"}  # a plot of the report
 
 
+def test_measured_claims():
+    """No part is said to make the loop stable, which no ablation found, and `prontoqa` has its committed figures."""
+    assert "keep the loop stable" not in README
+    measured = (ROOT / "benchmarks/results/prontoqa.txt").read_text()
+    figures = dict(re.findall(r"--generator-option (\S+)\n.*?^all +1000 +(0\.\d+)", measured, re.MULTILINE | re.DOTALL))
+    others = [float(figures.pop(f"hops={hops}")) for hops in (1, 3, 4, 6)]
+    text = " ".join(README.split())
+    assert f"On other numbers of hops it scores {min(others):.2f} to {max(others):.2f}, " in text
+    assert f"on balanced questions {figures['balanced=true']}, which is chance" in text
+
+
+def test_pictures_have_commands():
+    """Those of runs; the others are drawings."""
+    manual = (ROOT / "docs/operations.md").read_text()
+    for picture in re.findall(r"\]\((\S+\.svg)\)", manual):
+        assert ("slr report results.jsonl" if picture == "frontier.svg" else "python docs/panels.py") in manual
+
+
 # -- what the README shows happens ---------------------------------------------------------------------------
 
 
