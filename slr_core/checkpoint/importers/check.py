@@ -13,9 +13,8 @@ from torch import Tensor
 from slr_core.checkpoint.importers.peer import LoopStates, Recorded
 from slr_core.checkpoint.validate import checkpoint_error, read_json, read_tensors
 from slr_core.errors import RequestError
-from slr_core.generation.prepare import prepare
 from slr_core.model.reasoner import LatentReasoner
-from slr_core.types import Request, Result
+from slr_core.types import Result
 
 PROMPT = "What is 2 plus 3?"
 """The question of the check's greedy answer."""
@@ -129,11 +128,12 @@ def run_loop(reasoner: LatentReasoner, prompt_ids: Sequence[int]) -> LoopStates:
 
 
 @torch.inference_mode()
-def first_logits(reasoner: LatentReasoner, request: Request) -> Tensor:
-    """Logits ``[V]`` of an answer's first token."""
-    ids = torch.tensor([request.prompt_ids], device=reasoner.device)
-    answer = torch.tensor([[*request.answer_prefix_ids, 0]], device=reasoner.device)
-    logits = reasoner(ids, labels=answer).logits
+def first_logits(reasoner: LatentReasoner, prompt_ids: Sequence[int]) -> Tensor:
+    """Logits ``[V]`` of the first token of the answer to a prompt."""
+    prefix = reasoner.config.text.answer_prefix
+    prefix_ids = reasoner.tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
+    answer = torch.tensor([[*prefix_ids, 0]], device=reasoner.device)
+    logits = reasoner(torch.tensor([prompt_ids], device=reasoner.device), labels=answer).logits
     assert isinstance(logits, Tensor)
     return logits[0, -1]
 
@@ -158,13 +158,13 @@ def _compare(reasoner: LatentReasoner, recorded: Recorded, expect: Path) -> Comp
         # Some peers keep the end token in an answer and some drop it.
         ours, theirs = _without_end(list(result.token_ids), end), _without_end(case["tokens"], end)
         prompts, answers = prompts + same_prompt, answers + (ours == theirs)
-        request = prepare(reasoner, case["prompt"])
-        for key, state in recorded(reasoner, run_loop(reasoner, request.prompt_ids)).items() if thoughts else ():
+        prompt_ids = _prompt_ids(result)
+        for key, state in recorded(reasoner, run_loop(reasoner, prompt_ids)).items() if thoughts else ():
             wanted = thoughts.get(f"{number}{key}")
             if wanted is not None:
                 thought_differences.append(_difference(state, wanted))
         if top := case.get("first_logits_top5"):
-            logit_differences.append(_difference_of_logits(first_logits(reasoner, request), top, expect))
+            logit_differences.append(_difference_of_logits(first_logits(reasoner, prompt_ids), top, expect))
         if first is None and not same_prompt:
             first = f"case {number}: prompt ids {_prompt_ids(result)}, recorded {tuple(case['prompt_ids'])}"
         elif first is None and ours != theirs:

@@ -106,7 +106,7 @@ def test_alone(fixture, recorded, imported, cases):
             torch.testing.assert_close(found, thoughts[f"{number}{key}"], rtol=0, atol=1e-3)
             compared += 1
         for token, logit in case.get("first_logits_top5", ()):
-            assert first_logits(imported, request)[token].item() == pytest.approx(logit, abs=2e-3)
+            assert first_logits(imported, request.prompt_ids)[token].item() == pytest.approx(logit, abs=2e-3)
         if "forwards" in case:  # as many passes as the peer's own code runs
             assert result.forward_passes - (len(result.token_ids) - len(case["tokens"])) <= case["forwards"]
     assert compared >= len(cases) or fixture.options.keep_eos
