@@ -2,10 +2,11 @@
 import "uplot/dist/uPlot.min.css";
 import "./style.css";
 import { render } from "preact";
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { type Checkpoint, getCheckpoint, ServerError, type Settings } from "./api";
 import { Batch } from "./batch";
 import { Compare } from "./compare";
+import { readFacts, varyQuestion } from "./prosqa";
 import { execute, newRun, readFile, readLink, type Run } from "./run";
 import { ServerView } from "./server";
 import { SettingsForm } from "./settings";
@@ -83,6 +84,7 @@ function App() {
     example.current = (example.current + 1) % examples.length;
     setPrompt(examples[example.current].prompt);
   };
+  const facts = useMemo(() => readFacts(prompt), [prompt]);
   const asksOne = view === "Watch" || view === "Compare";
   return (
     <main onDragOver={(event) => event.preventDefault()}
@@ -108,6 +110,7 @@ function App() {
           {view === "Watch" && (running ? <button class="main" onClick={() => abort.current?.abort()}>Stop</button>
             : <button class="main" disabled={!checkpoint || !prompt.trim()} onClick={() => void ask()}>Ask</button>)}
           {!!checkpoint?.examples.length && <button onClick={nextExample}>Another example</button>}
+          {facts && <button onClick={() => setPrompt(varyQuestion(facts))}>New question</button>}
           {view === "Watch" && <label class="file">Open a trace file <input type="file" accept=".json"
             onChange={(event) => void openFile(event.currentTarget.files?.[0])} /></label>}
         </div>

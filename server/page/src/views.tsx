@@ -2,6 +2,7 @@
 import { Graph, layout } from "@dagrejs/dagre";
 import { useMemo } from "preact/hooks";
 import type { Iteration } from "./api";
+import type { Facts } from "./prosqa";
 import type { Point, Projection } from "./states";
 
 /** Most rows of the logit lens, and the probability that a token must reach to get one. */
@@ -170,16 +171,6 @@ export function TokenLoops({ tokens, iterations }: { tokens: string[]; iteration
       {iterations.length > MOST_TOKENS && <p>{iterations.length - MOST_TOKENS} more tokens.</p>}
     </>
   );
-}
-
-export interface Facts { edges: [string, string][]; root: string; options: string[] }
-
-/** The graph of a ProsQA question; null if the prompt is not one. */
-export function readFacts(prompt: string): Facts | null {
-  const question = /Is (\w+) an? (\w+) or (?:an? )?(\w+)\?\s*$/.exec(prompt);
-  if (!question) return null;
-  const edges = [...prompt.matchAll(/(?:Every )?(\w+) is an? (\w+)\./g)].map((m): [string, string] => [m[1], m[2]]);
-  return edges.length && edges.length <= 300 ? { edges, root: question[1], options: [question[2], question[3]] } : null;
 }
 
 export function FactGraph({ facts, step }: { facts: Facts; step: Iteration | undefined }) {

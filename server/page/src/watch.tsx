@@ -1,8 +1,9 @@
 // One run: its answer and, an iteration at a time, its loop.
 import { useMemo, useRef, useState } from "preact/hooks";
 import { Chart } from "./chart";
+import { readFacts } from "./prosqa";
 import { download, EXITS, type Run, savePicture, toCurl, toFile, toLink, toPython } from "./run";
-import { FactGraph, Lens, PathPicture, Positions, readFacts, TokenLoops } from "./views";
+import { FactGraph, Lens, PathPicture, Positions, TokenLoops } from "./views";
 
 export function Answer({ run, running }: { run: Run; running: boolean }) {
   const { result } = run;

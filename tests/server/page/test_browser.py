@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 import uvicorn
 
 from slr_core.checkpoint.folder import BUNDLED_FOLDER
@@ -131,6 +132,20 @@ def test_ask_and_scrub(visit):
     assert page.locator(".path text").all_text_contents()[:last] == [str(t) for t in range(1, last + 1)]
 
 
+def test_new_question(visit):
+    page = visit()
+    box, button = page.get_by_role("textbox", name="Question"), page.get_by_role("button", name="New question")
+    button.wait_for()
+    before = box.input_value()
+    button.click()
+    prompt = box.input_value()
+    assert prompt != before
+    assert sorted(set(re.findall(r"\w+", prompt))) == sorted(set(re.findall(r"\w+", before)))
+    ask(page)
+    root, *options = re.search(r"Is (\w+) a (\w+) or (\w+)\?$", prompt).groups()
+    assert page.locator(".answer .text").inner_text() in [f"{root} is a {option}." for option in options]
+
+
 def test_copies(visit):
     page = visit(permissions=["clipboard-read", "clipboard-write"])
     set_iterations(page, 3)
@@ -149,9 +164,11 @@ def test_copies(visit):
     assert again.get_by_role("slider").input_value() == "3"
 
 
-def test_trace_file_without_server(visit, tmp_path):
+def test_trace_file_without_server(visit, server, tmp_path):
     page = visit()
     ask(page)
+    body = {"prompt": page.get_by_role("textbox", name="Question").input_value(), "include_states": True}
+    trace = httpx.post(f"{server.url}/trace", json=body).json()["results"][0]["trace"]
     for button, name in (
         ("Download trace", "trace.json"),
         ("Picture (SVG)", "lens.svg"),
@@ -160,6 +177,10 @@ def test_trace_file_without_server(visit, tmp_path):
         with page.expect_download() as saved:
             page.get_by_role("button", name=button).click()
         saved.value.save_as(tmp_path / name)
+    points = torch.tensor(json.loads((tmp_path / "trace.json").read_text())["projection"]["points"])
+    states = torch.tensor([step["state"] for step in trace]).flatten(1)
+    components, scales, _ = torch.linalg.svd(states - states.mean(0), full_matrices=False)
+    torch.testing.assert_close(points.abs(), (components * scales)[:, :2].abs(), rtol=1e-3, atol=1e-3)
     assert "var(" not in (tmp_path / "lens.svg").read_text()
     assert (tmp_path / "lens.png").read_bytes().startswith(b"\x89PNG")
     other = visit()
@@ -294,6 +315,13 @@ def test_positions(visit, tmp_path, workspace):
         page = visit(server.url)
         page.get_by_role("textbox", name="Question").fill(tiny.words(1, 2, 3, 4, 5))
         ask(page)
+        with page.expect_download() as saved:
+            page.get_by_role("button", name="Download trace").click()
+        body = {"prompt": tiny.words(1, 2, 3, 4, 5), "include_states": True}
+        trace = httpx.post(f"{server.url}/trace", json=body).json()["results"][0]["trace"]
+        states = torch.tensor([step["state"] for step in trace])
+        changes = torch.tensor(json.loads(saved.value.path().read_text())["positions"][1:])
+        torch.testing.assert_close(changes, (states[1:] - states[:-1]).norm(dim=-1) / states[:-1].norm(dim=-1))
         labels = page.locator("[data-picture=positions] text[text-anchor=end]").all_text_contents()
         assert labels == [f"position {i + 1}" for i in range(3 if workspace == "block" else 5)]
 
