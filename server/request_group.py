@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from slr_core.engine import Engine, Event, FinishedEvent
+from slr_core.engine.adapter_set import LoopAdapterSet
 from slr_core.errors import DeadlineError
 from slr_core.types import Request, Result
 
@@ -55,7 +56,7 @@ class RequestGroup:
     Args:
         engine: runs them.
         requests: in the order of their indices.
-        loop_set: the engine's name of their loop adapter set.
+        loop_set: their loop adapter set.
         stream: yield iterations and tokens too, not only results.
         deadline: ``time.monotonic`` at which the group fails.
         limit_s: the same as a duration in seconds, for the error message.
@@ -71,7 +72,7 @@ class RequestGroup:
         engine: Engine,
         requests: Sequence[AdmittedRequest],
         *,
-        loop_set: str,
+        loop_set: LoopAdapterSet,
         stream: bool,
         deadline: float,
         limit_s: float,

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Future
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -271,7 +271,11 @@ class Service:
         limit = self.settings.request_timeout_s
         characters = check_characters(job, self.settings, engine.capacity)
         depth = self._admission.depth(self.settings.elastic_floor)
-        with self._admission.reserve(job.answers):
+        with ExitStack() as stack:
+            stack.enter_context(self._admission.reserve(job.answers))
+            with job.names.in_errors():
+                # The set may be replaced under its name while the prompts are tokenized.
+                stack.enter_context(engine.lease_loop_set(loop_set))
             work = partial(preprocess, job, self.settings, loop_set.reasoner, engine.capacity)
             async with until_deadline(deadline, limit):
                 requests = await self.tokenizers.run(work, characters)
@@ -282,7 +286,7 @@ class Service:
                 group = RequestGroup(
                     engine,
                     admitted,
-                    loop_set=loop_set.name,
+                    loop_set=loop_set,
                     stream=job.stream,
                     deadline=deadline,
                     limit_s=limit,

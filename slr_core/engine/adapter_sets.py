@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from slr_core.engine.adapter_set import LoopAdapterSet, number_adapters
 from slr_core.engine.runner.lora_batch import LoraBatch, check_finite
@@ -25,6 +28,7 @@ class LoopAdapterSets:
         default: the set that the engine starts with. It cannot be removed.
         tuned_rows: the number of rows for which the LoraBatch is tuned after every change.
         in_use: returns the sets of waiting and running requests.
+        on_unused: called when the last lease of a removed set has ended, on the thread that ends it.
 
     Raises:
         ConfigError: weights of ``default`` are not finite.
@@ -41,11 +45,15 @@ class LoopAdapterSets:
         *,
         tuned_rows: int,
         in_use: Callable[[], set[LoopAdapterSet]],
+        on_unused: Callable[[], None],
     ) -> None:
         check_finite(default.reasoner.base)
-        self.lora_batch, self.default, self.tuned_rows, self.in_use = lora_batch, default, tuned_rows, in_use
+        self.lora_batch, self.default, self.tuned_rows = lora_batch, default, tuned_rows
+        self._in_use, self._on_unused = in_use, on_unused
         self.by_name = {default.name: default}
         self.held: set[LoopAdapterSet] = set()
+        self._leases: Counter[LoopAdapterSet] = Counter()
+        self._lock = threading.Lock()
 
     def find(self, name: str | None) -> LoopAdapterSet:
         """The set of this name; ``None``: the default one.
@@ -57,6 +65,38 @@ class LoopAdapterSets:
             return self.by_name[self.default.name if name is None else name]
         except KeyError:
             raise RequestError(f"loop_set must be one of {', '.join(self.by_name)}, got {name}", "loop_set") from None
+
+    @contextmanager
+    def lease(self, wanted: str | LoopAdapterSet | None) -> Iterator[LoopAdapterSet]:
+        """Keep the adapters of a set loaded while the context lasts, even if the set is removed meanwhile. Thread-safe.
+
+        Args:
+            wanted: a name, a set that :meth:`find` returned, or ``None`` for the default set.
+
+        Raises:
+            RequestError: there is none of this name, or the set has been removed.
+        """
+        with self._lock:
+            found = wanted if isinstance(wanted, LoopAdapterSet) else self.find(wanted)
+            if self.by_name.get(found.name) is not found and not self._leases[found]:
+                raise RequestError(f"loop_set {found.name} has been removed", "loop_set")
+            self._leases[found] += 1
+        try:
+            yield found
+        finally:
+            with self._lock:
+                self._leases[found] -= 1
+                unused = not self._leases[found] and self.by_name.get(found.name) is not found
+                self._leases += Counter()  # drops zeros
+            if unused:
+                self._on_unused()
+
+    def in_use(self) -> set[LoopAdapterSet]:
+        """Sets that are leased, or that a request waits for or runs with."""
+        with self._lock:
+            leased = set(self._leases)
+        # After the leases: a request is submitted before its lease ends.
+        return leased | self._in_use()
 
     def check_free(self, name: str) -> None:
         """Check that no set has this name.
@@ -83,9 +123,10 @@ class LoopAdapterSets:
         Raises:
             ConfigError: there is none of this name, or it is the default one.
         """
-        if name == self.default.name or name not in self.by_name:
-            raise ConfigError(f"{name!r} is not a loop adapter set that can be removed")
-        del self.by_name[name]
+        with self._lock:
+            if name == self.default.name or name not in self.by_name:
+                raise ConfigError(f"{name!r} is not a loop adapter set that can be removed")
+            del self.by_name[name]
 
     def update_adapters(self, *added: LoopAdapterSet) -> None:
         """Fill the LoraBatch with the adapters of all sets in use and of ``added``."""

@@ -1,3 +1,4 @@
+# Over 400 lines: the public API is one class, and most of it is documentation.
 """The engine: continuous batching over the depth of loops, on a thread of its own."""
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from math import inf
 from queue import SimpleQueue
 from typing import Any, Self
@@ -24,7 +25,7 @@ from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.engine.statistics import EngineCounters, StepStats
 from slr_core.engine.thread import EngineThread
 from slr_core.engine.thread_count import ThreadCount
-from slr_core.errors import ConfigError, RequestError
+from slr_core.errors import ConfigError, EngineError
 from slr_core.generation.prepare import prepare
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
@@ -107,6 +108,7 @@ class Engine:
             LoopAdapterSet(DEFAULT_LOOP_SET, reasoner),
             tuned_rows=slots,
             in_use=lambda: {sequence.adapter_set for sequence in self._thread.sequences()},
+            on_unused=self._drop_unused_later,
         )
         self.loop_sets = self._adapter_sets.by_name
         self._thread_count = ThreadCount(self._core, threads, on_measured=self._adapter_sets.tune)
@@ -246,11 +248,11 @@ class Engine:
     ) -> Iterator[list[Future[Result]]]:
         """Submit prompts, unless one of them cannot run. At the end of the context, cancel what still runs."""
         self._thread.check_may_wait()
-        requests = [self.prepare(prompt, *params, loop_set=loop_set, **options) for prompt in prompts]
         futures: list[Future[Result]] = []
         try:
-            for request in requests:
-                futures.append(self.submit(request, loop_set=loop_set, on_event=on_event, deadline=deadline))
+            with self.lease_loop_set(loop_set) as adapter_set:
+                for request in [self.prepare(prompt, *params, loop_set=adapter_set, **options) for prompt in prompts]:
+                    futures.append(self.submit(request, loop_set=adapter_set, on_event=on_event, deadline=deadline))
             yield futures
         finally:
             for future in futures:
@@ -264,7 +266,7 @@ class Engine:
         sampling_params: SamplingParams | None = None,
         loop_params: LoopParams | ResolvedLoopParams | None = None,
         *,
-        loop_set: str | None = None,
+        loop_set: str | LoopAdapterSet | None = None,
         **options: Any,
     ) -> Request:
         """Tokenize a prompt and check that the request fits a slot.
@@ -273,20 +275,20 @@ class Engine:
             prompt: a text, a chat or tokens.
             sampling_params: ``None``: greedy.
             loop_params: fields that are unset take the checkpoint's defaults.
-            loop_set: the loop adapter set; ``None``: the one that the engine started with.
+            loop_set: the loop adapter set or its name; ``None``: the one that the engine started with.
             options: others of :func:`slr_core.generation.prepare.prepare`.
 
         Raises:
             RequestError: the request cannot be run.
         """
-        reasoner = self._adapter_sets.find(loop_set).reasoner
+        reasoner = (loop_set if isinstance(loop_set, LoopAdapterSet) else self._adapter_sets.find(loop_set)).reasoner
         return prepare(reasoner, prompt, loop_params, sampling=sampling_params, limit=self.capacity, **options)
 
     def submit(
         self,
         request: Request,
         *,
-        loop_set: str | None = None,
+        loop_set: str | LoopAdapterSet | None = None,
         on_event: Callable[[Event], None] | None = None,
         deadline: float = inf,
     ) -> Future[Result]:
@@ -294,25 +296,34 @@ class Engine:
 
         Args:
             request: from :meth:`prepare`.
-            loop_set: the loop adapter set for which it was prepared.
+            loop_set: the loop adapter set for which it was prepared, or its name. A name may stand for another set
+                by now, unless the set is leased from :meth:`prepare` until here: see :meth:`lease_loop_set`.
             on_event: called with every event, on the engine's thread. It must not block.
             deadline: ``time.monotonic`` at which the future fails with DeadlineError.
 
         Raises:
             EngineError: the engine is closed or has failed.
-            RequestError: there is no such loop adapter set, or the request is larger than a slot.
+            RequestError: there is no such loop adapter set, it has been removed, or the request is larger than a slot.
         """
-        adapter_set = self._adapter_sets.find(loop_set)
-        sequence = self._core.new_sequence(request, adapter_set, on_event=on_event, deadline=deadline)
-
-        def check_not_removed() -> None:
-            if self.loop_sets.get(adapter_set.name) is not adapter_set:
-                raise RequestError(f"loop_set {adapter_set.name} has been removed", "loop_set")
-
-        self._thread.submit(sequence, check_not_removed)
+        with self._adapter_sets.lease(loop_set) as adapter_set:
+            sequence = self._core.new_sequence(request, adapter_set, on_event=on_event, deadline=deadline)
+            self._thread.submit(sequence)
         return sequence.future
 
     # -- loop adapter sets -------------------------------------------------------------------------
+
+    def lease_loop_set(self, loop_set: str | LoopAdapterSet | None) -> AbstractContextManager[LoopAdapterSet]:
+        """A context that yields a loop adapter set and keeps it usable, even if it is removed meanwhile.
+
+        Requests that are prepared and submitted inside, with the yielded set, run on the set they were prepared for.
+
+        Args:
+            loop_set: a name, one of :attr:`loop_sets`, or ``None`` for the one that the engine started with.
+
+        Raises:
+            RequestError: there is none of this name, or the set has been removed.
+        """
+        return self._adapter_sets.lease(loop_set)
 
     def load_loop_set(self, name: str, path_or_id: str) -> None:
         """Serve another checkpoint's loop on the same base model. Running requests go on meanwhile.
@@ -336,6 +347,10 @@ class Engine:
         """
         self._adapter_sets.remove(name)
         self._thread.call(self._adapter_sets.drop_unused)
+
+    def _drop_unused_later(self) -> None:
+        with suppress(EngineError):  # the engine is closed: nothing is left to free
+            self._thread.post(self._adapter_sets.drop_unused)
 
     def _set_up(self) -> None:
         self._thread_count.set_first()

@@ -47,15 +47,14 @@ class EngineThread:
 
     # -- called from other threads -----------------------------------------------------------------
 
-    def submit(self, sequence: Sequence, check: Callable[[], None]) -> None:
-        """Queue a request, unless ``check()`` raises. No command runs between the check and the queueing.
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a request.
 
         Raises:
             EngineError: the engine is closed, or runs in another process.
         """
         with self._changed:
             self._check_open()
-            check()
             if not self.busy:
                 self.last_progress = time.monotonic()
             self._arrived.append(sequence)
@@ -68,12 +67,20 @@ class EngineThread:
             EngineError: the engine is closed or runs in another process, or this is its thread.
         """
         self.check_may_wait()
+        return self.post(command).result()
+
+    def post(self, command: Callable[[], T]) -> Future[T]:
+        """As :meth:`call`, without waiting.
+
+        Raises:
+            EngineError: the engine is closed or runs in another process.
+        """
         done: Future[T] = Future()
         with self._changed:
             self._check_open()
             self._commands.append((command, done))
             self._changed.notify()
-        return done.result()
+        return done
 
     def check_may_wait(self) -> None:
         """Check that the caller may wait for the engine.

@@ -48,6 +48,7 @@ class SteppedCore:
             LoopAdapterSet(DEFAULT_LOOP_SET, reasoner),
             tuned_rows=slots,
             in_use=lambda: {sequence.adapter_set for sequence in self.sequences()},
+            on_unused=lambda: None,
         )
         self.adapter_sets.update_adapters()
         self.model, self.counters = self.lora_batch.model, self.core.counters

@@ -4,13 +4,14 @@ import asyncio
 import copy
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fastapi.testclient import TestClient
 
 from slr_core.engine import Engine
 from slr_core.generation.reference import generate
-from slr_server import threads
+from slr_server import service, threads
 from slr_server.app import create_app
 from slr_server.errors import Unavailable
 from slr_server.settings import ServerSettings
@@ -199,3 +200,30 @@ def test_load_does_not_hold_up_the_end(reasoner, folder, slow_load):
     with Engine(reasoner, threads=1) as engine:
         asyncio.run(scenario(engine))
         slow_load.set()
+
+
+def test_name_resolves_once(client, reasoner, folder, tmp_path, monkeypatch):
+    # Replaced under its name while the request's prompt waits to be tokenized.
+    other = type(reasoner).from_pretrained(str(folder / "other"))
+    third = tiny.twin(reasoner)
+    tiny.shake(third, seed=8)
+    third.save_pretrained(str(tmp_path / "third"))
+    engine, preprocess = client.app.state.service.check(), service.preprocess
+    begun, replaced = threading.Event(), threading.Event()
+
+    def wait(*arguments):
+        begun.set()
+        assert replaced.wait(20)
+        return preprocess(*arguments)
+
+    assert load(client, "other").status_code == 200
+    monkeypatch.setattr(service, "preprocess", wait)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(text, client, loop_set="other")
+        assert begun.wait(20)
+        engine.remove_loop_set("other")
+        engine.load_loop_set("other", str(tmp_path / "third"))
+        replaced.set()
+        old, new = waiting.result(20), text(client, loop_set="other")
+    assert [old, new] == [generate(made, [tiny.request(made, BODY["prompt"])])[0].text for made in (other, third)]
+    assert old != new
