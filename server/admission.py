@@ -59,7 +59,7 @@ class Admission:
 
     Args:
         limit: maximum number of waiting answers.
-        queued: returns the number of answers that wait in the engine.
+        queued: returns the number of answers that wait in the engine, of each request at most as many as its argument.
         clock: returns seconds, monotonic.
         running: returns the number of answers that have a slot of the engine.
     """
@@ -67,17 +67,13 @@ class Admission:
     def __init__(
         self,
         limit: int,
-        queued: Callable[[], int],
+        queued: Callable[[int], int],
         clock: Callable[[], float] = time.monotonic,
         running: Callable[[], int] = lambda: 0,
     ) -> None:
         self.limit, self._queued, self._running = limit, queued, running
-        self._reserved = 0
+        self._reserved: list[int] = []
         self._rate = CompletionRate(clock)
-
-    @property
-    def _waiting(self) -> int:
-        return self._queued() + self._reserved
 
     def check_room(self, count: int = 1) -> None:
         """Check that ``count`` answers may wait.
@@ -85,7 +81,7 @@ class Admission:
         Raises:
             QueueFull: there is no room for all of them.
         """
-        missing = self._waiting + count - self.limit
+        missing = self._waiting(self.limit) + count - self.limit
         if missing > 0:
             raise QueueFull("the queue is full, try again later", self.retry_after_s(missing))
 
@@ -97,18 +93,25 @@ class Admission:
             QueueFull: there is no room for all of them.
         """
         self.check_room(count)
-        if not self._waiting and not self._running():
+        if not self._waiting(self.limit) and not self._running():
             self._rate.record_arrival()
-        self._reserved += count
+        self._reserved.append(count)
         try:
             yield
         finally:
-            self._reserved -= count
+            self._reserved.remove(count)
 
-    def depth(self, floor: float) -> float:
-        """The share of its iteration budget that a new request gets: 1 while nothing waits, and linearly less, down to
-        ``floor``, until the queue is half full."""
-        return 1 - (1 - floor) * min(1.0, self._waiting / self.limit / _FULL_PRESSURE)
+    def depth(self, floor: float, count: int) -> float:
+        """The share of its iteration budget that a new request for ``count`` answers gets.
+
+        It is 1 while nothing waits, and linearly less, down to ``floor``, until the answers that come before its last
+        one are half a queue. As requests take turns, these are at most ``count`` of each waiting request.
+        """
+        return 1 - (1 - floor) * min(1.0, self._waiting(count) / self.limit / _FULL_PRESSURE)
+
+    def _waiting(self, most_per_request: int) -> int:
+        """Answers that wait in the engine or will, of each request at most so many."""
+        return self._queued(most_per_request) + sum(min(count, most_per_request) for count in self._reserved)
 
     def record_finished(self) -> None:
         """Count an answer that has finished. Thread-safe."""
@@ -117,7 +120,7 @@ class Admission:
     def retry_after_s(self, missing: int) -> int:
         """Seconds in which the answers that wait now, and ``missing`` more, finish at the measured rate: whole, and
         from 1 to 60."""
-        seconds = self._rate.seconds_for(self._waiting + missing)
+        seconds = self._rate.seconds_for(self._waiting(self.limit) + missing)
         return 1 if seconds is None else max(1, min(_MAX_RETRY_AFTER_S, math.ceil(seconds)))
 
 

@@ -143,9 +143,9 @@ def check_limits(job: GenerationJob, settings: ServerSettings) -> None:
             ("logprobs", job.logprobs, settings.max_top_tokens),
         ):
             check_max(name, value, limit)
-        if job.answers > settings.max_queue:
+        if job.answers > (most := min(settings.max_answers, settings.max_queue)):
             raise RequestError(
-                f"prompts times n must be at most {settings.max_queue} on this server, got {job.answers}",
+                f"prompts times n must be at most {most} on this server, got {job.answers}",
                 param="prompt" if job.n == 1 else "n",
             )
 

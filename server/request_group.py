@@ -91,6 +91,7 @@ class RequestGroup:
                     loop_set=loop_set,
                     on_event=partial(self._on_event, index) if stream else None,
                     deadline=deadline,
+                    group=self,
                 )
                 self._futures.append(future)
                 future.add_done_callback(partial(self._on_future_done, index))

@@ -270,7 +270,7 @@ class Service:
         """Run a job while the context lasts; with the number of answers whose iteration budget was reduced."""
         limit = self.settings.request_timeout_s
         characters = check_characters(job, self.settings, engine.capacity)
-        depth = self._admission.depth(self.settings.elastic_floor)
+        depth = self._admission.depth(self.settings.elastic_floor, job.answers)
         with ExitStack() as stack:
             stack.enter_context(self._admission.reserve(job.answers))
             with job.names.in_errors():
@@ -362,8 +362,8 @@ class Service:
         for group in list(self._groups):
             group.fail(error)
 
-    def _queued(self) -> int:
-        return 0 if self._engine is None else self._engine.queued
+    def _queued(self, most_per_request: int) -> int:
+        return 0 if self._engine is None else self._engine.count_queued(most_per_request)
 
     def _running(self) -> int:
         return 0 if self._engine is None else self._engine.in_flight

@@ -121,7 +121,8 @@ class ServerSettings(BaseSettings):
         0.5,
         gt=0,
         le=1,
-        description="Share of its iteration budget that a new request gets when the queue is half full; 1 for all.",
+        description="Share of its iteration budget that a new request gets when half a queue comes before it; "
+        "1 for all.",
     )
     max_body_bytes: int = Field(1 << 20, ge=1, description="Maximum size of a request body, in bytes.")
     max_prompts: int = Field(64, ge=1, description="Maximum number of prompts in a request.")
@@ -135,6 +136,7 @@ class ServerSettings(BaseSettings):
         "Default: 16 for each position of a slot, and at least 16384.",
     )
     max_n: int = Field(16, ge=1, description="Maximum n of a request.")
+    max_answers: int = Field(64, ge=1, description="Maximum number of answers of a request: prompts times n.")
     max_iterations: int = Field(64, ge=0, description="Maximum max_iterations of a request.")
     max_new_tokens: int = Field(1024, ge=1, description="Maximum number of tokens of an answer.")
     max_top_tokens: int = Field(50, ge=0, description="Maximum top_tokens of a trace, and maximum logprobs.")

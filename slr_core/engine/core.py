@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import replace
 from math import inf
@@ -93,6 +93,7 @@ class Core:
         *,
         on_event: Callable[[Event], None] | None = None,
         deadline: float = inf,
+        group: Hashable = None,
     ) -> Sequence:
         """Make a request ready for the queue; see :meth:`Engine.submit`.
 
@@ -112,6 +113,7 @@ class Core:
             future=Future(),
             on_event=on_event,
             deadline=deadline,
+            group=object() if group is None else group,
             prefix_keys=prefix_keys(request.prompt_ids, adapter_set.prefix_salt) if reuses_prefix else (),
             reserved=reserved,
             answer=DecodeState(adapter_set.reasoner, request),

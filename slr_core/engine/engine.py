@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from math import inf
 from queue import SimpleQueue
 from typing import Any, Self
@@ -251,8 +253,11 @@ class Engine:
         futures: list[Future[Result]] = []
         try:
             with self.lease_loop_set(loop_set) as adapter_set:
-                for request in [self.prepare(prompt, *params, loop_set=adapter_set, **options) for prompt in prompts]:
-                    futures.append(self.submit(request, loop_set=adapter_set, on_event=on_event, deadline=deadline))
+                requests = [self.prepare(prompt, *params, loop_set=adapter_set, **options) for prompt in prompts]
+                submit = partial(self.submit, loop_set=adapter_set, on_event=on_event, deadline=deadline)
+                group = object()
+                for request in requests:
+                    futures.append(submit(request, group=group))
             yield futures
         finally:
             for future in futures:
@@ -291,6 +296,7 @@ class Engine:
         loop_set: str | LoopAdapterSet | None = None,
         on_event: Callable[[Event], None] | None = None,
         deadline: float = inf,
+        group: Hashable = None,
     ) -> Future[Result]:
         """Queue a request. Cancelling the future drops it at the next step, in whatever phase it is.
 
@@ -300,13 +306,15 @@ class Engine:
                 by now, unless the set is leased from :meth:`prepare` until here: see :meth:`lease_loop_set`.
             on_event: called with every event, on the engine's thread. It must not block.
             deadline: ``time.monotonic`` at which the future fails with DeadlineError.
+            group: any value; requests that are submitted with the same one share their turns in the queue, so that
+                many of them do not delay others. ``None``: the request has its own turn.
 
         Raises:
             EngineError: the engine is closed or has failed.
             RequestError: there is no such loop adapter set, it has been removed, or the request is larger than a slot.
         """
         with self._adapter_sets.lease(loop_set) as adapter_set:
-            sequence = self._core.new_sequence(request, adapter_set, on_event=on_event, deadline=deadline)
+            sequence = self._core.new_sequence(request, adapter_set, on_event=on_event, deadline=deadline, group=group)
             self._thread.submit(sequence)
         return sequence.future
 
@@ -382,6 +390,11 @@ class Engine:
     def queued(self) -> int:
         """Number of :attr:`waiting` requests."""
         return len(self.waiting)
+
+    def count_queued(self, most_per_group: int) -> int:
+        """Number of :attr:`waiting` requests, of each group at most so many."""
+        groups = Counter(sequence.group for sequence in self._thread.waiting() if not sequence.cancelled)
+        return sum(min(queued, most_per_group) for queued in groups.values())
 
     @property
     def in_flight(self) -> int:

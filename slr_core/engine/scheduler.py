@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable
+from itertools import count
 from typing import NamedTuple
 
 from slr_core.engine.sequence import Phase, Sequence
@@ -30,7 +31,10 @@ Plan = tuple[Work, ...]
 
 
 class Scheduler:
-    """First come, first served, with bounded bypassing.
+    """Groups of requests take turns; within a group, first come, first served. Bypassing is bounded.
+
+    A request whose group has no other waiting request gets its slot after at most one request of each group that
+    waited when it arrived, and :data:`MAX_BYPASSES` others.
 
     Slots are dense: a request's slot is its index in ``running``. When a request is released, the last one moves into
     its slot.
@@ -59,6 +63,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.reserved = 0
+        self._turns: dict[Hashable, int] = {}
+        """Groups that wait, by when they joined the end of the line."""
+        self._next_turn = count()
 
     def schedule(self) -> Plan:
         """Drop cancelled requests, admit waiting ones, and decide what every running request runs."""
@@ -73,13 +80,15 @@ class Scheduler:
                 self.drop(sequence)
 
     def _admit_waiting(self) -> None:
-        """Give slots to waiting requests, in order of arrival.
+        """Give slots to waiting requests, one of each group in turn.
 
         A request that does not fit, or that shares a prefix with a prompt that is being prefilled, stays in the queue
         and may be overtaken :data:`MAX_BYPASSES` times.
         """
+        if len(self.running) == self.slots:
+            return
         kept: list[Sequence] = []
-        for sequence in list(self.waiting):
+        for sequence in self._in_line():
             if len(self.running) == self.slots:
                 break
             may_wait = sequence.bypassed < MAX_BYPASSES
@@ -91,28 +100,42 @@ class Scheduler:
                 sequence.slot = len(self.running)
                 self.running.append(sequence)
                 self.reserved += sequence.reserved
+                if not any(overtaken.group == sequence.group for overtaken in kept):
+                    self._turns[sequence.group] = next(self._next_turn)
                 self.admit(sequence)
                 for overtaken in kept:
                     overtaken.bypassed += 1
             if any(overtaken.bypassed >= MAX_BYPASSES for overtaken in kept):
                 break
+        self._forget_turns()
+
+    def _in_line(self) -> list[Sequence]:
+        """Waiting requests in the order in which they should be admitted."""
+        for sequence in self.waiting:
+            if sequence.group not in self._turns:
+                self._turns[sequence.group] = next(self._next_turn)
+        return _interleave(self.waiting, lambda sequence: self._turns[sequence.group])
+
+    def _forget_turns(self) -> None:
+        """Let groups that have left the queue join its end when they come back."""
+        waiting = {sequence.group for sequence in self.waiting}
+        self._turns = {group: turn for group, turn in self._turns.items() if group in waiting}
 
     def _plan(self) -> Plan:
-        """One pass for every running request; prompts share ``prefill_chunk`` positions, in order of arrival.
+        """One pass for every running request; prompts share ``prefill_chunk`` positions, their groups in turn.
 
-        Not in order of slots: a request that moves into another slot must not overtake.
+        Within a group in order of arrival, not of slots: a request that moves into another slot must not overtake.
         """
-        plan: list[Work] = []
+        running = sorted(self.running, key=lambda sequence: sequence.arrived_at)
+        work = {sequence: sequence.queries() for sequence in running}
         budget = self.prefill_chunk
-        for sequence in sorted(self.running, key=lambda running: running.arrived_at):
-            queries = sequence.queries()
-            if sequence.phase is Phase.PREFILL:
-                queries = min(queries, budget)
-                budget -= queries
-                if not queries:
-                    continue
-            plan.append(Work(sequence, queries))
-        return tuple(plan)
+        prefilling = [sequence for sequence in running if sequence.phase is Phase.PREFILL]
+        for sequence in _interleave(prefilling, lambda sequence: sequence.arrived_at):
+            work[sequence] = min(work[sequence], budget)
+            budget -= work[sequence]
+            if not work[sequence]:
+                del work[sequence]
+        return tuple(Work(sequence, queries) for sequence, queries in work.items())
 
     def _shares_running_prefill(self, sequence: Sequence) -> bool:
         """Whether a running prefill will put more of this request's prefix into the cache."""
@@ -130,6 +153,7 @@ class Scheduler:
         """
         if sequence.slot < 0:
             self.waiting.remove(sequence)
+            self._forget_turns()
             return None
         self.reserved -= sequence.reserved
         slot, last = sequence.slot, self.running.pop()
@@ -138,6 +162,16 @@ class Scheduler:
             return None
         self.running[slot], last.slot = last, slot
         return last
+
+
+def _interleave(sequences: Iterable[Sequence], turn: Callable[[Sequence], float]) -> list[Sequence]:
+    """The first request of each group, then the second of each, and so on; those of one rank sorted by ``turn``."""
+    ranks: Counter[Hashable] = Counter()
+    ranked: list[tuple[int, float, Sequence]] = []
+    for sequence in sequences:
+        ranked.append((ranks[sequence.group], turn(sequence), sequence))
+        ranks[sequence.group] += 1
+    return [sequence for *_, sequence in sorted(ranked, key=lambda entry: entry[:2])]
 
 
 def _common_length(first: tuple[bytes, ...], second: tuple[bytes, ...]) -> int:

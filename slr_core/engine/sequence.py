@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from math import inf
@@ -89,6 +89,7 @@ class Sequence:
         future: receives the result. It is never marked as running, so it can be cancelled until the end.
         on_event: called with every event, on the engine's thread.
         deadline: ``time.monotonic`` at which the request fails.
+        group: requests with the same group share their turns in the queue.
         prefix_keys: keys of the prompt's prefixes, see :mod:`slr_core.engine.prefix_cache`.
         reserved: cache positions that it needs at most.
         answer: the answer while it is decoded.
@@ -121,6 +122,7 @@ class Sequence:
     future: Future[Result]
     on_event: Callable[[Event], None] | None
     deadline: float
+    group: Hashable
     prefix_keys: tuple[bytes, ...]
     reserved: int
     answer: DecodeState

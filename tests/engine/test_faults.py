@@ -484,7 +484,8 @@ def test_leased_set_outlives_its_name(chain, second, second_folder, tmp_path):
         found = engine.loop_sets["second"]
         with engine.lease_loop_set("second") as leased:
             assert leased is found
-            request = engine.prepare(TARGET, loop_params=LoopParams(**fixed(4)["loop"]), loop_set=leased)
+            loop = LoopParams(**fixed(4)["loop"])
+            request = engine.prepare(TARGET, loop_params=loop, loop_set=leased, max_new_tokens=6)
             engine.remove_loop_set("second")
             engine.load_loop_set("second", str(tmp_path / "third"))
             future = engine.submit(request, loop_set=leased)

@@ -19,12 +19,13 @@ class Stub:
 
     made = 0
 
-    def __init__(self, prompt=4, reserved=1, prefix_keys=(), passes=1):
+    def __init__(self, prompt=4, reserved=1, prefix_keys=(), passes=1, group=None):
         Stub.made += 1
         self.arrived_at = float(Stub.made)
         self.prompt, self.reserved, self.prefix_keys, self.passes = prompt, reserved, prefix_keys, passes
         self.phase, self.slot, self.bypassed, self.filled = Phase.PREFILL, -1, 0, 0
         self.cancelled, self.deadline = False, inf
+        self.group = self if group is None else group
 
     def queries(self):
         return self.prompt - self.filled if self.phase is Phase.PREFILL else 1
@@ -134,6 +135,52 @@ def test_error_in_known_prefixes_loses_no_request():
     with pytest.raises(RuntimeError, match="broken"):
         made.schedule()
     assert sorted([*made.running, *made.waiting], key=id) == sorted(stubs, key=id)
+
+
+# -- groups ----------------------------------------------------------------------------------------------
+
+
+def test_groups_take_turns():
+    made, order = scheduler(slots=1), []
+    large = queue(made, *[Stub(group="large") for _ in range(4)])
+    made.schedule()
+    single, *pair = queue(made, Stub(), *[Stub(group="pair") for _ in range(2)])
+    while made.running:
+        order += made.running
+        made.release(made.running[0])
+        made.schedule()
+    assert order == [*large[:2], single, pair[0], large[2], pair[1], large[3]]
+
+
+def test_large_request_gives_way_as_others_keep_coming():
+    made, served = scheduler(slots=1), []
+    queue(made, *[Stub(group="large") for _ in range(5)])
+    for _ in range(10):
+        queue(made, Stub())
+        made.schedule()
+        served.append(made.running[0].group == "large")
+        made.release(made.running[0])
+    assert "".join("-L"[large] for large in served) == "L-L--L---L"
+
+
+def test_group_that_comes_back_joins_the_end():
+    made = scheduler(slots=1)
+    _, again = queue(made, Stub(group="a"), Stub(group="a"))
+    made.schedule()
+    made.release(again)
+    b, again = queue(made, Stub(), Stub(group="a"))
+    made.release(made.running[0])
+    made.schedule()
+    assert (made.running, list(made.waiting)) == ([b], [again])
+
+
+def test_prefills_of_groups_take_turns():
+    made = scheduler(prefill_chunk=6)
+    first, second, other = queue(made, Stub(group="large"), Stub(group="large"), Stub())
+    assert made.schedule() == ((first, 4), (other, 2))
+    first.run(4)
+    other.run(2)
+    assert made.schedule() == ((first, 1), (second, 4), (other, 2))
 
 
 # -- prefixes --------------------------------------------------------------------------------------------
@@ -273,6 +320,9 @@ class AnyLoad(RuleBasedStateMachine):
         self.made = scheduler(self.SLOTS, self.POSITIONS, self.CHUNK, self.known, self.admit)
         self.present: list[Stub] = []
         self.overtaken: dict[Stub, int] = {}
+        self.line: list[object] = []
+        self.places: dict[Stub, tuple[int, int]] = {}
+        self.most_ahead: dict[Stub, int] = {}
         self.admitted: list[Stub] = []
 
     def known(self, stub):
@@ -281,18 +331,39 @@ class AnyLoad(RuleBasedStateMachine):
     def admit(self, stub):
         self.admitted.append(stub)
         stub.filled = min(self.known(stub), stub.prompt - 1)
-        for other in self.present:
-            if other.arrived_at < stub.arrived_at and other.slot < 0:
+        waiting = [other for other in self.present if other.slot < 0]
+        for other in waiting:
+            if self.places[other] < self.places[stub]:
                 self.overtaken[other] += 1
+            if other in self.most_ahead:
+                self.most_ahead[other] -= 1
+        assert self.most_ahead.get(stub, 0) >= 0, "no more come before it than groups were waiting, and bypasses"
+        if all(other.group is not stub.group or other.arrived_at > stub.arrived_at for other in waiting):
+            self.line.remove(stub.group)
+            self.line.append(stub.group)
+        self.leave_line(stub.group)
+
+    def place(self, stub):
+        """Its place in the queue: its rank in its group, then its group's place in the line."""
+        before = [s for s in self.made.waiting if s.group is stub.group and s.arrived_at < stub.arrived_at]
+        return len(before), self.line.index(stub.group)
+
+    def leave_line(self, group):
+        if group in self.line and all(s.group is not group or s.slot >= 0 for s in self.present):
+            self.line.remove(group)
 
     @rule(
         prompt=st.integers(1, 12),
         reserved=st.integers(1, 12),
         passes=st.integers(1, 5),
         text=st.text("ab", min_size=0, max_size=3),
+        group=st.sampled_from([None, "x", "y"]),
     )
-    def arrive(self, prompt, reserved, passes, text):
-        stub = Stub(prompt, reserved, keys(text), passes)
+    def arrive(self, prompt, reserved, passes, text, group):
+        stub = Stub(prompt, reserved, keys(text), passes, group)
+        if stub.group not in self.line:
+            self.most_ahead[stub] = len(self.line) + self.BYPASSES
+            self.line.append(stub.group)
         self.present.append(stub)
         self.overtaken[stub] = 0
         self.made.waiting.append(stub)
@@ -305,6 +376,7 @@ class AnyLoad(RuleBasedStateMachine):
     @rule()
     def step(self):
         before = list(self.made.running)
+        self.places = {stub: self.place(stub) for stub in self.made.waiting}
         work = self.made.schedule()
         running = self.made.running
         assert running[: len(before)] == before
@@ -330,7 +402,7 @@ class AnyLoad(RuleBasedStateMachine):
         made, stuck = self.made, False
         if len(made.running) == made.slots:
             return
-        for stub in made.waiting:
+        for stub in sorted(made.waiting, key=self.places.__getitem__):
             fits = made.reserved + stub.reserved <= made.max_positions
             filling = [other for other in made.running if other.phase is Phase.PREFILL]
             useful = any(set(other.prefix_keys[self.known(stub) :]) & set(stub.prefix_keys) for other in filling)
@@ -342,6 +414,7 @@ class AnyLoad(RuleBasedStateMachine):
         moved = self.made.release(stub)
         assert moved is (None if slot < 0 or stub is last else last)
         self.present.remove(stub)
+        self.leave_line(stub.group)
 
     @invariant()
     def each_request_is_there_once(self):

@@ -84,7 +84,7 @@ def costly_bodies(url: str, key: str | None = None) -> dict[str, Cost]:
 
 
 def large_trace(
-    url: str, key: str | None = None, prompts: int = 16, n: int = 16, iterations: int = 64, top_tokens: int = 50
+    url: str, key: str | None = None, prompts: int = 4, n: int = 16, iterations: int = 64, top_tokens: int = 50
 ) -> Cost:
     """Ask for a trace of many top tokens."""
     body = {
@@ -100,7 +100,7 @@ def large_trace(
 
 def large_logprobs(url: str, key: str | None = None, n: int = 16, tokens: int = 1024, logprobs: int = 50) -> Cost:
     """Ask for the log-probabilities of many tokens."""
-    body = {"prompt": ["w1"] * 16, "n": n, "max_tokens": tokens, "logprobs": logprobs}
+    body = {"prompt": ["w1"] * 4, "n": n, "max_tokens": tokens, "logprobs": logprobs}
     return _measure(url, "/v1/completions", body, key)
 
 

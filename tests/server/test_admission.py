@@ -10,7 +10,7 @@ class Timed(Admission):
     waiting, now = 0, 100.0
 
     def __init__(self):
-        super().__init__(10, lambda: self.waiting, lambda: self.now)
+        super().__init__(10, lambda most: self.waiting, lambda: self.now)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tests.server.conftest import sample
 
 
 def depth(waiting, floor=0.5, limit=10):
-    return Admission(limit, lambda: waiting).depth(floor)
+    return Admission(limit, lambda most: waiting).depth(floor, 1)
 
 
 def test_depth_follows_the_queue():
@@ -78,3 +78,23 @@ def test_elastic_depth_off(gated, gate):
         for future in waiting:
             future.result(20)
     assert (result["iterations"], result["budget_reduced"]) == (8, False)
+
+
+def test_large_request_does_not_reduce_others(gated, gate):
+    client = gated(max_queue=32)
+    engine = client.app.state.service.check()
+    with ThreadPoolExecutor() as pool:
+        large = pool.submit(client.post, "/generate", json={**BODY, "n": 12})
+        assert gate.reached.wait(20)
+        while engine.queued < 10:
+            pass
+        single = pool.submit(client.post, "/generate", json=BODY)
+        while engine.queued < 11:
+            pass
+        as_large = pool.submit(client.post, "/generate", json={**BODY, "n": 12})
+        while engine.queued < 23:
+            pass
+        gate.opened.set()
+        first, bystander, second = (r.result(20).json()["results"] for r in (large, single, as_large))
+    assert {result["iterations"] for result in (*first, *bystander)} == {8}
+    assert {result["iterations"] for result in second} <= {5, 6}, "it waits for 11 or 12, of 32"
