@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from slr_core.generation.logprobs import score
 from slr_core.generation.sampling import sample_token
+from slr_core.generation.stop_strings import REPLACEMENT, StopStringFinder
 from slr_core.generation.token_bytes import open_run
 from slr_core.loop.token_workspace import Token
 from slr_core.loop.workspace import readout
@@ -47,6 +48,9 @@ class DecodeState:
         self.first_token_at = 0.0
         self.finished_at = 0.0
         self._returned = ""
+        self._whole, self._decoded_tokens = "", 0
+        forced = self._decode(list(request.forced_ids)) if request.forced_ids else ""
+        self._stops = StopStringFinder(request.stop, start=len(forced))
 
     def choose_token(self, logits: Tensor, most_likely: int | None = None) -> int:
         """Choose the next token, add it to the answer and return its id.
@@ -78,9 +82,9 @@ class DecodeState:
         chosen = len(self.tokens) - len(self.request.forced_ids)
         if chosen <= 0:
             return
-        # Decoding is needed here only to find a stop string.
-        stopped = self.request.stop and self._stop_position(self._decode()) is not None
-        if stopped or token in self.end_tokens:
+        if self.request.stop:  # decoding is needed here only to find a stop string
+            self._update_text()
+        if self._stops.position is not None or token in self.end_tokens:
             self.finish("stop")
         elif chosen >= self.request.max_new_tokens:
             self.finish("length")
@@ -92,8 +96,8 @@ class DecodeState:
     @property
     def text(self) -> str:
         """The answer so far, up to its first stop string."""
-        text = self._decode()
-        return text[: self._stop_position(text)]
+        self._update_text()
+        return self._whole[: self._stops.position]
 
     def new_text(self) -> str:
         """The text that no earlier call returned and that no later token can change.
@@ -103,7 +107,8 @@ class DecodeState:
         text = self.text
         settled = len(text)
         if self.finish_reason is None:
-            settled -= self._unsettled_length(text)
+            # An incomplete character and the start of a stop string may change.
+            settled = len(text.rstrip(REPLACEMENT)) - self._stops.begun
             if run := open_run(self.tokenizer, self.tokens):
                 settled = min(settled, len(self._decode(self.tokens[:-run])))
         if not text.startswith(self._returned) or settled <= len(self._returned):
@@ -111,20 +116,14 @@ class DecodeState:
         new, self._returned = text[len(self._returned) : settled], text[:settled]
         return new
 
-    def _decode(self, tokens: list[int] | None = None) -> str:
-        return str(self.tokenizer.decode(self.tokens if tokens is None else tokens, skip_special_tokens=True))
+    def _update_text(self) -> None:
+        """Decode the answer and look for stop strings, unless that was done for its last token."""
+        if self._decoded_tokens != len(self.tokens):
+            self._whole, self._decoded_tokens = self._decode(self.tokens), len(self.tokens)
+            self._stops.read(self._whole)
 
-    def _stop_position(self, text: str) -> int | None:
-        """Where the first stop string begins; stop strings inside the forced tokens are ignored."""
-        forced = self.request.forced_ids
-        start = len(self.tokenizer.decode(list(forced), skip_special_tokens=True)) if forced else 0
-        return min([at for stop in self.request.stop if (at := text.find(stop, start)) >= 0], default=None)
-
-    def _unsettled_length(self, text: str) -> int:
-        """Characters at the end that may change: an incomplete character (U+FFFD) or the start of a stop string."""
-        complete = text.rstrip("\ufffd")
-        starts = [n for stop in self.request.stop for n in range(1, len(stop)) if complete.endswith(stop[:n])]
-        return len(text) - len(complete) + max(starts, default=0)
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def pad_ids(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
