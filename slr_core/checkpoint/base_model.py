@@ -110,7 +110,15 @@ def load_base_model(folder: Path, config: SLRConfig, dtype: torch.dtype | None) 
         raise checkpoint_error(source, f"the base model does not run ({short(error)})") from error
     if not state.isfinite().all():
         raise checkpoint_error(source, "the base model's states are not finite")
+    if not _quantized(model.config):
+        _own_weights(model)
     return model
+
+
+def _own_weights(model: PreTrainedModel) -> None:
+    """Copy the weights: the originals are views of a file that may be written again or truncated."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def check_base_files(path: Path) -> None:

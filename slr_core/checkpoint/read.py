@@ -6,7 +6,8 @@
     slr_modules.safetensors  timestep embedding, gates, projections, latent vectors, halting head, latent decoder
     tokenizer files
 
-Only safetensors and JSON are read: nothing in a checkpoint can run code.
+Only safetensors and JSON are read: nothing in a checkpoint can run code. The files may change once they are loaded: all
+weights are copies.
 """
 
 from __future__ import annotations

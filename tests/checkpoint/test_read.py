@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from slr_core.checkpoint.folder import BUNDLED_FOLDER, DEFAULT_CHECKPOINT, local_path
 from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.read import load_checkpoint, load_weights
-from slr_core.checkpoint.write import save_checkpoint
+from slr_core.checkpoint.write import base_state, save_checkpoint
 from slr_core.errors import CheckpointError
 from slr_core.generation.reference import generate
 from slr_core.model.exits import loop_until_exit
@@ -317,6 +317,20 @@ def test_save_over_the_loaded_folder(folder, made):
     for key, tensor in made.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[key])
         assert torch.equal(tensor, again[key])
+
+
+def test_files_may_change_once_they_are_loaded(folder, made):
+    loaded = LatentReasoner.from_pretrained(str(folder))
+    if (maps := Path("/proc/self/maps")).exists():
+        assert str(folder) not in maps.read_text(), "truncating a mapped file would end the process"
+    for path in folder.rglob("*.safetensors"):
+        with path.open("r+b") as file:
+            file.seek(-path.stat().st_size // 2, 2)
+            file.write(b"\x3f" * 64)
+    request = tiny.request(made, tiny.PROMPTS[1])
+    assert generate(loaded, [request])[0].token_ids == generate(made, [request])[0].token_ids
+    for key, tensor in base_state(made.base).items():
+        assert torch.equal(tensor, base_state(loaded.base)[key])
 
 
 @pytest.mark.parametrize("case", BROKEN)
