@@ -286,6 +286,7 @@ class Engine:
         Raises:
             RequestError: the request cannot be run.
         """
+        self._thread.check_process()
         reasoner = (loop_set if isinstance(loop_set, LoopAdapterSet) else self._adapter_sets.find(loop_set)).reasoner
         return prepare(reasoner, prompt, loop_params, sampling=sampling_params, limit=self.capacity, **options)
 
@@ -313,7 +314,7 @@ class Engine:
             EngineError: the engine is closed or has failed.
             RequestError: there is no such loop adapter set, it has been removed, or the request is larger than a slot.
         """
-        with self._adapter_sets.lease(loop_set) as adapter_set:
+        with self.lease_loop_set(loop_set) as adapter_set:
             sequence = self._core.new_sequence(request, adapter_set, on_event=on_event, deadline=deadline, group=group)
             self._thread.submit(sequence)
         return sequence.future
@@ -331,6 +332,7 @@ class Engine:
         Raises:
             RequestError: there is none of this name, or the set has been removed.
         """
+        self._thread.check_process()
         return self._adapter_sets.lease(loop_set)
 
     def load_loop_set(self, name: str, path_or_id: str) -> None:
@@ -340,6 +342,7 @@ class Engine:
             CheckpointError: it cannot be loaded.
             ConfigError: the name is taken, its base model is another one, or its weights are not finite.
         """
+        self._thread.check_may_wait()
         self._adapter_sets.check_free(name)
         try:
             added = LoopAdapterSet.load(self.reasoner, name, path_or_id)
@@ -353,6 +356,7 @@ class Engine:
         Raises:
             ConfigError: there is none of this name, or it is the one that the engine started with.
         """
+        self._thread.check_may_wait()
         self._adapter_sets.remove(name)
         self._thread.call(self._adapter_sets.drop_unused)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -40,6 +41,7 @@ class EngineThread:
         self._commands: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._changed = threading.Condition()
         self._closed = self._exiting = False
+        self._process = os.getpid()
         self.last_progress = time.monotonic()
         _threads.add(self)
         self._thread = threading.Thread(target=self._run, name="slr-engine", daemon=True)
@@ -53,6 +55,7 @@ class EngineThread:
         Raises:
             EngineError: the engine is closed, or runs in another process.
         """
+        self.check_process()
         with self._changed:
             self._check_open()
             if not self.busy:
@@ -75,6 +78,7 @@ class EngineThread:
         Raises:
             EngineError: the engine is closed or runs in another process.
         """
+        self.check_process()
         done: Future[T] = Future()
         with self._changed:
             self._check_open()
@@ -82,25 +86,34 @@ class EngineThread:
             self._changed.notify()
         return done
 
+    def check_process(self) -> None:
+        """Check that this is the engine's process. Nothing else may be done first: another thread may have held a lock
+        when the process was forked, and in the child nobody releases it.
+
+        Raises:
+            EngineError: it is a forked process.
+        """
+        if os.getpid() != self._process:
+            raise EngineError("the engine does not run in this forked process: create a new one here")
+
     def check_may_wait(self) -> None:
         """Check that the caller may wait for the engine.
 
         Raises:
-            EngineError: this is the engine's thread, which would wait for itself.
+            EngineError: this is a forked process, or the engine's thread, which would wait for itself.
         """
+        self.check_process()
         if threading.current_thread() is self._thread:
             raise EngineError("a callback runs on the engine's thread and must not wait for the engine")
 
     def _check_open(self) -> None:
         if self._closed:
             raise EngineError("the engine is shut down")
-        if not self._thread.is_alive():
-            raise EngineError("the engine does not run in this forked process: create a new one here")
 
     @property
     def alive(self) -> bool:
         """Whether it accepts requests."""
-        return self._thread.is_alive() and not self._closed
+        return os.getpid() == self._process and self._thread.is_alive() and not self._closed
 
     @property
     def busy(self) -> bool:
@@ -108,7 +121,12 @@ class EngineThread:
         return bool(self._arrived) or self._core.busy
 
     def waiting(self) -> list[Sequence]:
-        """Requests without a slot."""
+        """Requests without a slot.
+
+        Raises:
+            EngineError: the engine runs in another process.
+        """
+        self.check_process()
         with self._changed:
             return [*self._arrived, *self._core.scheduler.waiting]
 
@@ -123,6 +141,8 @@ class EngineThread:
 
     def close(self, timeout: float | None = None) -> None:
         """Finish running requests, fail queued ones and end the thread; wait for that at most ``timeout`` seconds."""
+        if os.getpid() != self._process:
+            return  # nothing runs here
         with self._changed:
             self._closed = True
             self._changed.notify()

@@ -95,6 +95,60 @@ print("fine")
 
 
 @pytest.mark.slow
+def test_forks_under_load():
+    # A fork copies locks as they are: held by a thread that the child does not have.
+    done = run("""
+import signal
+ended = False
+def load():
+    while not ended:
+        engine.submit(request).result()
+
+def refused(call):
+    try:
+        call()
+    except EngineError as error:
+        assert "forked" in str(error), error
+        return True
+
+def fork():
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        calls = (
+            lambda: engine.submit(request), lambda: engine.generate("w1"), lambda: engine.prepare("w1"),
+            lambda: next(engine.stream("w1")), lambda: engine.queued, lambda: engine.load_loop_set("a", "/nowhere/a"),
+            lambda: engine.remove_loop_set("a"),
+        )
+        fine = all([refused(call) for call in calls]) and not engine.alive
+        engine.close()
+        os._exit(7 if fine else 1)
+    return child
+
+def ends(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+with Engine(made, slots=2, threads=1) as engine:
+    locks = engine._thread._changed, engine._adapter_sets._lock
+    for lock in locks:
+        lock.acquire()
+    child = elsewhere(fork)
+    for lock in locks:
+        lock.release()
+    assert ends(child) == 7
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert [ends(fork()) for _ in range(20)] == [7] * 20
+    ended = True
+    for thread in threads:
+        thread.join()
+print("fine")
+""")
+    assert done.stdout == "fine\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("raise ValueError('mine')", 1)])
 def test_exit_status_with_a_running_engine(end, code):
     done = run(
