@@ -20,6 +20,7 @@ LAYERS = (
     "errors",
     "_install",
     "suggest",
+    "panics",
     "config",
     "params",
     "types",

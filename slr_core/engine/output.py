@@ -60,7 +60,7 @@ class OutputProcessor:
     def _run_row(self, run: Callable[..., None], sequence: Sequence, *arguments: Any) -> None:
         try:
             run(sequence, *arguments)
-        except Exception as error:  # whatever it is, it must reach only this request
+        except BaseException as error:  # whatever it is, it must reach only this request
             self._fail(sequence, request_error(error))
 
     def _fail(self, sequence: Sequence, error: SLRError) -> None:

@@ -19,6 +19,7 @@ from slr_core.loop.token_workspace import Token
 from slr_core.loop.workspace import readout
 from slr_core.model.exits import LoopOutput, loop_until_exit
 from slr_core.model.reasoner import LatentReasoner
+from slr_core.panics import panics_as_errors
 from slr_core.params import ResolvedLoopParams
 from slr_core.types import ExitReason, FinishReason, TokenScore
 
@@ -123,7 +124,8 @@ class DecodeState:
             self._stops.read(self._whole)
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        with panics_as_errors():
+            return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def pad_ids(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -345,5 +347,6 @@ def decode_thoughts(
             break
     for (row, t), ids in zip(places, tokens, strict=True):
         end = next((at for at, token in enumerate(ids) if token in ends), len(ids))
-        thoughts[row][t] = str(reasoner.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+        with panics_as_errors():
+            thoughts[row][t] = str(reasoner.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
     return thoughts

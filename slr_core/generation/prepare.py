@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jinja2 import TemplateError
-
 from slr_core.errors import RequestError
+from slr_core.generation.chat_template import render_chat
 from slr_core.model.reasoner import LatentReasoner
+from slr_core.panics import panics_as_errors
 from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
 from slr_core.types import Messages, Request, Tokens
+
+_MAX_REFUSAL = 400
+"""Characters of a chat template's error."""
 
 
 def prepare(
@@ -63,7 +66,7 @@ def prepare(
     ids = _check_ids(reasoner, prompt.ids) if isinstance(prompt, Tokens) else _tokenize_prompt(reasoner, prompt)
     prefix: list[int] = []
     if text.answer_prefix and not raw:
-        prefix = reasoner.tokenizer(text.answer_prefix, add_special_tokens=False).input_ids
+        prefix = _tokenize(reasoner, text.answer_prefix, "prompt", add_special_tokens=False)
     workspace = reasoner.workspace
     reserved = workspace.loop_positions(loop.max_iterations) + len(prefix) + len(forced_ids)
     copies = workspace.cache_copies(loop.max_iterations)
@@ -118,7 +121,11 @@ def _tokenize(reasoner: LatentReasoner, text: str, param: str, *, add_special_to
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(f"prompt is not valid Unicode: {error.reason}", param=param) from error
-    ids: list[int] = reasoner.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+    try:
+        with panics_as_errors():
+            ids: list[int] = reasoner.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+    except RuntimeError as error:
+        raise RequestError(f"the tokenizer cannot process this prompt: {error}", param=param) from error
     return ids
 
 
@@ -137,8 +144,8 @@ def _tokenize_prompt(reasoner: LatentReasoner, prompt: str | Messages) -> list[i
 
 
 def _render_chat(reasoner: LatentReasoner, messages: Messages) -> str:
-    template = reasoner.config.text.chat_template or None
-    if template is None and not reasoner.tokenizer.chat_template:
+    template, tokenizer = reasoner.config.text.chat_template or None, reasoner.tokenizer
+    if template is None and not tokenizer.chat_template:
         raise RequestError(
             "this checkpoint has no chat template; to add one, set text.chat_template in its slr_config.json, "
             "or put a chat_template.jinja beside its tokenizer files",
@@ -147,16 +154,10 @@ def _render_chat(reasoner: LatentReasoner, messages: Messages) -> str:
     if not messages:
         raise RequestError("messages must not be empty", param="messages")
     try:
-        return str(
-            reasoner.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        )
-    except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from error
+        return render_chat(tokenizer.get_chat_template(template), messages, tokenizer.special_tokens_map)
+    except Exception as error:  # a template may raise any kind
+        refusal = str(error)[:_MAX_REFUSAL]
+        raise RequestError(f"the chat template refuses these messages: {refusal}", param="messages") from error
 
 
 def _check_ids(reasoner: LatentReasoner, ids: tuple[int, ...]) -> list[int]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from slr_core.panics import panics_as_errors
+
 _CONTEXT = 8
 """Tokens before a token that may decide how it decodes: whether a blank comes first, for instance."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -99,7 +101,8 @@ def _added(tokenizer: PreTrainedTokenizerBase, history: list[int], token: int, r
     """What the decoded text gains by ``token`` after ``history``; ``raw`` is its byte, if it stands for one."""
 
     def decoded(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
+        with panics_as_errors():
+            return str(tokenizer.decode(ids, skip_special_tokens=True))
 
     context = history[-_CONTEXT:]
     earlier = decoded(context)

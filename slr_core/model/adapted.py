@@ -15,6 +15,7 @@ from slr_core.errors import ConfigError
 from slr_core.loop.context import Context
 from slr_core.loop.lora import DECODE, LoopAdapters, attach, new_adapter_configs, trained_index
 from slr_core.model.base_support import attention_mask, check_supported, end_tokens, find_final_norm, keep_input
+from slr_core.panics import panics_as_errors
 
 
 class AdaptedModel(nn.Module):
@@ -121,7 +122,8 @@ class AdaptedModel(nn.Module):
     def _token_text(self, token: int) -> str:
         # Cached: decoding one token takes longer than an iteration of a small model.
         if token not in self._token_texts:
-            self._token_texts[token] = str(self.tokenizer.decode([token]))
+            with panics_as_errors():
+                self._token_texts[token] = str(self.tokenizer.decode([token]))
         return self._token_texts[token]
 
     def embedding_rms(self) -> Tensor:

@@ -8,11 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Replace
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from slr_core.engine import Engine, FinishedEvent, IterationEvent, TokenEvent
 from slr_core.engine.adapter_set import LoopAdapterSet
 from slr_core.engine.sequence import Phase
 from slr_core.errors import ConfigError, DeadlineError, EngineError, RequestError
+from slr_core.generation.decoding import DecodeState
 from slr_core.generation.reference import generate
 from slr_core.params import LoopParams, SamplingParams
 from tests import tiny
@@ -532,6 +537,46 @@ def test_set_names_are_checked(chain, second_folder):
                 engine.remove_loop_set(name)
         with pytest.raises(RequestError, match="loop_set must be one of default, got unknown"):
             engine.generate("w1", loop_set="unknown")
+
+
+# -- tokenizers ------------------------------------------------------------------------------------------
+
+
+BACKTRACKING = Regex("(a+)+$")
+
+
+def test_panic_of_a_decoder_fails_one_request(chain):
+    # Oniguruma gives up after ten million steps, and the tokenizer panics: that is no Exception.
+    panicking = tiny.reasoner(seed=5, plain=tiny.base())
+    words = {word: i for i, word in enumerate((*tiny.WORDS[:3], *("a" * (40 + i) + "b" for i in range(37))))}
+    decoding = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    decoding.decoder = Replace(BACKTRACKING, "x")
+    panicking.tokenizer = PreTrainedTokenizerFast(tokenizer_object=decoding, unk_token="<unk>")
+    stepped = SteppedCore(chain, slots=2)
+    stepped.add("panicking", panicking)
+    request = tiny.request(chain, TARGET, **fixed(2))
+    other, broken = stepped.submit(request), stepped.submit(replace(request, stop=("w",)), loop_set="panicking")
+    stepped.drain()
+    with pytest.raises(EngineError, match="retry-limit"):
+        broken.result(0)
+    assert facts(other.result(0)) == alone(chain, request)
+    assert is_empty(stepped.core)
+
+
+def test_base_exception_of_a_row_fails_one_request(chain, monkeypatch):
+    load = Load(chain, tiny.request(chain, TARGET, **fixed(3)))
+    real = DecodeState.choose_token
+
+    def choose(state, *arguments):
+        if state.request is load.request:
+            raise SystemExit("not an Exception")
+        return real(state, *arguments)
+
+    monkeypatch.setattr(DecodeState, "choose_token", choose)
+    load.stepped.drain()
+    with pytest.raises(EngineError, match="not an Exception"):
+        load.future.result(0)
+    assert [facts(future.result(0)) for future in load.futures] == [alone(chain, request) for request in load.others]
 
 
 # -- events ----------------------------------------------------------------------------------------------

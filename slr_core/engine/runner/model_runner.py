@@ -147,7 +147,7 @@ class ModelRunner:
         try:
             outputs.append(run(rows))
             return
-        except Exception as error:  # whatever it is, it must reach only the requests that cause it
+        except BaseException as error:  # whatever it is, it must reach only the requests that cause it
             if len(rows) == 1:
                 failures.append(RowFailure(rows[0].sequence, request_error(error)))
                 return
@@ -368,7 +368,7 @@ def _split_answer_prefixes(rows: list[Work], states: dict[Sequence, Tensor]) -> 
     return prefixes
 
 
-def request_error(error: Exception) -> SLRError:
+def request_error(error: BaseException) -> SLRError:
     """Log an error that one request caused, and turn it into one that its caller can receive."""
     logger.error("A request failed", exc_info=error)
     return error if isinstance(error, SLRError) else EngineError(f"the request failed: {error}")
