@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from slr_core.checkpoint.folder import ADAPTER_CONFIG, BASE, CONFIG
+from slr_core.checkpoint.tokenizer_growth import check_growth
 from slr_core.checkpoint.validate import (
     DTYPES,
     FLOATS,
@@ -33,6 +34,8 @@ from slr_core.checkpoint.validate import (
     short,
 )
 from slr_core.config import SLRConfig
+from slr_core.errors import CheckpointError
+from slr_core.panics import panics_as_errors
 
 MAX_COUNT = 1024  # layers, experts, labels of a base model: made one by one, before any weight is looked at
 MAX_BUFFER_VALUES = 2**26  # values that a base model computes for itself, such as the angles of its positions
@@ -195,12 +198,16 @@ def load_tokenizer(folder: Path, embeddings: int) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``, whose ids must be below ``embeddings``.
 
     Raises:
-        CheckpointError: it cannot be loaded, or has more tokens than the base model.
+        CheckpointError: it cannot be loaded, may make texts much longer, or has more tokens than the base model.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        # Once on some text: what it adds by itself need not be in its vocabulary.
-        ids = [*tokenizer.get_vocab().values(), *tokenizer("a").input_ids]
+        check_growth(folder)
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            # Once on some text: what it adds by itself need not be in its vocabulary.
+            ids = [*tokenizer.get_vocab().values(), *tokenizer("a").input_ids]
+    except CheckpointError:
+        raise
     except Exception as error:  # as above
         raise checkpoint_error(folder, f"the tokenizer cannot be loaded ({short(error)})") from error
     if is_empty(tokenizer):
