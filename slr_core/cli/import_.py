@@ -15,7 +15,7 @@ from slr_core.cli.options import AsJson, console, show_results
 if TYPE_CHECKING:
     from slr_core.checkpoint.importers.check import SelfCheck
 
-PeerName = Literal["coconut", "simcot-coconut", "codi", "simcot-codi", "lotus", "pccot"]
+PeerName = Literal["coconut", "simcot-coconut", "codi", "simcot-codi", "lotus", "pccot", "ouro"]
 WrittenDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
 

@@ -24,6 +24,7 @@ MODULES = {
     "simcot-codi": "simcot_codi",
     "lotus": "lotus",
     "pccot": "pccot",
+    "ouro": "ouro",
 }
 """Peers and the modules of their importers."""
 

@@ -92,7 +92,7 @@ def run_self_check(
         (result,) = _answer(reasoner, [PROMPT], 16)
     except RequestError as error:
         raise checkpoint_error(where, f"it cannot answer a question ({error})") from error
-    if result.iterations != loop.max_iterations:
+    if loop.convergence.criterion == "fixed" and result.iterations != loop.max_iterations:
         raise checkpoint_error(
             where, f"its loop ended after {result.iterations} of {loop.max_iterations} iterations: {result.exit_reason}"
         )
@@ -124,6 +124,7 @@ def run_loop(reasoner: LatentReasoner, prompt_ids: Sequence[int]) -> LoopStates:
     ids = torch.tensor([prompt_ids], device=reasoner.device)
     context = reasoner.encode(ids, torch.ones_like(ids))
     (states,) = reasoner.unroll(context, reasoner.config.loop.max_iterations + 1)
+    states, _ = reasoner.workspace.measured(states, None)
     return LoopStates(states, context.state[0])
 
 

@@ -141,6 +141,9 @@ def write_card(
 ) -> None:
     """Write ``README.md``: where the weights are from, their licence, the command, and what was dropped."""
     loop = conversion.loop
+    convergence = loop["convergence"]
+    early = f"fewer where `{convergence['criterion']}` falls below {convergence.get('threshold', 0):g}"
+    length = early if convergence.get("threshold") else "all of them in every answer"
     size = f", {loop['block_size']} latent positions" if "block_size" in loop else ""
     card = CARD.format(
         peer=peer.name,
@@ -154,8 +157,8 @@ def write_card(
         base=f"`{base}`" if base else "in the checkpoint",
         licence=licence or "not stated in its files",
         code_licence=peer.licence,
-        loop=f"`{loop['workspace']}`, {loop['max_iterations']} iterations, all of them in every answer{size}",
-        markers=", ".join(f"`{token}` {i}" for token, i in conversion.markers.items()),
+        loop=f"`{loop['workspace']}`, {loop['max_iterations']} iterations, {length}{size}",
+        markers=", ".join(f"`{token}` {i}" for token, i in conversion.markers.items()) or "none",
         dropped="; ".join(f"{what}: {why}" for what, why in conversion.dropped.items()) or "nothing",
         check=check,
     )

@@ -38,6 +38,7 @@ FIXTURES = {
     "lotus-pickle": Fixture("lotus", "lotus", "checkpoint_final", ImportOptions(latents=12, iterations=4)),
     "pccot-adapter": Fixture("pccot", "pccot", "checkpoint"),
     "pccot-whole": Fixture("pccot", "pccot-full", "checkpoint"),
+    "ouro": Fixture("ouro", "ouro", "checkpoint"),
 }
 
 
@@ -59,7 +60,9 @@ def imported(fixture, recorded, tmp_path_factory):
     out = tmp_path_factory.mktemp(fixture.folder) / "imported"
     checkpoint, base = recorded / fixture.checkpoint, recorded / "base"
     expect = None if fixture.options.keep_eos else recorded / "expected.json"
-    check = import_checkpoint(Import(fixture.peer, str(checkpoint), str(base), out, fixture.options, expect=expect))
+    check = import_checkpoint(
+        Import(fixture.peer, str(checkpoint), str(base) if base.is_dir() else None, out, fixture.options, expect=expect)
+    )
     if expect is not None:
         found = check.comparison
         assert (found.cases, found.equal_prompts, found.equal_answers) == (8, 8, 8)
