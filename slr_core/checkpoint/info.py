@@ -25,6 +25,7 @@ class ModelDescription:
         vocabulary: tokens of the tokenizer.
         cache_bytes_per_position: keys and values of one position, all layers.
         loop_positions: positions that a loop of the default length adds to a request's cache.
+        cache_copies: key/value caches that a request of the default length has.
         untrained: whether the loop is off by default because it has not been trained, as after ``slr init``.
     """
 
@@ -36,6 +37,7 @@ class ModelDescription:
     vocabulary: int
     cache_bytes_per_position: int
     loop_positions: int
+    cache_copies: int
     untrained: bool
 
     @property
@@ -55,7 +57,8 @@ class ModelDescription:
 
     def cache_bytes(self, prompt_tokens: int, max_new_tokens: int) -> int:
         """What a request reserves: prompt, default loop and answer."""
-        return (prompt_tokens + self.loop_positions + max_new_tokens) * self.cache_bytes_per_position
+        positions = self.cache_copies * (prompt_tokens + self.loop_positions + max_new_tokens)
+        return positions * self.cache_bytes_per_position
 
 
 def describe_model(reasoner: LatentReasoner) -> ModelDescription:
@@ -70,6 +73,7 @@ def describe_model(reasoner: LatentReasoner) -> ModelDescription:
         vocabulary=len(reasoner.tokenizer),
         cache_bytes_per_position=_cache_bytes(reasoner),
         loop_positions=reasoner.workspace.loop_positions(reasoner.config.default_iterations),
+        cache_copies=reasoner.workspace.cache_copies(reasoner.config.default_iterations),
         untrained=not reasoner.config.trained,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -107,7 +108,10 @@ def run_prompt(reasoner: LatentReasoner, prompt: str | Messages, loop: LoopParam
 def summary(result: Result) -> str:
     """Iterations, exit reason, cost and time in one line."""
     change = "" if result.final_change is None else f", last change {result.final_change:.3f}"
+    iterations = f"{result.iterations} iterations"
+    if result.iterations_per_token:
+        iterations = f"{fmean(result.iterations_per_token):.1f} iterations per token"
     return (
-        f"{result.iterations} iterations, {result.exit_reason}{change}, "
+        f"{iterations}, {result.exit_reason}{change}, "
         f"{result.forward_passes} forward passes, {result.timings.total_s * 1000:.0f} ms"
     )

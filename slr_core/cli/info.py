@@ -49,6 +49,7 @@ def print_description(reasoner: LatentReasoner) -> None:
     sizes, loop, text = describe_model(reasoner), reasoner.config.loop, reasoner.config.text
     per_position, latent = sizes.cache_bytes_per_position, loop.decoder.latent_decoder
     example = sizes.cache_bytes(EXAMPLE_PROMPT_TOKENS, text.max_new_tokens)
+    unlooped = per_position * (EXAMPLE_PROMPT_TOKENS + text.max_new_tokens)
     rows = {
         "base": f"{sizes.architecture}, {sizes.base_parameters:,} parameters",
         "weights": f"{str(reasoner.base.dtype).removeprefix('torch.')} on {reasoner.device}",
@@ -67,7 +68,7 @@ def print_description(reasoner: LatentReasoner) -> None:
         "positions": f"{sizes.max_positions:,} (prompt, loop and answer together)",
         "vocabulary": f"{sizes.vocabulary:,} tokens",
         "cache": f"{_size(per_position)} per position; {_size(example)} for a prompt of {EXAMPLE_PROMPT_TOKENS} tokens "
-        f"and an answer of {text.max_new_tokens}, of which the loop takes {_size(sizes.loop_positions * per_position)}",
+        f"and an answer of {text.max_new_tokens}, of which the loop takes {_size(example - unlooped)}",
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows.items():

@@ -43,10 +43,19 @@ class Cost:
         return count * (self.per_position + self.per_adapter[adapter]) + 4 * self.layers * self.width * attended
 
     def request(self, prompt_tokens: int, iterations: int, tokens: int) -> float:
-        """Operations of a request: prompt, ``iterations`` of the loop, ``tokens`` decoded after the answer prefix."""
+        """Operations of a request: prompt, ``iterations`` of the loop, ``tokens`` decoded after the answer prefix.
+
+        In the workspace ``token``, a prompt runs the default maximum, and every token as many iterations as the first.
+        """
         workspace = self.reasoner.workspace
         width = workspace.width(prompt_tokens)
         total: float = tokens * self.per_token
+        if workspace.per_token and iterations:
+            depth = max(iterations, self.reasoner.config.loop.max_iterations)
+            adapters = [self.reasoner.adapter_name(t) for t in range(1, depth + 1)]
+            total += sum(self.positions(prompt_tokens, 0, adapter) for adapter in adapters)
+            places = range(prompt_tokens, prompt_tokens + tokens - 1)
+            return total + sum(self.positions(1, at, adapter) for at in places for adapter in adapters[:iterations])
         cached = prompt_tokens if workspace.passes(0) else 0
         if cached:
             total += self.positions(prompt_tokens, 0)

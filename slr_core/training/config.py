@@ -59,6 +59,10 @@ class OptimizerConfig(RecipeModel):
     )
 
 
+TOKEN_OBJECTIVES = ("answer", "text", "teacher_logits", "halting")
+"""Objectives that are defined in the workspace ``token``."""
+
+
 class ObjectiveWeights(RecipeModel):
     """Weights of the loss terms; a term of weight 0 is not computed. See :mod:`slr_core.training.objectives`."""
 
@@ -83,7 +87,11 @@ class ObjectiveWeights(RecipeModel):
     teacher_logits: float = Field(
         0.0, ge=0, description="KL from the teacher's next-token distributions after the loop"
     )
-    text: float = Field(0.0, ge=0, description="cross-entropy of the prompt's tokens: pre-training on plain text")
+    text: float = Field(
+        0.0,
+        ge=0,
+        description="cross-entropy of the prompt's tokens: pre-training on plain text; workspaces `prompt` and `token`",
+    )
     fixed_point: float = Field(
         0.0, ge=0, description="relative change of states in iterations after the last needed one"
     )
@@ -193,9 +201,9 @@ class TrainConfig(RecipeModel):
         Raises:
             ConfigError: an objective needs another loop; the message names it.
         """
-        if loop.workspace == "token":
-            raise ConfigError("loop.workspace `token` is not supported by slr train")
         terms, loops = self.objectives, self.max_iterations != 0
+        token = loop.workspace == "token"
+        others = [name for name, weight in terms if weight and name not in TOKEN_OBJECTIVES]
         no_chains = loop.workspace != "append" or loop.timestep.noise_level or loop.projection.kind == "pause"
         prompt = loop.workspace == "prompt"
         aligned = [name for name in ("steps", "cot_states") if getattr(terms, name)]
@@ -219,8 +227,17 @@ class TrainConfig(RecipeModel):
                 "not stand for steps",
             ),
             (
-                terms.text and not prompt,
-                "objectives.text needs the workspace `prompt`: other workspaces loop after the text",
+                terms.text and not prompt and not token,
+                "objectives.text needs the workspace `prompt` or `token`: other workspaces loop after the text",
+            ),
+            (
+                token and loops and others,
+                f"objectives.{others[0] if others else ''} is not supported by workspace `token`",
+            ),
+            (
+                token and loops and loop.deeper_cache == "shared",
+                "loop.deeper_cache must be `copy` in training: to answer with `shared`, set it in the trained "
+                "checkpoint's slr_config.json",
             ),
             (terms.halting and not loop.halting_head, "objectives.halting needs loop.halting_head"),
             (

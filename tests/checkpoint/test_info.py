@@ -70,6 +70,12 @@ def test_a_request_reserves_its_prompt_its_loop_and_its_answer(workspace, positi
     assert facts.cache_bytes(10, 7) == (10 + positions + 7) * CACHE["llama"]
 
 
+@pytest.mark.parametrize(("cache", "copies"), [("copy", 5), ("shared", 1)])
+def test_caches_of_token(cache, copies):
+    facts = describe_model(tiny.reasoner(loop={"workspace": "token", "deeper_cache": cache}))
+    assert facts.cache_bytes(10, 7) == copies * (10 + 7) * CACHE["llama"]
+
+
 def test_half_precision_halves_the_cache():
     made = tiny.reasoner(plain=tiny.base().bfloat16())
     assert describe_model(made).cache_bytes_per_position == CACHE["llama"] // 2

@@ -9,7 +9,7 @@ import yaml
 
 from slr_core.config import LoopConfig, validated
 from slr_core.errors import ConfigError
-from slr_core.training.config import TrainConfig
+from slr_core.training.config import ObjectiveWeights, TrainConfig
 from slr_core.training.stages import SampledIterations
 from tests.training.recipe import DATA, GRAPHS, recipe
 
@@ -172,6 +172,7 @@ def test_a_missing_file_is_named(tmp_path):
 NO_CHAINS = "objectives.chains must be 0 unless loop.workspace is `append`"
 NO_STEPS = "objectives.steps must be 0 in the workspace `prompt`"
 NO_START = "objectives.start must be 0 in the workspace `prompt`"
+ONLY_ANSWER = {**dict.fromkeys(ObjectiveWeights.model_fields, 0), "answer": 1}
 MISFITS = {
     "chains-block": ({"loop": {"workspace": "block"}}, NO_CHAINS),
     "chains-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"chains": 1}}, NO_CHAINS),
@@ -182,6 +183,14 @@ MISFITS = {
     "no-head": ({"objectives": {"halting": 1}}, "objectives.halting needs loop.halting_head"),
     "no-decoder": ({"objectives": {"thoughts": 1}}, "objectives.thoughts needs loop.decoder.latent_decoder"),
     "text-append": ({"objectives": {"text": 1}}, "objectives.text needs the workspace `prompt`"),
+    "steps-token": (
+        {"loop": {"workspace": "token"}, "objectives": {"chains": 0, "start": 0, "steps": 1}},
+        "is not supported by workspace `token`",
+    ),
+    "shared-token": (
+        {"loop": {"workspace": "token", "deeper_cache": "shared"}, "objectives": ONLY_ANSWER},
+        "loop.deeper_cache must be `copy` in training",
+    ),
     "words-and-loop": ({"chain_of_thought": True}, "max_iterations must be 0 with chain_of_thought"),
     "start-prompt": ({"loop": {"workspace": "prompt"}, "chains": 0}, NO_START),
 }
@@ -203,6 +212,7 @@ def test_objectives_that_do_not_suit_the_loop_are_refused(case):
         {"loop": {"workspace": "prompt"}, "objectives": {"chains": 0, "start": 0}},
         {"loop": {"timestep": {"noise_level": True}}, "objectives": {"chains": 0}},
         {"loop": {"workspace": "prompt"}, "max_iterations": 0},
+        {"loop": {"workspace": "token"}, "objectives": {**ONLY_ANSWER, "text": 1}},
         {"loop": {"workspace": "append"}, "max_iterations": 0, "chain_of_thought": True},
     ],
     ids=str,

@@ -9,12 +9,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from slr_core.training.data import IGNORE
-from slr_core.training.objectives.rollout import Mean, Rollout, mean_of, token_loss
+from slr_core.training.objectives.rollout import Mean, Rollout, mean_of, mean_over_exits, token_loss
 
 
 def answer(rollout: Rollout) -> Mean:
-    """Cross-entropy of the tokens written after each row's exit, by the LM head or by the latent decoder."""
+    """Cross-entropy of the tokens written after each row's exit, by the LM head or by the latent decoder.
+
+    In the workspace ``token``, the mean over every iteration that has gradients: each is a possible exit.
+    """
     labels = rollout.batch["labels"]
+    if rollout.reasoner.workspace.per_token and rollout.iterations:
+        return mean_over_exits(rollout.reasoner, rollout.states_per_token[:, rollout.detached :], labels)
     if rollout.reasoner.answers_from_states and rollout.iterations:
         # The latent decoder reads states of iterations: there are none at exit 0.
         labels = labels.masked_fill((rollout.exits == 0)[:, None], IGNORE)

@@ -22,9 +22,12 @@ def halting(rollout: Rollout) -> Mean:
     logits = rollout.reasoner.head(states).detach().float()
     first = rollout.batch["first"][:, None].expand(-1, states.shape[1])
     target = stop_targets(F.cross_entropy(logits.transpose(1, 2), first, reduction="none"))
-    halted = rollout.reasoner.halting(
-        rollout.workspace[:, 1:].detach(), rollout.valid_mask[:, None].expand(-1, states.shape[1], -1)
-    )
+    if rollout.reasoner.workspace.per_token:
+        halted = rollout.reasoner.halting(states[:, :, None], None)
+    else:
+        halted = rollout.reasoner.halting(
+            rollout.workspace[:, 1:].detach(), rollout.valid_mask[:, None].expand(-1, states.shape[1], -1)
+        )
     return mean_of(F.binary_cross_entropy(halted, target, reduction="none"), target.isfinite())
 
 

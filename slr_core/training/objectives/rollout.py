@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slr_core.loop.context import Context
+from slr_core.loop.token_workspace import Token
 from slr_core.loop.workspace import readout
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
@@ -38,6 +39,19 @@ def token_loss(logits: Tensor, labels: Tensor) -> Mean:
     """Cross-entropy per token: logits ``[..., V]``, labels ``[...]``, where -100 is ignored."""
     losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
     return mean_of(losses, labels.flatten() != IGNORE)
+
+
+def mean_over_exits(reasoner: LatentReasoner, states: Tensor, labels: Tensor) -> Mean:
+    """Cross-entropy per token and iteration, in the workspace ``token``.
+
+    Args:
+        reasoner: its head reads the states.
+        states: ``[B, T, A, d]``, before each token.
+        labels: ``[B, A]``, where -100 is ignored.
+    """
+    # One iteration at a time: logits are larger than states.
+    terms = [token_loss(reasoner.head(states[:, t]), labels) for t in range(states.shape[1])]
+    return Mean(torch.stack([x.total for x in terms]).sum(), torch.stack([x.divisor for x in terms]).sum())
 
 
 class TokenOutputs(NamedTuple):
@@ -101,8 +115,24 @@ class Rollout:
         return self._context
 
     @cached_property
+    def states_per_token(self) -> Tensor:
+        """In the workspace ``token``: states ``[B, T, A, d]`` before each token of ``answer_ids``, by iteration."""
+        workspace, context = self.reasoner.workspace, self._context
+        assert isinstance(workspace, Token)
+        ids = self.batch["answer_ids"]
+        self.reasoner.close(context, self.workspace, torch.full_like(self.exits, self.iterations))
+        workspace.extend(context, self.reasoner.embed(ids.clamp_min(0)), ids != IGNORE)
+        states = self.reasoner.unroll(context, self.iterations, self.plan.backprop)
+        return torch.cat([self.states[:, 1:, None], states[:, 1:, :-1]], dim=2)
+
+    @cached_property
     def answer_logits(self) -> Tensor:
-        """Logits ``[B, A, V]`` before each token of ``answer_ids``, teacher-forced after the loop."""
+        """Logits ``[B, A, V]`` before each token of ``answer_ids``, teacher-forced after the loop.
+
+        In the workspace ``token``, those of the last iteration.
+        """
+        if self.reasoner.workspace.per_token and self.iterations:
+            return self.reasoner.head(self.states_per_token[:, -1])
         if self.reasoner.answers_from_states and self.iterations:
             return self._from_states()
         return teacher_force(

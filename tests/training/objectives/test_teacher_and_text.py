@@ -118,9 +118,9 @@ def test_next_tokens_are_read_from_the_closing_pass(text):
     assert float(made.terms()["text"].detach()) == pytest.approx(total / count, rel=1e-4)
 
 
-@pytest.mark.parametrize("workspace", ["prompt", "append"])
+@pytest.mark.parametrize("workspace", ["prompt", "append", "token"])
 def test_a_looped_model_learns_plain_text(workspace, text):
-    weights = {"answer": 1.0, "text": 1.0} if workspace == "prompt" else {"answer": 1.0}
+    weights = {"answer": 1.0} if workspace == "append" else {"answer": 1.0, "text": 1.0}
     made = plain(text, workspace, steps=90, **weights)
     reasoner = made.reasoner.train()
     optimizer = torch.optim.AdamW(reasoner.parameters(), lr=1e-2)
