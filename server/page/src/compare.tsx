@@ -52,7 +52,8 @@ export function Compare({ checkpoint, prompt, apiKey, fail, open }: CompareProps
               change={(changed) => setSettings(side ? [settings[0], changed] : [changed, settings[1]])} />
             {side === 1 && <div class="buttons">
               <button onClick={() => setSettings([settings[0], { ...settings[0], max_iterations: 0 }])}>Loop off</button>
-              <button onClick={() => setSettings([settings[0], { ...settings[0], initial_noise: { scale: NOISE } }])}>Perturb</button>
+              {checkpoint.workspace !== "token" && <button
+                onClick={() => setSettings([settings[0], { ...settings[0], initial_noise: { scale: NOISE } }])}>Perturb</button>}
               {checkpoint.models.slice(1).map((model) => (
                 <button key={model} onClick={() => setSettings([settings[0], { ...settings[0], loop_set: model }])}>Adapters {model}</button>
               ))}

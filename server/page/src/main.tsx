@@ -32,6 +32,7 @@ function App() {
   const [notice, setNotice] = useState("");
   const abort = useRef<AbortController | null>(null);
   const example = useRef(0);
+  const views = useRef<HTMLElement>(null);
 
   /** Shows what went wrong; null: nothing. */
   const fail = (reason: unknown) => {
@@ -68,6 +69,8 @@ function App() {
   const openRun = (opened: Run) => {
     abort.current?.abort();
     setPrompt(opened.prompt); setSettings(opened.settings); show(opened); setView("Watch");
+    // The button that was pressed is hidden now.
+    views.current?.querySelector("button")?.focus();
     window.scrollTo({ top: 0 });
   };
   const openFile = async (file: File | undefined) => {
@@ -94,7 +97,7 @@ function App() {
         <p>This model reasons in its hidden state. A loop refines the state until it stops changing; only then are words written.
           {checkpoint && <> Model: <b>{checkpoint.model}</b>. <a href="docs">API reference</a></>}</p>
       </header>
-      <nav aria-label="Views">
+      <nav aria-label="Views" ref={views}>
         {VIEWS.map((name) => <button key={name} aria-current={name === view ? "page" : undefined} onClick={() => { setView(name); fail(null); }}>{name}</button>)}
       </nav>
       {needsKey && <form class="key" onSubmit={(event) => { event.preventDefault(); void connect(); }}>

@@ -36,7 +36,7 @@ export function SettingsForm({ checkpoint, settings, change, title = "Settings",
         {field("Threshold", "the loop stops when the distance is below it",
           <input type="number" min={0} step="any" placeholder={String(threshold)} value={settings.convergence?.threshold ?? ""}
             onInput={(event) => setCriterion("threshold", event.currentTarget.value)} />)}
-        {field("Initial noise", "in the state from which the loop starts, as a multiple of its RMS",
+        {checkpoint.workspace !== "token" && field("Initial noise", "in the state from which the loop starts, as a multiple of its RMS",
           <input type="number" min={0} max={100} step="any" placeholder="0" value={settings.initial_noise?.scale ?? ""}
             onInput={(event) => setNoise(event.currentTarget.value)} />)}
         {field("Temperature", "0 always writes the likeliest token",

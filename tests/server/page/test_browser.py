@@ -202,6 +202,7 @@ def test_markup_shows_as_text(visit, tmp_path):
     file = tmp_path / "trace.json"
     file.write_text(json.dumps({"format": "slr-trace", **fields, "trace": [step], "result": result}))
     page = visit(routes=[("**/checkpoint", rename)])
+    page.locator("header b").wait_for()
     page.get_by_label("Open a trace file").set_input_files(file)
     page.locator(".lens").wait_for()
     assert MARKUP in page.locator(".answer").inner_text()
@@ -324,6 +325,20 @@ def test_positions(visit, tmp_path, workspace):
         torch.testing.assert_close(changes, (states[1:] - states[:-1]).norm(dim=-1) / states[:-1].norm(dim=-1))
         labels = page.locator("[data-picture=positions] text[text-anchor=end]").all_text_contents()
         assert labels == [f"position {i + 1}" for i in range(3 if workspace == "block" else 5)]
+
+
+def test_token_loops(visit, tmp_path):
+    made = tiny.reasoner(loop={"workspace": "token", "max_iterations": 4})
+    made.save_pretrained(str(tmp_path / "tiny"))
+    with serving(tmp_path / "tiny") as server:
+        page = visit(server.url)
+        page.get_by_role("textbox", name="Question").fill(tiny.words(1, 2, 3))
+        ask(page)
+        body = {"prompt": tiny.words(1, 2, 3)}
+        (result,) = httpx.post(f"{server.url}/generate", json=body).json()["results"]
+        shown = page.get_by_role("group", name="Tokens").locator("text").all_text_contents()
+        assert shown[1::2] == [str(count) for count in result["iterations_per_token"]]
+        assert shown[0:-2:2] == result["text"].split()[: len(shown[0:-2:2])]
 
 
 def test_server_refusal(visit):
