@@ -15,6 +15,8 @@ from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -67,7 +69,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def base(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
     """Two layers of 32 channels, weights large enough that positions, adapters and context all matter.
 
-    ``mistral`` has a sliding window, which a loop refuses; it is not among ``KINDS``.
+    ``mistral``, ``gemma3`` and ``qwen3_windowed`` have sliding windows; they are not among ``KINDS``.
     """
     torch.manual_seed(seed)
     special = {"vocab_size": len(WORDS), "eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": None}
@@ -84,7 +86,19 @@ def base(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
         case "llama":
             return LlamaForCausalLM(LlamaConfig(**special, **llama_like)).eval()
         case "mistral":
-            return MistralForCausalLM(MistralConfig(**special, **llama_like, sliding_window=8)).eval()
+            return MistralForCausalLM(MistralConfig(**special, **llama_like, sliding_window=16)).eval()
+        case "gemma3":
+            windowed = Gemma3TextConfig(
+                **special,
+                **llama_like,
+                head_dim=8,
+                sliding_window=16,
+                layer_types=["sliding_attention", "full_attention"],
+            )
+            return Gemma3ForCausalLM(windowed).eval()
+        case "qwen3_windowed":
+            windowed = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+            return Qwen3ForCausalLM(Qwen3Config(**special, **llama_like, head_dim=8, **windowed)).eval()
         case "qwen2":
             made = Qwen2ForCausalLM(Qwen2Config(**special, **llama_like)).eval()
             with torch.no_grad():  # attention biases, which start at zero

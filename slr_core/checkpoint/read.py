@@ -101,7 +101,6 @@ def load_weights(reasoner: LatentReasoner, folder: str | Path) -> None:
         for key, tensor in converted.items():
             expected[key].copy_(tensor)
     _load_loop(reasoner, folder)
-    reasoner.train(reasoner.training)  # forgets what was derived from the old weights
 
 
 def _load_loop(reasoner: LatentReasoner, folder: Path, *, assign: bool = False) -> None:

@@ -45,8 +45,10 @@ def description(reasoner: LatentReasoner) -> dict[str, Any]:
 def print_description(reasoner: LatentReasoner) -> None:
     """Print sizes and settings of a checkpoint, one row each."""
     from slr_core.checkpoint.info import describe_model
+    from slr_core.model.base_support import attention_window
 
     sizes, loop, text = describe_model(reasoner), reasoner.config.loop, reasoner.config.text
+    window = attention_window(reasoner.base.config)
     per_position, latent = sizes.cache_bytes_per_position, loop.decoder.latent_decoder
     example = sizes.cache_bytes(EXAMPLE_PROMPT_TOKENS, text.max_new_tokens)
     unlooped = per_position * (EXAMPLE_PROMPT_TOKENS + text.max_new_tokens)
@@ -65,7 +67,8 @@ def print_description(reasoner: LatentReasoner) -> None:
         "loop LoRA": _adapters(loop, sizes.untrained),
         "residual": f"{loop.residual.source}, {loop.residual.mix}" + (", RMS norm" if loop.residual.norm else ""),
         "decoder": loop.decoder.answers + ("" if latent is None else f" (latent decoder: {latent.layers} layers)"),
-        "positions": f"{sizes.max_positions:,} (prompt, loop and answer together)",
+        "positions": f"{sizes.max_positions:,} (prompt, loop and answer together)"
+        + ("" if window is None else f", the base's sliding window is {window:,}"),
         "vocabulary": f"{sizes.vocabulary:,} tokens",
         "cache": f"{_size(per_position)} per position; {_size(example)} for a prompt of {EXAMPLE_PROMPT_TOKENS} tokens "
         f"and an answer of {text.max_new_tokens}, of which the loop takes {_size(example - unlooped)}",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from slr_core.errors import RequestError
 from slr_core.generation.chat_template import render_chat
+from slr_core.model.base_support import attention_window
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.panics import panics_as_errors
 from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
@@ -75,14 +76,15 @@ def prepare(
     if len(ids) + reserved + 1 > limit:
         raise RequestError(
             f"prompt has {len(ids)} tokens; with {loop.max_iterations} iterations and an answer at most "
-            f"{max(0, limit - reserved - 1)} fit this model",
+            f"{max(0, limit - reserved - 1)} fit this model{_window_note(reasoner, limit)}",
             param=_param_name(prompt),
         )
     if len(ids) + reserved + answer_limit > limit:
         if max_new_tokens is not None:
             raise RequestError(
                 f"max_new_tokens must be at most {limit - len(ids) - reserved} with this prompt of "
-                f"{len(ids)} tokens and {loop.max_iterations} iterations, got {answer_limit}",
+                f"{len(ids)} tokens and {loop.max_iterations} iterations{_window_note(reasoner, limit)}, "
+                f"got {answer_limit}",
                 param="max_new_tokens",
             )
         answer_limit = limit - len(ids) - reserved
@@ -100,6 +102,12 @@ def prepare(
         score_prompt=score_prompt,
         forced_ids=forced_ids,
     )
+
+
+def _window_note(reasoner: LatentReasoner, limit: int) -> str:
+    """Why no more positions fit, where a sliding window is the reason."""
+    window = attention_window(reasoner.base.config)
+    return f" (positions end at its sliding window of {window})" if window == limit else ""
 
 
 def tokenize_text(reasoner: LatentReasoner, text: str) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
 
 import torch
 from peft import LoraConfig
@@ -14,8 +13,18 @@ from slr_core.config import SLRConfig
 from slr_core.errors import ConfigError
 from slr_core.loop.context import Context
 from slr_core.loop.lora import DECODE, LoopAdapters, attach, new_adapter_configs, trained_index
-from slr_core.model.base_support import attention_mask, check_supported, end_tokens, find_final_norm, keep_input
+from slr_core.model.base_support import (
+    attention_mask,
+    check_supported,
+    end_tokens,
+    find_final_norm,
+    keep_input,
+    max_positions,
+)
 from slr_core.panics import panics_as_errors
+
+_EMBEDDED_AT_ONCE = 8192
+"""Tokens that are embedded at once to measure their embeddings."""
 
 
 class AdaptedModel(nn.Module):
@@ -47,7 +56,7 @@ class AdaptedModel(nn.Module):
             raise ConfigError(f"text.suppressed_token_ids must be below {self.vocab_size}, the number of embeddings")
         self.final_norm = find_final_norm(base) if config.loop.feedback == "raw" else None
         self._token_texts: dict[int, str] = {}
-        self._embedding_rms: Tensor | None = None
+        self._embedding_rms: tuple[object, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -61,8 +70,8 @@ class AdaptedModel(nn.Module):
 
     @property
     def max_positions(self) -> int:
-        """Positions that the base model can address: prompt, loop and answer together."""
-        return int(getattr(self.base.config, "max_position_embeddings", 2**31))
+        """Positions that the base model can address, or its sliding window: prompt, loop and answer together."""
+        return max_positions(self.base.config)
 
     @property
     def vocab_size(self) -> int:
@@ -127,19 +136,19 @@ class AdaptedModel(nn.Module):
         return self._token_texts[token]
 
     def embedding_rms(self) -> Tensor:
-        """Root mean square of the embedding table, a scalar in fp32 or fp64; cached in eval mode."""
-        if self.training:
-            return _rms(self._embedding_table)
-        if self._embedding_rms is None:
+        """Root mean square of the token embeddings that the base model is fed, a scalar in fp32 or fp64.
+
+        Computed again when the embedding table has changed, and at every call where gradients flow into it.
+        """
+        table = self._embedding_table
+        if table.requires_grad and self.training and torch.is_grad_enabled():
+            return _embedding_rms(self.base.get_input_embeddings(), table)
+        key = table.data_ptr(), table.dtype, 0 if table.is_inference() else table._version
+        if self._embedding_rms is None or self._embedding_rms[0] != key:
             # A cached inference tensor could not take part in a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
-                self._embedding_rms = _rms(self._embedding_table)
-        return self._embedding_rms
-
-    def train(self, mode: bool = True) -> Self:
-        """As in torch; also clears what eval mode caches."""
-        self._embedding_rms = None
-        return super().train(mode)
+                self._embedding_rms = key, _embedding_rms(self.base.get_input_embeddings(), table)
+        return self._embedding_rms[1]
 
     def forward_chunk(
         self,
@@ -185,6 +194,15 @@ class AdaptedModel(nn.Module):
         return hidden
 
 
-def _rms(x: Tensor) -> Tensor:
+def _embedding_rms(embedding: nn.Module, table: Tensor) -> Tensor:
+    """RMS of the embeddings of all tokens; they are the rows of the table, or scaled ones (Gemma)."""
+    if type(embedding) is nn.Embedding:
+        return _mean_square(table).sqrt()
+    ids = torch.arange(len(table), device=table.device)
+    sums = [_mean_square(embedding(some)) * len(some) for some in torch.split(ids, _EMBEDDED_AT_ONCE)]
+    return (torch.stack(sums).sum() / len(table)).sqrt()
+
+
+def _mean_square(x: Tensor) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
-    return wide.pow(2).mean().sqrt()
+    return wide.pow(2).mean()

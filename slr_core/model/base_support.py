@@ -11,6 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from slr_core.errors import ConfigError
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Types of layers in a config's ``layer_types``."""
+
 
 def check_supported(base: PreTrainedModel) -> None:
     """Refuse base models whose output would be wrong in a loop.
@@ -18,7 +21,7 @@ def check_supported(base: PreTrainedModel) -> None:
     The loop sets its own attention masks and reads the LM head as a plain linear layer.
 
     Raises:
-        ConfigError: a layer does not use full attention, or the logits are capped or scaled.
+        ConfigError: a layer has neither full nor sliding attention, or the logits are capped or scaled.
     """
     check_config(base.config, type(base).__name__)
     if base.config._attn_implementation not in ("sdpa", "eager"):
@@ -29,14 +32,41 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     """Refuse the config of a base model, called ``name``, as :func:`check_supported` does: before there are weights.
 
     Raises:
-        ConfigError: a layer does not use full attention, or the logits are capped or scaled.
+        ConfigError: a layer has neither full nor sliding attention, or the logits are capped or scaled.
     """
-    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if windows or (not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None)):
-        raise ConfigError(f"{name}: layers without full attention are not supported as a base")
     for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, field, None) not in (None, 1, 1.0):
             raise ConfigError(f"{name}: {field} is not supported, the head must be plainly linear")
+    window = getattr(config, "sliding_window", None)
+    if others := sorted(_layer_types(config) - {FULL, SLIDING}):
+        raise ConfigError(f"{name}: layers without full attention are not supported as a base: {', '.join(others)}")
+    if _slides(config) and not (isinstance(window, int) and window > 1):
+        raise ConfigError(f"{name}: layers without full attention are not supported without a sliding_window")
+
+
+def attention_window(config: PreTrainedConfig) -> int | None:
+    """Width in positions of the sliding attention of a base's layers; ``None``: all layers have full attention.
+
+    Within the window, sliding attention is full attention. The loop has no mask per layer, so that a request may have
+    no more positions.
+    """
+    return int(config.sliding_window) if _slides(config) else None
+
+
+def max_positions(config: PreTrainedConfig) -> int:
+    """Positions that a request may have: those that the base can address, but no more than its sliding window."""
+    addressed = int(getattr(config, "max_position_embeddings", 2**31))
+    window = attention_window(config)
+    return addressed if window is None else min(addressed, window)
+
+
+def _layer_types(config: PreTrainedConfig) -> set[str]:
+    return set(getattr(config, "layer_types", None) or ())
+
+
+def _slides(config: PreTrainedConfig) -> bool:
+    types = _layer_types(config)
+    return SLIDING in types if types else getattr(config, "sliding_window", None) is not None
 
 
 def attention_mask(base: PreTrainedModel, mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -57,8 +57,8 @@ class LatentReasoner(AdaptedModel):
     """A base model, its loop adapters and the loop's own modules.
 
     Args:
-        base: a decoder-only model of ``transformers`` with full attention in every layer and a plain linear
-            head; it is changed in place (adapters are attached).
+        base: a decoder-only model of ``transformers`` whose layers have full or sliding attention, with a plain
+            linear head; it is changed in place (adapters are attached).
         tokenizer: its tokenizer; changed in place: ``clean_up_tokenization_spaces`` is switched off, so that a later
             token never changes the text of earlier ones.
         config: the loop.

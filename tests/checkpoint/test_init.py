@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM
 
 from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
 from slr_core.checkpoint.info import describe_model
@@ -171,15 +171,9 @@ def test_a_folder_that_holds_something_is_left_alone(source, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_sliding_window_is_refused(tmp_path):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    windowed = MistralConfig(vocab_size=40, num_key_value_heads=1, sliding_window=8, **sizes)
-    MistralForCausalLM(windowed).save_pretrained(tmp_path / "plain")
-    tiny.tokenizer().save_pretrained(tmp_path / "plain")
-    with pytest.raises(ConfigError, match="full attention"):
-        init_checkpoint(str(tmp_path / "plain"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_a_sliding_window_is_kept(tmp_path):
+    made = init_checkpoint(write_base(tmp_path / "plain", "mistral"), tmp_path / "out")
+    assert made.max_positions == load_checkpoint(LatentReasoner, tmp_path / "out").max_positions == 16
 
 
 def test_a_target_that_the_base_does_not_have_is_refused(source, tmp_path):

@@ -4,11 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from slr_core.checkpoint.read import load_checkpoint
-from slr_core.errors import CheckpointError, ConfigError
+from slr_core.engine import Engine
+from slr_core.errors import ConfigError, RequestError
 from slr_core.generation.reference import generate
 from slr_core.model.exits import loop_until_exit
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
 from tests import tiny
 from tests.contract.derivation import clone, plain_base, with_peft
@@ -70,15 +69,31 @@ def test_iteration_1_is_what_peft_makes_of_the_first_adapter(saved):
         assert (with_adapter - without).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("workspace", tiny.WORKSPACES)
-def test_a_base_with_a_sliding_window_is_refused(workspace, tmp_path):
-    with pytest.raises(ConfigError, match="MistralForCausalLM: layers without full attention are not supported"):
-        tiny.reasoner(loop=tiny.WORKSPACES[workspace], plain=tiny.base("mistral"))
-    # So is a checkpoint whose base was exchanged for one.
-    tiny.reasoner(loop=tiny.WORKSPACES[workspace]).save_pretrained(str(tmp_path))
-    tiny.base("mistral").save_pretrained(tmp_path / "base")
-    with pytest.raises(CheckpointError, match="without full attention"):
-        load_checkpoint(LatentReasoner, tmp_path)
+@pytest.mark.parametrize("kind", ["mistral", "gemma3", "qwen3_windowed"])
+def test_a_sliding_window_caps_the_positions(kind):
+    """Within the window, the engine writes what transformers does, looped or not; beyond it, requests are refused."""
+    plain = tiny.base(kind)
+    window = plain.config.sliding_window
+    made = tiny.reasoner(plain=tiny.base(kind), trained=False)
+    assert made.max_positions == window < plain.config.max_position_embeddings
+    prompts = [tiny.words(*range(n)) for n in (2, 7, window - 4)]
+    with Engine(made, threads=1, slots=2) as engine:
+        assert engine.capacity == window
+        for prompt, result in zip(prompts, engine.generate(prompts, max_new_tokens=4), strict=True):
+            ids = torch.tensor([tiny.ids(prompt)])
+            with torch.inference_mode():
+                output = plain.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=tiny.PAD
+                )
+            assert list(result.token_ids) == output[0, ids.shape[1] :].tolist()
+        loop = {"max_iterations": 3, "criterion": "fixed"}
+        requests = [tiny.request(made, prompt, loop, max_new_tokens=1) for prompt in prompts]
+        looped = [engine.submit(request).result() for request in requests]
+        assert [r.token_ids for r in looped] == [r.token_ids for r in generate(made, requests)]
+        with pytest.raises(RequestError, match=f"fit this model .positions end at its sliding window of {window}"):
+            engine.generate(tiny.words(*range(window)))
+        with pytest.raises(RequestError, match=f"max_new_tokens must be at most 4 .*sliding window of {window}"):
+            engine.generate(prompts[-1], max_new_tokens=5)
 
 
 SIZES = {"vocab_size": len(tiny.WORDS), "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
@@ -94,10 +109,10 @@ def test_a_head_that_is_not_plainly_linear_is_refused(field, value):
         tiny.reasoner(plain=plain)
 
 
-def test_one_layer_with_a_window_among_full_ones_is_refused():
+def test_a_layer_of_another_kind_is_refused():
     plain = tiny.base("qwen2")
-    plain.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ConfigError, match="Qwen2ForCausalLM: layers without full attention"):
+    plain.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(ConfigError, match=r"Qwen2ForCausalLM: layers without full attention .*: chunked_attention"):
         tiny.reasoner(plain=plain)
 
 

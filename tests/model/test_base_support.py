@@ -3,7 +3,14 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from slr_core.errors import ConfigError
-from slr_core.model.base_support import attention_mask, check_supported, end_tokens, hidden_size
+from slr_core.model.base_support import (
+    attention_mask,
+    attention_window,
+    check_supported,
+    end_tokens,
+    hidden_size,
+    max_positions,
+)
 from tests import tiny
 
 SIZES = {
@@ -26,13 +33,22 @@ def test_bases_with_full_attention_and_a_plain_head_are_taken(kind):
     check_supported(mistral(sliding_window=None))
 
 
-def test_windows_are_refused_by_name():
-    with pytest.raises(ConfigError, match="MistralForCausalLM: layers without full attention"):
-        check_supported(mistral(sliding_window=8))
+def test_a_window_is_the_most_positions():
+    for made, window in ((mistral(sliding_window=8), 8), (tiny.base("gemma3"), 16), (tiny.base(), None)):
+        check_supported(made)
+        assert attention_window(made.config) == window
+        assert max_positions(made.config) == (window or made.config.max_position_embeddings)
+    short = mistral(sliding_window=4096, max_position_embeddings=32)
+    assert max_positions(short.config) == 32
+
+
+def test_windows_without_a_width_are_refused():
     windowed = tiny.base("qwen3")
     windowed.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ConfigError, match="Qwen3ForCausalLM: layers without full attention"):
-        check_supported(windowed)
+    for width in (None, 1):
+        windowed.config.sliding_window = width
+        with pytest.raises(ConfigError, match="Qwen3ForCausalLM: layers without full attention"):
+            check_supported(windowed)
 
 
 def test_a_window_that_no_layer_uses_is_no_window():
@@ -40,6 +56,7 @@ def test_a_window_that_no_layer_uses_is_no_window():
     made.config.sliding_window = 8
     made.config.layer_types = ["full_attention"] * 2
     check_supported(made)
+    assert attention_window(made.config) is None
 
 
 @pytest.mark.parametrize("cap", [None, 30.0])

@@ -6,6 +6,7 @@ import torch
 from slr_core.checkpoint.read import load_weights
 from slr_core.errors import RequestError
 from slr_core.generation.reference import generate
+from slr_core.model import adapted
 from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams
 from tests import tiny
@@ -103,8 +104,8 @@ def test_a_limit_cycle_is_told(workspace, monkeypatch):
     made = of(workspace, residual={"source": "none"})
     iterate = made.workspace.run
 
-    def flip(model, context, u, active):
-        iterate(model, context, u, active)
+    def flip(model, context, u, active, t):
+        iterate(model, context, u, active, t)
         flip.sign = -flip.sign
         return torch.ones_like(u) + 0.5 * flip.sign
 
@@ -331,6 +332,25 @@ def test_training_mode_follows_a_changed_embedding_table():
         made.base.get_input_embeddings().weight.mul_(3)
     assert made.embedding_rms().item() == pytest.approx(3 * before)
     assert made.eval().embedding_rms().item() == pytest.approx(3 * before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_embedding_rms_is_of_what_the_model_is_fed(kind, monkeypatch):
+    """Gemma scales its embeddings. Measured once while the table stays as it is, in training too."""
+    made = tiny.reasoner(kind, plain=tiny.base(kind))
+    made.base.requires_grad_(False)
+    with torch.no_grad():
+        expected = made.embed(torch.arange(made.vocab_size)).pow(2).mean().sqrt()
+    torch.testing.assert_close(made.embedding_rms(), expected)
+    measured, measure = [], adapted._embedding_rms
+    monkeypatch.setattr(adapted, "_embedding_rms", lambda *args: (measured.append(1), measure(*args))[1])
+    for _ in range(2):
+        made.train()
+        made.unroll(made.encode(*tiny.batch(tiny.PROMPTS[:2])), 3)
+    assert measured == []
+    with torch.no_grad():
+        made.base.get_input_embeddings().weight.mul_(3)
+    torch.testing.assert_close(made.embedding_rms(), 3 * expected)
 
 
 def test_weights_loaded_in_eval_mode_take_effect_at_once(tmp_path):
