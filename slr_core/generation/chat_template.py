@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache, wraps
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import jinja2
 from jinja2 import TemplateError, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
@@ -26,9 +22,9 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-MAX_TEMPLATE_CHARACTERS = 2**18
+MAX_TEMPLATE_CHARACTERS = 2**17
 MAX_SECONDS = 2.0
-"""Processor time of one rendering, compilation included."""
+"""Processor time of one rendering. It is looked at in every pass of a loop, and before every call and filter."""
 MAX_CHARACTERS = 2**26
 """Characters of all values that a rendering makes, intermediate ones included; a list item counts as several."""
 _ITEM = 64
@@ -42,8 +38,6 @@ _TEXT_FILTERS = frozenset(
 )
 """Filters that turn a value of any kind into text."""
 _WIDE_FORMAT = re.compile(r"%[^%a-zA-Z]*(\*|\d{6})|\{[^}]*(\{|\d{6})")
-_INTERRUPTED = ("<template>", str(Path(jinja2.__file__).parent), __file__)
-"""How the names of files begin whose code is interrupted."""
 _made = threading.local()
 
 
@@ -61,38 +55,14 @@ def render_chat(template: str, messages: Iterable[Mapping[str, Any]], variables:
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise TemplateError(f"it has more than {MAX_TEMPLATE_CHARACTERS} characters")
     plain = [_with_reasoning({k: _plain(v) for k, v in message.items() if v is not None}) for message in messages]
-    _made.characters = 0
-
-    def render() -> str:
-        given = {"messages": plain, "tools": None, "documents": None, "add_generation_prompt": True}
-        return str(_compiled(template).render(**{**variables, **given}))
-
-    return _within_time(render)
+    given = {"messages": plain, "tools": None, "documents": None, "add_generation_prompt": True}
+    _made.characters, _made.end = 0, time.thread_time() + MAX_SECONDS
+    return str(_compiled(template).render(**{**variables, **given}))
 
 
-class _TimeIsUp(BaseException):
-    """Not an ``Exception``, which filters and undefined values may suppress."""
-
-
-def _within_time(run: Callable[[], str]) -> str:
-    """Compile and render; after :data:`MAX_SECONDS`, it is interrupted at the next line of the template or of Jinja."""
-    end, former = time.thread_time() + MAX_SECONDS, sys.gettrace()
-
-    def trace(frame: FrameType, _event: str, _argument: Any) -> Any:
-        # Not in other code: an error in a callback of the garbage collector, for example, would be ignored.
-        if not frame.f_code.co_filename.startswith(_INTERRUPTED):
-            return None
-        if time.thread_time() > end:
-            raise _TimeIsUp
-        return trace
-
-    sys.settrace(trace)
-    try:
-        return run()
-    except _TimeIsUp:
-        raise TemplateError(f"it takes more than {MAX_SECONDS:g} seconds") from None
-    finally:
-        sys.settrace(former)
+def _check_time() -> None:
+    if time.thread_time() > _made.end:
+        raise TemplateError(f"it takes more than {MAX_SECONDS:g} seconds")
 
 
 def _count(value: Any) -> Any:
@@ -145,7 +115,31 @@ def _reserve_result(name: str, text: Any, arguments: tuple[Any, ...], options: M
 
 
 class _CodeGenerator(CodeGenerator):
-    """Compiles ``a ~ b`` to a call that counts."""
+    """Compiles loops that look at the time, and ``a ~ b``, lists, tuples and dictionaries that count what they hold.
+
+    Otherwise a few lines could make a list that holds another one twice, and so on: comparing it would take for ever.
+    """
+
+    def visit_For(self, node: nodes.For, frame: Frame) -> None:
+        node.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("time_is_left")))
+        super().visit_For(node, frame)
+
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+        self.write("environment.count_nested(")
+        super().visit_List(node, frame)
+        self.write(")")
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        self.write("environment.count_nested(")
+        super().visit_Dict(node, frame)
+        self.write(")")
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        if node.ctx == "load":
+            self.write("environment.count_nested(")
+        super().visit_Tuple(node, frame)
+        if node.ctx == "load":
+            self.write(")")
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.join_texts((")
@@ -174,6 +168,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     code_generator_class = _CodeGenerator
     intercepted_binops = frozenset({"*", "**", "+", "%"})
+    count_nested = staticmethod(_count_nested)
 
     def __init__(self) -> None:
         super().__init__(
@@ -188,6 +183,12 @@ class _Environment(ImmutableSandboxedEnvironment):
             "namespace": _Namespace,
         }
         del self.globals["lipsum"]
+
+    @property
+    def time_is_left(self) -> bool:
+        """True; if it is not, an error is raised."""
+        _check_time()
+        return True
 
     def concat(self, parts: Iterable[str]) -> str:
         """Join texts, counted before they are joined."""
@@ -215,6 +216,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function or method."""
+        _check_time()
         _check_numbers((*args, *kwargs.values()))
         # The sandbox wraps str.format.
         method = getattr(__obj, "__wrapped__", __obj)
@@ -227,6 +229,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             elif name in ("format", "format_map"):
                 _count_nested([*args, *kwargs.values()])
             _reserve_result(name, owner, args, kwargs)
+        elif isinstance(__obj, Macro) and (__obj.catch_varargs or __obj.catch_kwargs):
+            _count_nested([*args, *kwargs.values()])  # they become a tuple and a dictionary
         return _count(super().call(__context, __obj, *args, **kwargs))
 
 
@@ -237,6 +241,7 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def counted(*arguments: Any, **options: Any) -> Any:
         value, *given = arguments[context_arguments:]
+        _check_time()
         _check_numbers((*given, *options.values()))
         everything = (*given, *options.values())
         if name == "join":
@@ -270,10 +275,14 @@ def _raise(message: Any) -> None:
 
 class _Dict:
     def __call__(self, *arguments: Any, **options: Any) -> dict[Any, Any]:
-        return dict(*arguments, **options)
+        made = dict(*arguments, **options)
+        _count_nested(made)
+        return made
 
     def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*arguments)
+        made = dict.fromkeys(*arguments)
+        _count_nested(made)
+        return made
 
 
 class _Namespace(Namespace):

@@ -60,6 +60,7 @@ HOSTILE = {
     "repeated list": "{{ ([1] * 3000000000) | length }}",
     "large power": "{{ 9 ** (9 ** 9) }}",
     "nested ranges": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "filters over ranges": "{{ range(99999) | map('abs') | sum }}" * 99,
     "large range": "{% for i in range(10 ** 9) %}{% endfor %}",
     "recursion": "{% macro f(n) %}{% for i in range(9) %}{{ f(n) }}{% endfor %}{% endmacro %}{{ f(1) }}",
     "width": "{{ 'a' | center(3000000000) }}",
@@ -75,10 +76,16 @@ HOSTILE = {
     "growing join": GROWING.replace("GROWN", "ns.a.join(['x'] * 100)"),
     "growing block": "{% set ns = namespace(a='x' * 1000) %}{% for i in range(90) %}"
     "{% set b %}{{ ns.a }}{{ ns.a }}{% endset %}{% set ns.a = b %}{% endfor %}",
+    "comparison": GROWING.replace("GROWN", "[ns.a, ns.a]").replace("{{ ns.a }}", "{{ ns.a == [ns.a, 1] }}"),
+    "nested tuples": GROWING.replace("GROWN", "(ns.a, ns.a)").replace("{{ ns.a }}", "{{ ns.a | length }}"),
+    "nested dictionaries": GROWING.replace("GROWN", "{1: ns.a, 2: ns.a}").replace("{{ ns.a }}", ""),
+    "nested calls": GROWING.replace("GROWN", "dict(x=ns.a, y=ns.a)").replace("{{ ns.a }}", ""),
+    "nested arguments": "{% macro f() %}{% set ns.a = varargs %}{% endmacro %}{% set ns = namespace(a='x') %}"
+    "{% for i in range(90) %}{{ f(ns.a, ns.a) }}{% endfor %}",
     "nested lists": GROWING.replace("GROWN", "[ns.a, ns.a]"),
     "nested lists as JSON": GROWING.replace("GROWN", "[ns.a, ns.a]").replace("{{ ns.a }}", "{{ ns.a | tojson }}"),
     "long output": "{% for i in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}",
-    "long source": "x" * (2**18 + 1),
+    "long source": "x" * (2**17 + 1),
     "code": "{{ messages.__class__.__mro__ }}{{ messages.append(1) }}",
     "deep nesting": "{% if 1 %}" * 5000 + "{% endif %}" * 5000,
 }
