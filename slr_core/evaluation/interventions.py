@@ -59,7 +59,13 @@ def add_noise(reasoner: LatentReasoner, scale: float, seeds: Sequence[int], *, s
 
 
 def replace_states(reasoner: LatentReasoner, edit: Edit) -> RunLoop:
-    """Run every loop, then run it again with its states replaced by what ``edit`` returns."""
+    """Run every loop, then run it again with its states replaced by what ``edit`` returns.
+
+    Raises:
+        ConfigError: the workspace is ``token``, whose answers do not depend on one loop alone.
+    """
+    if reasoner.workspace.per_token:
+        raise ConfigError("replacing thoughts is not supported by workspace `token`: every token has a loop of its own")
 
     def run_loop(context: Context, settings: Sequence[ResolvedLoopParams]) -> LoopOutput:
         # The context before the loop extends it.

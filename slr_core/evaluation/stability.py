@@ -216,14 +216,16 @@ def measure_distances(reasoner: LatentReasoner, prompts: Sequence[str], iteratio
         previous, before = context.hidden, head
         g, h = reasoner.iterate(context, t)
         head = reasoner.log_probs(readout(h, context.valid_mask))
+        (g, _), (previous, _) = (reasoner.workspace.measured(x, context.valid_mask) for x in (g, previous))
+        h, valid_mask = reasoner.workspace.measured(h, context.valid_mask)
         measured = measure(
             h,
-            context.valid_mask,
+            valid_mask,
             previous=previous if reasoner.is_state(t - 1) else None,
             compared=reasoner.compared_state(g, h),
             head=head,
             head_before=before,
-            p_halt=None if reasoner.halting is None else reasoner.halting(h, context.valid_mask),
+            p_halt=None if reasoner.halting is None else reasoner.halting(h, valid_mask),
             survival_before=survival,
         )
         survival = measured.survival

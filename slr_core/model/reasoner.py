@@ -262,8 +262,9 @@ class LatentReasoner(AdaptedModel):
         return g if self.config.loop.residual.source == "previous" else h
 
     def state_values(self, prompt_tokens: int, iterations: int) -> int:
-        """Number of values in the states h_1 ... h_t of one row."""
-        return iterations * self.workspace.width(prompt_tokens) * hidden_size(self.base)
+        """Number of values in the states h_1 ... h_t that a result of one row holds."""
+        width = 1 if self.workspace.per_token else self.workspace.width(prompt_tokens)
+        return iterations * width * hidden_size(self.base)
 
     def is_state(self, t: int) -> bool:
         """Whether h_t is a state: h_0 is an input in some workspaces."""

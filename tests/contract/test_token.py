@@ -190,3 +190,10 @@ def test_an_adapter_decode_is_refused():
     adapters[DECODE] = adapters["loop_01"]
     with pytest.raises(ConfigError, match="`decode` is not supported by workspace `token`"):
         LatentReasoner(tiny.base(), tiny.tokenizer(), config, adapters)
+
+
+def test_a_result_holds_one_position():
+    made = token("llama", "copy")
+    loop = {"max_iterations": 3, "criterion": "fixed"}
+    (result,) = generate(made, [tiny.request(made, tiny.PROMPTS[1], loop, include_states=True)])
+    assert result.states[1:].numel() == made.state_values(result.prompt_tokens, 3) == 3 * 32

@@ -250,3 +250,9 @@ def test_after_noise_the_model_is_as_before(plain):
         add_noise(plain, 1.0, SEEDS)(plain.encode(*tiny.batch(tiny.PROMPTS)), [])
     assert not plain.residual._forward_hooks
     assert answers(plain) == own
+
+
+def test_token_is_refused():
+    made = tiny.reasoner(loop={"workspace": "token"})
+    with pytest.raises(ConfigError, match="not supported by workspace `token`"):
+        replace_states(made, lambda rows: rows)
