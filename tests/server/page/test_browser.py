@@ -1,5 +1,6 @@
 """The page in a real browser. Skipped where chromium is not installed."""
 
+import gzip
 import json
 import re
 import shutil
@@ -272,7 +273,7 @@ def test_compare(visit):
     assert "The answers are the same." in page.locator(".parting").inner_text()
 
 
-def test_batch(visit):
+def test_batch(visit, tmp_path):
     page = visit()
     view(page, "Batch")
     examples = json.loads((PROSQA / "examples.json").read_text())
@@ -281,7 +282,8 @@ def test_batch(visit):
         for i in range(19)
     ]
     lines.append({"question": examples[0]["prompt"], "answer": "No."})
-    page.get_by_label("Questions", exact=False).first.fill("\n".join(map(json.dumps, lines)))
+    (tmp_path / "questions.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    page.get_by_label("Open a file").set_input_files(tmp_path / "questions.jsonl.gz")
     page.get_by_role("button", name="Run all").click()
     page.get_by_text("20 of 20.").wait_for()
     assert "19 of 20 correct (95 %)" in page.get_by_role("status").inner_text()
