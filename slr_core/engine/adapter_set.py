@@ -36,7 +36,8 @@ class LoopAdapterSet:
         self.name, self.reasoner = name, reasoner
         self.adapter_ids: dict[str, int] = {}
         # Prefixes that an adapter of this set has run are of no use to another set, nor to a later one of this name.
-        self.prefix_salt = uuid4().bytes if reasoner.adapters.default is not None else b""
+        covers_prompt = reasoner.adapters.default is not None or reasoner.workspace.per_token
+        self.prefix_salt = uuid4().bytes if covers_prompt else b""
         self._adapter_names: dict[int, str | None] = {}
         self.config = reasoner.config.loop
         self.workspace = reasoner.workspace

@@ -105,8 +105,6 @@ class Core:
             raise RequestError(
                 f"the request may need {reserved} positions, a slot has {self.cache.capacity}", param="prompt"
             )
-        # Prompts whose tokens are scored have to be run.
-        reuses_prefix = adapter_set.workspace.prefills and self.prefixes.max_bytes > 0 and not request.score_prompt
         sequence = Sequence(
             request=request,
             adapter_set=adapter_set,
@@ -114,7 +112,7 @@ class Core:
             on_event=on_event,
             deadline=deadline,
             group=object() if group is None else group,
-            prefix_keys=prefix_keys(request.prompt_ids, adapter_set.prefix_salt) if reuses_prefix else (),
+            prefix_keys=self._prefix_keys(request, adapter_set),
             reserved=reserved,
             answer=DecodeState(adapter_set.reasoner, request),
             tracker=LoopTracker(ExitRule(request.loop, adapter_set.config.guard)),
@@ -124,6 +122,20 @@ class Core:
         )
         sequence.future.add_done_callback(sequence.note_cancelled)
         return sequence
+
+    def _prefix_keys(self, request: Request, adapter_set: LoopAdapterSet) -> tuple[bytes, ...]:
+        """Keys of the prefixes that a request can reuse and leave."""
+        workspace, depth, salt = adapter_set.workspace, request.loop.max_iterations, adapter_set.prefix_salt
+        if self.prefixes.max_bytes == 0 or request.score_prompt:  # scored prompts have to be run
+            return ()
+        if isinstance(workspace, Token):
+            # A shared cache holds nothing that iterations before the last could attend to.
+            if workspace.shared_cache or depth == 0:
+                return ()
+            salt += depth.to_bytes(2, "little")
+        elif not workspace.prefills:
+            return ()
+        return prefix_keys(request.prompt_ids, salt)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a request."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from slr_core.engine.events import FinishedEvent, IterationEvent, TokenEvent
 from slr_core.engine.prefix_cache import PrefixCache
 from slr_core.engine.runner.iteration import IterationOutput
+from slr_core.engine.runner.kv_cache import CacheCopies
 from slr_core.engine.runner.model_runner import (
     LogitsOutput,
     ModelRunner,
@@ -84,7 +85,15 @@ class OutputProcessor:
             if state is not None:
                 self._begin_loop(sequence, state)
         elif not sequence.request.score_prompt:
-            self._begin_loop(sequence, self.runner.embed(sequence.request.prompt_ids))
+            ids = sequence.request.prompt_ids
+            if sequence.token is not None and sequence.prefix_keys:
+                copies = self._copies(sequence.token)
+                sequence.filled, _ = self.prefixes.restore(sequence.prefix_keys, len(ids), copies, sequence.slot)
+                self.counters.reused_tokens += sequence.filled
+            self._begin_loop(sequence, self.runner.embed(ids[sequence.filled :]))
+
+    def _copies(self, token: TokenLoops) -> CacheCopies:
+        return CacheCopies(self.cache, token.cache_copies, token.cache_size)
 
     def _apply_state(self, sequence: Sequence, output: StateOutput) -> None:
         sequence.filled += output.queries
@@ -188,6 +197,11 @@ class OutputProcessor:
             first, end = sequence.filled + source * size, sequence.filled + token.depth * size
             self.cache.spread(sequence.slot, sequence.filled + (source - 1) * size, range(first, end, size))
         token.end_loop(sequence.tracker, sequence.states)
+        ids = sequence.request.prompt_ids
+        if len(token.loops) == 1 and token.depth == sequence.request.loop.max_iterations:
+            self.prefixes.save(sequence.prefix_keys, len(ids), self._copies(token), sequence.slot, None)
+        if token.closing_iteration == 0 and sequence.filled:  # the base model has not run the prefix
+            sequence.filled, sequence.states = 0, [self.runner.embed(ids)]
         if kept and kept == t:
             sequence.logits = sequence.head
         sequence.advance()

@@ -3,18 +3,18 @@
 A prompt's full blocks of :data:`BLOCK` tokens have the hash of all tokens up to the block's end as key, so equal
 prefixes have equal keys: system prompts and few-shot examples are prefilled once. One more key stands for the whole
 prompt. Its entry also holds the state after the prompt, so ``n`` samples of one prompt are prefilled once. Prefill
-runs the base model, so all loop adapter sets share the entries, but for those whose adapter covers the prompt.
+runs the base model, so all loop adapter sets share the entries, but for those whose adapter covers the prompt. In the
+workspace ``token`` an entry holds the keys and values of every iteration, and the requests of one loop adapter set with
+equal ``max_iterations`` share it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
-
-from slr_core.engine.runner.kv_cache import KVCache
 
 BLOCK = 16
 """Tokens of a block."""
@@ -32,9 +32,21 @@ def prefix_keys(ids: tuple[int, ...], salt: bytes = b"") -> tuple[bytes, ...]:
     return (*keys, digest.digest())
 
 
+class SlotMemory(Protocol):
+    """Keys and values of slots: a :class:`slr_core.engine.runner.kv_cache.KVCache` or its view of several copies."""
+
+    def read(self, slot: int, start: int, end: int) -> Tensor:
+        """A copy of positions ``start`` to ``end``: ``[..., end - start, head_dim]``."""
+        ...
+
+    def write(self, slot: int, start: int, keys_values: Tensor) -> None:
+        """Write what :meth:`read` returned."""
+        ...
+
+
 class _Entry(NamedTuple):
     keys_values: Tensor
-    """``[layers, 2, heads, positions, head_dim]``."""
+    """``[..., layers, 2, heads, positions, head_dim]``."""
     state: Tensor | None
     """The state ``[d]`` after the prompt, in the entry of a whole prompt."""
 
@@ -59,7 +71,7 @@ class PrefixCache:
         return next((i for i, key in enumerate(keys) if key not in self._entries), len(keys))
 
     def restore(
-        self, keys: tuple[bytes, ...], prompt_tokens: int, cache: KVCache, slot: int
+        self, keys: tuple[bytes, ...], prompt_tokens: int, cache: SlotMemory, slot: int
     ) -> tuple[int, Tensor | None]:
         """Copy the longest cached prefix into a slot.
 
@@ -78,14 +90,23 @@ class PrefixCache:
         self._mark_used(keys[:count])
         return filled, state
 
-    def save(self, keys: tuple[bytes, ...], prompt_tokens: int, cache: KVCache, slot: int, state: Tensor) -> None:
-        """Store the prefixes of a prompt that was just prefilled, as far as memory allows."""
+    def save(
+        self, keys: tuple[bytes, ...], prompt_tokens: int, cache: SlotMemory, slot: int, state: Tensor | None
+    ) -> None:
+        """Store the prefixes of a prompt that was just prefilled, as far as memory allows.
+
+        Without a ``state`` ``[d]`` after the prompt, the whole prompt is no entry.
+        """
         for index, key in enumerate(keys):
             if key in self._entries:
                 continue
             is_whole = index == len(keys) - 1
+            if is_whole and state is None:
+                break
             end = prompt_tokens if is_whole else (index + 1) * BLOCK
-            entry = _Entry(cache.read(slot, index * BLOCK, end), state.clone() if is_whole else None)
+            entry = _Entry(
+                cache.read(slot, index * BLOCK, end), state.clone() if is_whole and state is not None else None
+            )
             if entry.nbytes > self.max_bytes:
                 break
             self._entries[key] = entry

@@ -141,3 +141,43 @@ def test_a_token_whose_first_iteration_breaks_down_fails_alone(monkeypatch):
     assert "not finite" in str(future.exception(0))
     assert facts(neighbour.result(0)) == facts(generate(made, [other])[0])
     assert is_empty(stepped.core)
+
+
+def test_prefixes_are_reused():
+    """Of every iteration, between requests of one maximum; without a loop, and with a shared cache, nothing is."""
+    for loop, reused in (({}, 32), ({"deeper_cache": "shared"}, 0)):
+        made = token(**loop)
+        stepped = core(made, capacity=256)
+        first, second = tiny.words(*range(34)), tiny.words(*range(33), 9, 9)
+        asked = [(first, 3), (second, 3), (second, 2), (first, 0), (first, 3)]
+        total = []
+        for prompt, iterations in asked:
+            request = tiny.request(made, prompt, {"max_iterations": iterations, "threshold": 0.7}, max_new_tokens=3)
+            before = stepped.counters.reused_tokens
+            future = stepped.submit(request)
+            stepped.drain()
+            assert facts(future.result(0)) == facts(generate(made, [request])[0])
+            total.append(stepped.counters.reused_tokens - before)
+        assert total == [0, reused, 0, 0, reused]
+        assert is_empty(stepped.core)
+
+
+def test_a_reused_prefix_is_run_again_by_the_base(monkeypatch):
+    made = token()
+    stepped, prompt = core(made, capacity=256), tiny.words(*range(20))
+    loop = {"max_iterations": 3, "criterion": "fixed"}
+    stepped.submit(tiny.request(made, prompt, loop))
+    stepped.drain()
+    apply = stepped.core.outputs._apply_iteration
+
+    def spoiled(sequence, output, passed):
+        bad = {"norm": float("nan")}
+        apply(sequence, output._replace(state=output.state * torch.nan, finite=False, measured=bad), passed)
+
+    monkeypatch.setattr(stepped.core.outputs, "_apply_iteration", spoiled)
+    future = stepped.submit(tiny.request(made, prompt, loop))
+    stepped.drain()
+    assert stepped.counters.reused_tokens == 16
+    plain = generate(made, [tiny.request(made, prompt, {"max_iterations": 0})])[0]
+    assert (future.result(0).exit_reason, future.result(0).token_ids) == ("diverged", plain.token_ids)
+    assert is_empty(stepped.core)

@@ -87,6 +87,31 @@ class KVCache(Cache):
         self.store[:, :, slot, :, start:end] = 0
 
 
+class CacheCopies:
+    """Several key/value caches in each slot, one after another.
+
+    Args:
+        cache: the slots.
+        copies: number of key/value caches.
+        size: positions of each.
+    """
+
+    def __init__(self, cache: KVCache, copies: int, size: int) -> None:
+        self.cache, self.copies, self.size = cache, copies, size
+
+    def read(self, slot: int, start: int, end: int) -> Tensor:
+        """A copy of positions ``start`` to ``end`` of all: ``[copies, layers, 2, heads, end - start, head_dim]``."""
+        return torch.stack([self.cache.read(slot, at + start, at + end) for at in self._starts()])
+
+    def write(self, slot: int, start: int, keys_values: Tensor) -> None:
+        """Write what :meth:`read` returned."""
+        for at, part in zip(self._starts(), keys_values, strict=True):
+            self.cache.write(slot, at + start, part)
+
+    def _starts(self) -> range:
+        return range(0, self.copies * self.size, self.size)
+
+
 class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of the cache, with the interface of ``transformers``."""
 
