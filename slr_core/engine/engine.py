@@ -52,7 +52,7 @@ class Engine:
         cache_gib: memory of all slots in GiB; ignored if ``capacity`` is given.
         prefix_gib: memory of the prefix cache in GiB; 0: no prefix cache.
         prefill_chunk: maximum number of prompt positions in one step. A long prompt is run in chunks, except in the
-            workspace ``prompt``.
+            workspaces ``prompt`` and ``token``.
         threads: number of torch threads. Default: the fastest count, measured at startup, and again when the step time
             has changed.
         static_shapes: run loop and decode passes in a few fixed shapes, which a GPU replays as CUDA graphs. Default:
