@@ -26,6 +26,8 @@ MAX_CHUNKS = 16_384
 """Chunks of a body: the parser takes some microseconds for each, however small it is."""
 MAX_CHUNK_OVERHEAD = 1 << 20
 """Bytes of chunk headers, extensions and trailers of a body."""
+PROBE_HEAD_S = 1.0
+"""Seconds for the headers on a connection beyond the limit, which is there for health checks."""
 LINGER_S = 1.0
 """Seconds for a client that is still sending to read the response that ends its connection."""
 
@@ -80,6 +82,7 @@ class Connection(HttpToolsProtocol):
         self._keep_alive = False
         """Whether the request lets the connection stay open."""
         self._admitted = Admitted.NOT
+        self._head_timeout_s = limits.head_timeout_s
         self._error: SLRError | None = None
         """Why a callback has stopped the parser."""
 
@@ -90,12 +93,14 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._writer = _ResponseWriter(self)
         self._admitted = self.limits.connections.open(self)
+        if self._admitted is Admitted.FOR_PROBES:
+            self._head_timeout_s = min(PROBE_HEAD_S, self._head_timeout_s)
         if self._admitted is Admitted.NOT:
             self._discarding = True
             self.limits.metrics.connection_refused()
             transport.abort()
         else:
-            self._start_timer(self.limits.head_timeout_s)
+            self._start_timer(self._head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timer and tell the request in progress."""
@@ -153,7 +158,7 @@ class Connection(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Close a connection that is idle, or refuse a request whose headers are late."""
         if self._received and not self._discarding:
-            self._refuse(HeadersTooSlow(f"the headers must arrive within {self.limits.head_timeout_s:g} seconds"))
+            self._refuse(HeadersTooSlow(f"the headers must arrive within {self._head_timeout_s:g} seconds"))
         else:
             super().timeout_keep_alive_handler()
 
@@ -169,7 +174,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False
             self._discarding = True
             raise InvalidHTTP("pipelined")  # stops the parser
-        self._start_timer(self.limits.head_timeout_s)
+        self._start_timer(self._head_timeout_s)
         self._chunks = 0
         super().on_message_begin()
 

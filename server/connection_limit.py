@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import resource
-import time
-from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
@@ -14,8 +12,6 @@ RESERVED_CONNECTIONS = 32
 """Connections beyond the limit, on which only health checks are answered."""
 _OTHER_FILES = 64
 """Descriptors for everything that is not a client's connection."""
-_SILENT_S = 1.0
-"""Seconds after which a new connection that has sent nothing gives way to another."""
 
 
 class Admitted(Enum):
@@ -42,16 +38,15 @@ class ConnectionLimit:
 
     Args:
         limit: maximum number of connections.
-        clock: returns seconds, monotonic.
     """
 
-    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limit, self._clock = limit, clock
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self._open: set[Closable] = set()
         self._idle: dict[Closable, None] = {}
         """Those between two requests, idle for longest first."""
-        self._silent: dict[Closable, float] = {}
-        """Those that have sent nothing, with the time at which they were opened, the oldest first."""
+        self._silent: dict[Closable, None] = {}
+        """Those that have sent nothing, the oldest first."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -61,10 +56,10 @@ class ConnectionLimit:
         admitted = Admitted.FULLY
         if len(self._open) >= self.limit and not self._close_oldest(self._idle):
             admitted = Admitted.FOR_PROBES
-            if len(self._open) >= self.limit + RESERVED_CONNECTIONS and not self._close_silent():
+            if len(self._open) >= self.limit + RESERVED_CONNECTIONS and not self._close_oldest(self._silent):
                 return Admitted.NOT
         self._open.add(connection)
-        self._silent[connection] = self._clock()
+        self._silent[connection] = None
         return admitted
 
     def mark_active(self, connection: Closable) -> None:
@@ -82,11 +77,7 @@ class ConnectionLimit:
         self.mark_active(connection)
         self._open.discard(connection)
 
-    def _close_silent(self) -> bool:
-        oldest = next(iter(self._silent.values()), None)
-        return oldest is not None and oldest <= self._clock() - _SILENT_S and self._close_oldest(self._silent)
-
-    def _close_oldest(self, connections: dict[Closable, None] | dict[Closable, float]) -> bool:
+    def _close_oldest(self, connections: dict[Closable, None]) -> bool:
         oldest = next(iter(connections), None)
         if oldest is None:
             return False

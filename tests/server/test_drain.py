@@ -103,3 +103,24 @@ def test_an_idle_server_ends_at_once(engine):
             await asyncio.wait_for(app.state.service.draining, 20)
 
     asyncio.run(scenario())
+
+
+def test_end_while_loading(monkeypatch, reasoner, gate):
+    """The end does not wait for a load; its engine is closed when it has loaded."""
+    engine = Engine(tiny.twin(reasoner), threads=1)
+
+    def load(*_, **__):
+        gate()
+        return engine
+
+    monkeypatch.setattr(Engine, "from_pretrained", load)
+
+    async def scenario():
+        app = create_app(ServerSettings(threads=1))
+        async with app.router.lifespan_context(app):
+            await until(gate.reached.is_set)
+        assert engine.alive
+        gate.opened.set()
+        await until(lambda: not engine.alive)
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))

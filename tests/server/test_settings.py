@@ -87,6 +87,7 @@ def test_missing_config_file(tmp_path):
         {"dtype": "int8"},
         {"served_model_name": ""},
         {"prot": 1},
+        {"ssl_keyfile": "key.pem"},
     ],
 )
 def test_wrong_settings(wrong):

@@ -71,11 +71,9 @@ def test_https_and_key_file(tiny_checkpoint, certificate, tmp_path):
 
 
 @pytest.mark.slow
-def test_wrong_certificate(certificate, tmp_path):
-    cert, _ = certificate
-    for flags in (["--ssl-certfile", str(cert)], ["--ssl-certfile", str(tmp_path / "none")]):
-        command = [sys.executable, "-m", "slr_server.cli", "--port", "0", "--log-level", "error", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 1
-        (line,) = done.stderr.splitlines()
-        assert line.startswith("slr-serve: error: ssl_certfile, ssl_keyfile: ")
+def test_certificate_without_key(certificate):
+    command = [sys.executable, "-m", "slr_server.cli", "--port", "0", "--log-level", "error"]
+    done = subprocess.run([*command, "--ssl-certfile", str(certificate[0])], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("slr-serve: error: ssl_certfile, ssl_keyfile: ")
