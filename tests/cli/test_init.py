@@ -59,6 +59,10 @@ def test_untrained_until_trained(run, plain, tmp_path):
     assert SLRConfig.from_json(tmp_path / "run" / "slr_config.json").trained is True
 
 
+def test_dtype(run, plain, tmp_path):
+    assert "bfloat16 on cpu" in run("init", plain, "--out", tmp_path / "out", "--dtype", "bfloat16")[1]
+
+
 def test_json(run, plain, tmp_path):
     found = json.loads(run("init", plain, "--out", tmp_path / "out", "--seed", 3, "--json")[1])
     assert found["added_parameters"] == found["adapter_parameters"] + found["module_parameters"]
