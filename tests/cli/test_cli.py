@@ -94,7 +94,7 @@ def test_every_loading_command():
     }
     assert takes["--model"] == LOADING.keys() | {"export"}, "an export keeps the weights as they are"
     assert takes["--device"] == LOADING.keys() | {"sweep"}, "a sweep loads what it has trained"
-    assert takes["--dtype"] == takes["--device"] | {"import"}
+    assert takes["--dtype"] == takes["--device"] | {"import", "init"}, "they write weights in it"
 
 
 def test_json_means_one_thing():
