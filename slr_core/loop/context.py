@@ -30,7 +30,7 @@ class Context:
             embeddings first, the final norm's output last. ``None``: they are not recorded.
         depths: ``[B]`` long, in the workspace ``token``: iterations that each position of the answer may run; ``None``:
             the prompt is still being looped.
-        banks: in the workspace ``token``: the cache of each iteration, of which ``cache`` and ``visible`` are used;
+        caches: in the workspace ``token``: the cache of each iteration, of which ``cache`` and ``visible`` are used;
             a single one if all iterations share it.
         runs: in the workspace ``token``: the cache of each iteration with the positions that are being looped.
     """
@@ -45,7 +45,7 @@ class Context:
     change: Tensor
     passes: list[tuple[Tensor, ...]] | None = None
     depths: Tensor | None = None
-    banks: list[Context] = field(default_factory=list)
+    caches: list[Context] = field(default_factory=list)
     runs: list[Context] = field(default_factory=list)
 
     def layers(self) -> Iterator[tuple[DynamicLayer, Tensor, Tensor]]:

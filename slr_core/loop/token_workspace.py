@@ -59,7 +59,7 @@ class Token(Workspace):
         if context.depths is None:
             attended = empty_context(u, context.valid_mask)
         else:
-            attended = context.banks[0 if self.shared_cache else t - 1].fork()
+            attended = context.caches[0 if self.shared_cache else t - 1].fork()
         attended.next_position, attended.passes = context.next_position, context.passes
         g = model.forward_chunk(attended, u, context.valid_mask & active[:, None])
         context.runs.append(attended)
@@ -78,8 +78,8 @@ class Token(Workspace):
         context.state = hidden[:, 0] if hidden.shape[1] == 1 else readout(hidden, context.valid_mask)
         if context.runs:
             kept = kept.clamp_min(1)
-            context.banks = (
-                self._grow(context, kept, depths) if context.banks else self._first_banks(context.runs, depths)
+            context.caches = (
+                self._grow(context, kept, depths) if context.caches else self._first_banks(context.runs, depths)
             )
         if (context.valid_mask & ~looped[:, None]).any():
             plain = model.forward_chunk(context, context.initial, context.valid_mask & ~looped[:, None])
@@ -101,12 +101,12 @@ class Token(Workspace):
         present = context.valid_mask
         return [
             _joined(
-                bank,
+                earlier,
                 context.runs,
                 kept if self.shared_cache else kept.clamp_max(t),
-                torch.cat([bank.visible, present & (depths >= t)[:, None]], dim=1),
+                torch.cat([earlier.visible, present & (depths >= t)[:, None]], dim=1),
             )
-            for t, bank in enumerate(context.banks, start=1)
+            for t, earlier in enumerate(context.caches, start=1)
         ]
 
     def measured(self, states: Tensor, valid_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -134,28 +134,30 @@ class Token(Workspace):
         return prompt_tokens
 
 
-def _joined(bank: Context | None, runs: Sequence[Context], chosen: Tensor, visible: Tensor) -> Context:
-    """A cache of ``bank``'s positions, then each row's new ones as they are in ``runs[chosen - 1]``.
+def _joined(earlier: Context | None, runs: Sequence[Context], chosen: Tensor, visible: Tensor) -> Context:
+    """A cache of ``earlier``'s positions, then each row's new ones as they are in ``runs[chosen - 1]``.
 
     Args:
-        bank: the cache before; ``None``: there is none.
-        runs: caches of the iterations, each with the positions of its bank first.
+        earlier: the cache before; ``None``: there is none.
+        runs: caches of the iterations, each with the earlier positions first.
         chosen: ``[B]`` long, the iteration, from 1, whose keys and values are kept.
         visible: ``[B, S]`` bool of the result.
     """
     chosen = chosen.clamp_max(len(runs)) - 1
     rows = torch.arange(len(chosen), device=chosen.device)
-    start = 0 if bank is None else bank.visible.shape[1]
+    start = 0 if earlier is None else earlier.visible.shape[1]
     before = (
-        [[] for _ in runs[0].cache.layers] if bank is None else [[(keys, values)] for _, keys, values in bank.layers()]
+        [[] for _ in runs[0].cache.layers]
+        if earlier is None
+        else [[(keys, values)] for _, keys, values in earlier.layers()]
     )
     per_run = [[(keys, values) for _, keys, values in run.layers()] for run in runs]
     cache = DynamicCache()
-    for index, earlier in enumerate(before):
+    for index, kept in enumerate(before):
         keys, values = (
             torch.cat(
                 [
-                    *(pair[part] for pair in earlier),
+                    *(pair[part] for pair in kept),
                     torch.stack([x[index][part][..., start:, :] for x in per_run])[chosen, rows],
                 ],
                 dim=-2,
