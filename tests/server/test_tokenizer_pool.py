@@ -35,7 +35,8 @@ def test_large_prompts_do_not_hold_up_small_ones(blocked):
         large = [asyncio.create_task(pool.run(work, LARGE_CHARACTERS)) for _ in range(3)]
         small = asyncio.create_task(pool.run(work, 1))
         assert await asyncio.wait_for(pool.run(lambda: 7, 1), 10) == 7
-        assert pool.lag_s >= pool.waiting_s > 0
+        waiting_s = pool.waiting_s
+        assert pool.lag_s >= waiting_s > 0
         ended.set()
         assert await asyncio.gather(*large, small) == [True] * 4
         pool.close()
@@ -45,12 +46,18 @@ def test_large_prompts_do_not_hold_up_small_ones(blocked):
 
 def test_dropped_work_does_not_run(blocked):
     work, ended = blocked
+    begun = threading.Semaphore(0)
+
+    def begin():
+        begun.release()
+        return work()
 
     async def scenario():
         pool, ran = TokenizerPool(), []
-        running = [asyncio.create_task(pool.run(work, 1)) for _ in range(2)]
+        running = [asyncio.create_task(pool.run(begin, 1)) for _ in range(2)]
         dropped = asyncio.create_task(pool.run(lambda: ran.append(1), 1))
-        await asyncio.sleep(0.01)
+        for _ in running:
+            await asyncio.to_thread(begun.acquire)
         assert pool.waiting_s > 0
         dropped.cancel()
         await asyncio.wait((dropped,))
