@@ -237,6 +237,7 @@ async def follow(engine):
     async for _ in engine.astream("w1 w2", None, long):
         pass
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 runs = {
     "generate": lambda engine: engine.generate(["w1 w2"] * 3, None, long),
     "chat": lambda engine: engine.chat([chat] * 3, None, long),

@@ -193,7 +193,7 @@ def test_disconnect_while_streaming(start, hold, made):
 
 
 def test_slow_reader_is_dropped(start, made):
-    server = start("--write-timeout-s", "1", "--max-prompts", "64")
+    server = start("--write-timeout-s", "1", "--max-prompts", "64", "--max-answers", "192")
     bystanders = Bystanders(made, server)
     connection = connect(
         server,

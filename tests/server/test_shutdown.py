@@ -96,6 +96,7 @@ def test_hangup_drains_and_loads_stay_offline(tiny_checkpoint):
     config = json.loads((folder / "online" / "slr_config.json").read_text())
     (folder / "online" / "slr_config.json").write_text(json.dumps({**config, "base": "nobody/such-model"}))
     flags = ("--loop-sets", str(folder), "--admin-key", ADMIN)
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the server ignores it below nohup
     server = Server(tiny_checkpoint, tiny_checkpoint.parent / "hangup", *flags)
     try:
         started = time.monotonic()
@@ -109,4 +110,5 @@ def test_hangup_drains_and_loads_stay_offline(tiny_checkpoint):
             timed_end(server, signal.SIGHUP, 20)
             assert all(each.done() for each in running)
     finally:
+        signal.signal(signal.SIGHUP, inherited)
         server.kill()
