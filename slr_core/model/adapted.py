@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from peft import LoraConfig
@@ -135,13 +136,19 @@ class AdaptedModel(nn.Module):
                 self._token_texts[token] = str(self.tokenizer.decode([token]))
         return self._token_texts[token]
 
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation, as every module does."""
+        if self._embedding_table.requires_grad:
+            self._embedding_rms = None  # a fused optimizer changes weights without a new version of the tensor
+        return super().train(mode)
+
     def embedding_rms(self) -> Tensor:
         """Root mean square of the token embeddings that the base model is fed, a scalar in fp32 or fp64.
 
-        Computed again when the embedding table has changed, and at every call where gradients flow into it.
+        Computed again when the embedding table has changed, and at every call while it is trained.
         """
         table = self._embedding_table
-        if table.requires_grad and self.training and torch.is_grad_enabled():
+        if table.requires_grad and self.training:
             return _embedding_rms(self.base.get_input_embeddings(), table)
         key = table.data_ptr(), table.dtype, 0 if table.is_inference() else table._version
         if self._embedding_rms is None or self._embedding_rms[0] != key:

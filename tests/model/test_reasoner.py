@@ -353,6 +353,25 @@ def test_embedding_rms_is_of_what_the_model_is_fed(kind, monkeypatch):
     torch.testing.assert_close(made.embedding_rms(), 3 * expected)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_embedding_rms_follows_the_optimizer(fused):
+    """A fused optimizer changes the table without a new version of the tensor."""
+    made = tiny.reasoner().train()
+    table = made.base.get_input_embeddings().weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW([table], lr=1.0, fused=fused)
+    with torch.no_grad():  # as in the iterations without gradients
+        made.embedding_rms()
+        table.grad = torch.ones_like(table)
+        optimizer.step()
+        expected = made.embed(torch.arange(made.vocab_size)).pow(2).mean().sqrt()
+        torch.testing.assert_close(made.embedding_rms(), expected)
+        made.eval().embedding_rms()
+        made.train()
+        optimizer.step()
+        expected = made.embed(torch.arange(made.vocab_size)).pow(2).mean().sqrt()
+        torch.testing.assert_close(made.eval().embedding_rms(), expected)
+
+
 def test_weights_loaded_in_eval_mode_take_effect_at_once(tmp_path):
     other, made = tiny.reasoner(seed=5), tiny.reasoner()
     with torch.no_grad():

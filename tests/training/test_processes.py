@@ -50,8 +50,8 @@ def test_killed_run_resumes_to_same_weights(tmp_path):
     path = recipe(tmp_path / "killed", save_steps=7)
     steps = tmp_path / "killed" / "out" / "steps"
     running = subprocess.Popen(command(path), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    # In the middle of things: as soon as the second checkpoint appears, finished or not.
-    while not (steps / "checkpoint-14").exists() and running.poll() is None:
+    # In the middle of things: as soon as the third checkpoint appears, finished or not.
+    while not (steps / "checkpoint-21").exists() and running.poll() is None:
         time.sleep(0.001)
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
