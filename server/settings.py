@@ -35,6 +35,8 @@ def check_keys(value: SecretStr) -> SecretStr:
     return value
 
 
+_Timeout = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+"""Seconds, up to a day."""
 Keys = Annotated[SecretStr, AfterValidator(check_keys)]
 
 
@@ -148,21 +150,13 @@ class ServerSettings(BaseSettings):
         1 << 17, ge=1, description="Maximum number of top tokens or log-probabilities in a response."
     )
 
-    request_timeout_s: float = Field(
-        120.0, gt=0, le=86400, allow_inf_nan=False, description="Time limit of a request in seconds; then it gets 504."
-    )
-    load_timeout_s: float = Field(
+    request_timeout_s: _Timeout = Field(120.0, description="Time limit of a request in seconds; then it gets 504.")
+    load_timeout_s: _Timeout = Field(
         300.0,
-        gt=0,
-        le=86400,
-        allow_inf_nan=False,
         description="Seconds in which the admin endpoint loads a loop adapter set; then it answers 504.",
     )
-    stall_timeout_s: float = Field(
+    stall_timeout_s: _Timeout = Field(
         60.0,
-        gt=0,
-        le=86400,
-        allow_inf_nan=False,
         description="Seconds without an engine step, while work is pending, after which /livez fails.",
     )
     head_timeout_s: float = Field(
