@@ -449,7 +449,9 @@ def test_close_twice(made):
         serving.submit(tiny.request(made, "w1"))
 
 
-def test_thread_count_is_at_most_the_callers(made, monkeypatch):
+@pytest.fixture
+def limits(monkeypatch):
+    """The limit of each measurement of the thread count, which chooses 1."""
     limits = []
 
     def choose(run, most):
@@ -458,6 +460,10 @@ def test_thread_count_is_at_most_the_callers(made, monkeypatch):
         return 1
 
     monkeypatch.setattr(thread_count, "fastest_threads", choose)
+    return limits
+
+
+def test_thread_count_is_at_most_the_callers(made, limits):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -490,25 +496,17 @@ def test_timed_step_uses_different_adapters(made, monkeypatch):
         assert ran == [[row % count for row in range(6)]]
 
 
-def test_thread_count_is_measured_again(made, monkeypatch):
+def test_thread_count_is_measured_again(made, limits):
     """After a step whose time has changed, as soon as there is room for the timed step; not if it was given."""
-    measured = []
-
-    def choose(run, most):
-        run()
-        measured.append(most)
-        return 1
-
-    monkeypatch.setattr(thread_count, "fastest_threads", choose)
     for threads, expected in ((None, 2), (1, 0)):
-        measured.clear()
+        limits.clear()
         with Engine(made, slots=2, threads=threads) as engine:
             answer = engine.generate(tiny.PROMPTS[0])[0].token_ids
-            assert len(measured) == expected // 2
+            assert len(limits) == expected // 2
             engine._core.step_times.changed = True
             assert engine.generate(tiny.PROMPTS[0])[0].token_ids == answer
         # After closing, so that the engine's thread has finished its last step.
-        assert (len(measured), engine._core.step_times.changed) == (expected, threads == 1)
+        assert (len(limits), engine._core.step_times.changed) == (expected, threads == 1)
 
 
 def test_cache_memory_is_used_as_it_is_needed(made):
