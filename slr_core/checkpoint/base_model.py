@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from math import prod
@@ -20,6 +21,7 @@ from transformers import (
 
 from slr_core.checkpoint.folder import ADAPTER_CONFIG, BASE, CONFIG
 from slr_core.checkpoint.tokenizer_growth import check_growth
+from slr_core.checkpoint.tokenizer_patterns import check_patterns
 from slr_core.checkpoint.validate import (
     DTYPES,
     FLOATS,
@@ -194,14 +196,23 @@ def is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
     return not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
 
 
+def _check_tokenizer_file(path: Path) -> None:
+    """Check the cost of a tokenizer, before its file is used."""
+    if path.is_file():
+        parts = json.loads(path.read_bytes())
+        check_growth(path, parts)
+        check_patterns(path, parts)
+
+
 def load_tokenizer(folder: Path, embeddings: int) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``, whose ids must be below ``embeddings``.
 
     Raises:
-        CheckpointError: it cannot be loaded, may make texts much longer, or has more tokens than the base model.
+        CheckpointError: it cannot be loaded, may make texts much longer, has a pattern that may take time without end,
+            or has more tokens than the base model.
     """
     try:
-        check_growth(folder)
+        _check_tokenizer_file(folder / "tokenizer.json")
         with panics_as_errors():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             # Once on some text: what it adds by itself need not be in its vocabulary.

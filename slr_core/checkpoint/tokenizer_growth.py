@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,16 @@ MAX_GROWTH = 64
 """Characters that replacements may make of one. The normal forms of Unicode come on top: at most 18 for one."""
 
 
-def check_growth(folder: Path) -> None:
-    """Refuse a ``tokenizer.json`` whose replacements make a text much longer, before the file is used.
+def check_growth(path: Path, parts: dict[str, Any]) -> None:
+    """Refuse a ``tokenizer.json`` whose replacements make a text much longer.
+
+    Args:
+        path: of the file, for the message.
+        parts: its content.
 
     Raises:
         CheckpointError: they do.
-        ValueError: the file is not JSON.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return
-    parts = json.loads(path.read_bytes())
     for name in ("normalizer", "decoder"):
         growth = _growth(parts.get(name) or {"type": "none"})
         if growth > MAX_GROWTH:
