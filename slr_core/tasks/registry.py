@@ -16,6 +16,7 @@ from slr_core.suggest import did_you_mean
 from slr_core.tasks.arithmetic import Arithmetic
 from slr_core.tasks.base import Task, read_jsonl
 from slr_core.tasks.competition import CompetitionMath
+from slr_core.tasks.generated_word_problems import GeneratedWordProblems
 from slr_core.tasks.prontoqa import ProntoQA
 from slr_core.tasks.prosqa import ProsQA
 from slr_core.tasks.reachability import Reachability
@@ -39,6 +40,7 @@ _BUILT_IN: tuple[Task, ...] = (
     Reachability(),
     Arithmetic(),
     StateTracking(),
+    GeneratedWordProblems(),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _BUILT_IN}
 """The built-in tasks by name. An entry point cannot replace one."""

@@ -11,13 +11,14 @@ from slr_core.tasks.base import Card, Example, HubSplit, Task
 from slr_core.tasks.reading import number, reference_number, stated_number, statement
 
 _TOLERANCE = Fraction(1, 1000)
-_GRADING = (
+GRADING = (
     "the number stated as the answer ('#### 72', '### 72', \\boxed{72}, 'the answer is 72'), else the last number of "
     "the text (CODI); another question or turn of a chat after it does not count; within 1e-3 of the right one (PAL), "
     "or within 1e-3 of its size where that is below 1. Currency and units do not count; a comma separates thousands "
     "before groups of three digits, else the numbers of a list: 1,5 is no number; 20 % is 20 or 0.2, 4 million is 4 "
     "or 4,000,000; number words are not read"
 )
+"""How all word problems are graded, for their cards."""
 
 
 def close(value: Fraction, gold: Fraction) -> bool:
@@ -68,7 +69,7 @@ class GSM8K(WordProblem):
             "gsm8k_aug/valid": "500 questions of train, in equations",
             "gsm8k_aug/train_noaug_eq": "6,884 of train in equations: not GSM8K-Aug (385,620), which is not obtainable",
         },
-        grading=_GRADING,
+        grading=GRADING,
         known_faults=(
             "published latent reasoners train on GSM8K-Aug: figures from other training data do not compare",
             "89 training questions have no annotated equation",
@@ -96,7 +97,7 @@ class GSMHard(WordProblem):
         origin="Gao et al. 2022 (PAL, arXiv 2211.10435): one number of each GSM8K test question replaced",
         licence="MIT",
         splits={"test": "1,319 (the hub calls it train); no steps"},
-        grading=_GRADING,
+        grading=GRADING,
         known_faults=(
             "the numbers were replaced without regard to sense: eggs are sold in negative numbers, people in fractions",
             "303 answers are floats as a program printed them; 26 are below 1e-4",
@@ -118,7 +119,7 @@ class SVAMP(WordProblem):
         origin="Patel et al. 2021 (arXiv 2103.07191); arkilpatel/SVAMP",
         licence="MIT",
         splits={"test": "the file: all 1,000, as CODI evaluates; the hub: 300", "train": "the hub: 700"},
-        grading=_GRADING,
+        grading=GRADING,
         known_faults=("papers use 300 or 1,000 of the questions: say which",),
     )
 
@@ -143,7 +144,7 @@ class MultiArith(WordProblem):
         origin="Roy and Roth 2015 (arXiv 1608.01413), as collected in MAWPS",
         licence="CC BY 4.0",
         splits={"test": "the file: all 600; the hub: 180", "train": "the hub: 420"},
-        grading=_GRADING,
+        grading=GRADING,
         known_faults=("papers use 180, 500 or 600 of the questions: say which", "no steps"),
     )
 
@@ -161,7 +162,7 @@ class ASDiv(WordProblem):
         origin="Miao et al. 2020 (arXiv 2106.15772); chaochun/nlu-asdiv-dataset",
         licence="CC BY-NC 4.0: evaluation only",
         splits={"test": "the file: 2,215 of 2,305", "validation": "the hub: 2,305"},
-        grading=_GRADING + ". A time or ratio must be written alike; words must open the statement of the answer",
+        grading=GRADING + ". A time or ratio must be written alike; words must open the statement of the answer",
         known_faults=(
             "of the file's 2,215 answers, 129 are no plain number: 59 words, 61 times or ratios, 9 fractions",
             "the hub's split has 90 questions more; those with several answers ('5; 3') are never graded right",
