@@ -29,14 +29,17 @@ def sweep(
     ],
     device: Device = "auto",
     dtype: Dtype = "auto",
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Show the models with complete figures; train and evaluate nothing.")
+    ] = False,
     as_json: AsJson = False,
     output: Output = None,
 ) -> None:
     """Train and compare variants of a recipe.
 
-    Trains every combination of settings and seeds, evaluates each model, and compares them. Run the same command again
-    to continue an interrupted sweep. `slr report` writes a report from its results.jsonl. --device and --dtype are for
-    the evaluation.
+    Trains every combination of settings and seeds, evaluates each model, and compares them. A file with `models` in
+    place of a recipe compares finished checkpoints. Run the same command again to continue an interrupted sweep.
+    `slr report` writes a report from its results.jsonl. --device and --dtype are for the evaluation.
     """
     try:
         from slr_core.evaluation.sweep import run_sweep
@@ -44,7 +47,12 @@ def sweep(
         raise missing_extra("training", "train", error) from error
     status = Console(stderr=True)
     rows = run_sweep(
-        spec, device=device, dtype=dtype, about=versions(), progress=lambda step: status.print(escape(step))
+        spec,
+        device=device,
+        dtype=dtype,
+        about=versions(),
+        finished_only=finished,
+        progress=lambda step: status.print(escape(step)),
     )
     record = {"manifest": {"spec": str(spec), **versions()}, "rows": [row.to_json() for row in rows]}
     show_results(record, lambda: _print(rows), as_json, output)

@@ -1,4 +1,4 @@
-"""Train a recipe with different settings and seeds, and evaluate every model in the same way."""
+"""Train a recipe with different settings and seeds, or take finished models, and evaluate all in the same way."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slr_core import tasks
 from slr_core.config import validated
 from slr_core.engine.runner.device import load_reasoner
 from slr_core.errors import ConfigError
 from slr_core.evaluation.backends import Local
-from slr_core.evaluation.methods import MethodSettings, get_method
+from slr_core.evaluation.methods import Method, MethodSettings, get_method
 from slr_core.evaluation.run import identify_model, run_method, run_spec
 from slr_core.evaluation.statistics import Summary, summarize
-from slr_core.evaluation.store import Store
-from slr_core.tasks.base import OptionValue
-from slr_core.tasks.sources import load_questions
+from slr_core.evaluation.store import MethodRun, Store
+from slr_core.tasks.base import OptionValue, Task
+from slr_core.tasks.sources import Questions, load_questions
 from slr_core.training.config import TrainConfig
 from slr_core.training.trainer import MANIFEST, train
 
@@ -44,12 +44,36 @@ class SweepEvaluation(_Model):
     limit: int | None = Field(None, ge=1)
     methods: tuple[str, ...] = Field(("slr",), min_length=1, description="methods that answer, each with every model")
     loop: dict[str, int | float | str] = Field({}, description="loop parameters, for all methods")
+    iterations: tuple[int, ...] = Field(
+        (), description="numbers of iterations without early exit; all questions are answered once for each"
+    )
+    variants: tuple[str, ...] = Field(
+        (),
+        description="names in `variants` or `models` whose models answer; empty: all. Methods with weights of their "
+        "own, such as `cot`, need it: it names the variants trained for them",
+    )
+
+    @model_validator(mode="after")
+    def _check_iterations(self) -> Self:
+        if self.iterations and (self.loop.keys() & {"criterion", "max_iterations", "min_iterations"}):
+            raise ValueError("give either iterations or loop.criterion, max_iterations and min_iterations")
+        return self
+
+    @property
+    def loops(self) -> list[dict[str, int | float | str]]:
+        """The loop parameters with which the questions are answered, in turn."""
+        if not self.iterations:
+            return [dict(self.loop)]
+        return [{**self.loop, "criterion": "fixed", "max_iterations": t, "min_iterations": t} for t in self.iterations]
 
 
 class SweepConfig(_Model):
     """The sweep file."""
 
-    recipe: str = Field(description="training recipe, relative to the folder of the sweep file")
+    recipe: str | None = Field(None, description="training recipe, relative to the folder of the sweep file")
+    models: dict[str, str] = Field(
+        {}, description="finished models by name, in place of a recipe: checkpoint folders or hub ids"
+    )
     output_dir: str = Field(description="folder for the models and results.jsonl")
     set: dict[str, Any] = Field({}, description="settings of the recipe for every model, by dotted name")
     vary: dict[str, tuple[Any, ...]] = Field({}, description="values per setting; every combination is trained")
@@ -58,6 +82,18 @@ class SweepConfig(_Model):
     )
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="training seeds, for each combination")
     evaluate: tuple[SweepEvaluation, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_models(self) -> Self:
+        if (self.recipe is None) == (not self.models):
+            raise ValueError("give either recipe or models")
+        if self.models and self.model_fields_set & {"set", "vary", "variants", "seeds"}:
+            raise ValueError("set, vary, variants and seeds are settings of a training: models have none")
+        known = self.models or self.variants
+        for name in (name for evaluation in self.evaluate for name in evaluation.variants):
+            if name not in known:
+                raise ValueError(f"evaluate.variants: {name} is not one of {', '.join(known) or 'no names'}")
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
@@ -79,13 +115,15 @@ class Variant:
 
     Attributes:
         values: the settings that vary, by dotted name, and the name in ``variants``, if any, as ``variant``.
-        seed: training seed.
-        config: the recipe.
+        seed: training seed; ``None`` for a finished model.
+        folder: the model.
+        config: the recipe; ``None`` for a finished model.
     """
 
     values: dict[str, Any]
-    seed: int
-    config: TrainConfig
+    seed: int | None
+    folder: str
+    config: TrainConfig | None
 
     @property
     def label(self) -> str:
@@ -96,26 +134,29 @@ class Variant:
     @property
     def name(self) -> str:
         """A name for the model: the label and the seed."""
+        if self.seed is None:
+            return self.label
         return f"{self.label}, seed={self.seed}" if self.values else f"seed={self.seed}"
 
 
 def expand_variants(sweep: SweepConfig, folder: Path) -> Iterator[Variant]:
-    """Yield every model of a sweep whose file lies in ``folder``.
+    """Yield every model of a sweep whose file lies in ``folder``; all have their first seed before any has a second.
 
     Raises:
         ConfigError: a setting or a combination is not valid in the recipe.
     """
+    if sweep.recipe is None:
+        for name, place in sweep.models.items():
+            yield Variant({"variant": name}, None, place, None)
+        return
     named = [({"variant": name}, changes) for name, changes in sweep.variants.items()] or [({}, {})]
-    for (name, changes), values in product(named, product(*sweep.vary.values())):
+    for seed, (name, changes), values in product(sweep.seeds, named, product(*sweep.vary.values())):
         chosen = dict(zip(sweep.vary, values, strict=True))
-        for seed in sweep.seeds:
-            settings = {**sweep.set, **changes, **chosen, "seed": seed}
-            place = Path(sweep.output_dir) / "models" / _slug({**name, **chosen, "seed": seed}, settings)
-            # JSON is valid YAML.
-            overrides = tuple(
-                f"{key}={json.dumps(value)}" for key, value in {**settings, "output_dir": str(place)}.items()
-            )
-            yield Variant({**name, **chosen}, seed, TrainConfig.from_yaml(folder / sweep.recipe, overrides))
+        settings = {**sweep.set, **changes, **chosen, "seed": seed}
+        place = str(Path(sweep.output_dir) / "models" / _slug({**name, **chosen, "seed": seed}, settings))
+        # JSON is valid YAML.
+        overrides = tuple(f"{key}={json.dumps(value)}" for key, value in {**settings, "output_dir": place}.items())
+        yield Variant({**name, **chosen}, seed, place, TrainConfig.from_yaml(folder / sweep.recipe, overrides))
 
 
 @dataclass(frozen=True)
@@ -125,12 +166,16 @@ class SweepRow:
     Attributes:
         variant: the model.
         questions: task, source and changed loop parameters.
+        questions_sha256: hash of the questions.
+        loop: changed loop parameters.
         method: name of the method.
         summary: the figures.
     """
 
     variant: Variant
     questions: str
+    questions_sha256: str
+    loop: dict[str, int | float | str]
     method: str
     summary: Summary
 
@@ -140,6 +185,8 @@ class SweepRow:
             "variant": self.variant.label,
             "seed": self.variant.seed,
             "question_set": self.questions,
+            "questions_sha256": self.questions_sha256,
+            "loop": self.loop,
             "method": self.method,
             **asdict(self.summary),
         }
@@ -151,6 +198,7 @@ def run_sweep(
     device: str = "auto",
     dtype: str = "auto",
     about: dict[str, Any] | None = None,
+    finished_only: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> list[SweepRow]:
     """Train and evaluate the models of a sweep; an interrupted sweep continues.
@@ -160,6 +208,7 @@ def run_sweep(
         device: device of the evaluation, see :func:`~slr_core.engine.runner.device.resolve_device`.
         dtype: dtype of the evaluation, see :func:`~slr_core.engine.runner.device.load_reasoner`.
         about: entries for the manifest of the results.
+        finished_only: return the stored figures of the models that have all of them; train and evaluate nothing.
         progress: called with a description of each step.
 
     Raises:
@@ -168,53 +217,89 @@ def run_sweep(
     """
     sweep = SweepConfig.from_yaml(spec)
     planned = list(expand_variants(sweep, Path(spec).parent))
-    evaluations = [
-        (
-            evaluation,
-            load_questions(
-                tasks.get_task(evaluation.task),
-                data=evaluation.data,
-                split=evaluation.split,
-                generate=evaluation.generate,
-                seed=evaluation.seed,
-                generator_options=evaluation.generator_options,
-                limit=evaluation.limit,
-            ),
-            [get_method(name) for name in evaluation.methods],
-        )
-        for evaluation in sweep.evaluate
-    ]
-    for _, _, methods in evaluations:
-        for method in methods:
-            if method.weights is not None:
-                raise ConfigError(
-                    f"evaluate.methods: {method.name} needs weights trained for it, which a sweep does not have"
-                )
+    evaluations = list(_open_evaluations(sweep))
     store, rows = Store(Path(sweep.output_dir) / "results.jsonl"), []
     for i, variant in enumerate(planned, start=1):
-        place = Path(variant.config.output_dir)
-        if not (place / MANIFEST).is_file():
+        config = variant.config
+        trained = config is None or (Path(variant.folder) / MANIFEST).is_file()
+        runs = [run for run in evaluations if run.applies_to(variant)]
+        if finished_only:
+            rows += _stored_rows(store, variant, runs) if trained else []
+            continue
+        if config is not None and not trained:
             progress(f"{i} of {len(planned)}: training {variant.name}")
-            train(variant.config, resume=any((place / "steps").glob("checkpoint-*")))
+            train(config, resume=any((Path(variant.folder) / "steps").glob("checkpoint-*")))
         progress(f"{i} of {len(planned)}: evaluating {variant.name}")
-        backend = Local(load_reasoner(str(place), device=device, dtype=dtype))
-        model = {**identify_model(str(place)), "name": variant.name}
-        for evaluation, questions, methods in evaluations:
-            task, settings = tasks.get_task(evaluation.task), MethodSettings(dict(evaluation.loop))
-            for method in methods:
-                opened = store.open(run_spec(method, settings, task, questions, model), about)
-                outcomes = run_method(
-                    method, backend, task, questions.examples, settings, store=store, run=opened, warm_up=True
-                )
-                rows.append(
-                    SweepRow(variant, _describe(evaluation, questions.source), method.name, summarize(outcomes))
-                )
+        backend = Local(load_reasoner(variant.folder, device=device, dtype=dtype))
+        for run in runs:
+            opened = store.open(run.spec(variant), about)
+            task, examples = run.task, run.questions.examples
+            outcomes = run_method(
+                run.method, backend, task, examples, run.settings, store=store, run=opened, warm_up=True
+            )
+            rows.append(run.row(variant, summarize(outcomes)))
     return rows
 
 
-def _describe(evaluation: SweepEvaluation, source: str) -> str:
-    settings = "".join(f"; {name}={value}" for name, value in evaluation.loop.items())
-    return f"{evaluation.task}: {source}{settings}"
+@dataclass(frozen=True)
+class _EvaluationRun:
+    """One method with one set of loop parameters on one set of questions."""
+
+    evaluation: SweepEvaluation
+    questions: Questions
+    loop: dict[str, int | float | str]
+    method: Method
+
+    @property
+    def task(self) -> Task:
+        return tasks.get_task(self.evaluation.task)
+
+    @property
+    def settings(self) -> MethodSettings:
+        return MethodSettings(dict(self.loop))
+
+    def applies_to(self, variant: Variant) -> bool:
+        return not self.evaluation.variants or variant.values.get("variant") in self.evaluation.variants
+
+    def spec(self, variant: Variant) -> dict[str, Any]:
+        model = {**identify_model(variant.folder), "name": variant.name}
+        return run_spec(self.method, self.settings, self.task, self.questions, model)
+
+    def row(self, variant: Variant, summary: Summary) -> SweepRow:
+        changed = "".join(f"; {name}={value}" for name, value in self.loop.items())
+        described = f"{self.evaluation.task}: {self.questions.source}{changed}"
+        return SweepRow(variant, described, self.questions.sha256, self.loop, self.method.name, summary)
+
+
+def _open_evaluations(sweep: SweepConfig) -> Iterator[_EvaluationRun]:
+    for evaluation in sweep.evaluate:
+        questions = load_questions(
+            tasks.get_task(evaluation.task),
+            data=evaluation.data,
+            split=evaluation.split,
+            generate=evaluation.generate,
+            seed=evaluation.seed,
+            generator_options=evaluation.generator_options,
+            limit=evaluation.limit,
+        )
+        for loop, name in product(evaluation.loops, evaluation.methods):
+            method = get_method(name)
+            if method.weights is not None and not evaluation.variants:
+                raise ConfigError(
+                    f"evaluate.methods: {name} needs weights trained for it: name their variants in evaluate.variants"
+                )
+            yield _EvaluationRun(evaluation, questions, loop, method)
+
+
+def _stored_rows(store: Store, variant: Variant, runs: list[_EvaluationRun]) -> list[SweepRow]:
+    """The figures of a model whose runs are all complete; else none."""
+    stored = [store.runs.get(MethodRun(run.spec(variant)).id) for run in runs]
+    complete = [found for found in stored if found is not None and len(found.outcomes) == found.spec["questions"]]
+    if len(complete) < len(runs):
+        return []
+    return [
+        run.row(variant, summarize(list(found.outcomes.values()))) for run, found in zip(runs, complete, strict=True)
+    ]
 
 
 def _slug(values: dict[str, Any], settings: dict[str, Any]) -> str:

@@ -59,12 +59,12 @@ def test_every_combination(spec, trained, tmp_path):
     rows = sweep.run_sweep(spec())
     assert [(c.loop.residual.source, c.seed) for c in trained] == [
         ("none", 0),
-        ("none", 1),
         ("previous", 0),
+        ("none", 1),
         ("previous", 1),
     ]
     assert [(row.variant.values["loop.residual.source"], row.variant.seed, row.method) for row in rows] == [
-        (source, seed, method) for source in ("none", "previous") for seed in (0, 1) for method in ("slr", "no_cot")
+        (source, seed, method) for seed in (0, 1) for source in ("none", "previous") for method in ("slr", "no_cot")
     ]
     runs = Store(tmp_path / "out" / "results.jsonl").runs.values()
     assert len(runs) == 8
@@ -117,6 +117,10 @@ def test_an_interrupted_training_is_resumed(spec, monkeypatch, tmp_path):
         ({"evaluate": [{**JUDGE, "generator_options": {"knights": 2}}]}, "knights"),
         ({"recipe": "none.yaml"}, "none.yaml"),
         ({"colour": "red"}, "colour"),
+        ({"models": {"it": "prosqa"}}, "either recipe or models"),
+        ({"recipe": None, "models": {"it": "prosqa"}}, "seeds"),
+        ({"evaluate": [{**JUDGE, "variants": ["it"]}]}, "it is not one of"),
+        ({"evaluate": [{**JUDGE, "iterations": [1], "loop": {"max_iterations": 2}}]}, "iterations"),
     ],
 )
 def test_errors_before_training(spec, trained, changes, named):
@@ -189,3 +193,37 @@ def test_changed_variant_is_trained_again(spec, trained):
     sweep.run_sweep(spec(variants={"one": {"chains": 1}}, vary={}, seeds=[0]))
     sweep.run_sweep(spec(variants={"one": {"chains": 2}}, vary={}, seeds=[0]))
     assert [config.chains for config in trained] == [1, 2]
+
+
+def test_methods_of_variants(spec, trained):
+    """Those that need weights of their own run on the variants trained for them; others on theirs."""
+    judges = [JUDGE | {"methods": ["cot"], "variants": ["written"]}, JUDGE | {"methods": ["slr"], "variants": ["loop"]}]
+    named = {"written": {"max_iterations": 0, "chain_of_thought": True, "objectives.chains": 0}, "loop": {}}
+    rows = sweep.run_sweep(spec(vary={}, variants=named, seeds=[0], evaluate=judges))
+    assert [(row.variant.label, row.method) for row in rows] == [("loop", "slr"), ("written", "cot")]
+
+
+def test_finished_models(spec, trained, tmp_path):
+    """A file may name them in place of a recipe; forced to several depths, each has one row per depth."""
+    evaluation = {key: value for key, value in JUDGE.items() if key != "methods"} | {"iterations": [0, 2]}
+    path = tmp_path / "models.yaml"
+    path.write_text(yaml.safe_dump({"models": {"it": "prosqa"}, "output_dir": str(tmp_path), "evaluate": [evaluation]}))
+    assert sweep.run_sweep(path, finished_only=True) == []
+    rows = sweep.run_sweep(path)
+    assert [(row.variant.name, row.variant.seed, row.summary.iterations) for row in rows] == [
+        ("it", None, 0),
+        ("it", None, 2),
+    ]
+    assert len(rows[0].questions_sha256) == 64
+    assert sweep.run_sweep(path, finished_only=True) == rows
+    assert trained == []
+
+
+def test_only_finished(spec, trained, tmp_path):
+    rows = sweep.run_sweep(spec(vary={}, seeds=[0]))
+    trained.clear()
+    path = spec(vary={}, seeds=[0, 1])
+    assert sweep.run_sweep(path, finished_only=True) == rows
+    result = CliRunner().invoke(cli.app, ["sweep", str(path), "--finished", "--json"])
+    assert [row["seed"] for row in json.loads(result.stdout)["rows"]] == [0, 0]
+    assert trained == []
