@@ -160,3 +160,37 @@ def swap_thoughts(rows: list[Tensor]) -> list[Tensor]:
         indices = torch.arange(len(row) - 1, device=row.device).clamp_max(len(thoughts) - 1)
         edited.append(torch.cat([row[:1], thoughts[indices]]))
     return edited
+
+
+def patch_state(reasoner: LatentReasoner, t: int, donors: Tensor) -> RunLoop:
+    """Replace h_t of every row while the loop runs; the iterations after it go on from the replaced state.
+
+    Args:
+        reasoner: the model.
+        t: the iteration whose state is replaced, 0 for h_0.
+        donors: ``[B, W, d]``, the states that replace it.
+
+    Raises:
+        ConfigError: the workspace is ``token``, whose tokens have loops of their own.
+    """
+    if reasoner.workspace.per_token:
+        raise ConfigError("patching states is not supported by workspace `token`: every token has a loop of its own")
+
+    def run_loop(context: Context, settings: Sequence[ResolvedLoopParams]) -> LoopOutput:
+        if t == 0:
+            context.initial = context.hidden = donors.to(context.hidden)
+            return loop_until_exit(reasoner, context, settings)
+        iteration = 0
+
+        def patch(_module: object, _inputs: object, h: Tensor) -> Tensor:
+            nonlocal iteration
+            iteration += 1
+            return donors.to(h) if iteration == t else h
+
+        hook = reasoner.residual.register_forward_hook(patch)
+        try:
+            return loop_until_exit(reasoner, context, settings)
+        finally:
+            hook.remove()
+
+    return run_loop

@@ -45,6 +45,8 @@ class LensReading:
         frontier_questions: number of questions that have one.
         common: the most frequent top tokens and their shares.
         thoughts: the most frequent decoded thoughts and their shares; empty without a latent decoder.
+        thought_is_step: share of the decoded thoughts that equal step t of the question's chain, over the questions
+            that have such a step; ``None`` without a latent decoder, or if none has.
     """
 
     t: int
@@ -56,6 +58,7 @@ class LensReading:
     frontier_questions: int
     common: tuple[tuple[str, float], ...]
     thoughts: tuple[tuple[str, float], ...]
+    thought_is_step: float | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,8 @@ def read_lens(reasoner: LatentReasoner, task: Task, examples: Sequence[Example],
     everyone = list(range(len(examples)))
     of_level = {level: [i for i in everyone if levels[i] == level] for level in sorted(set(levels))}
     return Lens(
-        readings=_readings(reasoner, collected, raw, everyone),
-        by_difficulty={level: _readings(reasoner, collected, raw, rows) for level, rows in of_level.items()},
+        readings=_readings(reasoner, collected, raw, examples, everyone),
+        by_difficulty={level: _readings(reasoner, collected, raw, examples, rows) for level, rows in of_level.items()},
         examples=tuple(_question_readings(reasoner, collected, raw, examples, i) for i in everyone[:EXAMPLES]),
     )
 
@@ -166,7 +169,7 @@ def _through_head(reasoner: LatentReasoner, collected: CollectedStates, frontier
 
 
 def _readings(
-    reasoner: LatentReasoner, collected: CollectedStates, raw: _Raw, rows: list[int]
+    reasoner: LatentReasoner, collected: CollectedStates, raw: _Raw, examples: Sequence[Example], rows: list[int]
 ) -> tuple[LensReading, ...]:
     readings = []
     for t in range(collected.iterations + 1):
@@ -176,7 +179,13 @@ def _readings(
         reached = raw.frontier[here, t]
         reached = reached[~reached.isnan()]
         tops = Counter(raw.top[here, t].tolist())
-        thoughts = Counter(thought for row in rows if (thought := _thought(collected, row, t)) is not None)
+        spoken = {row: thought for row in rows if (thought := _thought(collected, row, t)) is not None}
+        thoughts = Counter(spoken.values())
+        matches = [
+            thought.strip() == examples[row].steps[t - 1].strip()
+            for row, thought in spoken.items()
+            if t <= len(examples[row].steps)
+        ]
         readings.append(
             LensReading(
                 t=t,
@@ -188,6 +197,7 @@ def _readings(
                 frontier_questions=len(reached),
                 common=tuple((_word(reasoner, token), count / len(here)) for token, count in _most(tops)),
                 thoughts=tuple((thought, count / thoughts.total()) for thought, count in _most(thoughts)),
+                thought_is_step=sum(matches) / len(matches) if matches else None,
             )
         )
     return tuple(readings)

@@ -136,6 +136,10 @@ def test_thoughts_with_latent_decoder():
     assert lens.readings[0].thoughts == ()
     for reading in lens.readings[1:]:
         said = [thoughts[reading.t - 1] for thoughts in traced]
+        steps = [example.steps[reading.t - 1] for example in ASKED if reading.t <= len(example.steps)]
+        said_steps = [x.strip() for x, example in zip(said, ASKED, strict=True) if reading.t <= len(example.steps)]
+        equal = [x == step.strip() for x, step in zip(said_steps, steps, strict=True)]
+        assert reading.thought_is_step == (sum(equal) / len(equal) if equal else None)
         thought, share = reading.thoughts[0]
         assert share == max(said.count(x) for x in said) / len(said)
         assert said.count(thought) == share * len(said)
