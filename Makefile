@@ -5,7 +5,7 @@ PORT ?= 8000
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all coverage lint page bench train image up clean
+.PHONY: help serve test test-all coverage lint page bench findings train image up clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ page:  ## Build the page of the server from server/page/src. Needs Node.
 bench: .venv/.dev  ## Run the engine benchmarks (ten minutes).
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine
 	$(BIN)/python -m benchmarks.metrics
+
+findings: .venv/.dev  ## Build docs/findings.md from the committed rows of the studies.
+	$(BIN)/python -m benchmarks.findings
 
 train: .venv/.dev  ## Train the bundled checkpoint again, into runs/prosqa_more (seven hours on one core).
 	$(BIN)/slr train configs/prosqa.yaml

@@ -4,6 +4,7 @@ Plots are readable on light and dark pages: backgrounds are transparent, axes an
 of Okabe and Ito, which colour-blind readers can distinguish; markers and strokes differ, too.
 """
 
+# Over 400 lines: all plots share one style and its helpers.
 from __future__ import annotations
 
 import io
@@ -97,6 +98,38 @@ def draw_accuracy_by_depth(
         below.set_ylim(bottom=-0.03)
         _whole_numbers(below)
         _legend(figure, below)
+    return svg()
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A point of a curve of :func:`draw_curves`: ``y`` at ``x``, with its interval."""
+
+    x: float
+    y: float
+    interval: tuple[float, float]
+
+
+def draw_curves(
+    curves: Mapping[str, Sequence[CurvePoint]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str = "accuracy",
+    log_x: bool = False,
+) -> str:
+    """Draw a share, 0 to 1, against a quantity: a line with its interval per name."""
+    with _drawing(title) as (figure, svg):
+        axes = _axes(figure)
+        for i, (name, points) in enumerate(curves.items()):
+            _banded(axes, [p.x for p in points], [p.y for p in points], [p.interval for p in points], i, name)
+        if log_x:
+            axes.set_xscale("log", base=2)
+            ticks = sorted({p.x for points in curves.values() for p in points})
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axes.minorticks_off()
+        axes.set(xlabel=x_label, ylabel=y_label, ylim=(-0.02, 1.03))
+        _legend(figure, axes, columns=2 if max(map(len, curves), default=0) > 20 else 4)
     return svg()
 
 

@@ -35,6 +35,7 @@ class _Model(BaseModel):
 class SweepEvaluation(_Model):
     """Questions that every model of a sweep answers, and the methods that answer them."""
 
+    name: str | None = Field(None, description="short name of the questions, for tables")
     task: str
     data: str | None = Field(None, description="file of questions, .jsonl or .jsonl.gz")
     split: str | None = Field(None, description="split of the task's public data set")
@@ -165,6 +166,7 @@ class SweepRow:
 
     Attributes:
         variant: the model.
+        name: short name of the questions, if the sweep file has one.
         questions: task, source and changed loop parameters.
         questions_sha256: hash of the questions.
         loop: changed loop parameters.
@@ -173,6 +175,7 @@ class SweepRow:
     """
 
     variant: Variant
+    name: str | None
     questions: str
     questions_sha256: str
     loop: dict[str, int | float | str]
@@ -184,6 +187,7 @@ class SweepRow:
         return {
             "variant": self.variant.label,
             "seed": self.variant.seed,
+            "name": self.name,
             "question_set": self.questions,
             "questions_sha256": self.questions_sha256,
             "loop": self.loop,
@@ -268,7 +272,9 @@ class _EvaluationRun:
     def row(self, variant: Variant, summary: Summary) -> SweepRow:
         changed = "".join(f"; {name}={value}" for name, value in self.loop.items())
         described = f"{self.evaluation.task}: {self.questions.source}{changed}"
-        return SweepRow(variant, described, self.questions.sha256, self.loop, self.method.name, summary)
+        return SweepRow(
+            variant, self.evaluation.name, described, self.questions.sha256, self.loop, self.method.name, summary
+        )
 
 
 def _open_evaluations(sweep: SweepConfig) -> Iterator[_EvaluationRun]:

@@ -157,7 +157,7 @@ def open_source(config: DataConfig, seed: int, held_out: int = 0) -> Source:
 
     Args:
         config: what to read or generate.
-        seed: of the order of a list.
+        seed: of the order of a list, and of a list that is generated.
         held_out: different questions that a file or split keeps out of training.
 
     Raises:
@@ -173,6 +173,10 @@ def open_source(config: DataConfig, seed: int, held_out: int = 0) -> Source:
         about = f", {len(kept_out)} of {len(questions.examples)} held out" if kept_out else ""
         return Listed(examples, seed, f"{config.task}, {questions.source}{about}", questions.sha256)
     task = tasks.get_task(config.task)
+    if config.questions is not None:
+        options = config.generator_options
+        questions = load_questions(task, generate=config.questions, seed=seed, generator_options=options)
+        return Listed(questions.examples, seed, f"{config.task}, {questions.source}", questions.sha256)
     if config.graphs:
         return Graphs(GraphSpec(**config.generator_options))  # type: ignore[arg-type]  # checked by the config
     return Generated(task, dict(config.generator_options))

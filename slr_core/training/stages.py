@@ -29,6 +29,11 @@ class DataConfig(RecipeModel):
     generator_options: dict[str, OptionValue] = Field(
         {}, description="options of the task's generator; others keep their defaults"
     )
+    questions: int | None = Field(
+        None,
+        ge=1,
+        description="number of questions to generate and repeat, from the recipe's seed; None: new ones in every batch",
+    )
     text: str | None = Field(None, description="a UTF-8 text file for pre-training, in place of a task's questions")
     characters: int = Field(512, ge=16, description="length of the pieces drawn from `text`")
 
@@ -51,6 +56,8 @@ class DataConfig(RecipeModel):
             raise ValueError("give one of file, split and text, or none to generate questions")
         if self.generator_options and not self.generated:
             raise ValueError("generator_options apply to generated questions only")
+        if self.questions is not None and not self.generated:
+            raise ValueError("questions applies to generated questions only")
         if self.text is None:
             task = tasks.resolve_task(self.task, None)
             if self.generated:

@@ -129,3 +129,15 @@ def test_a_generated_batch_holds_its_frontiers():
             found = batch["targets"][row, t]
             assert set(found[found != IGNORE].tolist()) == {node(word) for word in level}
     assert batch["input_ids"].dtype == batch["targets"].dtype == torch.long
+
+
+def test_generated_questions_repeat():
+    """A source of so many questions has no others, and another seed has others."""
+    data = [{"task": "prosqa", "generator_options": {"nodes": 6, "min_hops": 1, "max_hops": 2}, "questions": 5}]
+    asked = [
+        {item.example.question for step in batches(recipe(stages=[stage(data=data)], seed=seed)) for item in step}
+        for seed in (0, 0, 1)
+    ]
+    assert len(asked[0]) == 5
+    assert asked[0] == asked[1]
+    assert not asked[0] & asked[2]

@@ -1,0 +1,371 @@
+"""Build docs/findings.md, its tables and its plots, from the rows of finished runs.
+
+    python -m benchmarks.findings                # or: make findings
+
+`configs/findings/page.yaml` says what stands on the page: a section per question, and per section its parts. A part
+names a file of rows in benchmarks/results/findings, which `slr sweep --finished --output`, `slr probe --output` (see
+--probe) or `python -m benchmarks.patching --out` wrote. Its sentence, `found`, belongs to one content of that file,
+`rows_sha256`. If the rows change, the build fails until somebody has read the sentence again and renewed the hash. A
+part without rows is on the page as not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from slr_core.config import validated
+from slr_core.errors import DataError
+from slr_core.evaluation.plots import CurvePoint, draw_curves
+from slr_core.evaluation.statistics import wilson_interval
+
+ROOT = Path(__file__).parents[1]
+CONTENTS = ROOT / "configs/findings/page.yaml"
+ROWS = ROOT / "benchmarks/results/findings"
+PAGE = ROOT / "docs/findings.md"
+PLOTS = "findings"
+"""Folder of the plots, beside the page."""
+_FEW_DEPTHS = 3  # numbers of forced iterations that fit beside each other for every set of questions
+
+Row = dict[str, Any]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class PlotSpec(_Model):
+    """A plot of a part: accuracy against a number."""
+
+    x: Literal["iterations", "variant"] = Field(
+        description="iterations: those that were forced; variant: the last number in the variant's name"
+    )
+    title: str
+    x_label: str
+    log: bool = False
+
+
+class Part(_Model):
+    """One study: its rows, what they are shown as, and what was found."""
+
+    rows: str = Field(description="file of rows, without .json")
+    kind: Literal["accuracy", "methods", "patching", "lens", "steps"] = "accuracy"
+    title: str
+    command: str
+    found: str | None = Field(None, description="what the rows show")
+    rows_sha256: str | None = Field(None, description="start of the hash of the rows for which `found` was written")
+    plot: PlotSpec | None = None
+
+
+class Section(_Model):
+    """A research question and its studies."""
+
+    title: str
+    question: str
+    parts: tuple[Part, ...] = ()
+    missing: str | None = Field(None, description="what was not run, in words")
+
+
+class Contents(_Model):
+    """The file of contents."""
+
+    introduction: str
+    sections: tuple[Section, ...]
+
+
+@dataclass(frozen=True)
+class Built:
+    """The page, and functions that draw its plots, by file name."""
+
+    text: str
+    plots: dict[str, Callable[[], str]]
+
+
+def build(contents: Contents, rows: Path) -> Built:
+    """Build the page.
+
+    Raises:
+        DataError: a file of rows is not one, or its sentence was written for other rows.
+    """
+    lines, plots = [contents.introduction.strip()], dict[str, Callable[[], str]]()
+    for section in contents.sections:
+        lines += [f"## {section.title}", section.question]
+        for part in section.parts:
+            lines.append(f"### {part.title}")
+            file = rows / f"{part.rows}.json"
+            if not file.exists():
+                lines.append(f"Not run yet. The command: `{part.command}`.")
+                continue
+            raw = file.read_bytes()
+            digest = sha256(raw).hexdigest()
+            if part.found is not None and not (part.rows_sha256 and digest.startswith(part.rows_sha256)):
+                raise DataError(
+                    f"{file.name}: `found` was written for rows of sha256 {part.rows_sha256}, these have "
+                    f"{digest[:16]}: read the sentence again, then renew rows_sha256"
+                )
+            record = json.loads(raw)
+            if part.found is not None:
+                lines.append(f"**{part.found.strip()}**")
+            lines += _SHOWN[part.kind](record)
+            if part.plot is not None:
+                name = f"{part.rows}.svg"
+                plots[name] = partial(_draw, part.plot, record["rows"])
+                lines.append(f"![{part.plot.title}]({PLOTS}/{name})")
+            lines.append(_provenance(part, record, digest))
+        if section.missing is not None:
+            lines.append(f"Not run yet: {section.missing.strip()}")
+    return Built("\n\n".join(lines) + "\n", plots)
+
+
+# -- sweeps -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The figures of one cell: all seeds of a variant on one set of questions by one method.
+
+    Attributes:
+        mean: mean accuracy of the seeds.
+        lowest, highest: of the seeds.
+        interval: 95 % Wilson interval, the answers of all seeds pooled.
+        seeds: number of seeds.
+    """
+
+    mean: float
+    lowest: float
+    highest: float
+    interval: tuple[float, float]
+    seeds: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Pooled:
+        """The figures of the seeds' rows."""
+        scores, n = [row["accuracy"] for row in rows], sum(row["questions"] for row in rows)
+        right = sum(round(row["accuracy"] * row["questions"]) for row in rows)
+        return cls(fmean(scores), min(scores), max(scores), wilson_interval(right, n), len(rows))
+
+    def __str__(self) -> str:
+        spread = f"; seeds {self.lowest:.3f} to {self.highest:.3f}" if self.seeds > 1 else ""
+        return f"{self.mean:.3f} ({self.interval[0]:.3f} to {self.interval[1]:.3f}{spread})"
+
+
+def _column(row: Row) -> str:
+    name = row["name"] or row["question_set"].partition(";")[0]
+    depth = row["loop"].get("max_iterations")
+    return name if depth is None else f"{name}, {depth} iterations"
+
+
+def _grouped(rows: Sequence[Row], *keys: Callable[[Row], Any]) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(key(row) for key in keys)].append(row)
+    return groups
+
+
+def _variant(row: Row) -> str:
+    return str(row["variant"]) or "as the recipe"
+
+
+def _accuracy_table(record: dict[str, Any]) -> list[str]:
+    rows = record["rows"]
+    depths = list(dict.fromkeys(row["loop"].get("max_iterations") for row in rows))
+    if len(depths) > _FEW_DEPTHS:
+        return [_depth_table(rows, depths)]
+    cells = _grouped(rows, _variant, _column)
+    columns = list(dict.fromkeys(map(_column, rows)))
+    body = []
+    for (name,), of in _grouped(rows, _variant).items():
+        seeds = str(len({row["seed"] for row in of}))
+        body.append([name, seeds, *(_cell(cells.get((name, column), [])) for column in columns)])
+    return [_markdown(["", "seeds", *columns], body)]
+
+
+def _depth_table(rows: Sequence[Row], depths: Sequence[int]) -> str:
+    """A row per model and set of questions, a column per number of iterations."""
+    many = len(set(map(_variant, rows))) > 1
+    body = []
+    for (variant, name), of in _grouped(rows, _variant, lambda row: row["name"]).items():
+        at = _grouped(of, lambda row: row["loop"]["max_iterations"])
+        body.append([f"{variant}, {name}" if many else str(name), *(_cell(at.get((depth,), [])) for depth in depths)])
+    return _markdown(["iterations", *map(str, depths)], body)
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    return str(Pooled.of(rows)) if rows else "-"
+
+
+def _methods_table(record: dict[str, Any]) -> list[str]:
+    rows = record["rows"]
+    tables = []
+    head = ["model", "method", "seeds", "accuracy (95 % interval)", "tokens", "passes", "MFLOPs", "ms"]
+    for (column,), of in _grouped(rows, _column).items():
+        body = []
+        for (name, method), same in _grouped(of, _variant, lambda row: row["method"]).items():
+            means = [fmean(row[key] for row in same) for key in ("tokens", "forward_passes", "flops", "seconds")]
+            cost = [f"{means[0]:.1f}", f"{means[1]:.1f}", f"{means[2] / 1e6:,.1f}", f"{means[3] * 1000:.1f}"]
+            body.append([name, method, str(len(same)), str(Pooled.of(same)), *cost])
+        tables += [f"{column}:", _markdown(head, body)]
+    return tables
+
+
+def _draw(plot: PlotSpec, rows: Sequence[Row]) -> str:
+    curves: dict[str, list[CurvePoint]] = defaultdict(list)
+    variants = len(set(map(_variant, rows)))
+    if plot.x == "iterations":
+
+        def position(row: Row) -> float | None:
+            depth = row["loop"].get("max_iterations")
+            return None if depth is None else float(depth)
+
+        def curve(row: Row) -> str:
+            return ", ".join(part for part in ((_variant(row) if variants > 1 else ""), row["name"] or "") if part)
+    else:
+
+        def position(row: Row) -> float | None:
+            numbers = re.findall(r"\d+", _variant(row))
+            return float(numbers[-1]) if numbers else None
+
+        def curve(row: Row) -> str:
+            base = re.sub(r"\W*\d+\D*$", "", _variant(row)).strip(" ,=")
+            return ", ".join(part for part in (base, _column(row)) if part)
+
+    placed = [row for row in rows if position(row) is not None]
+    for (name, x), same in _grouped(placed, curve, position).items():
+        pooled = Pooled.of(same)
+        curves[name].append(CurvePoint(x, pooled.mean, pooled.interval))
+    ordered = {name: sorted(points, key=lambda point: point.x) for name, points in curves.items()}
+    return draw_curves(ordered, title=plot.title, x_label=plot.x_label, log_x=plot.log) + "\n"
+
+
+# -- states -----------------------------------------------------------------------------------------------
+
+
+def _patching_table(record: dict[str, Any]) -> list[str]:
+    head = ["h_t is replaced by", "t", "own answer", "rival's answer (95 % interval)"]
+    body = [
+        [
+            "nothing" if row["patch"] is None else row["patch"].replace("_", " "),
+            "-" if row["t"] is None else str(row["t"]),
+            f"{row['own']:.3f}",
+            f"{row['rival']:.3f} ({row['interval'][0]:.3f} to {row['interval'][1]:.3f})",
+        ]
+        for row in record["rows"]
+    ]
+    return [_markdown(head, body)]
+
+
+def _lens_table(record: dict[str, Any]) -> list[str]:
+    probes = {score["t"]: score for score in record["probes"] if score["label"] == "frontier"}
+    head = ["t", "logit lens: probability on the frontier", "probe: ranking precision (95 % interval)"]
+    head += ["probe, shuffled labels", "logit lens: answer on top"]
+    body = []
+    for reading in record["lens"]:
+        probe = probes.get(reading["t"])
+        frontier = "-" if reading["frontier"] is None else f"{reading['frontier']:.3f}"
+        cells = ["-", "-"]
+        if probe is not None:
+            low, high = probe["interval"]
+            cells = [f"{probe['score']:.3f} ({low:.3f} to {high:.3f})", f"{probe['shuffled']:.3f}"]
+        body.append([str(reading["t"]), frontier, *cells, f"{reading['settled']:.3f}"])
+    return [_markdown(head, body)]
+
+
+def _steps_table(record: dict[str, Any]) -> list[str]:
+    head = ["t", "decoded thought is step t (95 % interval)", "logit lens: answer on top"]
+    body = []
+    for reading in record["lens"]:
+        share, n = reading["thought_is_step"], reading["questions"]
+        cell = "-"
+        if share is not None:
+            low, high = wilson_interval(round(share * n), n)
+            cell = f"{share:.3f} ({low:.3f} to {high:.3f})"
+        body.append([str(reading["t"]), cell, f"{reading['settled']:.3f}"])
+    return [_markdown(head, body)]
+
+
+_SHOWN: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "accuracy": _accuracy_table,
+    "methods": _methods_table,
+    "patching": _patching_table,
+    "lens": _lens_table,
+    "steps": _steps_table,
+}
+
+
+def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _provenance(part: Part, record: dict[str, Any], digest: str) -> str:
+    manifest, rows = record["manifest"], record.get("rows", [])
+    hashes = {row["questions_sha256"]: row["questions"] for row in rows if "questions_sha256" in row}
+    if "questions_sha256" in manifest:
+        hashes = {manifest["questions_sha256"]: manifest["questions"]}
+    asked = "; ".join(f"{n} of sha256 {digest[:12]}" for digest, n in hashes.items())
+    seeds = sorted({row["seed"] for row in rows if row.get("seed") is not None})
+    trained = f" Training seeds: {', '.join(map(str, seeds))}." if seeds else ""
+    return (
+        f"Command: `{part.command}`. Questions: {asked}.{trained} Rows: "
+        f"`benchmarks/results/findings/{part.rows}.json`, sha256 {digest[:12]}."
+    )
+
+
+def reduce_probe(record: dict[str, Any]) -> dict[str, Any]:
+    """What the page needs of the output of ``slr probe``: the lens by iteration, and the scores of the probes."""
+    keep = ("t", "questions", "settled", "frontier", "frontier_questions", "thought_is_step")
+    lens = [{key: reading[key] for key in keep} for reading in record["lens"]["readings"]]
+    return {"manifest": record["manifest"], "accuracy": record["accuracy"], "lens": lens, "probes": record["probes"]}
+
+
+def read_contents(path: Path = CONTENTS) -> Contents:
+    """Read the file of contents.
+
+    Raises:
+        ConfigError: a field is unknown or missing.
+    """
+    return validated(Contents, yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def _write(built: Built, page: Path) -> Iterator[Path]:
+    folder = page.parent / PLOTS
+    folder.mkdir(exist_ok=True)
+    for old in set(folder.glob("*.svg")) - {folder / name for name in built.plots}:
+        old.unlink()
+    page.write_text(built.text, encoding="utf-8")
+    yield page
+    for name, draw in built.plots.items():
+        (folder / name).write_text(draw(), encoding="utf-8")
+        yield folder / name
+
+
+def main() -> None:
+    """Build the page, or reduce an output of ``slr probe`` to rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, default=PAGE, help="file to write")
+    parser.add_argument(
+        "--probe", action="append", default=[], metavar="NAME=FILE", help="rows to take from an output of slr probe"
+    )
+    options = parser.parse_args()
+    for given in options.probe:
+        name, _, file = given.partition("=")
+        record = reduce_probe(json.loads(Path(file).read_text(encoding="utf-8")))
+        (ROWS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for path in _write(build(read_contents(), ROWS), options.page):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

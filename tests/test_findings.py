@@ -1,0 +1,156 @@
+"""docs/findings.md is what its rows give; a spec of each kind runs from the start."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import findings, patching
+from slr_core import cli
+from slr_core.errors import DataError
+from slr_core.evaluation.sweep import SweepConfig, expand_variants, run_sweep
+
+ROOT = Path(__file__).parents[1]
+SPECS = ROOT / "configs/findings"
+SWEEPS = sorted(path.stem for path in SPECS.glob("*.yaml") if "evaluate:" in path.read_text())
+ROW = {"variant": "N 100", "seed": 0, "name": "q", "question_set": "q", "questions_sha256": "ab" * 32, "loop": {}}
+
+
+@pytest.fixture
+def contents():
+    part = {"rows": "one", "title": "A study", "command": "slr sweep one.yaml"}
+    return lambda **more: findings.Contents.model_validate(
+        {"introduction": "# It", "sections": ({"title": "S", "question": "Q?", "parts": (part | more,)},)}
+    )
+
+
+def write_rows(folder, *scores):
+    rows = [{**ROW, "seed": seed, "method": "slr", "questions": 10, "accuracy": x} for seed, x in enumerate(scores)]
+    (folder / "one.json").write_text(json.dumps({"manifest": {}, "rows": rows}))
+    return findings.sha256((folder / "one.json").read_bytes()).hexdigest()
+
+
+def test_page_is_built_from_its_rows():
+    built = findings.build(findings.read_contents(), findings.ROWS)
+    assert findings.PAGE.read_text() == built.text, "make findings"
+    assert {path.name for path in (findings.PAGE.parent / findings.PLOTS).iterdir()} == set(built.plots)
+
+
+@pytest.mark.slow
+def test_plots_are_drawn_from_their_rows():
+    for name, draw in findings.build(findings.read_contents(), findings.ROWS).plots.items():
+        assert (findings.PAGE.parent / findings.PLOTS / name).read_text() == draw(), "make findings"
+
+
+def test_every_study_is_on_the_page():
+    """And each row names its seed, the hash of its questions and its interval."""
+    parts = [part for section in findings.read_contents().sections for part in section.parts]
+    assert {part.rows for part in parts} >= {*SWEEPS, *(path.stem for path in findings.ROWS.glob("*.json"))}
+    for stem in SWEEPS:
+        file = findings.ROWS / f"{stem}.json"
+        for row in json.loads(file.read_text())["rows"] if file.exists() else ():
+            assert len(row["questions_sha256"]) == 64
+            assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
+
+
+def test_cells(contents, tmp_path):
+    write_rows(tmp_path, 0.5, 0.9)
+    built = findings.build(contents(plot={"x": "variant", "title": "T", "x_label": "N"}), tmp_path)
+    assert "| N 100 | 2 | 0.700 (0.481 to 0.855; seeds 0.500 to 0.900) |" in built.text
+    assert "Training seeds: 0, 1." in built.text
+    assert "10 of sha256 abababababab" in built.text
+    assert built.plots["one.svg"]().count("<svg") == 1
+
+
+def test_without_rows(contents, tmp_path):
+    assert "Not run yet. The command: `slr sweep one.yaml`." in findings.build(contents(), tmp_path).text
+
+
+def test_sentences_belong_to_their_rows(contents, tmp_path):
+    digest = write_rows(tmp_path, 0.5)
+    assert "**So.**" in findings.build(contents(found="So.", rows_sha256=digest[:12]), tmp_path).text
+    write_rows(tmp_path, 0.6)
+    for known in (digest[:12], None):
+        with pytest.raises(DataError, match="read the sentence again"):
+            findings.build(contents(found="So.", rows_sha256=known), tmp_path)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_specs(name):
+    sweep = SweepConfig.from_yaml(SPECS / f"{name}.yaml")
+    assert list(expand_variants(sweep, SPECS))
+    assert sweep.models or len(sweep.seeds) == 3
+    assert sweep.output_dir == f"runs/findings/{name}"
+
+
+def shrunk(name, tmp_path, **changes):
+    """A spec with one model, two steps and few questions."""
+    spec = yaml.safe_load((SPECS / f"{name}.yaml").read_text())
+    for evaluation in spec["evaluate"]:
+        evaluation |= {"generate": 2, "iterations": evaluation.get("iterations", [])[:1]}
+    spec |= {"output_dir": str(tmp_path / "out")} | changes
+    if "recipe" in spec:
+        spec |= {"recipe": str(SPECS / spec["recipe"]), "seeds": [0]}
+        steps = {"stages.0.steps": 2, "optimizer.batch_size": 2, "save_steps": 1}
+        spec["set"] = steps
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(spec, sort_keys=False))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes", "rows"),
+    [
+        ("thinking_longer", {}, 6),
+        ("data", {"vary": {"stages.0.data.0.questions": [4]}}, 4),
+    ],
+)
+def test_sweeps_run(name, changes, rows, tmp_path):
+    path = shrunk(name, tmp_path, **changes)
+    ran = run_sweep(path)
+    assert len(ran) == rows
+    assert run_sweep(path, finished_only=True) == ran
+    assert findings._SHOWN["accuracy"]({"rows": [row.to_json() for row in ran]})
+
+
+@pytest.mark.slow
+def test_patching_runs(monkeypatch, tmp_path):
+    out = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["patching", "--questions", "2", "--hops", "3", "--out", str(out)])
+    patching.main()
+    record = json.loads(out.read_text())
+    assert len(record["rows"]) == 1 + 3 * 4
+    assert "rival frontier" in findings._SHOWN["patching"](record)[0]
+
+
+@pytest.mark.slow
+def test_probes_run(tmp_path):
+    command = next(p.command for s in findings.read_contents().sections for p in s.parts if p.kind == "lens")
+    words = command.replace("--generate 600", "--generate 60").split()[1:]
+    assert cli.app([*words, "--output", str(tmp_path / "probe.json")], standalone_mode=False) is None
+    record = findings.reduce_probe(json.loads((tmp_path / "probe.json").read_text()))
+    assert findings._SHOWN["lens"](record)[0].count("\n") == 1 + 9
+
+
+@pytest.mark.slow
+def test_sweep_continues_after_kill(tmp_path):
+    path = shrunk("iterations", tmp_path, variants={"T 1": {}, "T 2": {"loop.trained_iterations": 5}})
+    run = [sys.executable, "-m", "slr_core.cli", "sweep", str(path)]
+    started = subprocess.Popen(
+        run, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    models, deadline = tmp_path / "out/models", time.monotonic() + 120
+    while not list(models.glob("*/steps/checkpoint-1/trainer_state.json")):
+        assert time.monotonic() < deadline
+        assert started.poll() is None
+        time.sleep(0.02)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    assert len(run_sweep(path)) == 2 * 3
