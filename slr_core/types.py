@@ -52,6 +52,7 @@ class Request:
     logprobs: int | None = None
     score_prompt: bool = False
     forced_ids: tuple[int, ...] = ()
+    trace_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,8 @@ class Result:
         iterations_per_token: in the workspace ``token``, the iteration at whose state each of ``token_ids`` was read:
             ``iterations``, ``records``, ``states`` and ``stability`` are those of the first one, ``exit_reason`` is
             `diverged` if any loop diverged, else `max_iterations` if any ended so. Empty in other workspaces.
+        records_per_token: in the workspace ``token``, the records of the loop before each of the first tokens; as many
+            as the request asks for.
         scores: log-probabilities of ``token_ids``; empty unless requested.
         prompt_scores: log-probabilities of the prompt's tokens by the base model; empty unless requested.
     """
@@ -196,6 +199,7 @@ class Result:
     scores: tuple[TokenScore, ...] = ()
     prompt_scores: tuple[TokenScore, ...] = ()
     iterations_per_token: tuple[int, ...] = ()
+    records_per_token: tuple[tuple[IterationRecord, ...], ...] = ()
 
     @property
     def completion_tokens(self) -> int:
@@ -208,7 +212,8 @@ class Result:
         There is a key ``iterations_per_token`` only in the workspace ``token``.
 
         Args:
-            trace: add the keys ``trace`` (one entry per iteration) and ``stability``, as in ``POST /trace``.
+            trace: add the keys ``trace`` (one entry per iteration) and ``stability``, as in ``POST /trace``; and
+                ``token_traces``, where the result has records of several tokens.
             states: add the states to the entries of ``trace``, where the result has them.
         """
         shown: dict[str, Any] = {
@@ -229,4 +234,6 @@ class Result:
             h = self.states if states else None
             shown["trace"] = [record.to_dict(None if h is None else h[record.t]) for record in self.records]
             shown["stability"] = asdict(self.stability)
+            if self.records_per_token:
+                shown["token_traces"] = [[record.to_dict() for record in loop] for loop in self.records_per_token]
         return shown

@@ -229,4 +229,4 @@ def _token_loops(request: Request, adapter_set: LoopAdapterSet, reserved: int) -
         return None
     depth = request.loop.max_iterations
     copies = workspace.cache_copies(depth)
-    return TokenLoops(copies, reserved // copies, workspace.shared_cache, depth)
+    return TokenLoops(copies, reserved // copies, workspace.shared_cache, depth, request.trace_tokens)

@@ -45,6 +45,7 @@ class TokenLoops:
         cache_size: positions of each of them.
         shared_cache: whether all iterations use the same one.
         depth: iterations that later positions may run: the maximum, or what was kept of a prompt that diverged.
+        trace_tokens: number of loops whose records are kept.
         loops: the finished ones.
         closing_iteration: iteration that its closing pass runs again, since its keys and values were overwritten; 0:
             the base model's pass, without a loop; ``None``: there is no closing pass.
@@ -56,6 +57,7 @@ class TokenLoops:
     cache_size: int
     shared_cache: bool
     depth: int
+    trace_tokens: int
     loops: list[TokenLoop] = field(default_factory=list)
     closing_iteration: int | None = None
     tracker: LoopTracker | None = None
@@ -70,7 +72,8 @@ class TokenLoops:
             last = self.depth
         else:
             last = max(1, tracker.kept_iterations)
-        self.loops.append(TokenLoop(records, tracker.kept_iterations, t, tracker.exit_reason))
+        traced = tracker.records if len(self.loops) < self.trace_tokens else ()
+        self.loops.append(TokenLoop(records, tracker.kept_iterations, t, tracker.exit_reason, traced))
         self.closing_iteration = last if last == 0 or (self.shared_cache and last < t) else None
 
     @property

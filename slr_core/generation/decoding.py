@@ -21,7 +21,7 @@ from slr_core.model.exits import LoopOutput, loop_until_exit
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.panics import panics_as_errors
 from slr_core.params import ResolvedLoopParams
-from slr_core.types import ExitReason, FinishReason, TokenScore
+from slr_core.types import ExitReason, FinishReason, IterationRecord, TokenScore
 
 if TYPE_CHECKING:
     from slr_core.types import Request
@@ -183,7 +183,7 @@ class TokenLoopDecoder:
     """
 
     def __init__(self, reasoner: LatentReasoner, output: LoopOutput, requests: Sequence[Request]) -> None:
-        self.reasoner, self.context = reasoner, output.context
+        self.reasoner, self.context, self.requests = reasoner, output.context, requests
         assert isinstance(reasoner.workspace, Token)
         assert output.context.depths is not None
         self.workspace, self.depths = reasoner.workspace, output.context.depths.tolist()
@@ -204,8 +204,17 @@ class TokenLoopDecoder:
         self.workspace.extend(self.context, reasoner.embed(last), active[:, None])
         idle = ResolvedLoopParams(0, 0, "fixed", 0.0, 1)
         runs = active.tolist()
+        traced = [
+            request
+            for request, loops in zip(self.requests, self.loops, strict=True)
+            if len(loops) < request.trace_tokens
+        ]
         output = loop_until_exit(
-            reasoner, self.context, [own if run else idle for own, run in zip(self.params, runs, strict=True)]
+            reasoner,
+            self.context,
+            [own if run else idle for own, run in zip(self.params, runs, strict=True)],
+            top_tokens=max((request.top_tokens for request in traced), default=0),
+            read_head=any(request.trace for request in traced),
         )
         for row, loops in enumerate(self.loops):
             if runs[row]:
@@ -222,18 +231,24 @@ class TokenLoop:
         kept_iterations: the iteration whose state was decoded.
         iterations_run: iterations run, those of the prompt after its exit included.
         exit_reason: why it ended.
+        records: its iterations.
     """
 
     iterations: int
     kept_iterations: int
     iterations_run: int
     exit_reason: ExitReason
+    records: Sequence[IterationRecord] = ()
 
     @classmethod
     def of(cls, output: LoopOutput, row: int) -> Self:
         """The loop of one row."""
         return cls(
-            output.iterations[row], output.kept_iterations[row], output.iterations_run[row], output.exit_reasons[row]
+            output.iterations[row],
+            output.kept_iterations[row],
+            output.iterations_run[row],
+            output.exit_reasons[row],
+            output.records[row],
         )
 
 

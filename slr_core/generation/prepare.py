@@ -30,6 +30,7 @@ def prepare(
     logprobs: int | None = None,
     score_prompt: bool = False,
     forced_ids: tuple[int, ...] = (),
+    trace_tokens: int = 0,
     limit: int | None = None,
 ) -> Request:
     """Apply the checkpoint's text settings and check that the request fits the model.
@@ -49,6 +50,7 @@ def prepare(
         score_prompt: score the prompt's tokens too, by the base model, as no loop has run before them.
         forced_ids: tokens that the answer begins with. They are scored like the others but not chosen, do not count
             towards ``max_new_tokens``, and do not end the answer.
+        trace_tokens: in the workspace ``token``, the number of tokens whose loops are recorded.
         limit: maximum cache positions of prompt, loop and answer together; ``None``: what the model can address.
 
     Raises:
@@ -63,12 +65,14 @@ def prepare(
     stop = (stop,) if isinstance(stop, str) else stop
     if "" in stop:
         raise RequestError("stop must not hold an empty string", param="stop")
+    workspace = reasoner.workspace
+    if trace_tokens and not workspace.per_token:
+        raise RequestError("trace_tokens needs the workspace token: in others, one loop runs", param="trace_tokens")
     raw = isinstance(prompt, Tokens)
     ids = _check_ids(reasoner, prompt.ids) if isinstance(prompt, Tokens) else _tokenize_prompt(reasoner, prompt)
     prefix: list[int] = []
     if text.answer_prefix and not raw:
         prefix = _tokenize(reasoner, text.answer_prefix, "prompt", add_special_tokens=False)
-    workspace = reasoner.workspace
     reserved = workspace.loop_positions(loop.max_iterations) + len(prefix) + len(forced_ids)
     copies = workspace.cache_copies(loop.max_iterations)
     limit = reasoner.max_positions if limit is None else min(limit // copies, reasoner.max_positions)
@@ -101,6 +105,7 @@ def prepare(
         logprobs=logprobs,
         score_prompt=score_prompt,
         forced_ids=forced_ids,
+        trace_tokens=trace_tokens,
     )
 
 

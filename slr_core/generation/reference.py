@@ -153,6 +153,11 @@ def with_token_loops(
         exit_reason=combine_exit_reasons(reasons),
         forward_passes=count_token_passes(request, loops, depth, shared_cache=shared_cache),
         iterations_per_token=tuple(loop.iterations for loop in loops),
+        # The reference records as many top tokens for every row as the row with the most asks for.
+        records_per_token=tuple(
+            tuple(replace(record, top_tokens=record.top_tokens[: request.top_tokens]) for record in loop.records)
+            for loop in loops[: request.trace_tokens]
+        ),
     )
 
 

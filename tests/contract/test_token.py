@@ -67,7 +67,7 @@ def test_formulas(kind, case, tmp_path):
     made = token(kind, case)
     made.save_pretrained(str(tmp_path))
     requests = [
-        tiny.request(made, prompt, loop, trace=True, include_states=True, max_new_tokens=5)
+        tiny.request(made, prompt, loop, trace=True, include_states=True, max_new_tokens=5, trace_tokens=9)
         for prompt, loop in zip(tiny.PROMPTS, ASKED, strict=False)
     ]
     together = generate(made, requests)
@@ -86,6 +86,10 @@ def test_formulas(kind, case, tmp_path):
                 assert getattr(record, key) == (
                     pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value
                 ), key
+        assert ours.records_per_token[0] == ours.records
+        assert [len(loop) for loop in ours.records_per_token] == derived.iterations_per_token
+        for loop in ours.records_per_token[1:]:
+            assert all(record.entropy is not None and record.norm is not None for record in loop)
         # Alone or in a batch, padded, beside rows of other depths.
         assert facts(batched) == facts(ours)
         torch.testing.assert_close(batched.states, ours.states, rtol=1e-4, atol=1e-5)

@@ -148,6 +148,7 @@ def arrivals(draw, two):
         "trace": trace,
         "top_tokens": draw(st.sampled_from([0, 3])) if trace else 0,
         "include_states": draw(st.booleans()),
+        "trace_tokens": draw(st.sampled_from([0, 2, 9])),
         "logprobs": draw(st.sampled_from([None, None, 0, 3])),
         # Rarely: such requests neither use nor fill the prefix cache.
         "score_prompt": draw(st.sampled_from([False, False, False, True])),
@@ -261,8 +262,21 @@ def assert_equal(found, expected, *, latent_decoder=False):
     assert facts(found) == facts(expected)
     assert near(found.final_change, expected.final_change)
     assert near(found.stability.contraction_rate, expected.stability.contraction_rate, 1e-3)
+    assert_same_records(found.records, expected.records)
+    for mine, theirs in zip(found.records_per_token, expected.records_per_token, strict=True):
+        assert_same_records(mine, theirs)
+    # The latent decoder's large weights amplify rounding: the reference, too, is up to 3e-4 off float64.
+    assert_same_scores(found.scores, expected.scores, 1e-3 if latent_decoder else 1e-4)
+    assert_same_scores(found.prompt_scores, expected.prompt_scores)
+    assert (found.states is None) == (expected.states is None)
+    if expected.states is not None:
+        torch.testing.assert_close(found.states, expected.states, rtol=1e-4, atol=1e-4)
+
+
+def assert_same_records(found, expected):
+    """The records of a loop are equal up to rounding."""
     before = None
-    for mine, theirs in zip(found.records, expected.records, strict=True):
+    for mine, theirs in zip(found, expected, strict=True):
         assert mine.t == theirs.t
         for name in MEASURES:
             assert near(getattr(mine, name), getattr(theirs, name)), (name, mine, theirs)
@@ -271,12 +285,6 @@ def assert_equal(found, expected, *, latent_decoder=False):
         assert near(mine.contraction, theirs.contraction, tolerance), (mine, theirs)
         before = theirs.relative_change
         assert_same_top(mine.top_tokens, theirs.top_tokens)
-    # The latent decoder's large weights amplify rounding: the reference, too, is up to 3e-4 off float64.
-    assert_same_scores(found.scores, expected.scores, 1e-3 if latent_decoder else 1e-4)
-    assert_same_scores(found.prompt_scores, expected.prompt_scores)
-    assert (found.states is None) == (expected.states is None)
-    if expected.states is not None:
-        torch.testing.assert_close(found.states, expected.states, rtol=1e-4, atol=1e-4)
 
 
 def check(mix, tally, seen):
@@ -288,8 +296,10 @@ def check(mix, tally, seen):
     wanted = []
     for arrival in mix.arrivals:
         made = second if arrival.second else first
-        loop = arrival.loop | ({"noise_scale": 0.0} if made.workspace.per_token else {})
-        wanted.append(expect(made, tiny.request(made, arrival.prompt, loop, **arrival.options), seen))
+        token = made.workspace.per_token
+        loop = arrival.loop | ({"noise_scale": 0.0} if token else {})
+        options = arrival.options | {"trace_tokens": arrival.options["trace_tokens"] if token else 0}
+        wanted.append(expect(made, tiny.request(made, arrival.prompt, loop, **options), seen))
 
     tally["requests"] += len(wanted)
     futures: dict[int, Any] = {}
