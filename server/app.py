@@ -18,7 +18,7 @@ from .errors import install_handlers
 from .hosts import HostCheck, allowed_hosts
 from .middleware import REQUEST_ID, SERVER_TIMING, HeadAsGet, HeaderLimit, Preflight, RequestContext
 from .overload import BodyLimit, EarlyRefusal, RequestCount
-from .routes import admin, generate, health, index, metrics, openai, page
+from .routes import admin, generate, grade, health, index, metrics, openai, page
 from .service import Service
 from .settings import ServerSettings, split_list
 
@@ -62,7 +62,7 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
     install_handlers(app)
     # For the documentation only: slr_server.auth checks the keys.
     bearer = [Depends(HTTPBearer(auto_error=False, description="a key of the server"))]
-    for module in (generate, openai, metrics, page):
+    for module in (generate, openai, metrics, page, grade):
         app.include_router(module.router, dependencies=bearer if api_keys else None)
     app.include_router(health.router)
     app.include_router(index.router)

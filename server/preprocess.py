@@ -90,6 +90,7 @@ class GenerationJob:
         trace: measure the LM head at every iteration.
         top_tokens: number of likely tokens per iteration of a trace.
         include_states: return the states of a trace.
+        trace_tokens: number of tokens whose loops a trace holds, in the workspace ``token``.
         logprobs: number of likely tokens per scored token; ``None``: do not score tokens.
         score_prompt: score the prompt's tokens as well.
         loop_after: tokens of each prompt that precede the loop; ``None``: all of them.
@@ -109,6 +110,7 @@ class GenerationJob:
     trace: bool = False
     top_tokens: int | None = None
     include_states: bool = False
+    trace_tokens: int = 0
     logprobs: int | None = None
     score_prompt: bool = False
     loop_after: int | None = None
@@ -265,6 +267,7 @@ def _preprocess_prompt(
         trace=job.trace,
         top_tokens=top_tokens if job.trace else 0,
         include_states=job.include_states,
+        trace_tokens=job.trace_tokens,
         logprobs=job.logprobs,
         score_prompt=job.score_prompt,
         forced_ids=forced,
@@ -300,6 +303,12 @@ def _check_prompt_tokens(ids: tuple[int, ...], settings: ServerSettings) -> None
 
 def _check_response(job: GenerationJob, requests: list[Request], limit: int) -> None:
     values, name = sum(r.loop.max_iterations * r.top_tokens for r in requests), "top_tokens"
+    if values <= limit and job.trace_tokens:
+        name = "trace_tokens"
+        values = sum(
+            r.loop.max_iterations * max(1, r.top_tokens) * (1 + min(job.trace_tokens, r.max_new_tokens))
+            for r in requests
+        )
     if values <= limit and job.logprobs is not None:
         name = "logprobs"
         scored = sum(r.max_new_tokens + (len(r.prompt_ids) if r.score_prompt else 0) for r in requests)

@@ -39,7 +39,7 @@ SIDES = {
     "evaluation": "engine client tasks training",
     "cli": "engine client tasks training evaluation",
 }
-"""Parts beside the layers: the highest layer and the other sides that each may import. The server imports none."""
+"""Parts beside the layers: the highest layer and the other sides that each may import. The server imports ``tasks``."""
 LAZY = {("model", "checkpoint"), ("model", "generation"), ("cli", "slr_server")}
 """Against the order, inside a function alone: the model's ``from_pretrained``, ``save_pretrained`` and ``generate``,
 and ``slr serve``."""
@@ -152,7 +152,7 @@ def below(part):
         layer, *sides = SIDES[part].split()
         return (*LAYERS[: LAYERS.index(layer) + 1], *sides)
     assert part in LAYERS, f"slr_core.{part} has no place in LAYERS or SIDES of this test"
-    return LAYERS[: LAYERS.index(part)]
+    return (*LAYERS[: LAYERS.index(part)], *(["tasks"] if part == "slr_server" else []))
 
 
 def absolute(modules):

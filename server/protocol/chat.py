@@ -24,7 +24,16 @@ from .openai import (
     Usage,
     response_fields,
 )
-from .schema import EXAMPLE_QUESTION, MAX_FIELDS, Answer, OutputEvent, RequestModel, ResponseModel, check_size
+from .schema import (
+    EXAMPLE_QUESTION,
+    MAX_FIELDS,
+    MAX_MESSAGES,
+    Answer,
+    OutputEvent,
+    RequestModel,
+    ResponseModel,
+    check_size,
+)
 from .vocabulary import Vocabulary
 
 _MIN_LOGPROB = -9999.0
@@ -33,7 +42,7 @@ _MIN_LOGPROB = -9999.0
 
 # -- requests ----------------------------------------------------------------------------------------------
 
-_MAX_MESSAGES, _MAX_PARTS = 1024, 256
+_MAX_PARTS = 256
 SmallObject = Annotated[
     dict[Annotated[str, StringConstraints(max_length=64)], Any],
     Field(max_length=MAX_FIELDS),
@@ -101,7 +110,7 @@ class ChatRequest(OpenAIRequest):
         json_schema_extra={"examples": [{"messages": [{"role": "user", "content": EXAMPLE_QUESTION}], "max_tokens": 8}]}
     )
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = Field(
         None, ge=1, description="maximum number of tokens; default: the checkpoint's; older name of the next field"
     )

@@ -1,13 +1,13 @@
-"""``/generate``, ``/trace`` and the operator's endpoints: bodies, and their translation."""
+"""``/generate`` and ``/trace``: bodies, and their translation."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints, WithJsonSchema
+from pydantic import ConfigDict, Field, JsonValue, PlainValidator, StringConstraints, TypeAdapter, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from slr_core.engine import FinishedEvent, IterationEvent, TokenEvent
@@ -18,6 +18,7 @@ from ..preprocess import DEFAULT_TOP_TOKENS, FieldNames, GenerationJob
 from ..sse import frame
 from .schema import (
     EXAMPLE_QUESTION,
+    MAX_MESSAGES,
     MAX_PROMPTS,
     Answer,
     Convergence,
@@ -48,12 +49,24 @@ _GENERATE_EXAMPLES: list[JsonValue] = [
 _TRACE_EXAMPLES: list[JsonValue] = [{"prompt": EXAMPLE_QUESTION, "top_tokens": 3}]
 
 
-def _as_list(value: Any) -> Any:
+class PromptMessage(RequestModel):
+    """A message of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+_STRICT = ConfigDict(strict=True)
+_TEXTS = TypeAdapter(Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)], config=_STRICT)
+_CHAT = TypeAdapter(Annotated[list[PromptMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)])
+
+
+def _read_prompt(value: Any) -> list[str] | list[PromptMessage]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):
-        return value
-    raise PydanticCustomError("prompt_type", "must be a string or a list of strings")
+        return _CHAT.validate_python(value) if value and isinstance(value[0], dict) else _TEXTS.validate_python(value)
+    raise PydanticCustomError("prompt_type", "must be a string, a list of strings, or a list of messages")
 
 
 def _is_none(value: Any) -> bool:
@@ -61,20 +74,24 @@ def _is_none(value: Any) -> bool:
 
 
 Prompts = Annotated[
-    list[str],
-    Field(max_length=MAX_PROMPTS, fail_fast=True),
-    BeforeValidator(_as_list),
+    list[str] | list[PromptMessage],
+    PlainValidator(_read_prompt),
     WithJsonSchema(
         {
             "anyOf": [
                 {"type": "string"},
                 {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+                {
+                    "type": "array",
+                    "items": {"$ref": "#/components/schemas/PromptMessage"},
+                    "minItems": 1,
+                    "maxItems": MAX_MESSAGES,
+                },
             ]
         }
     ),
 ]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-LoopSetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 # -- requests ----------------------------------------------------------------------------------------------
@@ -85,7 +102,10 @@ class GenerateRequest(RequestModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": _GENERATE_EXAMPLES})
 
-    prompt: Prompts = Field(min_length=1, description="one prompt, or several that are answered independently")
+    prompt: Prompts = Field(
+        description="a text, or several that are answered independently; or a chat, a list of messages, which the chat "
+        "template formats"
+    )
     max_iterations: MaxIterations = None
     min_iterations: MinIterations = None
     convergence: Convergence | None = None
@@ -116,9 +136,12 @@ class TraceRequest(GenerateRequest):
     include_states: bool | None = Field(
         None, description="return every iteration's hidden state; the operator limits their size"
     )
+    trace_tokens: int | None = Field(
+        None, ge=1, description="in the workspace `token`: number of tokens of an answer whose loops are returned"
+    )
 
 
-_NAMES = FieldNames(loop_names())
+_NAMES = FieldNames({**loop_names(), "messages": "prompt"})
 
 
 def to_job(body: GenerateRequest) -> GenerationJob:
@@ -135,8 +158,10 @@ def to_job(body: GenerateRequest) -> GenerationJob:
             top_p=1.0 if body.top_p is None else body.top_p,
             seed=body.seed,
         )
+    texts = tuple(prompt for prompt in body.prompt if isinstance(prompt, str))
+    chat = [message.model_dump() for message in body.prompt if isinstance(message, PromptMessage)]
     return GenerationJob(
-        prompts=tuple(body.prompt),
+        prompts=texts or (chat,),
         n=body.n or 1,
         loop=loop,
         sampling=sampling,
@@ -145,6 +170,7 @@ def to_job(body: GenerateRequest) -> GenerationJob:
         trace=isinstance(body, TraceRequest),
         top_tokens=body.top_tokens if isinstance(body, TraceRequest) else None,
         include_states=isinstance(body, TraceRequest) and bool(body.include_states),
+        trace_tokens=(body.trace_tokens or 0) if isinstance(body, TraceRequest) else 0,
         loop_set=body.loop_set,
         stream=bool(body.stream),
         names=_NAMES,
@@ -231,6 +257,9 @@ class TraceResult(GenerateResult):
 
     trace: list[Iteration]
     stability: Stability = Field(description="summary of the trace")
+    token_traces: list[list[Iteration]] | None = Field(
+        None, exclude_if=_is_none, description="with trace_tokens: the loops before the first tokens"
+    )
 
 
 class ResponseHeader(ResponseModel):
@@ -302,92 +331,3 @@ class TraceFormatter(GenerateFormatter):
 
     def _fields(self, result: Result) -> dict[str, Any]:
         return result.to_dict(trace=True, states=True)
-
-
-# -- operation ---------------------------------------------------------------------------------------------
-
-
-class LoadLoopSet(RequestModel):
-    """Body of ``POST /admin/loop_sets``."""
-
-    name: LoopSetName = Field(description="a checkpoint folder in the server's --loop-sets folder")
-
-
-class LoopSetList(ResponseModel):
-    """Names of loop adapter sets."""
-
-    loaded: list[str] = Field(description="sets that requests can name, the served model's own first")
-    available: list[str] = Field(description="checkpoint folders in the server's --loop-sets folder")
-
-
-class Readiness(ResponseModel):
-    """The answer of ``/readyz``."""
-
-    status: str
-    tokenizer_lag_s: float = Field(description="age of the oldest request that is not tokenized yet")
-    event_loop_lag_s: float = Field(description="longest delay of the event loop in the last 5 to 10 s")
-
-
-class HealthStatus(ResponseModel):
-    """Body of a health check that passes."""
-
-    status: str
-
-
-class VersionInfo(ResponseModel):
-    """Versions of the server."""
-
-    version: str
-
-
-class ExamplePrompt(ResponseModel):
-    """A prompt that the checkpoint answers well, from its ``examples.json``."""
-
-    prompt: str
-    answer: str | None = None
-
-
-class RequestLimits(ResponseModel):
-    """The operator's limits of a request."""
-
-    max_iterations: int
-    max_new_tokens: int
-    max_top_tokens: int
-    max_prompts: int
-    max_state_values: int
-
-
-class CheckpointInfo(ResponseModel):
-    """The served checkpoint: the defaults of its loop, and example prompts."""
-
-    model: str
-    models: list[str] = Field(description="loaded loop adapter sets, the served model's own first")
-    workspace: str
-    positions: int | None = Field(description="positions that the loop refines; null: those of the prompt")
-    hidden_size: int = Field(description="numbers in the state of a position")
-    trained_iterations: int
-    max_iterations: int = Field(description="default maximum of iterations")
-    criterion: str = Field(description="default criterion")
-    threshold: float = Field(description="default threshold of the default criterion")
-    criteria: dict[str, float] = Field(description="criteria that requests can name, and their default thresholds")
-    max_new_tokens: int = Field(description="default maximum number of tokens of an answer")
-    limits: RequestLimits
-    examples: list[ExamplePrompt]
-
-
-class EndpointInfo(ResponseModel):
-    """One endpoint."""
-
-    method: str
-    path: str
-    summary: str
-
-
-class Index(ResponseModel):
-    """What this server is and which endpoints it has."""
-
-    name: str
-    version: str
-    model: str
-    docs: str = Field(description="path of the full documentation, with every field")
-    endpoints: list[EndpointInfo]

@@ -35,6 +35,8 @@ MAX_FIELDS = 64
 """Fields of any object in a body."""
 MAX_PROMPTS = 1 << 16
 """Prompts of any request; the operator's limit is lower."""
+MAX_MESSAGES = 1024
+"""Messages of a chat."""
 
 
 def check_size(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from ..protocol.native import LoadLoopSet, LoopSetList, LoopSetName
+from ..protocol.operation import LoadLoopSet, LoopSetList, LoopSetName
 from ..service import Service
 from .common import JSONRoute, ServiceDependency, document_errors
 

@@ -165,7 +165,10 @@ def _is_large(job: GenerationJob, answers: Sequence[Answer]) -> bool:
     """Whether encoding the answers takes more than a few milliseconds."""
     values = len(answers)
     if job.trace:
-        values += sum(len(result.records) * (1 + request.top_tokens) for request, result, _ in answers)
+        values += sum(
+            (len(result.records) + sum(map(len, result.records_per_token))) * (1 + request.top_tokens)
+            for request, result, _ in answers
+        )
     if job.logprobs is not None:
         values += sum(len(result.scores) * (1 + job.logprobs) for _, result, _ in answers)
     return job.include_states or values > _SMALL_RESPONSE

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from slr_core._version import __version__
 
 from ..errors import Unavailable
-from ..protocol.native import HealthStatus, Readiness, VersionInfo
+from ..protocol.operation import HealthStatus, Readiness, VersionInfo
 from .common import ServiceDependency, document_errors
 
 router = APIRouter(tags=["operation"])

@@ -11,7 +11,7 @@ from starlette.staticfiles import StaticFiles
 from slr_core._version import __version__
 
 from ..auth import accepts_html
-from ..protocol.native import EndpointInfo, Index
+from ..protocol.operation import EndpointInfo, Index
 from .common import ServiceDependency, document_errors
 from .page import page_response
 

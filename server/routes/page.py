@@ -15,9 +15,11 @@ from slr_core.checkpoint.folder import local_path
 from slr_core.checkpoint.validate import read_json
 from slr_core.config import DEFAULT_THRESHOLDS, READS_HALTING_HEAD
 from slr_core.errors import CheckpointError
+from slr_core.generation.prepare import reads_chats
 from slr_core.model.base_support import hidden_size
 
-from ..protocol.native import CheckpointInfo, ExamplePrompt, RequestLimits
+from ..protocol.grade import GRADED_TASKS
+from ..protocol.operation import CheckpointInfo, ExamplePrompt, RequestLimits
 from .common import ServiceDependency, document_errors
 
 _DIST = Path(__file__).parents[1] / "page" / "dist"
@@ -50,6 +52,8 @@ async def checkpoint(service: ServiceDependency) -> CheckpointInfo:
     return CheckpointInfo(
         model=settings.model_name,
         models=service.model_names(),
+        trained=config.trained,
+        chat=await asyncio.to_thread(reads_chats, reasoner),
         workspace=loop.workspace,
         positions=workspace.width(0) or None,
         hidden_size=hidden_size(reasoner.base),
@@ -70,6 +74,7 @@ async def checkpoint(service: ServiceDependency) -> CheckpointInfo:
             max_prompts=settings.max_prompts,
             max_state_values=settings.max_state_values,
         ),
+        tasks=list(GRADED_TASKS),
         examples=await asyncio.to_thread(lambda: read_examples(local_path(settings.model))),
     )
 

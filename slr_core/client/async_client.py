@@ -24,6 +24,7 @@ from slr_core.client.core import (
     stream_ended,
     to_error,
 )
+from slr_core.types import Messages
 
 
 class AsyncClient:
@@ -41,16 +42,16 @@ class AsyncClient:
         self._http = httpx.AsyncClient(**http_options(url, api_key, timeout_s), transport=transport)
         self._retry = retry_policy(retries)
 
-    async def generate(self, prompt: str | list[str], **fields: Unpack[GenerateFields]) -> dict[str, Any]:
+    async def generate(self, prompt: str | list[str] | Messages, **fields: Unpack[GenerateFields]) -> dict[str, Any]:
         """As :meth:`slr_core.client.Client.generate`."""
         return await self._post("/generate", {"prompt": prompt, **fields})
 
-    async def trace(self, prompt: str | list[str], **fields: Unpack[TraceFields]) -> dict[str, Any]:
+    async def trace(self, prompt: str | list[str] | Messages, **fields: Unpack[TraceFields]) -> dict[str, Any]:
         """As :meth:`slr_core.client.Client.trace`."""
         return await self._post("/trace", {"prompt": prompt, **fields})
 
     async def stream(
-        self, prompt: str | list[str], *, path: str = "/generate", **fields: Unpack[TraceFields]
+        self, prompt: str | list[str] | Messages, *, path: str = "/generate", **fields: Unpack[TraceFields]
     ) -> AsyncIterator[ServerEvent]:
         """As :meth:`slr_core.client.Client.stream`."""
         body, retry = {"prompt": prompt, **fields, "stream": True}, self._retry

@@ -55,6 +55,7 @@ class TraceFields(GenerateFields, total=False):
 
     top_tokens: int | None
     include_states: bool | None
+    trace_tokens: int | None
 
 
 @dataclass(frozen=True)

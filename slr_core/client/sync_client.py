@@ -24,6 +24,7 @@ from slr_core.client.core import (
     stream_ended,
     to_error,
 )
+from slr_core.types import Messages
 
 
 class Client:
@@ -52,8 +53,12 @@ class Client:
         self._http = httpx.Client(**http_options(url, api_key, timeout_s), transport=transport)
         self._retry = retry_policy(retries)
 
-    def generate(self, prompt: str | list[str], **fields: Unpack[GenerateFields]) -> dict[str, Any]:
+    def generate(self, prompt: str | list[str] | Messages, **fields: Unpack[GenerateFields]) -> dict[str, Any]:
         """``POST /generate``: the answer's JSON.
+
+        Args:
+            prompt: a text, several, or a chat.
+            fields: other fields of the body.
 
         Raises:
             RequestError: the server refuses the request.
@@ -61,12 +66,12 @@ class Client:
         """
         return self._post("/generate", {"prompt": prompt, **fields})
 
-    def trace(self, prompt: str | list[str], **fields: Unpack[TraceFields]) -> dict[str, Any]:
+    def trace(self, prompt: str | list[str] | Messages, **fields: Unpack[TraceFields]) -> dict[str, Any]:
         """``POST /trace``: as :meth:`generate`, with a record of every iteration."""
         return self._post("/trace", {"prompt": prompt, **fields})
 
     def stream(
-        self, prompt: str | list[str], *, path: str = "/generate", **fields: Unpack[TraceFields]
+        self, prompt: str | list[str] | Messages, *, path: str = "/generate", **fields: Unpack[TraceFields]
     ) -> Iterator[ServerEvent]:
         """The events of ``/generate`` or ``/trace`` as they arrive; closing the iterator cancels the request.
 

@@ -173,6 +173,17 @@ def _render_chat(reasoner: LatentReasoner, messages: Messages) -> str:
         raise RequestError(f"the chat template refuses these messages: {refusal}", param="messages") from error
 
 
+def reads_chats(reasoner: LatentReasoner) -> bool:
+    """Whether the chat template shows the model all messages of a chat, as that of a chat model does."""
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": f"message {i}"} for i, role in enumerate(roles)]
+    try:
+        text = _render_chat(reasoner, messages)
+    except RequestError:
+        return False
+    return all(message["content"] in text for message in messages)
+
+
 def _check_ids(reasoner: LatentReasoner, ids: tuple[int, ...]) -> list[int]:
     known = reasoner.vocab_size
     if not ids:

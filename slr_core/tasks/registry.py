@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from slr_core._install import missing_extra
 from slr_core.errors import ConfigError
 from slr_core.suggest import did_you_mean
 from slr_core.tasks.arithmetic import Arithmetic
-from slr_core.tasks.base import Task, read_jsonl
+from slr_core.tasks.base import Example, Task, read_jsonl
 from slr_core.tasks.competition import CompetitionMath
 from slr_core.tasks.generated_word_problems import GeneratedWordProblems
 from slr_core.tasks.prontoqa import ProntoQA
@@ -80,13 +80,18 @@ def infer_task(path: str | Path) -> Task:
         DataError: the file cannot be read.
     """
     examples = read_jsonl(path)
-    for task in _all_tasks():
-        if examples and all(task.recognizes(example) for example in examples):
-            return task
+    task = recognize(examples, _all_tasks())
+    if task is not None:
+        return task
     raise ConfigError(
         f"{path}: the questions do not tell their task; name it: text (any questions and answers; also "
         f"text:{', text:'.join(GRADINGS[1:])}), {', '.join(name for name in task_names() if name != 'text')}"
     )
+
+
+def recognize(examples: Sequence[Example], tasks: Iterable[Task]) -> Task | None:
+    """The first task to which all examples belong by their fields; ``None``: no task."""
+    return next((task for task in tasks if examples and all(map(task.recognizes, examples))), None)
 
 
 def resolve_task(name: str | None, file: str | Path | None) -> Task:

@@ -161,3 +161,45 @@ def test_request_fields_are_documented(client):
     for name in ("GenerateRequest", "TraceRequest", "Convergence"):
         for field, value in schema[name]["properties"].items():
             assert value.get("description") or "$ref" in json.dumps(value), f"{name}.{field}"
+
+
+def test_trace_tokens():
+    made = tiny.reasoner(loop={"workspace": "token", "max_iterations": 3})
+    with serving(made, max_response_values=20) as client:
+        (shown,) = trace(client, "w1 w2", trace_tokens=2, top_tokens=2)
+        assert shown["token_traces"][0] == shown["trace"]
+        assert [len(loop) for loop in shown["token_traces"]] == shown["iterations_per_token"]
+        assert all(len(step["top_tokens"]) == 2 and step["entropy"] > 0 for step in shown["token_traces"][1])
+        assert "token_traces" not in trace(client, "w1 w2")[0]
+        body = {"prompt": "w1", "max_iterations": 3, "trace_tokens": 4, "top_tokens": 2, "max_new_tokens": 4}
+        error = client.post("/trace", json=body).json()["error"]
+        assert (error["param"], error["code"]) == ("trace_tokens", "invalid_value")
+
+
+def test_trace_tokens_elsewhere(client):
+    response = client.post("/trace", json={"prompt": "w1", "trace_tokens": 1})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "trace_tokens")
+
+
+def test_chat():
+    messages = [{"role": role, "content": text} for role, text in (("user", "w1"), ("assistant", "w2"), ("user", "w3"))]
+    with serving(
+        tiny.reasoner(text={"chat_template": "{% for m in messages %}{{ m.content }} {% endfor %}"})
+    ) as client:
+        assert client.get("/checkpoint").json()["chat"]
+        assert trace(client, messages)[0]["text"] == trace(client, "w1 w2 w3")[0]["text"]
+        for wrong, param in (
+            ([{"role": "tool", "content": ""}], "prompt.0.role"),
+            ([{"role": "user", "content": "w1", "more": 1}], "prompt.0.more"),
+            ([{"role": "user"}], "prompt.0.content"),
+            ([*messages, "w1"], "prompt.3"),
+            ([{"role": "user", "content": "w1 " * 500}], "prompt"),
+        ):
+            response = client.post("/trace", json={"prompt": wrong})
+            assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_chat_of_one_message(client):
+    assert not client.get("/checkpoint").json()["chat"]
+    response = client.post("/trace", json={"prompt": [{"role": "user", "content": "w1"}]})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")

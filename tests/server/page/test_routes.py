@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from slr_core.checkpoint.folder import BUNDLED_FOLDER, bundled_names
 from slr_server.app import create_app
-from slr_server.protocol.native import CheckpointInfo
+from slr_server.protocol.operation import CheckpointInfo
 from slr_server.routes.page import read_examples
 from slr_server.settings import ServerSettings
 
