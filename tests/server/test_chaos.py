@@ -272,6 +272,64 @@ def test_non_finite_loop_set(start, made):
     assert server.metrics()["slr_loop_exits_total{diverged}"] == 3
 
 
+def test_large_request_takes_turns(start, hold):
+    server = start("--elastic-floor", "0.5")
+    hold.freeze("loop")
+    with ThreadPoolExecutor() as pool:
+
+        def ask(**more):
+            sent = time.time()
+            answer = httpx.post(f"{server.url}/generate", json={**BODY, **more}, timeout=60)
+            return sent, answer.json()["results"]
+
+        large = pool.submit(ask, prompt=["w1", "w2", "w3", "w4"], n=16)
+        server.until(lambda: server.metrics()["slr_requests_queued"] == 61)
+        single = pool.submit(ask)
+        server.until(lambda: server.metrics()["slr_requests_queued"] == 62)
+        hold.thaw()
+        (sent, (answer,)), (large_sent, answers) = single.result(60), large.result(60)
+    begun = sorted(large_sent + other["timings"]["queue_s"] for other in answers)
+    before = sum(at < sent + answer["timings"]["queue_s"] for at in begun)
+    assert before <= 6, "three have a slot when it arrives, and it takes one of the first three that are free"
+    assert (answer["iterations"], answer["budget_reduced"]) == (5, False)
+
+
+def test_name_resolves_once(start, hold, folders, made):
+    made_by = {}
+    for seed, name in enumerate(("first", "second"), 7):
+        made_by[name] = tiny.twin(made)
+        tiny.shake(made_by[name], seed=seed)
+        text = made.config.text.model_copy(update={"prompt_prefix": tiny.words(seed) + " "})
+        made_by[name].config = made.config.model_copy(update={"text": text})
+        made_by[name].save_pretrained(str(folders / name))
+    server, headers = start(), {"authorization": f"Bearer {ADMIN}"}
+
+    def serve(name):
+        (folders / name).rename(folders / "sets" / "named")
+        loaded = httpx.post(f"{server.url}/admin/loop_sets", json={"name": "named"}, headers=headers, timeout=60)
+        assert loaded.status_code == 200, loaded.text
+
+    def ask():
+        body = {"prompt": tiny.PROMPTS[1], "max_new_tokens": 6, "loop_set": "named"}
+        return httpx.post(f"{server.url}/generate", json=body, timeout=60).json()["results"][0]["text"]
+
+    serve("first")
+    hold.freeze("tokenize")
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(ask)
+        server.until(lambda: hold.reached("tokenize"))
+        removed = httpx.delete(f"{server.url}/admin/loop_sets/named", headers=headers, timeout=60)
+        assert removed.status_code == 200
+        (folders / "sets" / "named").rename(folders / "first")
+        serve("second")
+        hold.thaw()
+        answers = [waiting.result(60), ask()]
+    (folders / "sets" / "named").rename(folders / "second")
+    expected = [generate(each, [tiny.request(each, tiny.PROMPTS[1])])[0].text for each in made_by.values()]
+    assert answers == expected
+    assert expected[0] != expected[1]
+
+
 def test_sigterm_under_load(start, hold, made):
     server = start("--grace-s", "60")
     bystanders = Bystanders(made, server)
