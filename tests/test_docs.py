@@ -143,6 +143,17 @@ def test_panels_exist():
     assert named - titles == {"Accuracy against mean iterations"}  # a plot of the report
 
 
+def test_guarantees_name_their_tests():
+    """Each promise of SECURITY.md names a test. Of a bare file name, :func:`test_paths_exist` knows nothing."""
+    text = (ROOT / "SECURITY.md").read_text()
+    promises = re.split(r"^- ", text[text.index("## Guarantees") : text.index("## Not covered")], flags=re.MULTILINE)[
+        1:
+    ]
+    assert [promise for promise in promises if not re.search(r"`[\w/]*test[\w/.:]*`", promise)] == []
+    for name, test in re.findall(r"`((?:\w+/)?test_\w+\.py)(?:::(\w+))?`", text):
+        assert f"def {test or 'test_'}" in (ROOT / "tests/server" / name).read_text(), f"{name}::{test}"
+
+
 def test_measured_claims():
     """No part is said to make the loop stable, which no ablation found, and `prontoqa` has its committed figures."""
     assert "keep the loop stable" not in README

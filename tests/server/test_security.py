@@ -95,14 +95,15 @@ def test_short_keys(keys):
     assert KEY not in str(error.value)
 
 
-def test_keys_are_not_logged(served, caplog):
+def test_nothing_private_is_logged(served, caplog):
     caplog.set_level(logging.DEBUG)
+    body = {"prompt": "w30 w4 w4 w17", "max_new_tokens": 6}
     with served(api_keys=KEY, admin_key=ADMIN) as client:
-        client.post("/generate", json=BODY, headers=bearer(KEY))
+        (result,) = client.post("/generate", json=body, headers=bearer(KEY)).json()["results"]
         client.get("/admin/loop_sets", headers=bearer(ADMIN))
     logged = caplog.text + str([vars(record) for record in caplog.records if record.name.startswith(("slr", "server"))])
-    assert KEY not in logged
-    assert ADMIN not in logged
+    assert len(result["text"]) > 5
+    assert [text for text in (KEY, ADMIN, body["prompt"], result["text"]) if text in logged] == []
 
 
 def test_cors_off_by_default(client):
