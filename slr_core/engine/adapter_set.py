@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slr_core.engine.runner.linear import share_linears
 from slr_core.engine.runner.lora_batch import check_finite
 from slr_core.errors import ConfigError
 from slr_core.loop.lora import DECODE, trained_index
@@ -161,14 +162,18 @@ def share_base(owner: LatentReasoner, other: LatentReasoner) -> None:
     Raises:
         ConfigError: the weights differ.
     """
+    share_linears(owner.base, other.base)
     ours, theirs = _base_weights(owner), _base_weights(other)
     if ours.keys() != theirs.keys() or not all(_equal(ours[name], theirs[name]) for name in ours):
         raise ConfigError("the checkpoint's base model is not the one that is served")
     for name, weight in theirs.items():
-        weight.data = ours[name].data
+        if weight is not ours[name]:
+            weight.data = ours[name].data
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
+    if first is second:
+        return True
     same_kind = (first.dtype, first.shape) == (second.dtype, second.shape)
     return same_kind and torch.equal(first.to(second.device), second)
 

@@ -130,6 +130,7 @@ class Engine:
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        quantization: str = "none",
         **options: Any,
     ) -> Self:
         """Load a checkpoint and start an engine on it.
@@ -139,13 +140,15 @@ class Engine:
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. ``auto``: a GPU where there is one.
             dtype: ``auto``, ``float32``, ``bfloat16``, ``float16`` or a torch dtype. ``auto``: the checkpoint's own
                 where the device computes it natively, and fp32 otherwise.
+            quantization: ``none``, ``int8`` or ``int4``: how the weights of linear layers are rounded, on a CPU.
             options: passed to :class:`Engine`.
 
         Raises:
             CheckpointError: the checkpoint cannot be loaded.
-            ConfigError: an option is out of range, or the device or dtype cannot be used.
+            ConfigError: an option is out of range, or the device, dtype or quantization cannot be used.
         """
-        return cls(load_reasoner(path_or_id, device=device, dtype=dtype), **options)
+        reasoner = load_reasoner(path_or_id, device=device, dtype=dtype, quantization=quantization)
+        return cls(reasoner, **options)
 
     # -- answers -----------------------------------------------------------------------------------
 

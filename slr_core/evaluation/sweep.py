@@ -201,6 +201,7 @@ def run_sweep(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantization: str = "none",
     about: dict[str, Any] | None = None,
     finished_only: bool = False,
     progress: Callable[[str], None] = lambda step: None,
@@ -211,6 +212,7 @@ def run_sweep(
         spec: the sweep file, see :class:`SweepConfig`.
         device: device of the evaluation, see :func:`~slr_core.engine.runner.device.resolve_device`.
         dtype: dtype of the evaluation, see :func:`~slr_core.engine.runner.device.load_reasoner`.
+        quantization: that of the evaluation, as above.
         about: entries for the manifest of the results.
         finished_only: return the stored figures of the models that have all of them; train and evaluate nothing.
         progress: called with a description of each step.
@@ -234,7 +236,7 @@ def run_sweep(
             progress(f"{i} of {len(planned)}: training {variant.name}")
             train(config, resume=any((Path(variant.folder) / "steps").glob("checkpoint-*")))
         progress(f"{i} of {len(planned)}: evaluating {variant.name}")
-        backend = Local(load_reasoner(variant.folder, device=device, dtype=dtype))
+        backend = Local(load_reasoner(variant.folder, device=device, dtype=dtype, quantization=quantization))
         for run in runs:
             opened = store.open(run.spec(variant), about)
             task, examples = run.task, run.questions.examples

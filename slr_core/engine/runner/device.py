@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from slr_core.engine.runner.linear import check_quantization, pack_linears
 from slr_core.errors import ConfigError
 from slr_core.model.reasoner import LatentReasoner
 
@@ -61,24 +62,34 @@ def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | None:
 
 
 def load_reasoner(
-    path_or_id: str | None = None, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    path_or_id: str | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantization: str = "none",
 ) -> LatentReasoner:
     """Load a checkpoint onto a device, in eval mode.
+
+    On a CPU its linear layers become :class:`~slr_core.engine.runner.linear.PackedLinear`, which have no gradients.
 
     Args:
         path_or_id: a folder, a hub id or the name of a bundled checkpoint; ``None``: the default one.
         device: see :func:`resolve_device`.
         dtype: see :func:`resolve_dtype`; ``auto`` is the checkpoint's own where the device computes it natively,
             and fp32 otherwise.
+        quantization: ``none``, ``int8`` or ``int4``: how the weights of linear layers are rounded; embeddings, the LM
+            head and adapters stay as they are.
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
-        ConfigError: the device or the dtype cannot be used.
+        ConfigError: the device, the dtype or the quantization cannot be used.
     """
     chosen, place = resolve_dtype(dtype), resolve_device(device)
+    check_quantization(quantization, torch.device(place), chosen or torch.float32)
     reasoner = LatentReasoner.from_pretrained(path_or_id, dtype=chosen, device=place)
     if chosen is None:
         cast_for_device(reasoner)
+    pack_linears(reasoner.base, check_quantization(quantization, reasoner.device, reasoner.base.dtype))
     return reasoner
 
 

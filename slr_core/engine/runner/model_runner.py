@@ -20,6 +20,7 @@ from slr_core.engine.runner.fixed_shapes import FixedShapeRunner
 from slr_core.engine.runner.inputs import adapter_id, build_inputs
 from slr_core.engine.runner.iteration import IterationBatch, IterationOutput
 from slr_core.engine.runner.kv_cache import KVCache
+from slr_core.engine.runner.linear import packed_head
 from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.engine.runner.packing import group_by_adapter_set, length_class, pack, read_width, split_into_passes
 from slr_core.engine.scheduler import Plan, Work
@@ -124,7 +125,7 @@ class ModelRunner:
         """Whether rows of different length classes can share a pass."""
         self.lora_batch, self.cache = lora_batch, cache
         self.model, self.device = lora_batch.model, lora_batch.model.device
-        self.head: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.head = packed_head(self.model)
         self.embeddings: nn.Module = self.model.get_input_embeddings()
         table = self.embeddings.weight
         assert isinstance(table, Tensor)
