@@ -26,6 +26,7 @@ def build_engine(settings: ServerSettings, metrics: Metrics) -> Engine:
         settings.model,
         device=settings.device,
         dtype=settings.dtype,
+        quantization=settings.quantization,
         slots=settings.slots,
         cache_gib=settings.cache_gib,
         prefix_gib=settings.prefix_gib,

@@ -74,6 +74,10 @@ class ServerSettings(BaseSettings):
         description="Data type of the weights. auto: the checkpoint's own if the device computes it natively, "
         "else float32.",
     )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="Rounding of the weights of linear layers, on a CPU; not of embeddings, LM head and adapters.",
+    )
     loop_sets: str | None = Field(
         None, description="Folder of checkpoints that the admin endpoints can load as further loop adapter sets."
     )

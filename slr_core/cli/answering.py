@@ -32,11 +32,13 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of all random choices of th
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of questions per batch.")]
 
 
-def open_backend(model: str | None, server: str | None, api_key: str | None, device: str, dtype: str) -> Backend:
+def open_backend(
+    model: str | None, server: str | None, api_key: str | None, device: str, dtype: str, quantization: str
+) -> Backend:
     """The server, if one is named, or else the model, loaded into this process."""
     from slr_core.evaluation.backends import Local, Remote
 
-    return Local(load_model(model, device, dtype)) if server is None else Remote(server, api_key=api_key)
+    return Local(load_model(model, device, dtype, quantization)) if server is None else Remote(server, api_key=api_key)
 
 
 def answer_questions(

@@ -18,6 +18,7 @@ from slr_core.cli.options import (
     MinIterations,
     Model,
     Patience,
+    QuantizationName,
     Seed,
     Temperature,
     Threshold,
@@ -37,6 +38,7 @@ def chat(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: QuantizationName = "none",
     system: Annotated[str | None, typer.Option(help="System message of the conversation.")] = None,
     max_iterations: MaxIterations = None,
     min_iterations: MinIterations = None,
@@ -55,7 +57,7 @@ def chat(
     """
     from slr_core.engine import Engine
 
-    reasoner = load_model(model, device, dtype)
+    reasoner = load_model(model, device, dtype, quantization)
     sampling = SamplingParams(temperature, top_k, top_p, seed)
     params = sampling, LoopParams(max_iterations, min_iterations, criterion, threshold, patience)
     first = [] if system is None else [{"role": "system", "content": system}]

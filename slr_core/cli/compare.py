@@ -21,7 +21,7 @@ from slr_core.cli.answering import (
     print_table,
 )
 from slr_core.cli.evaluate import MethodName
-from slr_core.cli.options import ApiKey, AsJson, Device, Dtype, Model, Output, console, show_results
+from slr_core.cli.options import ApiKey, AsJson, Device, Dtype, Model, Output, QuantizationName, console, show_results
 from slr_core.cli.questions import Data, Generate, GenerateSeed, GeneratorOptions, Limit, QuestionSet, Split, TaskName
 from slr_core.errors import ConfigError, RequestError
 
@@ -47,6 +47,7 @@ def compare(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: QuantizationName = "none",
     methods: Annotated[
         str,
         typer.Option(
@@ -92,7 +93,7 @@ def compare(
     folders = dict(_parse_weights(text) for text in weights or ())
     questions = QuestionSet(task, data, split, generate, generate_seed, generator_option, limit)
     settings = MethodSettings({}, cot_tokens, samples, temperature, beams, noise, seed)
-    store, tested = Store(results), open_backend(model, server, api_key, device, dtype)
+    store, tested = Store(results), open_backend(model, server, api_key, device, dtype, quantization)
     outcomes: dict[str, list[Outcome]] = {}
     missing: dict[str, str] = {}
     for method in chosen:
@@ -103,7 +104,7 @@ def compare(
         backend, name = tested, server or model
         if method.weights is not None:
             name = str(folders[method.weights])
-            backend = open_backend(name, None, None, device, dtype)
+            backend = open_backend(name, None, None, device, dtype, quantization)
         try:
             outcomes[method.name] = answer_questions(method, backend, questions, settings, store, name, batch_size)
         except (ConfigError, RequestError) as error:

@@ -29,6 +29,7 @@ from slr_core.cli.options import (
     Model,
     Output,
     Patience,
+    QuantizationName,
     Threshold,
     console,
     number,
@@ -64,6 +65,7 @@ def evaluate(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: QuantizationName = "none",
     method: Annotated[MethodName, typer.Option(help="Method that answers the questions.")] = "slr",
     server: Server = None,
     api_key: ApiKey = None,
@@ -103,7 +105,7 @@ def evaluate(
         "patience": patience,
     }
     settings = MethodSettings({name: value for name, value in loop.items() if value is not None}, seed=seed)
-    backend = open_backend(model, server, api_key, device, dtype)
+    backend = open_backend(model, server, api_key, device, dtype, quantization)
     store, name = Store(results), server or model
     outcomes = answer_questions(get_method(method), backend, questions, settings, store, name, batch_size)
     levels, overall, baselines = summarize_by_difficulty(outcomes), summarize(outcomes), questions.baselines()

@@ -20,6 +20,7 @@ from slr_core.cli.options import (
     Output,
     Patience,
     Prompt,
+    QuantizationName,
     Seed,
     Temperature,
     Threshold,
@@ -46,6 +47,7 @@ def generate(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: QuantizationName = "none",
     max_iterations: MaxIterations = None,
     min_iterations: MinIterations = None,
     criterion: CriterionName = None,
@@ -69,7 +71,7 @@ def generate(
 
     if stream and as_json:
         raise ConfigError("--stream and --json exclude each other")
-    reasoner = load_model(model, device, dtype)
+    reasoner = load_model(model, device, dtype, quantization)
     sampling = SamplingParams(temperature, top_k, top_p, seed)
     loop = LoopParams(max_iterations, min_iterations, criterion, threshold, patience)
     text = read_prompt(prompt, chat)

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from slr_core.cli.options import AsJson, Device, Dtype, Model, Output, console, load_model, show_results
+from slr_core.cli.options import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Output,
+    QuantizationName,
+    console,
+    load_model,
+    show_results,
+)
 
 if TYPE_CHECKING:
     from slr_core.config import LoopConfig
@@ -22,6 +32,7 @@ def info(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: QuantizationName = "none",
     as_json: AsJson = False,
     output: Output = None,
 ) -> None:
@@ -29,7 +40,7 @@ def info(
 
     Shows its sizes, the parameters that the loop adds, its settings and the cache memory of a request.
     """
-    reasoner = load_model(model, device, dtype)
+    reasoner = load_model(model, device, dtype, quantization)
     show_results(description(reasoner), lambda: print_description(reasoner), as_json, output)
 
 

@@ -51,6 +51,13 @@ Dtype = Annotated[
         "float32 otherwise."
     ),
 ]
+QuantizationName = Annotated[
+    Literal["none", "int8", "int4"],
+    typer.Option(
+        "--quantization",
+        help="Round the weights of linear layers to 8 or 4 bits, on a CPU; not of embeddings, LM head and adapters.",
+    ),
+]
 Prompt = Annotated[str, typer.Argument(help="Prompt; - reads standard input.")]
 MaxIterations = Annotated[
     int | None, typer.Option(min=0, max=256, help="Maximum number of iterations; 0 runs the base model without a loop.")
@@ -88,17 +95,17 @@ Output = Annotated[
 ]
 
 
-def load_model(model: str | None, device: str, dtype: str) -> LatentReasoner:
-    """Load the checkpoint that ``--model`` names, as ``--device`` and ``--dtype`` say.
+def load_model(model: str | None, device: str, dtype: str, quantization: str) -> LatentReasoner:
+    """Load the checkpoint that ``--model`` names, as ``--device``, ``--dtype`` and ``--quantization`` say.
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
-        ConfigError: the device is unknown or not available.
+        ConfigError: the device is unknown or not available, or it has no quantized products.
     """
     from slr_core.engine.runner.device import load_reasoner
 
     hide_loading_bars()
-    return load_reasoner(model, device=device, dtype=dtype)
+    return load_reasoner(model, device=device, dtype=dtype, quantization=quantization)
 
 
 def hide_loading_bars() -> None:

@@ -17,6 +17,7 @@ from slr_core.cli.options import (
     Dtype,
     Model,
     Output,
+    QuantizationName,
     console,
     load_model,
     number,
@@ -38,6 +39,7 @@ def probe(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: QuantizationName = "none",
     task: TaskName = None,
     data: Data = None,
     split: Split = None,
@@ -75,7 +77,11 @@ def probe(
     store = Store(results)
     questions = QuestionSet(task, data, split, generate, generate_seed, generator_option, limit)
     labels = LABELS.get(questions.task.name, ()) if kinds else ()
-    reasoner, name, baselines = load_model(model, device, dtype), identify_model(model), questions.baselines()
+    reasoner, name, baselines = (
+        load_model(model, device, dtype, quantization),
+        identify_model(model),
+        questions.baselines(),
+    )
     iterations = reasoner.config.loop.max_iterations if iterations is None else iterations
     settings = {"iterations": iterations, "probes": kinds, "shuffles": shuffles, "seed": seed}
     spec = {**questions.spec, "model": name, "settings": settings}

@@ -16,6 +16,7 @@ from slr_core.cli.options import (
     Dtype,
     Model,
     Output,
+    QuantizationName,
     console,
     load_model,
     number,
@@ -32,6 +33,7 @@ def stability(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: QuantizationName = "none",
     task: TaskName = None,
     data: Data = None,
     split: Split = None,
@@ -66,7 +68,7 @@ def stability(
             bar.advance(rows[run], answered)
             bar.update(rows[run], visible=not bar.tasks[rows[run]].finished)
 
-        local = Local(load_model(model, device, dtype))
+        local = Local(load_model(model, device, dtype, quantization))
         study = StabilityStudy(
             local, questions.task, questions.loaded, name, store, batch_size=batch_size, progress=progress
         )

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from slr_core._install import missing_extra
 from slr_core.cli.answering import versions
-from slr_core.cli.options import AsJson, Device, Dtype, Output, console, show_results
+from slr_core.cli.options import AsJson, Device, Dtype, Output, QuantizationName, console, show_results
 
 if TYPE_CHECKING:
     from slr_core.evaluation.sweep import SweepRow
@@ -29,6 +29,7 @@ def sweep(
     ],
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: QuantizationName = "none",
     finished: Annotated[
         bool, typer.Option("--finished", help="Show the models with complete figures; train and evaluate nothing.")
     ] = False,
@@ -39,7 +40,7 @@ def sweep(
 
     Trains every combination of settings and seeds, evaluates each model, and compares them. A file with `models` in
     place of a recipe compares finished checkpoints. Run the same command again to continue an interrupted sweep.
-    `slr report` writes a report from its results.jsonl. --device and --dtype are for the evaluation.
+    `slr report` writes a report from its results.jsonl. --device, --dtype and --quantization are for the evaluation.
     """
     try:
         from slr_core.evaluation.sweep import run_sweep
@@ -50,6 +51,7 @@ def sweep(
         spec,
         device=device,
         dtype=dtype,
+        quantization=quantization,
         about=versions(),
         finished_only=finished,
         progress=lambda step: status.print(escape(step)),

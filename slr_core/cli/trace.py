@@ -22,6 +22,7 @@ from slr_core.cli.options import (
     Output,
     Patience,
     Prompt,
+    QuantizationName,
     Threshold,
     console,
     load_model,
@@ -40,6 +41,7 @@ def trace(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: QuantizationName = "none",
     max_iterations: MaxIterations = None,
     min_iterations: MinIterations = None,
     criterion: CriterionName = None,
@@ -63,7 +65,7 @@ def trace(
     """
     if states is not None and not states.absolute().parent.is_dir():
         raise ConfigError(f"--states {states}: the folder does not exist")
-    reasoner = load_model(model, device, dtype)
+    reasoner = load_model(model, device, dtype, quantization)
     loop = LoopParams(max_iterations, min_iterations, criterion, threshold, patience)
     result = run_prompt(
         reasoner,

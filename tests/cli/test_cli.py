@@ -90,10 +90,11 @@ def test_device_and_dtype(name, run, folder):
 def test_every_loading_command():
     takes = {
         option: {name for name, command in GROUP.commands.items() if option in flags(command)}
-        for option in ("--model", "--device", "--dtype")
+        for option in ("--model", "--device", "--dtype", "--quantization")
     }
     assert takes["--model"] == LOADING.keys() | {"export"}, "an export keeps the weights as they are"
     assert takes["--device"] == LOADING.keys() | {"sweep"}, "a sweep loads what it has trained"
+    assert takes["--quantization"] == takes["--device"]
     assert takes["--dtype"] == takes["--device"] | {"import", "init"}, "they write weights in it"
 
 
