@@ -234,6 +234,7 @@ def serve(settings: ServerSettings) -> None:
     config = Config(
         app,
         lifespan="on",
+        loop="asyncio",  # not uvloop where it is installed: startup() sets an attribute of the loop
         http=cast(type[Connection], partial(Connection, limits=limits)),
         ws="none",
         log_config=None,
