@@ -5,7 +5,7 @@ PORT ?= 8000
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all coverage lint page bench findings train image up clean
+.PHONY: help serve test test-all coverage lint page bench findings train image up chart clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,14 @@ image:  ## Build the container image slr:cpu, with Docker or docker/build-withou
 
 up:  ## Run server, Prometheus and Grafana in containers; http://localhost:3000 shows dashboards.
 	docker compose up --build
+
+$(BIN)/helm: | .venv/.dev
+	command -v helm > /dev/null || $(BIN)/python -m deploy.kubernetes.install_helm $(BIN)
+
+chart: $(BIN)/helm  ## Write the schema of the Helm chart's values, check the chart and package it into build/.
+	$(BIN)/python -m deploy.kubernetes.make
+	PATH="$(BIN):$$PATH" helm lint --strict deploy/kubernetes/slr
+	PATH="$(BIN):$$PATH" helm package deploy/kubernetes/slr --destination build
 
 clean:  ## Remove the environment and caches.
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -19,6 +19,8 @@ from tests.deploy.monitoring import PROMETHEUS, alerts, metrics_of, panel_expres
 pytestmark = pytest.mark.slow
 
 LOAD_S = 30
+PODS = {"namespace": "reasoning", "service": "one-slr"}
+"""Labels that a ServiceMonitor gives to the pods of the release of tests/deploy/conftest.py."""
 QUIET = {
     # No request of the load diverges, fails, is cancelled or has its budget reduced: these exist and are zero.
     "slr_nonfinite_total",
@@ -66,7 +68,7 @@ def prometheus(server, tmp_path_factory):
     config["rule_files"] = [str(PROMETHEUS / "rules" / "*.yml")]
     (job,) = config["scrape_configs"]
     del job["dns_sd_configs"]
-    job["static_configs"] = [{"targets": [server.removeprefix("http://")]}]
+    job["static_configs"] = [{"targets": [server.removeprefix("http://")], "labels": PODS}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     port = free_port()
     with (folder / "log").open("w") as log:
@@ -178,6 +180,15 @@ def test_no_alert_fires(loaded, prometheus):
             assert query(prometheus, metric), f"{name}: {metric}"
         for recorded in set(re.findall(r"instance:[\w:]+", alert["expr"])):
             until(lambda: query(prometheus, recorded))  # noqa: B023
+
+
+def test_scaling_query(loaded, prometheus, production):
+    (trigger,) = production["ScaledObject"]["spec"]["triggers"]
+    scaling = trigger["metadata"]["query"]
+    assert value(query(prometheus, scaling)) == 0
+    peak = value(query(prometheus, f"max_over_time(({scaling})[2m:1s])"))
+    assert 8 < peak <= 13, "8 slots, and 12 clients at once"
+    assert query(prometheus, scaling.replace("one-slr", "other")) == [], "no such pods: not zero"
 
 
 def test_metadata(loaded, prometheus):
