@@ -14,15 +14,18 @@ export interface Result {
   timings: { total_s: number };
   /** In the workspace `token`: the iterations of each token's loop. */
   iterations_per_token?: number[];
+  /** With trace_tokens: the loops before the first tokens. */
+  token_traces?: Iteration[][];
 }
 export interface TraceResult extends Result { trace: Iteration[] }
+export interface Message { role: "system" | "user" | "assistant"; content: string }
 export interface Settings {
   max_iterations?: number; convergence?: { criterion?: string; threshold?: number };
   initial_noise?: { scale: number };
   temperature?: number; loop_set?: string; max_new_tokens?: number;
 }
 export interface Checkpoint {
-  model: string; models: string[]; workspace: string; positions: number | null; hidden_size: number;
+  model: string; models: string[]; trained: boolean; chat: boolean; tasks: string[]; workspace: string; positions: number | null; hidden_size: number;
   trained_iterations: number; max_iterations: number; criterion: string; threshold: number;
   criteria: Record<string, number>; max_new_tokens: number;
   limits: { max_iterations: number; max_top_tokens: number; max_new_tokens: number; max_prompts: number; max_state_values: number };
@@ -65,11 +68,11 @@ export async function getMetrics(key: string): Promise<string> {
 const RETRIES = 20;
 
 /** Sends a request that is answered at once; while the server's queue is full, waits and tries again. */
-export async function post<T>(path: "generate" | "trace", body: object, key: string, signal: AbortSignal): Promise<T[]> {
+export async function post<T>(path: "generate" | "trace" | "grade", body: object, key: string, signal: AbortSignal): Promise<T> {
   for (let tries = 0; ; tries++) {
     try {
       const response = await request(path, key, { method: "POST", body: JSON.stringify(body), signal });
-      return (await response.json()).results;
+      return await response.json();
     } catch (error) {
       if (!(error instanceof ServerError && error.status === 429) || tries === RETRIES) throw error;
       await new Promise((resolve) => setTimeout(resolve, 500));

@@ -5,10 +5,14 @@ import { Chart } from "./chart";
 import { newRun, type Run, withResult } from "./run";
 import { SettingsForm } from "./settings";
 
-export interface Question { prompt: string; answer: string | null }
+export interface Question {
+  prompt: string; answer: string | null;
+  /** The whole line, for the task's rule. */
+  fields: Record<string, unknown>;
+}
 interface Row { question: Question; run: Run | null; correct: boolean | null; error: string }
 
-const MOST_QUESTIONS = 2000, AT_ONCE = 4, TOP_TOKENS = 10, MOST_SHOWN = 200;
+const MOST_QUESTIONS = 2000, AT_ONCE = 4, TOP_TOKENS = 10, MOST_SHOWN = 200, LONGEST_TEXT = 20_000;
 
 /** Reads JSON lines with `question` (or `prompt`) and `answer`; throws an error whose message can be shown. */
 export function readQuestions(text: string): Question[] {
@@ -23,12 +27,30 @@ export function readQuestions(text: string): Question[] {
     }
     const prompt = object?.prompt ?? object?.question;
     if (typeof prompt !== "string") throw new Error(`Line ${number} has no "question".`);
-    return { prompt, answer: object.answer == null ? null : String(object.answer) };
+    const { prompt: _, ...fields } = object, answer = object.answer == null ? null : String(object.answer);
+    return { prompt, answer, fields: { ...fields, question: prompt, answer } };
   });
 }
 
-const normalise = (text: string) => text.trim().toLowerCase().replace(/\s+/g, " ").replace(/[.]$/, "");
-const grade = (answer: string | null, text: string) => (answer === null ? null : normalise(answer) === normalise(text));
+interface Grades { task: string; correct: boolean[] }
+const GRADED_AT_ONCE = 64;
+
+/** Whether each text answers its question, by the rule of a task on the server; null where no answer is known. */
+async function grade(questions: Question[], texts: string[], task: string, key: string, signal: AbortSignal): Promise<(boolean | null)[]> {
+  const known = questions.flatMap(({ answer }, i) => (answer === null ? [] : [i])), grades: (boolean | null)[] = questions.map(() => null);
+  if (!known.length) return grades;
+  const body = { questions: known.map((i) => questions[i].fields), texts: known.map((i) => texts[i].slice(-LONGEST_TEXT)), task };
+  (await post<Grades>("grade", body, key, signal)).correct.forEach((correct, k) => { grades[known[k]] = correct; });
+  return grades;
+}
+
+/** The task whose rule grades these questions: the one that their fields tell. Throws the server's error if they cannot be graded. */
+async function findTask(questions: Question[], task: string | undefined, key: string, signal: AbortSignal): Promise<string> {
+  const known = questions.filter(({ answer }) => answer !== null).slice(0, GRADED_AT_ONCE);
+  if (!known.length) return task ?? "text";
+  const body = { questions: known.map(({ fields }) => fields), texts: known.map(() => ""), ...(task && { task }) };
+  return (await post<Grades>("grade", body, key, signal)).task;
+}
 
 interface BatchProps {
   checkpoint: Checkpoint; apiKey: string; fail: (reason: unknown) => void; open: (run: Run) => void;
@@ -42,6 +64,8 @@ export function Batch({ checkpoint, apiKey, fail, open }: BatchProps) {
   const [depths, setDepths] = useState<number[]>([]);
   const [running, setRunning] = useState(false);
   const [showAll, setShowAll] = useState(false);
+  const [chosenTask, setChosenTask] = useState("");
+  const [task, setTask] = useState("");
   const abort = useRef<AbortController | null>(null);
 
   const guard = async (work: (signal: AbortSignal) => Promise<void>) => {
@@ -58,12 +82,12 @@ export function Batch({ checkpoint, apiKey, fail, open }: BatchProps) {
   };
   const run = () => guard(async (signal) => {
     const questions = readQuestions(text);
-    const found: Row[] = [];
-    setRows([]); setDepths([]); setTotal(questions.length);
+    const found: Row[] = [], rule = await findTask(questions, chosenTask || undefined, apiKey, signal);
+    setTask(rule); setRows([]); setDepths([]); setTotal(questions.length);
     const next = questions.entries();
     const work = async () => {
       for (const [i, question] of next) {
-        found[i] = await ask(checkpoint, question, settings, apiKey, signal);
+        found[i] = await ask(checkpoint, question, settings, rule, apiKey, signal);
         setRows(found.filter(Boolean));
       }
     };
@@ -78,8 +102,8 @@ export function Batch({ checkpoint, apiKey, fail, open }: BatchProps) {
       for (let start = 0; start < graded.length; start += size) {
         const part = graded.slice(start, start + size);
         const body = { ...settings, prompt: part.map(({ prompt }) => prompt), max_iterations: t, convergence: { criterion: "fixed" } };
-        const results = await post<Result>("generate", body, apiKey, signal);
-        correct += results.filter((result, i) => grade(part[i].answer, result.text)).length;
+        const { results } = await post<{ results: Result[] }>("generate", body, apiKey, signal);
+        correct += (await grade(part, results.map(({ text }) => text), task, apiKey, signal)).filter(Boolean).length;
       }
       accuracies.push(correct / graded.length);
       setDepths([...accuracies]);
@@ -104,9 +128,13 @@ export function Batch({ checkpoint, apiKey, fail, open }: BatchProps) {
         {!!checkpoint.examples.length && <button onClick={useExamples}>Use the examples</button>}
         <label class="file">Open a file <input type="file" accept=".jsonl,.gz,.json,.txt" onChange={(event) => void read(event.currentTarget.files?.[0]).catch(fail)} /></label>
       </div>
+      <label class="task">Graded by the rule of the task <select value={chosenTask} onChange={(event) => setChosenTask(event.currentTarget.value)}>
+        <option value="">told by the questions' fields, else text</option>
+        {checkpoint.tasks.map((name) => <option key={name}>{name}</option>)}
+      </select><small>as <code>slr eval</code> grades; text: equal apart from case, spaces and punctuation</small></label>
       <SettingsForm checkpoint={checkpoint} settings={settings} change={setSettings} />
       {total > 0 && <>
-        <p role="status"><progress max={total} value={rows.length} aria-label="Questions answered" /> {rows.length} of {total}. <b>{summarise(rows)}</b></p>
+        <p role="status"><progress max={total} value={rows.length} aria-label="Questions answered" /> {rows.length} of {total}. <b>{summarise(rows)}</b> Graded as {task}.</p>
         <div class="pair">
           <div class="frame"><h2>Iterations</h2><p class="hint">Answers by the iterations of their loop. Full: correct; hatched: wrong or not graded.</p><Histogram rows={rows} /></div>
           <div class="frame"><h2>Accuracy against iterations</h2>
@@ -138,12 +166,13 @@ export function Batch({ checkpoint, apiKey, fail, open }: BatchProps) {
 }
 
 /** Answers one question. A refusal of this question alone becomes its row's error. */
-async function ask(checkpoint: Checkpoint, question: Question, settings: Settings, key: string, signal: AbortSignal): Promise<Row> {
+async function ask(checkpoint: Checkpoint, question: Question, settings: Settings, task: string, key: string, signal: AbortSignal): Promise<Row> {
   const run = newRun(checkpoint, question.prompt, settings);
   try {
     const top_tokens = Math.min(checkpoint.limits.max_top_tokens, TOP_TOKENS);
-    const [result] = await post<TraceResult>("trace", { prompt: question.prompt, ...settings, top_tokens }, key, signal);
-    return { question, run: withResult(run, result).run, correct: grade(question.answer, result.text), error: "" };
+    const { results: [result] } = await post<{ results: TraceResult[] }>("trace", { prompt: question.prompt, ...settings, top_tokens }, key, signal);
+    const [correct] = await grade([question], [result.text], task, key, signal);
+    return { question, run: withResult(run, result).run, correct, error: "" };
   } catch (error) {
     if (error instanceof ServerError && error.status === 400 && error.param?.startsWith("prompt")) {
       return { question, run: null, correct: null, error: error.message };

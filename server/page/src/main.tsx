@@ -5,6 +5,7 @@ import { render } from "preact";
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { type Checkpoint, getCheckpoint, ServerError, type Settings } from "./api";
 import { Batch } from "./batch";
+import { Chat } from "./chat";
 import { Compare } from "./compare";
 import { readFacts, varyQuestion } from "./prosqa";
 import { execute, newRun, readFile, readLink, type Run } from "./run";
@@ -12,7 +13,7 @@ import { ServerView } from "./server";
 import { SettingsForm } from "./settings";
 import { Watch } from "./watch";
 
-const VIEWS = ["Watch", "Compare", "Batch", "Server"] as const;
+const VIEWS = ["Chat", "Watch", "Compare", "Batch", "Server"] as const;
 type View = (typeof VIEWS)[number];
 
 const RETRY_MS = 1000;
@@ -44,6 +45,7 @@ function App() {
     try {
       const found = await getCheckpoint(key);
       setCheckpoint(found);
+      if (found.chat && (linked === null || linked.messages)) setView("Chat");
       if (!prompt && found.examples.length) setPrompt(found.examples[0].prompt);
     } catch (reason) {
       fail(reason);
@@ -68,7 +70,8 @@ function App() {
   };
   const openRun = (opened: Run) => {
     abort.current?.abort();
-    setPrompt(opened.prompt); setSettings(opened.settings); show(opened); setView("Watch");
+    if (!opened.messages) { setPrompt(opened.prompt); setSettings(opened.settings); }
+    show(opened); setView("Watch");
     // The button that was pressed is hidden now.
     views.current?.querySelector("button")?.focus();
     window.scrollTo({ top: 0 });
@@ -98,13 +101,15 @@ function App() {
           {checkpoint && <> Model: <b>{checkpoint.model}</b>. <a href="docs">API reference</a></>}</p>
       </header>
       <nav aria-label="Views" ref={views}>
-        {VIEWS.map((name) => <button key={name} aria-current={name === view ? "page" : undefined} onClick={() => { setView(name); fail(null); }}>{name}</button>)}
+        {VIEWS.filter((name) => name !== "Chat" || checkpoint?.chat).map((name) => <button key={name} aria-current={name === view ? "page" : undefined} onClick={() => { setView(name); fail(null); }}>{name}</button>)}
       </nav>
       {needsKey && <form class="key" onSubmit={(event) => { event.preventDefault(); void connect(); }}>
         <label>API key <input type="password" autocomplete="off" value={key} onInput={(event) => setKey(event.currentTarget.value)} /></label>
         <button>Use key</button> <small>The key stays in this page's memory.</small>
       </form>}
       {error && <p class="error" role="alert">{error}</p>}
+      {checkpoint && !checkpoint.trained && <p class="notice">The loop of this checkpoint is not trained. It is off, and answers are those of
+        the base model, unless the settings name a maximum of iterations: then the untrained loop runs, and its answer means nothing.</p>}
       {asksOne && <section aria-label="Question">
         <label class="prompt">Question
           <textarea rows={5} value={prompt} onInput={(event) => setPrompt(event.currentTarget.value)}
@@ -120,8 +125,12 @@ function App() {
         {view === "Watch" && checkpoint && <SettingsForm checkpoint={checkpoint} settings={settings} change={setSettings} />}
       </section>}
       {notice && view === "Watch" && <p role="status">{notice}</p>}
+      {view === "Watch" && !run && checkpoint && <p class="empty">Ask the question, and the iterations of its loop appear here one by one:
+        what the state reads as, how far it moved, and why the loop stopped.</p>}
       {view === "Watch" && run && <Watch run={run} running={running} selected={selected} select={setSelected} hasKey={!!key} />}
       {checkpoint && <>
+        {checkpoint.chat && <div hidden={view !== "Chat"}><Chat checkpoint={checkpoint} apiKey={key} fail={fail} open={openRun}
+          linked={linked?.messages ? { messages: linked.messages, settings: linked.settings } : null} /></div>}
         <div hidden={view !== "Compare"}><Compare checkpoint={checkpoint} prompt={prompt} apiKey={key} fail={fail} open={openRun} /></div>
         <div hidden={view !== "Batch"}><Batch checkpoint={checkpoint} apiKey={key} fail={fail} open={openRun} /></div>
         {view === "Server" && <ServerView apiKey={key} fail={fail} />}

@@ -1,16 +1,15 @@
-// The views of a run besides its charts: logit lens, facts as a graph, path of the states, change of each position.
+// The views of a run besides its charts: what its heat maps show, facts as a graph, path of the states.
 import { Graph, layout } from "@dagrejs/dagre";
 import { useMemo } from "preact/hooks";
 import type { Iteration } from "./api";
+import { type HeatMapData, isPaperText } from "./heatmap";
 import type { Facts } from "./prosqa";
 import type { Point, Projection } from "./states";
 
 /** Most rows of the logit lens, and the probability that a token must reach to get one. */
-const LENS_ROWS = 12, LENS_PROBABILITY = 0.01;
-const darkScheme = matchMedia("(prefers-color-scheme: dark)");
-/** The colour of text on a cell that is filled with the accent: ink or paper, whichever has more contrast. */
-const textColour = (fill: number) => (fill > (darkScheme.matches ? 0.52 : 0.7) ? "var(--paper)" : "currentColor");
-const CELL = 44, ROW = 26, LABEL = 150, HEAD = 24;
+const LENS_ROWS = 50, LENS_PROBABILITY = 0.01;
+/** The colour of text on a shape that is filled with the accent. */
+const textColour = (fill: number) => (isPaperText(fill) ? "var(--paper)" : "currentColor");
 
 /** The likeliest tokens of a trace, in the order in which they lead. */
 function lensRows(trace: Iteration[]): string[] {
@@ -24,85 +23,49 @@ function lensRows(trace: Iteration[]): string[] {
 
 export const showToken = (token: string) => token.trim() || JSON.stringify(token);
 
-interface HeatMapProps {
-  name: string; label: string; rows: string[]; columns: number; selected: number; select: (t: number) => void;
-  /** How full a cell is, 0 to 1, and its text; the same function until the trace changes. */
-  cell: (row: number, column: number) => { fill: number; text: string };
-}
-
-/** A table of cells, iterations across. */
-function HeatMap({ name, label, rows, columns, selected, select, cell }: HeatMapProps) {
-  const width = LABEL + columns * CELL + 2, height = HEAD + rows.length * ROW + 4;
-  const numbers = Array.from({ length: columns }, (_, i) => i);
-  const place = (i: number, row: number) => ({ x: LABEL + i * CELL + 1, y: HEAD + row * ROW + 1 });
-  // The cells do not depend on the selection, so that scrubbing does not draw them again.
-  const cells = useMemo(() => [
-    <path key="empty" fill="currentColor" fill-opacity={0.05} d={numbers.map((i) => rows.map((_, row) => {
-      const { x, y } = place(i, row);
-      return `M${x} ${y}h${CELL - 2}v${ROW - 2}h${2 - CELL}z`;
-    }).join("")).join("")} />,
-    ...numbers.flatMap((i) => rows.flatMap((_, row) => {
-      const { fill, text } = cell(row, i), { x, y } = place(i, row);
-      return [
-        fill > 0 && <rect key={`${i} ${row}`} x={x} y={y} width={CELL - 2} height={ROW - 2} rx={3} fill="var(--accent)" fill-opacity={fill} />,
-        text && <text key={`${i} ${row} text`} x={x + CELL / 2 - 1} y={y + 16} text-anchor="middle" font-size={11}
-          fill={textColour(fill)}>{text}</text>,
-      ];
-    })),
-  ], [rows, columns, cell]);
-  const choose = (event: MouseEvent) => {
-    const t = Math.floor((event.offsetX - LABEL) / CELL) + 1;
-    if (t >= 1 && t <= columns) select(t);
+/** The probability of each token after each iteration. */
+export function lensMap(trace: Iteration[]): HeatMapData {
+  const tokens = lensRows(trace), probs = trace.map((step) => new Map(step.top_tokens.map((top) => [top.token, top.prob])));
+  return {
+    label: "Logit lens: probability of each token after each iteration", rows: tokens.map(showToken), columns: trace.length,
+    cell: (row, i) => {
+      const prob = probs[i].get(tokens[row]) ?? 0;
+      return { fill: prob, text: prob >= 0.005 ? prob.toFixed(2) : "" };
+    },
   };
-  return (
-    <svg class="lens" data-picture={name} viewBox={`0 0 ${width} ${height}`} width={width} height={height} role="img" aria-label={label}
-      onClick={choose}>
-      {numbers.map((i) => (
-        <text key={i} x={LABEL + i * CELL + CELL / 2} y={16} text-anchor="middle" fill="currentColor"
-          font-weight={i + 1 === selected ? "bold" : "normal"}>{i + 1}</text>
-      ))}
-      {rows.map((text, row) => (
-        <text key={row} x={LABEL - 10} y={HEAD + row * ROW + 17} text-anchor="end" fill="currentColor">{text.slice(0, 20)}</text>
-      ))}
-      {cells}
-      {columns > 0 && <rect x={LABEL + (selected - 1) * CELL} y={1} width={CELL} height={height - 2} rx={4} fill="none" stroke="currentColor" />}
-    </svg>
-  );
-}
-
-interface TraceProps { trace: Iteration[]; selected: number; select: (t: number) => void }
-
-export function Lens({ trace, selected, select }: TraceProps) {
-  const { rows, cell } = useMemo(() => {
-    const tokens = lensRows(trace), probs = trace.map((step) => new Map(step.top_tokens.map((top) => [top.token, top.prob])));
-    return {
-      rows: tokens.map(showToken),
-      cell: (row: number, i: number) => {
-        const prob = probs[i].get(tokens[row]) ?? 0;
-        return { fill: prob, text: prob >= 0.005 ? prob.toFixed(2) : "" };
-      },
-    };
-  }, [trace]);
-  return <HeatMap name="lens" label="Logit lens: probability of each token after each iteration" rows={rows}
-    columns={trace.length} selected={selected} select={select} cell={cell} />;
 }
 
 /** Changes that fill a cell completely, and not at all; logarithmic between them. */
 const FULL = 2, EMPTY = 0.005;
 
 /** The change of each position of a workspace; a full cell still moves, an empty one has settled. */
-export function Positions({ changes, selected, select }: { changes: (number | null)[][] } & Omit<TraceProps, "trace">) {
-  const { rows, cell } = useMemo(() => ({
+export function positionMap(changes: (number | null)[][]): HeatMapData {
+  return {
+    label: "Relative change of each position after each iteration", columns: changes.length,
     rows: Array.from({ length: Math.max(...changes.map((step) => step.length)) }, (_, i) => `position ${i + 1}`),
-    cell: (row: number, i: number) => {
+    cell: (row, i) => {
       const change = changes[i][row];
       if (change == null) return { fill: 0, text: "" };
       const fill = change > 0 ? Math.log(change / EMPTY) / Math.log(FULL / EMPTY) : 0;
       return { fill: Math.min(1, Math.max(0, fill)), text: change < 0.01 ? change.toExponential(0) : change.toPrecision(2) };
     },
-  }), [changes]);
-  return <HeatMap name="positions" label="Relative change of each position after each iteration" columns={changes.length}
-    rows={rows} selected={selected} select={select} cell={cell} />;
+  };
+}
+
+const TOKEN_CELL = 84, TOKEN_TEXT = 11, UNREAD = 0.3;
+
+/** The written tokens down, the iterations of their loops across; a cell shows the likeliest token, filled by its probability. */
+export function tokenMap(tokens: string[], iterations: number[], traces: Iteration[][]): HeatMapData {
+  const columns = iterations.reduce((most, count) => Math.max(most, count), 1);
+  return {
+    label: "Loop of each token: the likeliest token after each iteration, until the exit", columns, cellWidth: TOKEN_CELL,
+    rows: iterations.map((_, i) => (tokens[i] ? showToken(tokens[i]) : `token ${i + 1}`)),
+    cell: (row, i) => {
+      if (i >= iterations[row]) return null;
+      const top = traces[row]?.[i]?.top_tokens[0], last = i + 1 === iterations[row];
+      return top ? { fill: top.prob, text: showToken(top.token).slice(0, TOKEN_TEXT), last } : { fill: UNREAD, text: "", last };
+    },
+  };
 }
 
 const PATH_WIDTH = 380, PATH_HEIGHT = 300, MARGIN = 34;
@@ -149,30 +112,6 @@ export function PathPicture({ paths, shares, selected }: { paths: Path[]; shares
   );
 }
 
-const MOST_TOKENS = 200, BAR_UNIT = 30, BAR_ROW = 22;
-
-/** The written tokens down, the iterations of their loops across. */
-export function TokenLoops({ tokens, iterations }: { tokens: string[]; iterations: number[] }) {
-  const label = (i: number) => (i < tokens.length ? showToken(tokens[i]) : `token ${i + 1}`);
-  const shown = iterations.slice(0, MOST_TOKENS), most = Math.max(1, ...shown);
-  const width = LABEL + most * BAR_UNIT + 40, height = shown.length * BAR_ROW + 4;
-  return (
-    <>
-      <svg class="tokens" viewBox={`0 0 ${width} ${height}`} width={width} height={height} role="img"
-        aria-label={`Iterations of each token: ${shown.map((count, i) => `${label(i)} ${count}`).join(", ")}`}>
-        {shown.map((count, i) => (
-          <g key={i}>
-            <text x={LABEL - 10} y={i * BAR_ROW + 16} text-anchor="end" fill="currentColor">{label(i).slice(0, 20)}</text>
-            <rect x={LABEL} y={i * BAR_ROW + 3} width={count * BAR_UNIT} height={BAR_ROW - 5} rx={3} fill="var(--accent)" />
-            <text x={LABEL + count * BAR_UNIT + 8} y={i * BAR_ROW + 16} fill="currentColor">{count}</text>
-          </g>
-        ))}
-      </svg>
-      {iterations.length > MOST_TOKENS && <p>{iterations.length - MOST_TOKENS} more tokens.</p>}
-    </>
-  );
-}
-
 export function FactGraph({ facts, step }: { facts: Facts; step: Iteration | undefined }) {
   const placed = useMemo(() => {
     const graph = new Graph();
@@ -192,7 +131,7 @@ export function FactGraph({ facts, step }: { facts: Facts; step: Iteration | und
   }
   const { width = 100, height = 100 } = placed.graph() as { width?: number; height?: number };
   return (
-    <svg class="graph" data-picture="graph" viewBox={`0 0 ${width} ${height}`} role="img"
+    <svg class="graph" viewBox={`0 0 ${width} ${height}`} role="img"
       aria-label={`Facts as a graph. Most likely now: ${[...probs].slice(0, 3).map(([name, p]) => `${name} ${p.toFixed(2)}`).join(", ")}`}>
       {placed.edges().map((edge) => (
         <polyline key={`${edge.v} ${edge.w}`} fill="none" stroke="currentColor" stroke-opacity={0.3}

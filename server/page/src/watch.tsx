@@ -1,9 +1,10 @@
 // One run: its answer and, an iteration at a time, its loop.
-import { useMemo, useRef, useState } from "preact/hooks";
+import { useMemo, useState } from "preact/hooks";
 import { Chart } from "./chart";
+import { HeatMap, savePicture } from "./heatmap";
 import { readFacts } from "./prosqa";
-import { download, EXITS, type Run, savePicture, toCurl, toFile, toLink, toPython } from "./run";
-import { FactGraph, Lens, PathPicture, Positions, TokenLoops } from "./views";
+import { download, EXITS, type Run, toCurl, toFile, toLink, toPython } from "./run";
+import { FactGraph, lensMap, PathPicture, positionMap, showToken, tokenMap } from "./views";
 
 export function Answer({ run, running }: { run: Run; running: boolean }) {
   const { result } = run;
@@ -34,11 +35,19 @@ function Charts({ run, selected }: { run: Run; selected: number }) {
 
 interface WatchProps { run: Run; running: boolean; selected: number; select: (t: number) => void; hasKey: boolean }
 
+/** The iteration's likeliest token, for the slider. */
+function describeStep(trace: Run["trace"], selected: number): string {
+  const top = trace[selected - 1]?.top_tokens[0];
+  return `${selected} of ${trace.length}${top ? `, likeliest token ${showToken(top.token)}, probability ${top.prob.toFixed(2)}` : ""}`;
+}
+
 export function Watch({ run, running, selected, select, hasKey }: WatchProps) {
   const facts = useMemo(() => readFacts(run.prompt), [run.prompt]);
   const [copied, setCopied] = useState("");
-  const lens = useRef<HTMLDivElement>(null);
-  const { trace, result, projection, positions } = run, step = trace[selected - 1];
+  const { trace, result, projection, positions, tokens, depths } = run, step = trace[selected - 1];
+  const lens = useMemo(() => lensMap(trace), [trace]);
+  const changes = useMemo(() => positions && positionMap(positions), [positions]);
+  const loops = useMemo(() => (depths.length ? tokenMap(tokens, depths, result?.token_traces ?? []) : null), [tokens, depths, result]);
   const copy = async (name: string, text: string) => {
     try {
       await navigator.clipboard.writeText(text);
@@ -47,23 +56,30 @@ export function Watch({ run, running, selected, select, hasKey }: WatchProps) {
       setCopied(text);
     }
   };
-  const save = (kind: "svg" | "png") => savePicture(lens.current!.querySelector("svg")!, kind);
   return (
     <section aria-label="Run">
+      {run.messages && <p class="hint">A turn of the chat: <q>{run.prompt}</q></p>}
       <Answer run={run} running={running} />
       {trace.length > 0 && <>
-        <label class="scrub">Iteration <b>{selected}</b> of {trace.length}
-          <input type="range" min={1} max={trace.length} value={selected} onInput={(event) => select(Number(event.currentTarget.value))} />
+        <label class="scrub">Iteration <b>{selected}</b> of {trace.length} <small>drag, or use the arrow keys</small>
+          <input type="range" min={1} max={trace.length} value={selected} aria-valuetext={describeStep(trace, selected)}
+            onInput={(event) => select(Number(event.currentTarget.value))} />
         </label>
         {step?.thought !== undefined && <p>Thought in words: <q>{step.thought}</q></p>}
         {facts && <><h2>Facts as a graph</h2>
           <p class="hint">The fuller a node, the likelier it is after this iteration. Thick outline: the person asked about; dashed: the two options.</p>
           <div class="scroll" tabIndex={0} role="group" aria-label="Graph"><FactGraph facts={facts} step={step} /></div></>}
+        {loops && <>
+          <h2>Loop of each token</h2>
+          <p class="hint">Every written token runs its own loop: written tokens down, iterations across. A cell shows the likeliest next token
+            after that iteration, fuller if it is likelier; the outlined cell is the exit. The views below show the first token.</p>
+          <HeatMap map={loops} name="Tokens" caption="token" />
+        </>}
         <div class="pair">
           <div>
             <h2>How each state reads</h2>
             <p class="hint">The language model's head is applied to the state after each iteration: the probability of each token (logit lens).</p>
-            <div class="scroll" tabIndex={0} role="group" aria-label="Logit lens" ref={lens}><Lens trace={trace} selected={selected} select={select} /></div>
+            <HeatMap map={lens} name="Logit lens" selected={selected} select={select} caption="token" />
           </div>
           {projection && <div>
             <h2>Path of the state</h2>
@@ -72,15 +88,10 @@ export function Watch({ run, running, selected, select, hasKey }: WatchProps) {
               paths={[{ label: "run", points: projection.points, settled: result?.exit_reason === "converged" }]} /></div>
           </div>}
         </div>
-        {positions && <>
+        {changes && <>
           <h2>Change of each position</h2>
           <p class="hint">Relative change per position of the workspace, on a log scale: full cells still move, empty ones have settled.</p>
-          <div class="scroll tall" tabIndex={0} role="group" aria-label="Positions"><Positions changes={positions} selected={selected} select={select} /></div>
-        </>}
-        {result?.iterations_per_token && <>
-          <h2>Loop of each token</h2>
-          <p class="hint">Every written token runs its own loop; its bar ends at the iteration at which the loop stopped. The views above show the first token.</p>
-          <div class="scroll tall" tabIndex={0} role="group" aria-label="Tokens"><TokenLoops tokens={run.tokens} iterations={result.iterations_per_token} /></div>
+          <HeatMap map={changes} name="Positions" selected={selected} select={select} caption="position" />
         </>}
         <h2>How the state moves</h2>
         <Charts run={run} selected={selected} />
@@ -90,7 +101,10 @@ export function Watch({ run, running, selected, select, hasKey }: WatchProps) {
         <button onClick={() => void copy("Python code", toPython(run, hasKey))}>Copy as Python</button>
         <button onClick={() => void copy("Link", toLink(run))}>Link to this run</button>
         <button onClick={() => download("trace.json", new Blob([toFile(run)], { type: "application/json" }))}>Download trace</button>
-        {trace.length > 0 && <><button onClick={() => save("svg")}>Picture (SVG)</button><button onClick={() => save("png")}>Picture (PNG)</button></>}
+        {trace.length > 0 && <>
+          <button onClick={() => savePicture(loops ?? lens, "svg")}>Picture (SVG)</button>
+          <button onClick={() => savePicture(loops ?? lens, "png")}>Picture (PNG)</button>
+        </>}
       </div>}
       {copied && <p role="status" class="copied">{copied}</p>}
     </section>

@@ -19,12 +19,14 @@ from slr_core.checkpoint.folder import BUNDLED_FOLDER
 from slr_server.app import create_app
 from slr_server.settings import ServerSettings
 from tests import tiny
+from tests.server.process import Server
 
 CHROMIUM = shutil.which("chromium")
 AXE = Path(__file__).parents[3] / "server" / "page" / "node_modules" / "axe-core" / "axe.min.js"
 PROSQA = BUNDLED_FOLDER / "prosqa"
 KEY = "k" * 20
 MARKUP = "<img src=x onerror=\"document.title='attacked'\"><script>document.title='attacked'</script>"
+LONGEST_TASK_MS = 1000  # a frozen page; benchmarks/page.py has the usual figure
 VIEWS = ("Watch", "Compare", "Batch", "Server")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]
 
@@ -110,6 +112,14 @@ def view(page, name):
     page.get_by_role("navigation").get_by_role("button", name=name).click()
 
 
+def table(page, name):
+    """The rows of a heat map, from its table."""
+    frame = page.locator(f".map[aria-label='{name}'] + details")
+    if frame.get_attribute("open") is None:
+        frame.get_by_text("As a table").click()
+    return [row.split("\t") for row in frame.get_by_role("row").all_inner_texts()]
+
+
 def set_iterations(page, count):
     page.get_by_text("Settings", exact=True).filter(visible=True).click()
     page.get_by_label("Maximum iterations").filter(visible=True).fill(str(count))
@@ -122,12 +132,16 @@ def test_ask_and_scrub(visit):
     assert "The state stopped changing" in page.locator(".answer").inner_text()
     slider = page.get_by_role("slider")
     last = int(slider.input_value())
-    assert page.locator(".lens text[font-weight=bold]").text_content() == str(last)
+    lens = page.get_by_role("img", name="Logit lens")
+    assert f"Iteration {last} is marked" in lens.get_attribute("aria-label")
+    assert slider.get_attribute("aria-valuetext").startswith(f"{last} of {last}, likeliest token")
     before = page.locator(".graph").get_attribute("aria-label")
     slider.focus()
     for _ in range(last - 1):
         page.keyboard.press("ArrowLeft")
     assert slider.input_value() == "1"
+    assert "Iteration 1 is marked" in lens.get_attribute("aria-label")
+    assert len(table(page, "Logit lens")[0]) == last + 1
     assert page.locator(".graph").get_attribute("aria-label") != before
     assert page.locator(".chart canvas").count() == 4
     assert page.locator(".path text").all_text_contents()[:last] == [str(t) for t in range(1, last + 1)]
@@ -188,7 +202,7 @@ def test_trace_file_without_server(visit, server, tmp_path):
     other.get_by_role("button", name="Ask", exact=True).wait_for()
     other.context.set_offline(True)
     other.get_by_label("Open a trace file").set_input_files(tmp_path / "trace.json")
-    other.locator(".lens").wait_for()
+    other.locator(".map").first.wait_for()
     assert other.locator(".answer .text").inner_text() == page.locator(".answer .text").inner_text()
     assert other.locator(".path").inner_html() == page.locator(".path").inner_html()
 
@@ -198,22 +212,25 @@ def test_markup_shows_as_text(visit, tmp_path):
         route.fulfill(json={**route.fetch().json(), "model": MARKUP, "models": [MARKUP, MARKUP]})
 
     step = {"top_tokens": [{"token": MARKUP, "prob": 0.9}], "thought": MARKUP, "adapter": MARKUP}
-    result = {"text": MARKUP, "exit_reason": MARKUP, "iterations_per_token": [2, 1]}
-    fields = {"tokens": [MARKUP], "prompt": MARKUP, "model": MARKUP, "criterion": MARKUP, "text": MARKUP}
+    result = {"text": MARKUP, "exit_reason": MARKUP, "token_traces": [[step, step]]}
+    fields = {
+        "tokens": [MARKUP],
+        "depths": [2, 1],
+        "prompt": MARKUP,
+        "model": MARKUP,
+        "criterion": MARKUP,
+        "text": MARKUP,
+    }
     file = tmp_path / "trace.json"
     file.write_text(json.dumps({"format": "slr-trace", **fields, "trace": [step], "result": result}))
     page = visit(routes=[("**/checkpoint", rename)])
     page.locator("header b").wait_for()
     page.get_by_label("Open a trace file").set_input_files(file)
-    page.locator(".lens").wait_for()
+    page.locator(".map").first.wait_for()
     assert MARKUP in page.locator(".answer").inner_text()
     assert MARKUP in page.locator("header").inner_text()
-    assert page.get_by_role("group", name="Tokens").locator("text").all_text_contents() == [
-        MARKUP[:20],
-        "2",
-        "token 2",
-        "1",
-    ]
+    shown = MARKUP[:10]
+    assert table(page, "Tokens")[1:] == [[MARKUP, shown, f"{shown} (exit)"], ["token 2", "(exit)", "–"]]
     view(page, "Batch")
     page.get_by_label("Questions", exact=False).first.fill(json.dumps({"question": MARKUP, "answer": MARKUP}))
     page.get_by_role("button", name="Run all").click()
@@ -237,17 +254,27 @@ def test_unusable_files(visit, tmp_path):
     assert page.get_by_role("alert").inner_text() == "Line 2 is not JSON."
 
 
-def test_long_trace(visit, tmp_path):
+def test_long_answer_leaves_the_page_responsive(visit):
+    """64 iterations by 50 tokens and 4,000 tokens arrive in one piece."""
     tokens = [{"token": f"w{i}", "prob": 0.02} for i in range(50)]
-    step = {"relative_change": 0.5, "contraction": 0.9, "entropy": 1.0, "norm": 8.0, "top_tokens": tokens}
-    result = {"text": "word " * 4000, "exit_reason": "max_iterations"}
-    file = {"format": "slr-trace", "prompt": "", "text": result["text"], "trace": [step] * 64, "result": result}
-    (tmp_path / "trace.json").write_text(json.dumps(file))
-    page = visit()
-    page.get_by_label("Open a trace file").set_input_files(tmp_path / "trace.json")
+    step = {"index": 0, "relative_change": 0.5, "contraction": 0.9, "entropy": 1.0, "norm": 8.0, "top_tokens": tokens}
+    usage = {"prompt_tokens": 1, "completion_tokens": 4000, "forward_passes": 4064}
+    result = {"text": "word " * 4000, "iterations": 64, "exit_reason": "max_iterations", "usage": usage}
+    result |= {"timings": {"total_s": 1}, "trace": [{**step, "t": t} for t in range(1, 65)]}
+    events = [("iteration", {**step, "t": t}) for t in range(1, 65)]
+    events += [("token", {"index": 0, "token_id": 1, "text": "word "})] * 4000 + [("result", result), ("done", {})]
+    body = "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events)
+    page = visit(routes=[("**/trace", lambda route: route.fulfill(content_type="text/event-stream", body=body))])
+    page.evaluate(
+        "window.longest = 0; new PerformanceObserver(list => list.getEntries().forEach(entry => {"
+        " window.longest = Math.max(window.longest, entry.duration); })).observe({ type: 'longtask' })"
+    )
+    ask(page)
     page.get_by_role("slider").focus()
     page.keyboard.press("Home")
     assert page.get_by_role("slider").input_value() == "1"
+    assert len(page.locator(".answer .text").inner_text().split()) == 4000
+    assert page.evaluate("longest") < LONGEST_TASK_MS
 
 
 def test_compare(visit):
@@ -282,11 +309,14 @@ def test_batch(visit, tmp_path):
         for i in range(19)
     ]
     lines.append({"question": examples[0]["prompt"], "answer": "No."})
+    graph = {"idx_to_symbol": [], "edges": [], "root": 0, "target": 1, "neg_target": 2}
+    lines = [{**line, **graph} for line in lines]
     (tmp_path / "questions.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
     page.get_by_label("Open a file").set_input_files(tmp_path / "questions.jsonl.gz")
     page.get_by_role("button", name="Run all").click()
     page.get_by_text("20 of 20.").wait_for()
     assert "19 of 20 correct (95 %)" in page.get_by_role("status").inner_text()
+    assert "Graded as prosqa" in page.get_by_role("status").inner_text()
     assert "answers" in page.locator(".histogram").get_attribute("aria-label")
     page.get_by_role("button", name="Measure").click()
     page.get_by_role("button", name="Run all").wait_for()
@@ -325,22 +355,145 @@ def test_positions(visit, tmp_path, workspace):
         states = torch.tensor([step["state"] for step in trace])
         changes = torch.tensor(json.loads(saved.value.path().read_text())["positions"][1:])
         torch.testing.assert_close(changes, (states[1:] - states[:-1]).norm(dim=-1) / states[:-1].norm(dim=-1))
-        labels = page.locator("[data-picture=positions] text[text-anchor=end]").all_text_contents()
+        labels = [row[0] for row in table(page, "Positions")[1:]]
         assert labels == [f"position {i + 1}" for i in range(3 if workspace == "block" else 5)]
 
 
 def test_token_loops(visit, tmp_path):
-    made = tiny.reasoner(loop={"workspace": "token", "max_iterations": 4})
+    made = tiny.reasoner(loop={"workspace": "token", "max_iterations": 6, "convergence": {"threshold": 0.82}})
     made.save_pretrained(str(tmp_path / "tiny"))
     with serving(tmp_path / "tiny") as server:
         page = visit(server.url)
         page.get_by_role("textbox", name="Question").fill(tiny.words(1, 2, 3))
         ask(page)
-        body = {"prompt": tiny.words(1, 2, 3)}
-        (result,) = httpx.post(f"{server.url}/generate", json=body).json()["results"]
-        shown = page.get_by_role("group", name="Tokens").locator("text").all_text_contents()
-        assert shown[1::2] == [str(count) for count in result["iterations_per_token"]]
-        assert shown[0:-2:2] == result["text"].split()[: len(shown[0:-2:2])]
+        body = {"prompt": tiny.words(1, 2, 3), "trace_tokens": 100, "top_tokens": 1}
+        (result,) = httpx.post(f"{server.url}/trace", json=body).json()["results"]
+        rows = table(page, "Tokens")[1:]
+        assert [row[0] for row in rows][: len(result["text"].split())] == result["text"].split()
+        reads = [[step["top_tokens"][0]["token"] for step in loop] for loop in result["token_traces"]]
+        assert len({len(loop) for loop in reads}) > 1, "loops of different lengths"
+        expected = [[*loop[:-1], f"{loop[-1]} (exit)", *["–"] * (len(rows[0]) - 1 - len(loop))] for loop in reads]
+        assert [row[1:] for row in rows] == expected
+
+
+def test_chat(visit, tmp_path):
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    made = tiny.reasoner(loop={"max_iterations": 4}, text={"chat_template": template, "max_new_tokens": 3})
+    made.save_pretrained(str(tmp_path / "tiny"))
+    with serving(tmp_path / "tiny") as server:
+        page = visit(server.url, permissions=["clipboard-read", "clipboard-write"])
+        log, message = page.get_by_role("log"), page.get_by_role("textbox", name="Message Enter")
+        page.get_by_text("System message").click()
+        page.get_by_role("textbox", name="Instruction").fill(tiny.words(7, 8))
+        messages = [{"role": "system", "content": tiny.words(7, 8)}]
+        for i, text in enumerate((tiny.words(1, 2), tiny.words(3))):
+            message.fill(text)
+            message.press("Enter")
+            page.get_by_role("button", name=f"Watch turn {i + 1}").wait_for()
+            messages.append({"role": "user", "content": text})
+            (expected,) = httpx.post(f"{server.url}/trace", json={"prompt": messages}).json()["results"]
+            assert log.locator(".model span").nth(i).inner_text() == expected["text"].strip()
+            messages.append({"role": "assistant", "content": expected["text"]})
+        page.get_by_role("button", name="Watch turn 2").click()
+        assert page.get_by_role("slider").input_value() == str(expected["iterations"])
+        page.get_by_role("button", name="Copy as curl").click()
+        page.get_by_text("curl command copied.").wait_for()
+        command = page.evaluate("navigator.clipboard.readText()")
+        answer = json.loads(subprocess.run(["bash", "-c", f"{command} -s"], capture_output=True, check=True).stdout)
+        assert answer["results"][0]["text"] == expected["text"]
+        page.get_by_role("button", name="Link to this run").click()
+        page.get_by_text("Link copied.").wait_for()
+        link = page.evaluate("navigator.clipboard.readText()")
+        view(page, "Chat")
+        page.get_by_role("button", name="Clear").click()
+        assert log.inner_text() == ""
+        page.get_by_text("Nothing has been said yet.").wait_for()
+        again = visit(server.url, fragment="#" + link.partition("#")[2])
+        assert again.get_by_role("log").get_by_role("listitem").count() == 1
+        assert again.get_by_role("textbox", name="Message Enter").input_value() == tiny.words(3)
+        if AXE.exists():
+            again.evaluate(AXE.read_text())
+            assert again.evaluate("axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html)]))") == []
+
+
+def test_refused_chat(visit, tmp_path):
+    refusal = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template = "{% for m in messages %}" + refusal + "{{ m.content }} {% endfor %}"
+    tiny.reasoner(text={"chat_template": template}).save_pretrained(str(tmp_path / "tiny"))
+    with serving(tmp_path / "tiny") as server:
+        page = visit(server.url, expected=["status of 400"])
+        page.get_by_text("System message").click()
+        page.get_by_role("textbox", name="Instruction").fill("w1")
+        message = page.get_by_role("textbox", name="Message Enter")
+        message.fill("w2")
+        message.press("Enter")
+        assert "no system" in page.get_by_role("alert").inner_text()
+        assert message.input_value() == "w2"
+
+
+def test_slow_server_then_killed(visit, tmp_path):
+    server = Server(PROSQA, tmp_path / "log", module="tests.server.frozen", SLR_TEST_FREEZE=str(tmp_path))
+    try:
+        page = visit(server.url, expected=["net::ERR", "status of 503"])
+        page.locator("button.main:enabled").first.wait_for()
+        (tmp_path / "freeze-decode").touch()
+        page.get_by_role("button", name="Ask", exact=True).click()
+        page.get_by_role("slider").wait_for()
+        assert page.get_by_role("button", name="Download trace").count() == 0
+        page.get_by_role("slider").fill("1")
+        assert "Iteration 1" in page.locator(".scrub").inner_text(), "the page can be used meanwhile"
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_role("button", name="Ask", exact=True).wait_for()
+        (tmp_path / "freeze-decode").unlink()
+        ask(page)
+        (tmp_path / "freeze-decode").touch()
+        page.get_by_role("button", name="Ask", exact=True).click()
+        page.get_by_role("button", name="Stop").wait_for()
+        page.get_by_role("slider").wait_for()
+        server.process.kill()
+        page.get_by_text("The connection ended before the answer was complete.").wait_for()
+        assert page.get_by_role("slider").count() == 1, "what has arrived stays"
+        page.get_by_role("button", name="Ask", exact=True).click()
+        page.get_by_text("The server cannot be reached.").wait_for()
+    finally:
+        server.kill()
+
+
+def test_loop_adapter_sets(visit, tmp_path):
+    shutil.copytree(PROSQA, tmp_path / "sets" / "second")
+    with serving(PROSQA, loop_sets=str(tmp_path / "sets"), admin_key=KEY) as server:
+        headers = {"authorization": f"Bearer {KEY}"}
+        httpx.post(f"{server.url}/admin/loop_sets", json={"name": "second"}, headers=headers).raise_for_status()
+        page = visit(server.url)
+        view(page, "Compare")
+        page.get_by_role("button", name="Adapters second").click()
+        page.get_by_role("button", name="Compare").last.click()
+        page.get_by_role("heading", name="Where the paths part").wait_for()
+        assert page.get_by_role("heading", name="B: adapters second").count() == 1
+        assert "The answers are the same. The likeliest token is the same" in page.locator(".parting").inner_text()
+
+
+def test_keyboard_alone(visit):
+    page = visit()
+    page.locator("button.main:enabled").first.wait_for()
+
+    def tab_to(name):
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            focused = page.evaluate("[document.activeElement.innerText, document.activeElement.type].join('|')")
+            if re.match(name, focused):
+                return
+        raise AssertionError(f"{name} is not reached")
+
+    tab_to(r"Another example\|")
+    page.keyboard.press("Shift+Tab")
+    tab_to(r"Another example\|")
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Download trace").wait_for()
+    tab_to(r"\|range")
+    page.keyboard.press("Home")
+    assert "Iteration 1" in page.locator(".scrub").inner_text()
 
 
 def test_server_refusal(visit):
@@ -380,7 +533,7 @@ def test_stream_that_breaks(visit):
 def test_layout(visit, scheme, width):
     page = visit(color_scheme=scheme, reduced_motion="reduce", viewport={"width": width, "height": 800})
     ask(page)
-    assert page.evaluate("getComputedStyle(document.querySelector('.lens rect')).transitionDuration") == "0s"
+    assert page.evaluate("getComputedStyle(document.querySelector('.graph rect')).transitionDuration") == "0s"
     if AXE.exists():  # `npm ci` in server/page installs it
         page.evaluate(AXE.read_text())
     for name in VIEWS:
