@@ -16,7 +16,15 @@ from slr_core.engine import Engine
 from .auth import ApiKeys, Auth
 from .errors import install_handlers
 from .hosts import HostCheck, allowed_hosts
-from .middleware import REQUEST_ID, SERVER_TIMING, HeadAsGet, HeaderLimit, Preflight, RequestContext
+from .middleware import (
+    REQUEST_ID,
+    SERVER_TIMING,
+    HeadAsGet,
+    HeaderLimit,
+    IgnoreRange,
+    Preflight,
+    RequestContext,
+)
 from .overload import BodyLimit, EarlyRefusal, RequestCount
 from .routes import admin, generate, grade, health, index, metrics, openai, page
 from .service import Service
@@ -75,7 +83,8 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
 def _middleware(settings: ServerSettings, service: Service, api_keys: ApiKeys) -> list[Middleware]:
     """Middleware, the outermost first."""
     layers = [*_tracing(settings), Middleware(RequestContext, metrics=service.metrics)]
-    layers += [Middleware(HeadAsGet), Middleware(HeaderLimit), Middleware(HostCheck, allowed=allowed_hosts(settings))]
+    layers += [Middleware(HeadAsGet), Middleware(IgnoreRange), Middleware(HeaderLimit)]
+    layers.append(Middleware(HostCheck, allowed=allowed_hosts(settings)))
     if settings.cors_origins is not None:
         layers.append(
             Middleware(

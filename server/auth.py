@@ -23,6 +23,7 @@ PROBES = frozenset({"/livez", "/readyz", "/startupz", "/health"})
 """Paths that need no key: orchestrators have none, and the answer is only yes or no."""
 _PAGE_PREFIX = "/page/"
 _ADMIN_PREFIX = "/admin/"
+_MAX_FILE_BYTES = 1 << 20
 
 
 class KeyHashes:
@@ -88,6 +89,8 @@ def _read_keys(path: str) -> SecretStr:
     try:
         if not Path(path).is_file():
             raise ConfigError(f"api_keys_file: {path} is not a file")
+        if Path(path).stat().st_size > _MAX_FILE_BYTES:
+            raise ConfigError(f"api_keys_file: {path} has more than {_MAX_FILE_BYTES} bytes")
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
         return check_keys(SecretStr(",".join(line for line in lines if line and not line.startswith("#"))))
     except (OSError, UnicodeDecodeError) as error:

@@ -250,12 +250,18 @@ def serve(settings: ServerSettings) -> None:
         config.load()
     except OSError as error:
         _fail(f"ssl_certfile, ssl_keyfile: the certificate or its key cannot be used ({error.strerror or error})")
+    start_daemon(partial(_build_openapi, app))
     scheme = "https" if config.is_ssl else "http"
     _Server(config, app, f"{scheme}://{host}:{listener.getsockname()[1]}").run([listener])
     if service.failure is not None:
         if not isinstance(service.failure, SLRError):
             raise service.failure
         _fail(str(service.failure))
+
+
+def _build_openapi(app: FastAPI) -> None:
+    """Build the description of the endpoints, and keep it: else the first request for it would hold the event loop."""
+    app.openapi()
 
 
 def _listen(settings: ServerSettings) -> socket.socket:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -53,8 +55,38 @@ class _ResponseWriter:
     """The transport of a response. Its connection decides how it is closed."""
 
     def __init__(self, connection: Connection) -> None:
-        self.write, self.is_closing = connection.transport.write, connection.transport.is_closing
-        self.close = connection.close_after_response
+        self.write: Callable[[bytes], None] = connection.transport.write
+        self.is_closing, self.close = connection.transport.is_closing, connection.close_after_response
+
+
+class _UnchunkedWriter(_ResponseWriter):
+    """The same for HTTP/1.0, which knows no chunks: the body of a stream ends with the connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self._write, self.write = connection.transport.write, self._write_head
+
+    def _write_head(self, data: bytes) -> None:
+        head = data.replace(b"transfer-encoding: chunked\r\n", b"")
+        self.write = self._write if head == data else self._write_chunk
+        self._write(head)
+
+    def _write_chunk(self, data: bytes) -> None:
+        size, _, content = data.partition(b"\r\n")
+        self._write(content[: int(size or b"0", 16)])
+
+
+class _BodyReader:
+    """Callbacks for the body of a request that asks for another protocol, which httptools would skip."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.on_body, self.on_chunk_header = connection.on_body, connection.on_chunk_header
+
+    def on_message_complete(self) -> None:
+        """End the request; what follows is dropped."""
+        self._connection.on_message_complete()
+        self._connection.drop_rest()
 
 
 class Connection(HttpToolsProtocol):
@@ -63,6 +95,7 @@ class Connection(HttpToolsProtocol):
     - There is a limit on their number, see :class:`ConnectionLimit`.
     - Headers must arrive in time, and at most :data:`MAX_HEAD_BYTES` of them.
     - A body comes in at most :data:`MAX_CHUNKS` chunks.
+    - A request for another protocol (``Upgrade``) is answered as any.
     - A response that is sent before the end of its request closes the connection, and the rest of the request is
       dropped unparsed.
     - Bytes that follow a request before its response is complete (pipelining) are dropped, and the connection closes
@@ -81,6 +114,8 @@ class Connection(HttpToolsProtocol):
         """Whether everything that still arrives is dropped."""
         self._keep_alive = False
         """Whether the request lets the connection stay open."""
+        self._skipped_body = b""
+        """Headers that frame the body which httptools skips."""
         self._admitted = Admitted.NOT
         self._head_timeout_s = limits.head_timeout_s
         self._error: SLRError | None = None
@@ -117,8 +152,14 @@ class Connection(HttpToolsProtocol):
         self._received += len(data)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # the request is answered as HTTP/1.1
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._skipped_body:
+                self.parser = httptools.HttpRequestParser(_BodyReader(self))
+                rest = b"POST / HTTP/1.1\r\n" + self._skipped_body + b"\r\n" + data[upgrade.args[0] :]
+                self._received, self._skipped_body = 0, b""
+                self.data_received(rest)
+            elif data[upgrade.args[0] :]:
+                self.drop_rest()
         except httptools.HttpParserError as error:
             if not self._discarding:
                 self._refuse(self._error or InvalidHTTP(f"the request is not valid HTTP: {error}"))
@@ -137,8 +178,15 @@ class Connection(HttpToolsProtocol):
         elif not self._discarding:
             self._discarding = True
             if self.transport.can_write_eof():  # not with TLS: there the client sees the end only when it is closed
-                self.transport.write_eof()
+                with suppress(OSError):  # the client has reset the connection
+                    self.transport.write_eof()
             self.loop.call_later(LINGER_S, self.transport.close)
+
+    def drop_rest(self) -> None:
+        """Drop what still arrives, and close the connection after the response."""
+        self._discarding = True
+        if self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def give_way(self) -> None:
         """Close the connection, which has no request, in favour of another."""
@@ -171,8 +219,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Start a request, unless the previous one has no response yet."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.keep_alive = False
-            self._discarding = True
+            self.drop_rest()
             raise InvalidHTTP("pipelined")  # stops the parser
         self._start_timer(self._head_timeout_s)
         self._chunks = 0
@@ -191,11 +238,18 @@ class Connection(HttpToolsProtocol):
             self._stop(InvalidHTTP("the version must be HTTP/1.0 or HTTP/1.1"))
         if version == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
             self._stop(InvalidHTTP("a request must have one Host header"))
+        framing = [(n, value) for n, value in self.headers if n in (b"content-length", b"transfer-encoding")]
+        codings = [value.lower() for name, value in framing if name == b"transfer-encoding"]
+        if codings and (version == "1.0" or codings != [b"chunked"]):
+            self._stop(InvalidHTTP("the only transfer encoding is chunked, with HTTP/1.1"))
+        if self.parser.should_upgrade():
+            self._skipped_body = b"".join(b"%b: %b\r\n" % header for header in framing)
         stats = request_stats(cast(Scope, self.scope))  # the request has arrived now
         stats.probes_only = self._admitted is Admitted.FOR_PROBES
         super().on_headers_complete()
         self._in_head = False
-        self.cycle.transport = self._writer  # type: ignore[assignment]
+        writer = _UnchunkedWriter(self) if version == "1.0" else self._writer
+        self.cycle.transport = writer  # type: ignore[assignment]
         # Until the request is complete, a response closes the connection.
         self._keep_alive, self.cycle.keep_alive = self.cycle.keep_alive and not stats.probes_only, False
 
@@ -207,6 +261,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End a request."""
+        if self._skipped_body:
+            return
         self._in_head, self._received = True, 0
         if not self.cycle.response_complete:
             self.cycle.keep_alive = self._keep_alive

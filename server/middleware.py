@@ -108,6 +108,19 @@ class HeaderLimit:
         await self.app(scope, receive, send)
 
 
+class IgnoreRange:
+    """Drops the header ``Range``, as a server may: Starlette refuses an invalid one without the error body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http":
+            scope = {**scope, "headers": [header for header in scope["headers"] if header[0] != b"range"]}
+        await self.app(scope, receive, send)
+
+
 class HeadAsGet:
     """Answers HEAD as GET, without the body."""
 

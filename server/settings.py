@@ -25,11 +25,13 @@ def check_keys(value: SecretStr) -> SecretStr:
     """The keys, separated by commas.
 
     Raises:
-        PydanticCustomError: there is none, or one is too short or no hash.
+        PydanticCustomError: there is none, or one is too short, has control characters or is no hash.
     """
     keys = split_list(value.get_secret_value())
     if not keys or any(len(key) < _MIN_KEY_LENGTH for key in keys):
         raise PydanticCustomError("short_key", f"every key must have at least {_MIN_KEY_LENGTH} characters")
+    if not all(key.isprintable() for key in keys):
+        raise PydanticCustomError("key_characters", "a key may not have control characters")
     if any(key.startswith(HASH_PREFIX) and not _HASH.fullmatch(key) for key in keys):
         raise PydanticCustomError("key_hash", f"{HASH_PREFIX} must be followed by the 64 hexadecimal digits of a hash")
     return value

@@ -125,7 +125,7 @@ def _run(folder: Path, requests: int, random_: random.Random) -> Churn:
         if code := server.stop():
             load.faults.append(f"the server ended with status {code}: {server.log.read_text()[-2000:]}")
         if "Traceback" in (log := server.log.read_text()):
-            load.faults.append(f"the server's log: {log[-2000:]}")
+            load.faults.append(f"the server's log: {log[log.index('Traceback') :][:3000]}")
     finally:
         for each in (server, *others):
             each.kill()

@@ -128,6 +128,8 @@ MALFORMED = {
     "length and chunks": b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n",
     "two lengths": b"POST /generate HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\ncontent-length: 4\r\n\r\n",
     "negative length": b"POST /generate HTTP/1.1\r\nhost: a\r\ncontent-length: -3\r\n\r\n",
+    "another coding": b"POST /generate HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip, chunked\r\n\r\n",
+    "chunks in HTTP/1.0": b"POST /generate HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n",
     "bad chunk": b"POST /generate HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
     "unknown method": b"BREW / HTTP/1.1\r\nhost: a\r\n\r\n",
     "head of 100 KB": b"GET /livez HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 100_000,

@@ -1,12 +1,17 @@
 """Limits of a connection, on a server in its own process."""
 
+import errno
+import json
 import socket
 import time
+from unittest.mock import MagicMock
 
 import pytest
 
+from slr_server.connection import LINGER_S, Connection
 from tests.hostile import connections as attacks
 from tests.hostile.wire import connect, head, read_all, read_response, request
+from tests.server import events
 from tests.server.conftest import KEY
 
 LIVENESS_S = 4.0
@@ -100,3 +105,46 @@ def test_half_request_then_gone(guarded):
         connection.shutdown(socket.SHUT_RDWR)
         connection.close()
     guarded.idle()
+
+
+def test_reset_while_closing():
+    """A client that has reset the connection, which the event loop does not know yet."""
+    closing = Connection.__new__(Connection)
+    closing._in_head = closing._discarding = False
+    closing.transport, closing.loop = MagicMock(), MagicMock()
+    closing.transport.is_closing.return_value = False
+    closing.transport.write_eof.side_effect = OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+    closing.close_after_response()
+    closing.loop.call_later.assert_called_once_with(LINGER_S, closing.transport.close)
+
+
+BODY = b'{"prompt": "w1", "max_new_tokens": 2}'
+
+
+@pytest.mark.parametrize(
+    "framing", [(b"content-length: %d" % len(BODY), BODY), (attacks.CHUNKED.encode(), b"25\r\n%b\r\n0\r\n\r\n" % BODY)]
+)
+@pytest.mark.parametrize("pause_s", [0, 0.1])
+def test_body_of_an_upgrade(guarded, framing, pause_s):
+    """Clients such as Java's offer HTTP/2 so with their first request, whatever its method."""
+    header, body = framing
+    upgrade = ("connection: upgrade, http2-settings", "upgrade: h2c", "http2-settings: AAMAAABkAAQAAAAA")
+    with connect(guarded.url) as connection:
+        connection.sendall(head("/generate", *upgrade, header.decode(), key=KEY))
+        time.sleep(pause_s)
+        connection.sendall(body + b"PRI * HTTP/2.0")
+        status, headers, content = read_response(connection)
+        assert connection.recv(1) == b""
+    assert (status, headers["connection"]) == (200, "close"), content
+    assert b"results" in content
+
+
+def test_old_version_gets_no_chunks(guarded):
+    body = json.dumps({"prompt": "w1", "max_new_tokens": 2, "stream": True}).encode()
+    with connect(guarded.url) as connection:
+        connection.sendall(request("/generate", body, key=KEY).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        top, _, content = read_all(connection).partition(b"\r\n\r\n")
+    assert top.startswith(b"HTTP/1.1 200")
+    assert b"transfer-encoding" not in top
+    assert [event.name for event in events.of(content.decode())][-2:] == ["result", "done"]
+    assert content.startswith(b"event: ")

@@ -70,6 +70,12 @@ def test_head(client, path):
     assert asked.headers["content-type"] == got.headers["content-type"]
 
 
+@pytest.mark.parametrize("given", ["x", "bytes=a-b", "bytes=9999999-", "bytes=0-1"])
+def test_range_is_ignored(client, given):
+    response = client.get("/docs", headers={"range": given})
+    assert (response.status_code, response.content) == (200, client.get("/docs").content)
+
+
 def test_head_of_post(client):
     response = client.head("/generate")
     assert (response.status_code, response.headers["allow"]) == (405, "POST")

@@ -191,7 +191,7 @@ def test_key_file(tmp_path, engine, caplog):
 
         assert client.get("/version").status_code == 401
         assert accepted() == [True, True, True]
-        for fault in ("short\n", "", "sha256:12345678901234567890\n"):
+        for fault in ("short\n", "", "sha256:12345678901234567890\n", "\0" * 20, f"{OTHER}\n" * 100_000):
             path.write_text(fault)
             client.app.state.api_keys.reload()
             assert caplog.records[-1].getMessage().endswith("the keys stay as they are")
