@@ -338,7 +338,8 @@ class SLRConfig(_Model):
     base: str = Field("base", description="the base model: a folder inside the checkpoint, or a hub id")
     trained: bool = Field(
         True,
-        description="whether the loop has been trained. Until then a request runs it only if it sets a loop parameter",
+        description="whether the loop runs by default: it has been trained, or made of a trained model's own layers. "
+        "Until then a request runs it only if it sets a loop parameter",
     )
     loop: LoopConfig = LoopConfig()
     text: TextConfig = TextConfig()

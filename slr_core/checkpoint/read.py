@@ -171,19 +171,21 @@ def _load_adapter(base: PreTrainedModel, layers: dict[str, LoraLayer], folder: P
     prefix, name = "base_model.model.", folder.name
     found = {key.removeprefix(prefix): x for key, x in read_tensors(folder / ADAPTER_WEIGHTS).items()}
     # Not PEFT's own functions: they look through the whole model several times for each adapter.
-    expected = {
-        f"{path}.{part}.weight": getattr(layer, part)[name]
+    owners = {
+        f"{path}.{part}.{kind}": (getattr(layer, part)[name], kind)
         for path, layer in layers.items()
         if name in layer.lora_A
         for part in ("lora_A", "lora_B")
+        for kind, _ in getattr(layer, part)[name].named_parameters()  # lora_bias: B has a bias
     }
-    check_tensors(folder / ADAPTER_WEIGHTS, found, {key: linear.weight for key, linear in expected.items()})
+    expected = {key: getattr(linear, kind) for key, (linear, kind) in owners.items()}
+    check_tensors(folder / ADAPTER_WEIGHTS, found, expected)
     for key, tensor in _owned(folder / ADAPTER_WEIGHTS, found, base).items():
-        weight = expected[key].weight
         if assign:
-            expected[key].weight = torch.nn.Parameter(tensor, requires_grad=weight.requires_grad)
+            linear, kind = owners[key]
+            setattr(linear, kind, torch.nn.Parameter(tensor, requires_grad=expected[key].requires_grad))
         else:
-            weight.data.copy_(tensor)
+            expected[key].data.copy_(tensor)
 
 
 def _load_modules(reasoner: LatentReasoner, path: Path, assign: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
 from peft import get_peft_model_state_dict
@@ -38,7 +39,10 @@ def save_checkpoint(reasoner: LatentReasoner, folder: str | Path) -> None:
         if isinstance(adapter.target_modules, set):  # PEFT would write them in another order in every process
             adapter.target_modules = sorted(adapter.target_modules)
         adapter.save_pretrained(str(target))
-        state = get_peft_model_state_dict(reasoner.base, adapter_name=name, save_embedding_layers=False)
+        with warnings.catch_warnings():
+            # PEFT takes a bias of B (lora_bias) for a part of a matrix.
+            warnings.filterwarnings("ignore", "Adapter .* LoRA tensor.s. have invalid shape", UserWarning)
+            state = get_peft_model_state_dict(reasoner.base, adapter_name=name, save_embedding_layers=False)
         save_file({f"base_model.model.{key}": x.contiguous() for key, x in state.items()}, target / ADAPTER_WEIGHTS)
     save_file({key: x.contiguous() for key, x in modules_state(reasoner).items()}, folder / MODULES)
     for weights in folder.rglob("*.safetensors"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,6 +21,28 @@ def init(
         Path | None,
         typer.Option(help="Loop settings in YAML; one line such as `workspace: block` is enough.", dir_okay=False),
     ] = None,
+    recursive: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=64,
+            help="Share the model's layers in this many loops, and run them in the workspace token. The loop is then "
+            "on from the start.",
+        ),
+    ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            help="Rank of the adapters of --recursive: a number, or full, which loses nothing. Default: full."
+        ),
+    ] = None,
+    share: Annotated[
+        Literal["average", "stepwise", "lower"] | None,
+        typer.Option(
+            help="Shared weights of --recursive: the average of the layers that they replace, layers at equal steps "
+            "(stepwise), or the lower ones. Default: average."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the new weights.")] = 0,
     dtype: Annotated[
         DtypeName,
@@ -28,19 +50,34 @@ def init(
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Add an untrained loop to a base model.
+    """Add an untrained loop to a base model, or turn its own layers into a loop.
 
-    Writes a checkpoint folder. It answers as the base model until `slr train` trains the loop.
+    Writes a checkpoint folder. It answers as the base model until `slr train` trains the loop; with --recursive, it
+    answers with its loop, at full rank as the base model did.
     """
-    from slr_core.checkpoint.init import init_checkpoint
+    from slr_core.checkpoint.init import Recursive, init_checkpoint
     from slr_core.engine.runner.device import resolve_dtype
 
+    if recursive is None and (rank is not None or share is not None):
+        raise typer.BadParameter("--rank and --share belong to --recursive")
+    conversion = None if recursive is None else Recursive(recursive, _rank(rank), share or "average")
     hide_loading_bars()
-    reasoner = init_checkpoint(base, out, config, seed=seed, dtype=resolve_dtype(dtype))
+    reasoner = init_checkpoint(base, out, config, recursive=conversion, seed=seed, dtype=resolve_dtype(dtype))
 
     def print_text() -> None:
         print_description(reasoner)
         source = shlex.quote(f"base.from={out}")
-        print(f"\nNext, train the loop (docs/quickstart.md has a recipe):\n    slr train RECIPE.yaml --set {source}")
+        recipe = "train the loop (docs/quickstart.md has a recipe)"
+        if recursive is not None:
+            recipe = "recover what it lost (docs/recursive.md has a recipe)"
+        print(f"\nNext, {recipe}:\n    slr train RECIPE.yaml --set {source}")
 
     show_results(description(reasoner), print_text, as_json)
+
+
+def _rank(value: str | None) -> int | None:
+    if value is None or value == "full":
+        return None
+    if not value.isdecimal() or not int(value):
+        raise typer.BadParameter(f"expected a number above 0, or full, got {value}", param_hint="--rank")
+    return int(value)

@@ -121,6 +121,7 @@ def attach(base: PreTrainedModel, configs: Mapping[str, LoraConfig]) -> None:
             with warnings.catch_warnings():
                 # Several adapters on one model are the point here, and PEFT warns of the second.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+                _ignore_missing_bias()
                 inject_adapter_in_model(resolved, base, adapter_name=name)
         except Exception as error:  # PEFT raises most kinds, each of them a fault of the config
             raise ConfigError(f"adapter {name}: {error}") from error
@@ -153,10 +154,17 @@ def _plain_values(config: LoraConfig) -> dict[str, object]:
 
 def _add_to_layers(base: PreTrainedModel, config: LoraConfig, name: str, layers: list[LoraLayer]) -> None:
     """Add an adapter as PEFT does, but without its search for the layers, which takes seconds for many adapters."""
-    for layer in layers:
-        layer.update_layer(name, config.r, lora_alpha=config.lora_alpha, config=config)
+    with warnings.catch_warnings():
+        _ignore_missing_bias()
+        for layer in layers:
+            layer.update_layer(name, config.r, lora_alpha=config.lora_alpha, config=config)
     configs: dict[str, Any] = base.peft_config
     configs[name] = config
+
+
+def _ignore_missing_bias() -> None:
+    # Of an adapter's bias on a layer without one, PEFT warns that it cannot be merged; it never is here.
+    warnings.filterwarnings("ignore", "`lora_bias=True` was passed but", UserWarning)
 
 
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
@@ -184,6 +192,7 @@ _PLAIN = {
     "layers_pattern",
     "layers_to_transform",
     "lora_alpha",
+    "lora_bias",
     "lora_dropout",
     "r",
     "rank_pattern",

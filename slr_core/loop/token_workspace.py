@@ -61,7 +61,7 @@ class Token(Workspace):
         else:
             attended = context.caches[0 if self.shared_cache else t - 1].fork()
         attended.next_position, attended.passes = context.next_position, context.passes
-        g = model.forward_chunk(attended, u, context.valid_mask & active[:, None])
+        g = model.forward_chunk(attended, u, context.valid_mask & active[:, None], fed_back=t > 1)
         context.runs.append(attended)
         return g
 

@@ -44,8 +44,8 @@ class WorkspaceModel(Protocol):
         """The projected states ``[..., W, d]`` that follow states ``[..., W, d]``."""
         ...
 
-    def forward_chunk(self, context: Context, embeds: Tensor, present: Tensor) -> Tensor:
-        """One pass with the active adapter: states ``[B, q, d]``."""
+    def forward_chunk(self, context: Context, embeds: Tensor, present: Tensor, *, fed_back: bool = False) -> Tensor:
+        """One pass with the active adapter: states ``[B, q, d]``; ``fed_back``: the inputs come from states."""
         ...
 
     def forward_after_loop(self, context: Context, embeds: Tensor, present: Tensor, looped: Tensor) -> Tensor:

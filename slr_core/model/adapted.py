@@ -19,6 +19,7 @@ from slr_core.model.base_support import (
     check_supported,
     end_tokens,
     find_final_norm,
+    find_position_embeddings,
     keep_input,
     max_positions,
 )
@@ -56,6 +57,7 @@ class AdaptedModel(nn.Module):
         if any(token >= self.vocab_size for token in config.text.suppressed_token_ids):
             raise ConfigError(f"text.suppressed_token_ids must be below {self.vocab_size}, the number of embeddings")
         self.final_norm = find_final_norm(base) if config.loop.feedback == "raw" else None
+        self.position_embeddings = find_position_embeddings(base) if config.loop.feedback == "raw" else None
         self._token_texts: dict[int, str] = {}
         self._embedding_rms: tuple[object, Tensor] | None = None
 
@@ -165,6 +167,7 @@ class AdaptedModel(nn.Module):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        fed_back: bool = False,
     ) -> Tensor:
         """One forward pass of the base model with the active adapter: states ``[B, q, d]``, see ``loop.feedback``.
 
@@ -174,6 +177,8 @@ class AdaptedModel(nn.Module):
             present: ``[B, q]`` bool; absent inputs are invisible to all others and have no position id.
             mask: attention mask ``[B, q, S + q]`` bool; ``None``: causal.
             positions: position ids ``[B, q]``; ``None``: the next ones in order.
+            fed_back: whether the inputs come from states. Under feedback `raw`, those hold what the base's learned
+                position embeddings added at the first iteration, and get them no second time.
         """
         queries = embeds.shape[1]
         counted = present.long().cumsum(-1)
@@ -184,6 +189,8 @@ class AdaptedModel(nn.Module):
             mask = torch.cat([context.visible[:, None, :].expand(-1, queries, -1), causal], dim=-1)
         if positions is None:
             positions = (context.next_position[:, None] + counted - 1).clamp_min(0)
+        if fed_back and self.position_embeddings is not None:
+            embeds = embeds - self.position_embeddings(positions)
         with keep_input(self.final_norm) as before_norm:
             output = self.base.base_model(
                 inputs_embeds=embeds,

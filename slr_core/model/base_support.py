@@ -90,6 +90,12 @@ def find_final_norm(base: PreTrainedModel) -> nn.Module:
     raise ConfigError(f"{type(base).__name__}: feedback `raw` needs a final norm, and none is known for this model")
 
 
+def find_position_embeddings(base: PreTrainedModel) -> nn.Module | None:
+    """The learned embeddings of absolute positions that a base adds to its inputs (GPT-2); ``None``: it has none."""
+    found = getattr(base.base_model, "wpe", None)
+    return found if isinstance(found, nn.Module) else None
+
+
 @contextmanager
 def keep_input(module: nn.Module | None) -> Iterator[list[Tensor]]:
     """Collect the inputs of ``module`` inside the block; ``None``: nothing."""

@@ -63,6 +63,25 @@ def test_dtype(run, plain, tmp_path):
     assert "bfloat16 on cpu" in run("init", plain, "--out", tmp_path / "out", "--dtype", "bfloat16")[1]
 
 
+def test_recursive(run, plain, tmp_path):
+    options = ["--out", tmp_path / "out", "--recursive", 2]
+    code, out, err = run("init", plain, *options, "--rank", 4, "--share", "lower")
+    assert (code, err) == (0, "")
+    assert "per_iteration, rank 4" in out
+    assert "docs/recursive.md has a recipe" in out
+    assert run("info", "--model", tmp_path / "out")[1] == out.partition("\nNext, ")[0]
+    answered = json.loads(run("generate", "--model", tmp_path / "out", "--json", "w1 w2")[1])
+    assert (answered["iterations"], answered["exit_reason"]) == (2, "max_iterations")
+    for wrong, message in (
+        (["--recursive", 3], "divide the 2 layers, got 3"),
+        (["--rank", 4], "belong to --recursive"),
+        (["--recursive", 2, "--rank", "half"], "a number above 0, or full"),
+    ):
+        code, _, err = run("init", plain, "--out", tmp_path / "wrong", *wrong)
+        assert code, wrong
+        assert message in " ".join(err.split())
+
+
 def test_json(run, plain, tmp_path):
     found = json.loads(run("init", plain, "--out", tmp_path / "out", "--seed", 3, "--json")[1])
     assert found["added_parameters"] == found["adapter_parameters"] + found["module_parameters"]

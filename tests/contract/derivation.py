@@ -163,6 +163,8 @@ def derive_token(parts, out, prompt, settings, max_new_tokens):
             while len(h) <= T and (left is None or at == 0):
                 t = len(h)
                 u = parts.timestep(parts.project(h[-1]), t, None)
+                if t > 1 and parts.wpe is not None and parts.loop["feedback"] == "raw":
+                    u = u - parts.wpe.weight[at : at + len(u)]  # transformers adds it in every pass
                 if shared and at:
                     caches_after = clone(caches[-1])
                     g = parts.run(out.passes, u, at, parts.adapter(t), caches_after)
@@ -221,6 +223,7 @@ class Parts:
         self.head, self.table = model.get_output_embeddings(), model.get_input_embeddings().weight
         self.survival = 1.0
         inner = model.base_model
+        self.wpe = getattr(inner, "wpe", None)
         self.norm = inner.ln_f if hasattr(inner, "ln_f") else inner.norm
         self.model = with_peft(model, folder, self.names) if self.names else model
 

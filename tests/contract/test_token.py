@@ -116,12 +116,17 @@ def test_without_iterations_it_is_the_base(kind):
     assert set(result.iterations_per_token) == {0}
 
 
-def test_bare_loops_are_stacked_passes():
-    """Without adapters, T iterations of raw feedback are a model whose layers are repeated T times."""
-    made = token("llama", "bare", feedback="raw", projection={"kind": "identity"})
-    deep = tiny.base("llama")
-    deep.model.layers.extend([layer for _ in range(2) for layer in list(deep.model.layers)])
-    deep.config.num_hidden_layers = len(deep.model.layers)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_bare_loops_are_stacked_passes(kind):
+    """Without adapters, T iterations of raw feedback are a model whose layers are repeated T times.
+
+    GPT-2 adds its position embeddings once.
+    """
+    made = token(kind, "bare", feedback="raw", projection={"kind": "identity"})
+    deep = tiny.base(kind)
+    layers = deep.transformer.h if kind == "gpt2" else deep.model.layers
+    layers.extend([layer for _ in range(2) for layer in list(layers)])
+    deep.config.num_hidden_layers = len(layers)
     ids = torch.tensor([tiny.ids(tiny.PROMPTS[3])])
     expected = deep(ids, use_cache=False).logits[0, -1]
     with torch.inference_mode():

@@ -181,7 +181,6 @@ REFUSED = {
     "use_dora": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "trainable_token_indices": {"trainable_token_indices": [1]},
-    "lora_bias": {"lora_bias": True},
     "bias": {"bias": "all"},
     "embedding": {"target_modules": ["embed_tokens"]},
     "head": {"target_modules": ["lm_head"]},

@@ -54,6 +54,35 @@ def build_inputs(work: Rows[Work], embeddings: nn.Module, table: Tensor) -> Tens
     return inputs
 
 
+def remove_position_embeddings(work: Rows[Work], inputs: Tensor, embeddings: nn.Module) -> Tensor:
+    """Inputs ``[m, d]`` less what the base will add to them, where states fed back raw hold it already.
+
+    Args:
+        work: the rows.
+        inputs: from :func:`build_inputs`.
+        embeddings: the base's learned embeddings of absolute positions.
+    """
+    places: list[int] = []
+    positions: list[int] = []
+    start = 0
+    for row, queries in work:
+        if row.adapter_set.raw and _iteration(row) > 1:
+            places += range(start, start + queries)
+            positions += range(row.filled, row.filled + queries)
+        start += queries
+    if not places:
+        return inputs
+    added: Tensor = embeddings(torch.tensor(positions, device=inputs.device))
+    return inputs.index_add(0, torch.tensor(places, device=inputs.device), added, alpha=-1)
+
+
+def _iteration(row: Sequence) -> int:
+    """The iteration that a row's next pass runs; 0: none."""
+    if row.phase is Phase.CLOSE:
+        return (row.token.closing_iteration or 0) if row.token is not None else 0
+    return row.t + 1 if row.phase is Phase.LOOP else 0
+
+
 def adapter_id(row: Sequence) -> int | None:
     """The adapter of a row's next pass; ``None``: the base model alone."""
     match row.phase:

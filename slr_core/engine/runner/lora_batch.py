@@ -103,6 +103,8 @@ class LayerWeights(NamedTuple):
         flat_down: ``[d_in, K * r]``.
         flat_up: ``[K * r, d_out]``.
         pairs: ``down`` and ``up`` of each adapter.
+        bias: ``[K + 1, d_out]``, what each adapter adds to the output; zeros last, for rows without an adapter;
+            ``None``: no adapter has a bias.
     """
 
     down: Tensor
@@ -110,6 +112,7 @@ class LayerWeights(NamedTuple):
     flat_down: Tensor
     flat_up: Tensor
     pairs: list[tuple[Tensor, Tensor]]
+    bias: Tensor | None = None
 
 
 _NO_WEIGHTS = LayerWeights(torch.empty(0), torch.empty(0), torch.empty(0), torch.empty(0), [])
@@ -128,7 +131,8 @@ def _stack_weights(layers: Sequence[tuple[LoraLayer | None, str]]) -> LayerWeigh
         _scaled_weights(layer, name) if layer is not None and name in layer.lora_A else None for layer, name in layers
     ]
     present = [pair for pair in pairs if pair is not None]
-    if not any(up.any() for _, up in present):
+    bias = _stack_biases(layers)
+    if bias is None and not any(up.any() for _, up in present):
         return None
     rank = max(len(a) for a, _ in present)
     down = present[0][0].new_zeros(len(pairs), present[0][0].shape[1], rank)
@@ -138,7 +142,16 @@ def _stack_weights(layers: Sequence[tuple[LoraLayer | None, str]]) -> LayerWeigh
             down[adapter, :, : len(pair[0])] = pair[0].T
             up[adapter, : len(pair[0])] = pair[1].T
     flat_down = down.permute(1, 0, 2).reshape(down.shape[1], -1)
-    return LayerWeights(down, up, flat_down, up.view(-1, up.shape[-1]), list(zip(down, up, strict=True)))
+    return LayerWeights(down, up, flat_down, up.view(-1, up.shape[-1]), list(zip(down, up, strict=True)), bias)
+
+
+def _stack_biases(layers: Sequence[tuple[LoraLayer | None, str]]) -> Tensor | None:
+    found = [None if layer is None else _scaled_bias(layer, name) for layer, name in layers]
+    given = [bias for bias in found if bias is not None and bias.any()]
+    if not given:
+        return None
+    zeros = torch.zeros_like(given[0])
+    return torch.stack([*(zeros if bias is None else bias for bias in found), zeros])
 
 
 class LoraBatchLinear(nn.Module):
@@ -166,9 +179,13 @@ class LoraBatchLinear(nn.Module):
         index = self.lora_batch.index
         if index is None or not (index.has_adapters and self.has_weights):
             return y
+        bias = self.weights.bias
         if index.shared_id is not None:
             down, up = self.weights.pairs[index.shared_id]
-            return _add_product(y, _flat(x).mm(down), up)
+            y = _add_product(y, _flat(x).mm(down), up)
+            return y if bias is None else y.add_(bias[index.shared_id])
+        if bias is not None:
+            y += bias[index.ids][:, None]  # an id of -1 is the last row
         # Only `masked` has shapes that do not depend on the ids.
         method = _METHODS[self.method] if isinstance(index, AdapterGroups) else _masked
         return method(self.weights, index, x, y)
@@ -182,7 +199,9 @@ def check_finite(base: PreTrainedModel) -> None:
     """
     for path, layer in lora_layers(base).items():
         for name in layer.lora_A:
-            if not all(weight.isfinite().all() for weight in _scaled_weights(layer, name)):
+            bias = _scaled_bias(layer, name)
+            weights = (*_scaled_weights(layer, name), *(() if bias is None else (bias,)))
+            if not all(weight.isfinite().all() for weight in weights):
                 raise ConfigError(f"adapter {name} at {path}: its weights are not finite once they are scaled")
 
 
@@ -191,6 +210,12 @@ def _scaled_weights(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
     assert isinstance(down, Tensor)
     assert isinstance(up, Tensor)
     return down.detach(), up.detach() * layer.scaling[name]
+
+
+def _scaled_bias(layer: LoraLayer, name: str) -> Tensor | None:
+    bias = layer.lora_B[name].bias if name in layer.lora_B else None
+    assert bias is None or isinstance(bias, Tensor)
+    return None if bias is None else bias.detach() * layer.scaling[name]
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slr_core.engine.runner.attention import enable_packing
 from slr_core.engine.runner.fixed_shapes import FixedShapeRunner
-from slr_core.engine.runner.inputs import adapter_id, build_inputs
+from slr_core.engine.runner.inputs import adapter_id, build_inputs, remove_position_embeddings
 from slr_core.engine.runner.iteration import IterationBatch, IterationOutput
 from slr_core.engine.runner.kv_cache import KVCache
 from slr_core.engine.runner.linear import packed_head
@@ -28,7 +28,7 @@ from slr_core.engine.sequence import Phase, Sequence
 from slr_core.errors import EngineError, SLRError
 from slr_core.generation.decoding import LatentTextDecoder
 from slr_core.generation.logprobs import score_states
-from slr_core.model.base_support import attention_mask, find_final_norm, keep_input
+from slr_core.model.base_support import attention_mask, find_final_norm, find_position_embeddings, keep_input
 from slr_core.types import TokenScore
 
 logger = logging.getLogger(__name__)
@@ -127,6 +127,7 @@ class ModelRunner:
         self.model, self.device = lora_batch.model, lora_batch.model.device
         self.head = packed_head(self.model)
         self.embeddings: nn.Module = self.model.get_input_embeddings()
+        self.position_embeddings = find_position_embeddings(self.model)
         table = self.embeddings.weight
         assert isinstance(table, Tensor)
         self.table = table
@@ -261,6 +262,8 @@ class ModelRunner:
         """
         queries = [row.queries for row in work]
         inputs = build_inputs(work, self.embeddings, self.table)
+        if self.position_embeddings is not None:
+            inputs = remove_position_embeddings(work, inputs, self.position_embeddings)
         ids = [adapter_id(row.sequence) for row in work]
         if len(set(map(length_class, work))) > 1:
             return list(torch.split(self._forward_packed(work, ids, inputs), queries))
