@@ -188,6 +188,11 @@ class TrainConfig(RecipeModel):
             )
         if self.teacher is None and (terms.teacher_states or terms.teacher_logits):
             raise ValueError("objectives.teacher_states and teacher_logits need a teacher")
+        named = {name for stage in self.schedule for name in stage.without}
+        if unknown := sorted(named - {name for name, weight in terms if weight}):
+            raise ValueError(f"stages.without: {unknown[0]} is not an objective of this recipe")
+        if any(not {name for name, weight in terms if weight} - set(stage.without) for stage in self.schedule):
+            raise ValueError("stages.without leaves a stage no objective")
         sources = [source for stage in self.schedule for source in stage.data]
         if not all(source.graphs for source in sources) and (terms.frontier or (terms.chains and self.chains)):
             raise ValueError("objectives.frontier and chains need graphs: use only data of the task prosqa")

@@ -37,11 +37,13 @@ class LoopPlan:
         iterations: loop length of every row.
         backprop: number of last iterations that get gradients; ``None``: all.
         chains_after: the chains of the objective `chains` begin at iteration ``chains_after + 1``.
+        without: objectives that the stage leaves out.
     """
 
     iterations: int
     backprop: int | None = None
     chains_after: int = 0
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class StageStream(IterableDataset[list[Item]]):
         # One source per batch, to need little padding.
         chosen = rng.randrange(len(stage.data))
         chains_after = rng.randint(0, config.chain_spread)
-        plan = LoopPlan(config.iterations(stage, rng), stage.backprop, chains_after)
+        plan = LoopPlan(config.iterations(stage, rng), stage.backprop, chains_after, stage.without)
         length = min(config.chain_length, stage.longest) if stage.data[chosen].graphs else 0
         items = []
         for example in self.sources[number][chosen].draw(step, config.optimizer.batch_size, rng):

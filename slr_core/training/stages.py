@@ -125,6 +125,7 @@ class StageConfig(RecipeModel):
         "own: the last needed one, thoughts_per_step times the question's replaced steps; last: the last one",
     )
     reset_optimizer: bool = Field(False, description="clear the moments of AdamW when the stage begins")
+    without: tuple[str, ...] = Field((), description="objectives that this stage leaves out")
 
     @property
     def longest(self) -> int:

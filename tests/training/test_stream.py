@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from slr_core.errors import ConfigError
 from slr_core.tasks.prosqa import frontiers
 from slr_core.training.data import IGNORE, Share, StageStream
 from tests.training.recipe import GRAPHS, recipe
@@ -141,3 +142,13 @@ def test_generated_questions_repeat():
     assert len(asked[0]) == 5
     assert asked[0] == asked[1]
     assert not asked[0] & asked[2]
+
+
+def test_stage_without_objectives():
+    stages = [stage(steps=1), stage(steps=1, without=["frontier", "chains"])]
+    assert [step[0].plan.without for step in batches(recipe(stages=stages))] == [(), ("frontier", "chains")]
+    for without in ("frontiers", "codi"):
+        with pytest.raises(ConfigError, match=f"{without} is not an objective"):
+            recipe(stages=[stage(without=[without])])
+    with pytest.raises(ConfigError, match="no objective"):
+        recipe(stages=[stage(without=["answer"])], objectives={"answer": 1.0})

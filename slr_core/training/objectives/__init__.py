@@ -53,6 +53,7 @@ def losses(rollout: Rollout) -> dict[str, Mean]:
         name: objective(rollout)
         for name, (objective, min_iterations) in OBJECTIVES.items()
         if getattr(weights, name)
+        and name not in rollout.plan.without
         and rollout.iterations >= min_iterations
         and not (name == "chains" and "chain_starts" not in rollout.batch)
     }

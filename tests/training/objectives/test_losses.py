@@ -1,5 +1,7 @@
 """What holds for all objectives: which are computed, what is trained, workspaces, truncated backpropagation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,11 @@ def test_parts_of_a_batch_add_up_to_the_whole(graphs):
     for name, term in whole.items():
         total = sum(part[name].total for part in parts) / sum(part[name].divisor for part in parts)
         torch.testing.assert_close(total, term.value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_stage_leaves_objectives_out(graphs):
+    plan = replace(graphs.batch["plan"], without=("frontier", "chains"))
+    assert graphs.terms().keys() - graphs.terms(plan=plan).keys() == {"frontier", "chains"}
 
 
 def test_the_answer_is_scored_token_by_token(graphs):
