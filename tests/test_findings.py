@@ -9,12 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from benchmarks import findings, patching
 from slr_core import cli
 from slr_core.errors import DataError
 from slr_core.evaluation.sweep import SweepConfig, expand_variants, run_sweep
+from slr_core.training.build import build
+from slr_core.training.data import Collator, StageStream
+from slr_core.training.objectives import Rollout, losses
 
 ROOT = Path(__file__).parents[1]
 SPECS = ROOT / "configs/findings"
@@ -118,6 +122,27 @@ def test_sweeps_run(name, changes, rows, tmp_path):
     assert len(ran) == rows
     assert run_sweep(path, finished_only=True) == ran
     assert findings._SHOWN["accuracy"]({"rows": [row.to_json() for row in ran]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SWEEPS if "recipe:" in (SPECS / f"{name}.yaml").read_text()])
+def test_every_variant_starts(name):
+    spec = SweepConfig.from_yaml(SPECS / f"{name}.yaml")
+    seen = set()
+    for variant in expand_variants(spec, SPECS):
+        if variant.values["variant"] in seen:
+            continue
+        seen.add(variant.values["variant"])
+        config = variant.config
+        config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"batch_size": 2})})
+        reasoner = build(config)
+        for first_step in (0, config.total_steps - 1):
+            items = next(iter(StageStream(config, first_step)))
+            rollout = Rollout(reasoner, Collator(reasoner.tokenizer, config, reasoner.config.text)(items), config)
+            total = torch.stack([term.value for term in losses(rollout).values()]).sum()
+            if total.requires_grad:
+                total.backward()
+            assert total.isfinite()
 
 
 @pytest.mark.slow
