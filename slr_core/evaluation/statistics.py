@@ -97,7 +97,8 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     z = 1.96  # 95 %
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # It contains p, which rounding would deny at 0 and 1.
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
 @dataclass(frozen=True)

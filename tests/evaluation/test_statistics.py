@@ -25,7 +25,7 @@ def test_wilson_intervals_of_the_tables(successes, trials, low, high):
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-3)
 
 
-@pytest.mark.parametrize("trials", [1, 3, 50])
+@pytest.mark.parametrize("trials", [1, 3, 50, 300])
 def test_the_interval_holds_the_share_and_is_scipys(trials):
     for successes in range(trials + 1):
         low, high = wilson_interval(successes, trials)
