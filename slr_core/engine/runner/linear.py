@@ -44,15 +44,17 @@ class PackedLinear(nn.Module):
     Args:
         weight: ``[out, in]``, fp32 or bf16.
         bias: ``[out]``.
+        reorder: reorder the weights; otherwise they are shared, and a product takes longer.
     """
 
     quantization: Quantization = "none"
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, reorder: bool = True) -> None:
         super().__init__()
-        with torch.no_grad():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        weight = weight.detach()
+        if reorder:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -200,10 +202,15 @@ def pack_linears(base: PreTrainedModel, quantization: Quantization = "none") -> 
 
 
 def packed_head(base: PreTrainedModel) -> nn.Module:
-    """The LM head of a base model, reordered if it is large. A tied head then has weights of its own."""
+    """The LM head of a base model, computed by oneDNN if other layers are.
+
+    A tied head gets weights of its own in bf16, in which products of plain weights take twice as long; in fp32, a copy
+    would cost more memory than time.
+    """
     head: nn.Module = base.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if type(head) is nn.Linear and head.weight.numel() >= MIN_PACKED and can_pack(base.device, head.weight.dtype):
-        return PackedLinear(head.weight, head.bias)
+    is_packed = any(isinstance(layer, PackedLinear) for layer in base.modules())
+    if is_packed and type(head) is nn.Linear and head.weight.numel() >= MIN_PACKED:
+        return PackedLinear(head.weight, head.bias, reorder=head.weight.dtype == torch.bfloat16)
     return head
 
 
