@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 import benchmarks
-from benchmarks import overload, passes, prosqa
+from benchmarks import llama_cpp, overload, passes, prosqa
 from slr_core.engine import Engine
 from slr_core.engine.runner.kv_cache import KVCache
 from tests import tiny
@@ -93,3 +93,25 @@ def test_overload_report():
     verdicts = [line.split("|")[2:4] for line in lines[-6:]]
     assert [value.strip() for value, _ in verdicts] == ["0", "5.0 %", "1.00x", "10.0 ms", "900.0 ms", "1.00x"]
     assert [verdict.strip() for _, verdict in verdicts] == ["met"] * 5 + ["**missed**"]
+
+
+def test_llama_cpp_table():
+    def side(texts, **rates):
+        made = llama_cpp.Side(lambda prompts: texts[: len(prompts)])
+        made.texts, made.rates = {2: texts}, {1: rates["alone"], 2: rates["two"]}
+        return made
+
+    sides = {
+        llama_cpp.LLAMA: side(["abcd", "xy"], alone=50.0, two=60.0),
+        llama_cpp.EXACT: side(["abXd", "xy"], alone=20.0, two=90.0),
+        f"{llama_cpp.EXACT}, 4 iterations": side(["", ""], alone=19.0, two=72.0),
+    }
+    lines = llama_cpp.table(sides, [1, 2], 1)
+    assert "| llama.cpp | - | 67% | 50.0 (1.00) | 60.0 (1.00) |" in lines
+    assert "| float32 | - | 100% | 20.0 (0.40) | 90.0 (1.50) |" in lines
+    assert lines[-2:] == [
+        "| at least 0.5x at 1 at once | 0.40x (float32) | **missed** |",
+        "| at most 15% less with a loop, float32, 4 iterations | 20% | **missed** |",
+    ]
+    sides[llama_cpp.EXACT].run([(1,), (2,)])
+    assert sides[llama_cpp.EXACT].rates[2] > 90, "the best round counts"
