@@ -1,18 +1,23 @@
-"""Training throughput with a cached prompt, compared with a direct loop that runs the prompt for every thought.
+"""Training throughput, in two comparisons.
 
     python -m benchmarks.training > benchmarks/results/training.md
+    python -m benchmarks.training --base runs/fresh > benchmarks/results/training_language_model.md
 
-The direct loop trains continuous thoughts without a cache: every pass runs the prompt and all thoughts so far. Both
-train the same weights on the same batch and alternate in one process. Before timing, the benchmark checks that their
-losses and gradients agree.
+The first compares a cached prompt with a direct loop, which trains continuous thoughts without a cache: every pass runs
+the prompt and all thoughts so far. The second, with ``--base``, trains the adapters of a loop on a frozen language
+model: the plain loss of ``LatentReasoner.forward``, in fp32 over an ordinary cache, against what ``slr train`` runs, in
+fp32 and in bfloat16. All sides train the same weights on the same batch and take turns in one process. Before timing,
+the benchmark checks that their losses and gradients agree. Seconds are processor time of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,11 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slr_core.config import LoopConfig, validated
+from slr_core.model.base_support import hidden_size
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import LoopPlan
 from slr_core.training.objectives import Rollout, losses
+from slr_core.training.trainer import LossModule
 
 # As in Coconut: the state is the next input, without loop modules. A direct loop can run this, too.
 LOOP = validated(
@@ -59,8 +66,14 @@ def main() -> None:
     """Time every case and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="number of timed steps of each side")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--base", help="folder or hub id of a language model, as for base.from of a recipe")
+    parser.add_argument("--batch", type=int, default=64, help="with --base: questions per step")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     torch.set_num_threads(1)
+    if arguments.base:
+        _language_model(arguments.base, arguments.batch, rounds)
+        return
     print(
         f"# Training throughput\n\ntorch {torch.__version__}, CPU, one thread; batch {BATCH}, {ANSWER} answer tokens;"
     )
@@ -98,7 +111,7 @@ def _time(case: Case, rounds: int) -> tuple[float, float]:
         }
     )
     reasoner = build(config).train()
-    batch = _batch(case, len(reasoner.tokenizer))
+    batch = _batch(BATCH, case.prompt, case.thoughts, len(reasoner.tokenizer))
 
     def cached() -> Tensor:
         return losses(Rollout(reasoner, batch, config))["answer"].value
@@ -114,17 +127,122 @@ def _time(case: Case, rounds: int) -> tuple[float, float]:
     return median(spent[direct]), median(spent[cached])
 
 
-def _batch(case: Case, vocabulary: int) -> dict[str, Any]:
+PROMPT, THOUGHTS, RANK = 60, 6, 16
+SIDES = ("plain, fp32", "slr train, fp32", "slr train, bf16")
+
+
+def _language_model(base: str, batch: int, rounds: int) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, maxtasksperchild=1) as pool:  # a process for each: its peak is of its side alone
+        memory = [pool.apply(_peak_memory, (base, batch, side)) for side in SIDES]
+    steps, reasoner = _sides(base, batch)
+    _agree_closely(reasoner, steps[SIDES[0]], steps[SIDES[1]])
+    spent: dict[str, list[float]] = {side: [] for side in SIDES}
+    for _ in range(rounds):
+        for side, seconds in spent.items():
+            seconds.append(_step(reasoner, steps[side]))
+    typical = {side: median(times) for side, times in spent.items()}
+    multiply_s = _multiply_seconds()
+    operations = _operations(reasoner, batch)
+    print(
+        f"# Training throughput of a language model\n\ntorch {torch.__version__}, CPU, one thread; the frozen base "
+        f"`{Path(base).name}`, adapters of rank {RANK}, workspace `append`, {THOUGHTS} iterations, {batch} questions "
+        f"of {PROMPT} tokens with {ANSWER} answer tokens;\nforward and backward, median of {rounds} steps each, in "
+        f"turn in one process; processor time. Memory is what a first step adds to the loaded model at its peak, in a "
+        f"process of its own.\n"
+    )
+    print("| | prompt tokens/s | questions/s | of the plain loss | memory, GB | share of the fp32 matrix rate |")
+    print("|---|---|---|---|---|---|")
+    for side, peak in zip(SIDES, memory, strict=True):
+        print(
+            f"| {side} | {batch * PROMPT / typical[side]:.0f} | {batch / typical[side]:.2f} "
+            f"| {typical[SIDES[0]] / typical[side]:.2f} | {peak:.2f} | {operations * multiply_s / typical[side]:.2f} |",
+            flush=True,
+        )
+
+
+def _sides(base: str, batch: int) -> tuple[dict[str, Callable[[], Tensor]], LatentReasoner]:
+    config = TrainConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "base": {"from": base},
+            "train": "adapters",
+            "loop": {"trained_iterations": THOUGHTS, "max_iterations": THOUGHTS, "lora": {"rank": RANK}},
+            "stages": ({"steps": 1, "iterations": THOUGHTS, "data": ({"task": "word_problems"},)},),
+        }
+    )
+    reasoner = build(config).train()
+    data = _batch(batch, PROMPT, THOUGHTS, len(reasoner.tokenizer))
+    modules = [LossModule(reasoner, config.model_copy(update={"bf16": half})) for half in (False, True)]
+
+    def plain() -> Tensor:
+        loss = reasoner(data["input_ids"], data["attention_mask"], data["labels"], THOUGHTS).loss
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def trained(module: LossModule) -> Callable[[], Tensor]:
+        return lambda: module(data)[0]["answer"].value
+
+    return dict(zip(SIDES, (plain, *map(trained, modules)), strict=True)), reasoner
+
+
+def _peak_memory(base: str, batch: int, side: str) -> float:
+    """Memory in GB that a step takes at its peak beside the loaded model. Linux only."""
+    torch.set_num_threads(1)
+    steps, reasoner = _sides(base, batch)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is now the present size
+    before = _status("VmRSS")
+    _step(reasoner, steps[side])
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1e6
+
+
+def _multiply_seconds() -> float:
+    """Processor seconds of a multiplication and addition in a large matrix product in fp32."""
+    x, y = torch.randn(512, 576), torch.randn(576, 1536)
+    times = []
+    for _ in range(10):
+        began = time.process_time()
+        x @ y
+        times.append(time.process_time() - began)
+    return min(times) / (512 * 576 * 1536)
+
+
+def _operations(reasoner: LatentReasoner, batch: int) -> float:
+    """Multiplications and additions of a step in the base's matrices, without the adapters' and attention's."""
+    head = int(reasoner.base.get_output_embeddings().weight.numel())  # type: ignore[no-untyped-call]
+    base = sum(p.numel() for name, p in reasoner.base.named_parameters() if ".lora_" not in name)
+    layers = base - reasoner.vocab_size * hidden_size(reasoner.base)  # without embeddings; the head is tied to them
+    # The prompt has no backward pass; that of frozen matrices costs as much as the forward pass.
+    return batch * (layers * (PROMPT + 2 * (THOUGHTS + ANSWER - 1)) + 2 * head * ANSWER)
+
+
+def _agree_closely(reasoner: LatentReasoner, *steps: Callable[[], Tensor]) -> None:
+    """Check that the gradients of two steps agree to 1e-4 of their size."""
+    found = []
+    for step in steps:
+        reasoner.zero_grad()
+        step().backward()  # type: ignore[no-untyped-call]
+        found.append({name: p.grad.clone() for name, p in reasoner.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+def _batch(rows: int, length: int, thoughts: int, vocabulary: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(3, vocabulary, (BATCH, case.prompt), generator=generator)
-    answer = torch.randint(3, vocabulary, (BATCH, ANSWER), generator=generator)
+    prompt = torch.randint(3, vocabulary, (rows, length), generator=generator)
+    answer = torch.randint(3, vocabulary, (rows, ANSWER), generator=generator)
     return {
         "input_ids": prompt,
         "attention_mask": torch.ones_like(prompt),
         "answer_ids": answer,
         "labels": answer,
-        "exits": torch.full((BATCH,), case.thoughts),
-        "plan": LoopPlan(case.thoughts),
+        "exits": torch.full((rows,), thoughts),
+        "plan": LoopPlan(thoughts),
     }
 
 
@@ -154,9 +272,9 @@ def _agree(reasoner: LatentReasoner, *steps: Callable[[], Tensor]) -> None:
 
 def _step(reasoner: LatentReasoner, step: Callable[[], Tensor]) -> float:
     reasoner.zero_grad()
-    began = time.perf_counter()
+    began = time.process_time()
     step().backward()  # type: ignore[no-untyped-call]
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Context:
     def fork(self) -> Context:
         """A second context over the same cache. No tensor is copied: a layer grows by replacing its tensors."""
         cache = DynamicCache()
-        cache.layers = [copy(layer) for layer, _, _ in self.layers()]
+        cache.layers = [copy(layer) for layer in self.cache.layers]
         return replace(self, cache=cache)
 
     def restore_gradients(self, before: Context) -> None:

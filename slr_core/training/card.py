@@ -22,7 +22,7 @@ _TRAINED = {
     "adapters": "the loop's own weights; the base is unchanged",
     "adapters_and_embeddings": "the loop's own weights, embeddings and LM head",
 }
-_NOT_LOSSES = {"grad_norm", "learning_rate", "epoch", "step", "state_norm", "last_relative_change"}
+_NOT_LOSSES = {"grad_norm", "learning_rate", "epoch", "step", "state_norm", "last_relative_change", "tokens_per_second"}
 
 
 def write_training_card(

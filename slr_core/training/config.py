@@ -164,7 +164,11 @@ class TrainConfig(RecipeModel):
     )
     save_steps: int = Field(500, ge=1)
     log_steps: int = Field(50, ge=1)
-    bf16: bool = Field(False, description="automatic mixed precision in bfloat16")
+    bf16: bool | None = Field(
+        None,
+        description="automatic mixed precision in bfloat16; the weights that are trained stay in fp32. None: for bases "
+        "of at least 50 million parameters, where the processor computes bfloat16 natively",
+    )
     threads: int | None = Field(None, ge=1, description="torch threads; None: the default of torch")
     stages: tuple[StageConfig, ...] = Field((), description="the stages, in order; or give a curriculum")
     curriculum: CurriculumConfig | None = None

@@ -10,7 +10,16 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-_NOT_TERMS = {"loss", "learning_rate", "grad_norm", "epoch", "step", "state_norm", "last_relative_change"}
+_NOT_TERMS = {
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "epoch",
+    "step",
+    "state_norm",
+    "last_relative_change",
+    "tokens_per_second",
+}
 
 
 class ProgressReport(TrainerCallback):
@@ -77,7 +86,7 @@ class ProgressReport(TrainerCallback):
             f"step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.3f}"
             f"{f' ({joined})' if len(terms) > 1 else ''}"
             f"{'' if change is None else f', relative change of the last iteration {float(change):.3f}'}; "
-            f"{rate:.2f} steps/s, {_duration(left)} left"
+            f"{rate:.2f} steps/s, {float(logs['tokens_per_second']):.0f} tokens/s, {_duration(left)} left"
         )
 
 

@@ -6,6 +6,9 @@ import json
 import os
 import platform
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -30,11 +33,13 @@ from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build, load_teacher
 from slr_core.training.card import write_training_card
 from slr_core.training.config import TrainConfig
-from slr_core.training.data import Collator, Share, StageStream, check_longest
+from slr_core.training.data import IGNORE, Collator, Share, StageStream, check_longest
+from slr_core.training.frozen import FrozenCopies, prefers_bfloat16
 from slr_core.training.guard import TrainingGuard
 from slr_core.training.held_out import HeldOutSet, answer_held_out, held_out_sets, write_held_out
 from slr_core.training.objectives import Mean, Rollout, losses
 from slr_core.training.progress import ProgressReport
+from slr_core.training.split_cache import split_attention
 
 MANIFEST = "training.json"
 BRIDGE = "bridge.safetensors"
@@ -58,13 +63,34 @@ class LossModule(nn.Module):
             teacher,
         )  # not `config`: the Trainer reads that name
         self.bridge: nn.Module | None = None
+        self.bf16 = prefers_bfloat16(reasoner.base) if config.bf16 is None else config.bf16
+        self._frozen: FrozenCopies | None = None
         if teacher is not None and config.objectives.teacher_states:
             self.bridge = nn.Linear(hidden_size(reasoner.base), hidden_size(teacher.base), bias=False)
 
     def forward(self, batch: dict[str, Any]) -> tuple[dict[str, Mean], dict[str, Tensor]]:
         """Unweighted loss terms, and other values to log."""
-        rollout = Rollout(self.reasoner, batch, self.recipe, self.teacher, self.bridge)
-        return losses(rollout), _log_values(rollout)
+        base = self.reasoner.base
+        with split_attention(base), self._precision():
+            rollout = Rollout(self.reasoner, batch, self.recipe, self.teacher, self.bridge)
+            return losses(rollout), _log_values(rollout)
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """Inside, mixed precision if the recipe has it: frozen layers compute with copies of their weights."""
+        if not self.bf16:
+            yield
+            return
+        if self._frozen is None:  # not before the model has been moved to its device
+            self._frozen = FrozenCopies(self.reasoner.base)
+        with torch.autocast(self.reasoner.device.type, torch.bfloat16), self._frozen.use():
+            yield
+
+
+def _count_tokens(batch: dict[str, Any]) -> int:
+    """Tokens of prompts, answers and chains of a batch, without padding."""
+    texts = sum(int((batch[name] != IGNORE).sum()) for name in ("answer_ids", "cot_ids") if name in batch)
+    return texts + int(batch["attention_mask"].sum())
 
 
 def _log_values(rollout: Rollout) -> dict[str, Tensor]:
@@ -89,7 +115,7 @@ class LoopTrainer(Trainer):
         self.guard = TrainingGuard(config.guard)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._gradient_norms: list[float] = []
+        self._tokens, self._since = 0, time.perf_counter()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's part of each batch."""
@@ -115,6 +141,7 @@ class LoopTrainer(Trainer):
             TrainingError: the run diverged.
         """
         terms, log_values = model(inputs)
+        self._tokens += _count_tokens(inputs)
         weights, processes = self.recipe.objectives, self.args.world_size
         # Each process divides by the total count: the average of the gradients is then that of the whole batch.
         counts = self.accelerator.reduce(torch.stack([term.divisor for term in terms.values()]).float(), "sum")
@@ -170,12 +197,16 @@ class LoopTrainer(Trainer):
         return objective
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of each term and value since the last log."""
+        """Add the mean of each term and value, and the tokens per second, since the last log."""
         if "loss" in logs and self._sums:
             means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
             shared = self.accelerator.reduce(means, "mean").tolist()
             logs |= {name: round(value, 4) for name, value in zip(self._sums, shared, strict=True)}
             self._sums, self._counts = {}, {}
+            now = time.perf_counter()
+            tokens = self.accelerator.reduce(torch.tensor(self._tokens, device=means.device), "sum")
+            logs["tokens_per_second"] = round(float(tokens) / (now - self._since), 1)
+            self._tokens, self._since = 0, now
         super().log(logs, start_time)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
@@ -248,8 +279,7 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
         save_steps=config.save_steps,
         save_total_limit=2,
         seed=config.seed,
-        bf16=config.bf16,
-        use_cpu=not torch.accelerator.is_available(),  # otherwise the Trainer refuses bf16 on a CPU
+        use_cpu=not torch.accelerator.is_available(),
         ddp_find_unused_parameters=True,  # a batch may not use every iteration's adapter
         remove_unused_columns=False,
         report_to=["tensorboard"] if is_tensorboard_available() else [],  # type: ignore[no-untyped-call]

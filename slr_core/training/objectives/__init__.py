@@ -16,12 +16,13 @@ from slr_core.training.objectives.contraction import contraction
 from slr_core.training.objectives.fixed_point import fixed_point
 from slr_core.training.objectives.frontier import chains, frontier
 from slr_core.training.objectives.halting import halting
-from slr_core.training.objectives.rollout import Mean, Rollout
+from slr_core.training.objectives.rollout import Rollout
 from slr_core.training.objectives.shortcut import shortcut
 from slr_core.training.objectives.steps import steps
 from slr_core.training.objectives.teacher import teacher_logits, teacher_states
 from slr_core.training.objectives.text import text
 from slr_core.training.objectives.thoughts import thoughts
+from slr_core.training.objectives.token_loss import Mean
 
 __all__ = ["OBJECTIVES", "Mean", "Rollout", "losses"]
 

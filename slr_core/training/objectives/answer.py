@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from slr_core.training.data import IGNORE
-from slr_core.training.objectives.rollout import Mean, Rollout, mean_of, mean_over_exits, token_loss
+from slr_core.training.objectives.rollout import Rollout, mean_over_exits
+from slr_core.training.objectives.token_loss import Mean, mean_of, state_loss, token_loss
 
 
 def answer(rollout: Rollout) -> Mean:
@@ -23,7 +24,8 @@ def answer(rollout: Rollout) -> Mean:
     if rollout.reasoner.answers_from_states and rollout.iterations:
         # The latent decoder reads states of iterations: there are none at exit 0.
         labels = labels.masked_fill((rollout.exits == 0)[:, None], IGNORE)
-    return token_loss(rollout.answer_logits, labels)
+        return token_loss(rollout.answer_logits, labels)
+    return state_loss(rollout.reasoner, rollout.answer_states, labels)
 
 
 def start(rollout: Rollout) -> Mean:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from slr_core.training.objectives.rollout import Mean, Rollout, mean_of, token_loss
+from slr_core.training.objectives.rollout import Rollout
+from slr_core.training.objectives.token_loss import Mean, mean_of, state_loss
 
 
 def cot(rollout: Rollout) -> Mean:
     """Cross-entropy of chain, mark and answer, written by the un-looped model."""
-    return token_loss(rollout.chain_outputs.logits, rollout.batch["cot_ids"])
+    return state_loss(rollout.reasoner, rollout.chain_outputs.before, rollout.batch["cot_ids"])
 
 
 def cot_states(rollout: Rollout) -> Mean:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slr_core.loop.workspace import readout
-from slr_core.training.objectives.rollout import Mean, Rollout
+from slr_core.training.objectives.rollout import Rollout
+from slr_core.training.objectives.token_loss import Mean
 
 
 def codi(rollout: Rollout) -> Mean:

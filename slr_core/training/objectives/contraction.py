@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from slr_core.training.objectives.rollout import Mean, Rollout, mean_of
+from slr_core.training.objectives.rollout import Rollout
+from slr_core.training.objectives.token_loss import Mean, mean_of
 
 _MIN_STEP = 1e-3  # relative to |h|; the ratio of shorter steps is noise
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slr_core.training.objectives.rollout import Mean, Rollout, mean_of
+from slr_core.training.objectives.rollout import Rollout
+from slr_core.training.objectives.token_loss import Mean, mean_of
 
 
 def fixed_point(rollout: Rollout) -> Mean:

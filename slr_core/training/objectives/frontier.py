@@ -13,7 +13,8 @@ from slr_core.loop.context import Context
 from slr_core.loop.projection import rms_normalize
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.data import IGNORE
-from slr_core.training.objectives.rollout import Mean, Rollout, mean_of
+from slr_core.training.objectives.rollout import Rollout
+from slr_core.training.objectives.token_loss import Mean, mean_of
 
 
 def frontier(rollout: Rollout) -> Mean:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from slr_core.training.objectives.rollout import Mean, Rollout, mean_of
+from slr_core.training.objectives.rollout import Rollout
+from slr_core.training.objectives.token_loss import Mean, mean_of
 
 SHARPNESS, MARGIN = 50.0, 0.05
 """Ouro's k, and the smallest decrease of the loss in nats that is worth another iteration."""

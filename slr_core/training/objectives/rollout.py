@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slr_core.loop.context import Context
@@ -15,30 +14,8 @@ from slr_core.loop.workspace import readout
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import IGNORE, LoopPlan
-
-
-class Mean(NamedTuple):
-    """Total and divisor of a mean, kept apart so that devices can add up their divisors: fp32 scalars."""
-
-    total: Tensor
-    divisor: Tensor
-
-    @property
-    def value(self) -> Tensor:
-        """The mean; 0 if the divisor is 0."""
-        return self.total / self.divisor.clamp_min(1)
-
-
-def mean_of(values: Tensor, mask: Tensor) -> Mean:
-    """Mean of ``values`` where ``mask`` (bool, the same shape) is true."""
-    # Not a product: masked values may be infinite, and 0 * inf is NaN.
-    return Mean(values.masked_fill(~mask, 0).sum(), mask.sum())
-
-
-def token_loss(logits: Tensor, labels: Tensor) -> Mean:
-    """Cross-entropy per token: logits ``[..., V]``, labels ``[...]``, where -100 is ignored."""
-    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return mean_of(losses, labels.flatten() != IGNORE)
+from slr_core.training.objectives.token_loss import Mean, state_loss
+from slr_core.training.split_cache import is_split, split
 
 
 def mean_over_exits(reasoner: LatentReasoner, states: Tensor, labels: Tensor) -> Mean:
@@ -50,14 +27,14 @@ def mean_over_exits(reasoner: LatentReasoner, states: Tensor, labels: Tensor) ->
         labels: ``[B, A]``, where -100 is ignored.
     """
     # One iteration at a time: logits are larger than states.
-    terms = [token_loss(reasoner.head(states[:, t]), labels) for t in range(states.shape[1])]
+    terms = [state_loss(reasoner, states[:, t], labels) for t in range(states.shape[1])]
     return Mean(torch.stack([x.total for x in terms]).sum(), torch.stack([x.divisor for x in terms]).sum())
 
 
 class TokenOutputs(NamedTuple):
-    """A teacher-forced text: logits before each token ``[B, A, V]``, last hidden states at each ``[B, A, d]``."""
+    """A teacher-forced text: the last hidden states before each token, and at each, ``[B, A, d]``."""
 
-    logits: Tensor
+    before: Tensor
     states: Tensor
     layers: tuple[Tensor, ...]
     """States of the embeddings and of every layer, ``[B, A, d]`` each; empty unless recorded."""
@@ -95,6 +72,8 @@ class Rollout:
         self.plan, self.iterations, self.exits = plan, plan.iterations, batch["exits"]
         terms = config.objectives
         context = reasoner.encode(batch["input_ids"], batch["attention_mask"])
+        if reasoner.workspace.prefills and is_split(reasoner.base):
+            split(context)
         self.prompt = context.fork()
         if terms.codi or terms.text:
             context.passes = []
@@ -135,9 +114,13 @@ class Rollout:
             return self.reasoner.head(self.states_per_token[:, -1])
         if self.reasoner.answers_from_states and self.iterations:
             return self._from_states()
-        return teacher_force(
-            self.reasoner, self.closed_context.fork(), self.batch["answer_ids"], looped=self.exits > 0
-        ).logits
+        return self.reasoner.head(self.answer_states)
+
+    @cached_property
+    def answer_states(self) -> Tensor:
+        """States ``[B, A, d]`` before each token of ``answer_ids``, teacher-forced after the loop."""
+        context, ids = self.closed_context.fork(), self.batch["answer_ids"]
+        return teacher_force(self.reasoner, context, ids, looped=self.exits > 0).before
 
     def _from_states(self) -> Tensor:
         memory, present = (
@@ -189,7 +172,7 @@ def teacher_force(
 
     Args:
         reasoner: the model.
-        context: its state gives the logits of the first token.
+        context: the first token is read at its state.
         ids: ``[B, A]``, padded with -100.
         looped: ``[B]`` bool, rows that have looped; ``None``: none.
     """
@@ -197,4 +180,4 @@ def teacher_force(
         looped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     states = reasoner.forward_after_loop(context, reasoner.embed(ids.clamp_min(0)), ids != IGNORE, looped)
     before = torch.cat([context.state[:, None], states[:, :-1]], dim=1)
-    return TokenOutputs(reasoner.head(before), states, context.passes[-1] if context.passes else ())
+    return TokenOutputs(before, states, context.passes[-1] if context.passes else ())

@@ -7,7 +7,8 @@ thought. In the workspace ``append``, thoughts are used instead of positions.
 from __future__ import annotations
 
 from slr_core.training.data import IGNORE
-from slr_core.training.objectives.rollout import Mean, Rollout, token_loss
+from slr_core.training.objectives.rollout import Rollout
+from slr_core.training.objectives.token_loss import Mean, state_loss
 
 
 def steps(rollout: Rollout) -> Mean:
@@ -18,4 +19,4 @@ def steps(rollout: Rollout) -> Mean:
     labels[..., : min(per_step, ids.shape[2])] = ids[..., :per_step]
     labels = labels.masked_fill(~rollout.batch["in_loop"][..., None], IGNORE).flatten(1)
     shared = min(labels.shape[1], states.shape[1])
-    return token_loss(rollout.reasoner.head(states[:, first:shared]), labels[:, first:shared])
+    return state_loss(rollout.reasoner, states[:, first:shared], labels[:, first:shared])

@@ -7,7 +7,8 @@ distributions of the answer's tokens, as in Hinton et al., 2015 (arXiv 1503.0253
 from __future__ import annotations
 
 from slr_core.training.data import IGNORE
-from slr_core.training.objectives.rollout import Mean, Rollout, mean_of
+from slr_core.training.objectives.rollout import Rollout
+from slr_core.training.objectives.token_loss import Mean, mean_of
 
 
 def teacher_states(rollout: Rollout) -> Mean:

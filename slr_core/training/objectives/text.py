@@ -7,7 +7,8 @@ is drawn for every batch (:class:`slr_core.training.stages.SampledIterations`).
 from __future__ import annotations
 
 from slr_core.training.data import IGNORE
-from slr_core.training.objectives.rollout import Mean, Rollout, mean_over_exits, token_loss
+from slr_core.training.objectives.rollout import Rollout, mean_over_exits
+from slr_core.training.objectives.token_loss import Mean, token_loss
 
 
 def text(rollout: Rollout) -> Mean:

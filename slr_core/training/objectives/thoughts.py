@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from slr_core.training.data import IGNORE
-from slr_core.training.objectives.rollout import Mean, Rollout, token_loss
+from slr_core.training.objectives.rollout import Rollout
+from slr_core.training.objectives.token_loss import Mean, token_loss
 
 
 def thoughts(rollout: Rollout) -> Mean:

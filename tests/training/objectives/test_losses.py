@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from slr_core.training.config import ObjectiveWeights
 from slr_core.training.data import IGNORE, LoopPlan
 from slr_core.training.objectives import OBJECTIVES, losses
-from slr_core.training.objectives.rollout import mean_of, token_loss
+from slr_core.training.objectives.token_loss import mean_of, token_loss
 from tests import tiny
 from tests.training.objectives.conftest import GRAPHS, Setup
 
