@@ -186,9 +186,11 @@ class TrainConfig(RecipeModel):
             raise ValueError(
                 "max_iterations must be 0 with chain_of_thought: a model writes its steps or loops, not both"
             )
-        if self.train == "adapters" and not loops:
+        covers_all = self.loop is not None and self.loop.lora.covers == "all"
+        if self.train == "adapters" and not loops and not covers_all:
             raise ValueError(
-                "max_iterations 0 with train `adapters` leaves nothing to train: no adapter is ever active"
+                "max_iterations 0 with train `adapters` leaves nothing to train: no adapter is ever active, unless "
+                "loop.lora.covers is `all`"
             )
         if self.teacher is None and (terms.teacher_states or terms.teacher_logits):
             raise ValueError("objectives.teacher_states and teacher_logits need a teacher")

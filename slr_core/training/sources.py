@@ -21,6 +21,7 @@ CONTINUES = "continues"
 """Extra field of a piece of plain text: no end token follows it."""
 
 _WINDOW = 32  # number of batches whose questions are sorted by length together, to need little padding
+_DRAWN = 4  # the same for generated questions, of which all batches but one are dropped
 
 
 class Source(ABC):
@@ -52,15 +53,21 @@ class Graphs(Source):
 
 
 class Generated(Source):
-    """Questions of another task's generator."""
+    """Questions of another task's generator; a batch holds questions of like length."""
 
     def __init__(self, task: Task, generator_options: dict[str, OptionValue]) -> None:
         self.task, self.generator_options = task, generator_options
         self.description = f"{task.name}, generated: {dict(task.generator_options) | generator_options}"
 
     def draw(self, step: int, count: int, rng: random.Random) -> Iterator[Example]:
-        """New questions, from a seed drawn for the step."""
-        return islice(self.task.generate(rng.getrandbits(63), **self.generator_options), count)
+        """New questions, from a seed drawn for the step: a quarter of those generated, sorted by length.
+
+        Which quarter is drawn, too: over many steps, every length is as frequent as the generator makes it.
+        """
+        questions = islice(self.task.generate(rng.getrandbits(63), **self.generator_options), _DRAWN * count)
+        by_length = sorted(questions, key=lambda example: len(example.question))
+        start = rng.randrange(_DRAWN) * count
+        return iter(by_length[start : start + count])
 
 
 class Listed(Source):

@@ -44,6 +44,7 @@ def test_train(run, recipe, tmp_path):
     assert [line.partition(":")[0] for line in lines[:2]] == ["step 2 of 3", "step 3 of 3"]
     assert "loss " in lines[0]
     assert lines[0].endswith(" left")
+    assert int(lines[0].partition(" steps/s, ")[2].partition(" tokens/s")[0]) > 0
     assert lines[2].startswith("held-out questions, text: ")
     assert lines[3:] == [
         "Next:",

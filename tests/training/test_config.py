@@ -212,6 +212,7 @@ def test_objectives_that_do_not_suit_the_loop_are_refused(case):
         {"loop": {"workspace": "prompt"}, "objectives": {"chains": 0, "start": 0}},
         {"loop": {"timestep": {"noise_level": True}}, "objectives": {"chains": 0}},
         {"loop": {"workspace": "prompt"}, "max_iterations": 0},
+        {"loop": {"lora": {"kind": "shared", "covers": "all"}}, "max_iterations": 0, "train": "adapters"},
         {"loop": {"workspace": "token"}, "objectives": {**ONLY_ANSWER, "text": 1}},
         {"loop": {"workspace": "append"}, "max_iterations": 0, "chain_of_thought": True},
     ],

@@ -1,16 +1,21 @@
 import random
 import signal
 from contextlib import contextmanager
+from itertools import islice
+from statistics import mean, pstdev
 
 import pytest
 import torch
 
 from slr_core.config import TextConfig, validated
 from slr_core.errors import DataError
+from slr_core.tasks import get_task
 from slr_core.tasks.base import Example
 from slr_core.tasks.prosqa import GraphSpec, generate_prosqa
 from slr_core.training.data import IGNORE, Collator, Item, LoopPlan, pad
 from slr_core.training.graphs import draw_chains
+from slr_core.training.sources import open_source
+from slr_core.training.stages import DataConfig
 from slr_core.training.tokenizer import prosqa_tokenizer
 from tests import tiny
 from tests.training.recipe import recipe
@@ -272,3 +277,13 @@ def test_chains_start_at_parents_and_follow_the_edges(seed):
             seen |= frontier
     lengths = {len(start) for start, _ in draw_chains(example, 60, 3, random.Random(seed))}
     assert lengths == {1, 2}
+
+
+def test_generated_batches_hold_like_lengths():
+    """Little of a batch is padding, and over the steps every length is as frequent as the generator makes it."""
+    source = open_source(DataConfig(task="word_problems"), seed=0)
+    batches = [[len(example.question) for example in source.draw(0, 8, random.Random(seed))] for seed in range(40)]
+    plain = [len(example.question) for example in islice(get_task("word_problems").generate(0), 320)]
+    assert all(len(lengths) == 8 for lengths in batches)
+    assert mean(map(pstdev, batches)) < 0.5 * pstdev(plain)
+    assert mean(map(mean, batches)) == pytest.approx(mean(plain), rel=0.15)
