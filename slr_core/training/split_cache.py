@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from slr_core.loop.context import Context
 
 NAME = "slr_split"
-"""Name of :func:`attend` in ``transformers``."""
+"""Name of :func:`attend_split` in ``transformers``."""
 
 
 class Parts(NamedTuple):
@@ -72,7 +72,7 @@ class SplitLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return (prompt[0], prompt[1]), (after[0], after[1])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Append positions; :class:`Parts` of keys and of values, which only :func:`attend` reads."""
+        """Append positions; :class:`Parts` of keys and of values, which only :func:`attend_split` reads."""
         new = key_states, value_states
         if self.after[0].shape[-2]:
             new = torch.cat([self.after[0], key_states], dim=-2), torch.cat([self.after[1], value_states], dim=-2)
@@ -87,7 +87,7 @@ def split(context: Context) -> None:
     context.cache = cache
 
 
-def attend(
+def attend_split(
     module: nn.Module,
     query: Tensor,
     key: Tensor | Parts,
@@ -140,13 +140,13 @@ def attend(
     return attended.view(rows, heads, queries, width).transpose(1, 2), None
 
 
-AttentionInterface.register(NAME, attend)
+AttentionInterface.register(NAME, attend_split)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
 def split_attention(base: PreTrainedModel) -> Iterator[None]:
-    """Inside, a model with ``sdpa`` attention uses :func:`attend`."""
+    """Inside, a model with ``sdpa`` attention uses :func:`attend_split`."""
     before = base.config._attn_implementation
     base.config._attn_implementation = NAME if before == "sdpa" else before
     try:
