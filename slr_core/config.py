@@ -293,6 +293,11 @@ class LoopConfig(_Model):
 
 
 TokenId = Annotated[int, Field(ge=0)]
+# Every prompt is joined with these texts, and every new token is compared with the strings that end an answer.
+_Text = Annotated[str, Field(max_length=65536)]
+_Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+_MAX_GROWTH = 64
+"""Characters that the replacements in a prompt may make of one."""
 
 
 class TextConfig(_Model):
@@ -303,22 +308,30 @@ class TextConfig(_Model):
     )
     prompt_replace: tuple[tuple[Annotated[str, Field(min_length=1)], str], ...] = Field(
         (),
+        max_length=64,
         description="pairs (old, new): replace every old in a prompt of /generate and /trace by new, pair after pair",
     )
-    prompt_prefix: str = Field("", description="text before every prompt of /generate and /trace")
-    prompt_suffix: str = Field("", description="text after every prompt of /generate and /trace")
-    answer_prefix: str = Field(
+    prompt_prefix: _Text = Field("", description="text before every prompt of /generate and /trace")
+    prompt_suffix: _Text = Field("", description="text after every prompt of /generate and /trace")
+    answer_prefix: _Text = Field(
         "", description="text that is fed after the loop, before the answer; it is not part of the answer"
     )
     chat_template: str | None = Field(
         None, description="Jinja template for chats, run in a sandbox; None: the tokenizer's"
     )
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="strings that end an answer and are not part of it"
-    )
+    stop: tuple[_Stop, ...] = Field((), max_length=64, description="strings that end an answer and are not part of it")
     stop_token_ids: tuple[TokenId, ...] = Field((), description="token ids that end an answer, besides the end token")
     suppressed_token_ids: tuple[TokenId, ...] = Field((), description="token ids that are never chosen in an answer")
     max_new_tokens: int = Field(64, ge=1, le=65536, description="default token limit of an answer")
+
+    @model_validator(mode="after")
+    def _check_growth(self) -> Self:
+        growth = 1
+        for old, new in self.prompt_replace:
+            growth *= max(1, -(-len(new) // len(old)))
+        if growth > _MAX_GROWTH:
+            raise ValueError(f"prompt_replace may make {growth} characters of one; at most {_MAX_GROWTH}")
+        return self
 
     def wrap_prompt(self, prompt: str) -> str:
         """The text that is tokenized for a prompt: stripped, with replacements, between prefix and suffix."""

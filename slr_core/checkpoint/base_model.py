@@ -40,6 +40,8 @@ from slr_core.errors import CheckpointError
 from slr_core.panics import panics_as_errors
 
 MAX_COUNT = 1024  # layers, experts, labels of a base model: made one by one, before any weight is looked at
+_BUILT_IN = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
+"""Implementations that are part of transformers and torch."""
 MAX_BUFFER_VALUES = 2**26  # values that a base model computes for itself, such as the angles of its positions
 MAX_PACKED = 16  # parameters that one stored number may hold in a quantized base model
 
@@ -73,6 +75,7 @@ def load_base_model(folder: Path, config: SLRConfig, dtype: torch.dtype | None) 
     if inside:
         check_base_files(Path(source))
     try:
+        check_implementations(AutoConfig.from_pretrained(source, trust_remote_code=False))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype or "auto",
@@ -145,6 +148,7 @@ def check_base_files(path: Path) -> None:
         raise checkpoint_error(path, "no weights of the base model (only safetensors are read)")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        check_implementations(config)
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, trust_remote_code=False, attn_implementation="sdpa"
@@ -164,6 +168,20 @@ def check_base_files(path: Path) -> None:
             raise checkpoint_error(
                 path, f"the base model's {key} is stored as {stored[key].dtype}, expected one of {FLOATS}"
             )
+
+
+def check_implementations(config: PreTrainedConfig) -> None:
+    """Refuse a config that names an implementation of attention or experts which transformers would load from the hub:
+    it is compiled code, and what a config names comes before what a caller asks for.
+
+    Raises:
+        ValueError: it does.
+    """
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for key in ("_attn_implementation", "_experts_implementation"):
+            value = getattr(part, key, None)
+            if value not in _BUILT_IN:
+                raise ValueError(f"{key} {value!r} is code outside of the checkpoint")
 
 
 def untied_head(model: PreTrainedModel) -> tuple[str, str] | None:

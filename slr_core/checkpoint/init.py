@@ -22,7 +22,7 @@ from transformers import (
 
 from slr_core._install import missing_extra
 from slr_core._version import __version__
-from slr_core.checkpoint.base_model import is_empty
+from slr_core.checkpoint.base_model import check_implementations, is_empty
 from slr_core.checkpoint.folder import BASE, BASE_CONFIG, CONFIG, local_path
 from slr_core.checkpoint.hub import find_file
 from slr_core.checkpoint.info import describe_model
@@ -289,6 +289,7 @@ def _check_config(base: str, source: str, options: dict[str, str]) -> PreTrained
     """The config of a base model, or that in the metadata of a GGUF file, if the loop supports it."""
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        check_implementations(config)
     except Exception as error:  # transformers raises most kinds
         raise _load_error(base, error) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:

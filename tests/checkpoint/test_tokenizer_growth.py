@@ -49,6 +49,29 @@ def test_growth_of_decoder(load):
         load(decoder=decoders.Sequence([decoders.Replace("a", "b" * 90), decoders.Replace("b", "c" * 90)]))
 
 
+SPECIAL = {"SpecialToken": {"id": "<pad>", "type_id": 0}}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [SPECIAL, {"Sequence": {"id": "A", "type_id": 0}}] + [SPECIAL] * 7,
+    "pair": [],
+    "special_tokens": {"<pad>": {"id": "<pad>", "ids": [0] * 10, "tokens": ["<pad>"] * 10}},
+}
+LONG = {
+    "its normalizer may make 100000 characters of one": {"normalizer": {"type": "Prepend", "prepend": "a" * 100_000}},
+    "its normalizer has 1001 parts": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 1000}},
+    "its post_processor adds 80 tokens to a text": {"post_processor": {"type": "Sequence", "processors": [TEMPLATE]}},
+    "an added token has more than 4096 characters": {"added_tokens": [{"content": "a" * 5000}]},
+}
+
+
+@pytest.mark.parametrize("told", LONG)
+def test_additions(told, tmp_path):
+    tiny.tokenizer().backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tiny.edit_json(tmp_path / "tokenizer.json", **LONG[told])
+    with pytest.raises(CheckpointError, match=told):
+        load_tokenizer(tmp_path, 40)
+
+
 def test_character_map():
     texts = b"a\0" + "é".encode() * 70 + b"\0"
     charsmap = list((4).to_bytes(4, "little") + b"trie" + texts)

@@ -14,11 +14,33 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from slr_core.checkpoint import validate
+from slr_core.checkpoint.init import load_model_and_tokenizer
 from slr_core.checkpoint.read import load_checkpoint, load_weights
 from slr_core.errors import CheckpointError
 from slr_core.model.reasoner import LatentReasoner
 from tests import tiny
 from tests.checkpoint.edits import ADAPTER, ADAPTER_CONFIG, BASE_WEIGHTS, MODULES, first, rewrite, truncate
+
+# -- code ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"_attn_implementation": "kernels-community/flash-attn"},
+        {"_attn_implementation": "flash_attention_2"},
+        {"experts_implementation": "deepgemm"},
+    ],
+)
+def test_code_of_the_hub_is_refused(named, folder):
+    """transformers would load compiled code, if the package `kernels` is installed."""
+    tiny.edit_json(folder / "base/config.json", **named)
+    (value,) = named.values()
+    with pytest.raises(CheckpointError, match=f"'{value}' is code outside of the checkpoint"):
+        LatentReasoner.from_pretrained(str(folder))
+    with pytest.raises(CheckpointError, match=f"'{value}' is code outside of the checkpoint"):
+        load_model_and_tokenizer(str(folder / "base"))
+
 
 # -- shards ----------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from slr_core.checkpoint.base_model import MAX_COUNT
+from slr_core.checkpoint.base_model import MAX_COUNT, check_implementations
 from slr_core.checkpoint.importers.files import Weights
 from slr_core.checkpoint.validate import checkpoint_error, read_json, short
 
@@ -45,6 +45,7 @@ def read_config(folder: Path, model_type: str | None = None) -> PreTrainedConfig
             config = AutoConfig.for_model(model_type, **{key: x for key, x in data.items() if key != "model_type"})
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_implementations(config)
     except Exception as error:  # transformers raises most kinds, each of them a fault of the file
         raise checkpoint_error(path, f"not a usable configuration ({short(error)})") from error
     if hasattr(config, "auto_map"):  # names code of the project that wrote the checkpoint
