@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -218,6 +222,22 @@ def find_base(base: str) -> str:
     return str(Path(found.submodule_search_locations[0]) / name)
 
 
+@contextmanager
+def _read_gguf_once() -> Iterator[None]:
+    """Let transformers parse a GGUF file once, not once each for config, tokenizer and weights: it takes seconds."""
+    if find_spec("gguf") is None:
+        yield
+        return
+    gguf: Any = import_module("gguf")
+    original = gguf.GGUFReader
+    gguf.GGUFReader = cache(original)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
+
+
+@_read_gguf_once()
 def load_model_and_tokenizer(
     base: str, tokenizer_from: str | None = None, *, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -3,6 +3,7 @@
 import json
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import gguf
 import numpy as np
@@ -358,14 +359,18 @@ def write_gguf(path, architecture="llama"):
     return plain
 
 
-def test_a_gguf_file(tmp_path):
+def test_a_gguf_file(tmp_path, monkeypatch):
     plain = write_gguf(tmp_path / "plain.gguf")
+    reader = Mock(wraps=gguf.GGUFReader)
+    monkeypatch.setattr(gguf, "GGUFReader", reader)
     init_checkpoint(str(tmp_path / "plain.gguf"), tmp_path / "out", settings(tmp_path, "workspace: prompt"))
     made = load_checkpoint(type(tiny.reasoner()), tmp_path / "out")
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         torch.testing.assert_close(made.base(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     assert made.config.loop.workspace == "prompt"
+    assert reader.call_count == 1, "parsing the metadata takes seconds"
+    assert gguf.GGUFReader is reader
     assert "quantization_config" not in json.loads((tmp_path / "out" / "base" / "config.json").read_text())
 
 
