@@ -26,6 +26,9 @@ MIN_PACKED = 1 << 16
 GROUP = 32
 """Inputs that share a scale in int4."""
 _ROW_BLOCK = 16  # the kernels' multiple of outputs
+# Without the choice of an overload at every call.
+_PACKED_PRODUCT = torch.ops.mkldnn._linear_pointwise.default
+_INT4_PRODUCT = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 
 class _Kernel(NamedTuple):
@@ -56,6 +59,8 @@ class PackedLinear(nn.Module):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        # In a tuple: looking up a parameter of a module takes as long as a small operation.
+        self._operands = self.weight.data, self.bias
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -66,7 +71,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., out]`` from ``[..., in]``."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        weight, bias = self._operands
+        y: Tensor = _PACKED_PRODUCT(x, weight, bias, "none", [], "")
         return y
 
 
@@ -90,10 +96,7 @@ class QuantizedLinear(PackedLinear):
         self.max_rows: int = getattr(_MAX_ROWS[quantization], str(dtype).removeprefix("torch."))
         if quantization == "int4":
             integers = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1)
-        self.integers: Tensor
-        self.scales: Tensor
-        self.register_buffer("integers", integers)
-        self.register_buffer("scales", scales)
+        self._quantized_operands = integers, scales
 
     def round(self, weight: Tensor) -> Tensor:
         """The values that this layer has in place of a weight ``[out, in]``."""
@@ -104,14 +107,19 @@ class QuantizedLinear(PackedLinear):
         rows = x.shape[:-1].numel()
         if not 0 < rows <= self.max_rows:
             return super().forward(x)
-        flat = x.reshape(rows, x.shape[-1]).to(torch.bfloat16)
+        flat = x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
+        integers, scales = self._quantized_operands
+        flat = flat.reshape(rows, -1)
         y: Tensor
         if self.quantization == "int4":
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.integers, GROUP, self.scales)
+            y = _INT4_PRODUCT(flat, integers, GROUP, scales)
         else:
-            y = torch._weight_int8pack_mm(flat, self.integers, self.scales)
-        y = y.to(x.dtype).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+            y = torch._weight_int8pack_mm(flat, integers, scales)
+        if x.dtype != torch.bfloat16:
+            y = y.to(x.dtype)
+        y = y.view(*x.shape[:-1], -1)
+        bias = self._operands[1]
+        return y if bias is None else y + bias
 
 
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
