@@ -1,0 +1,315 @@
+"""The simulator against a server, and what it predicts for many machines.
+
+    python -m benchmarks.scaling [--seconds 40] [--out benchmarks/results/scaling]
+
+Closed loads of one server measure what a step costs by rows and prompts. Then requests arrive at random at three rates,
+and the simulator gets the same arrivals. The model is that of `benchmarks.overload`, one engine thread; loops run as
+many iterations as `EXITS` draws. A second part needs no server: it predicts the replicas for up to a million questions
+a minute, from the measured cost of a CPU and from assumed GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from benchmarks.overload import build, exchange
+from benchmarks.simulator import Arrival, Fleet, StepCost, poisson, replicas_for, simulate
+
+SLOTS, TOKENS = 16, 4
+EXITS = {3: 0.10, 4: 0.30, 5: 0.25, 6: 0.15, 8: 0.10, 12: 0.06, 16: 0.04}
+"""Share of loops that end at each iteration: most settle early, few need the whole budget."""
+BUDGET = max(EXITS)
+LOADS = (0.3, 0.6, 0.85)
+"""Open loads, as shares of the saturating rate."""
+CALIBRATION = ((1, 2), (1, 24), (4, 2), (4, 24), (8, 6), (16, 2), (16, 8), (16, 24))
+"""Closed loads: clients and iterations of every loop."""
+TOLERANCE = 0.2
+PROMPT = (
+    "Every rorpus is a lempus. Tom is a rorpus. Every wumpus is a impus. Fae is a wumpus. Is Fae a impus or yumpus?"
+)
+PER_MINUTE = (1_000, 10_000, 100_000, 1_000_000)
+P99_S = 1.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """An instance type. Prices are list prices on demand, rounded, of late 2026 or assumed; replace them by yours.
+
+    Attributes:
+        name: what it is.
+        dollars_per_hour: price.
+        replicas: servers that run on it.
+        cost: of a step; ``None``: the measured one.
+        slots: of each server.
+    """
+
+    name: str
+    dollars_per_hour: float
+    replicas: int
+    cost: StepCost | None = None
+    slots: int = SLOTS
+
+
+# A GPU's step is assumed: 2.5 or 1.8 ms of launches, and per answer what the memory bandwidth gives. 2 ms an answer go
+# to HTTP and tokenization, which share Python's lock with the engine: a process answers at most 500 requests a second.
+MACHINES = (
+    Machine("CPU, 16 vCPU (8 cores, one server each)", 0.71, 8),
+    Machine("GPU of 24 GB (assumed step)", 0.80, 1, StepCost(0.0025, 0.000015, 0.002, 0.003), 128),
+    Machine("GPU of 80 GB (assumed step)", 3.50, 1, StepCost(0.0018, 0.000004, 0.002, 0.003), 512),
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A measured answer: when it was due, its latency, and its seconds in the engine."""
+
+    at: float
+    latency_s: float
+    engine_s: float
+    iterations: int
+    tokens: int
+
+
+async def ask(url: str, iterations: int, at: float, due: float, answers: list[Answer]) -> None:
+    """Send a request; ``due`` is its ``time.perf_counter``. Only answers are recorded."""
+    body = json.dumps(
+        {
+            "prompt": PROMPT,
+            "max_iterations": iterations,
+            "convergence": {"criterion": "fixed"},
+            "max_new_tokens": TOKENS,
+        }
+    ).encode()
+    head = "POST /generate HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    status, text = await exchange(url, f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+    took = time.perf_counter() - due
+    if int(status.split()[1]) == 200:
+        (result,) = json.loads(text)["results"]
+        tokens = result["usage"]["completion_tokens"]
+        answers.append(Answer(at, took, result["timings"]["total_s"], iterations, tokens))
+
+
+async def closed_load(url: str, clients: int, iterations: int, seconds: float) -> tuple[list[Answer], float]:
+    """Clients that send their next request after the last answer; the answers, and the seconds that it took."""
+    answers: list[Answer] = []
+    began = time.perf_counter()
+
+    async def client() -> None:
+        while (now := time.perf_counter()) < began + seconds:
+            await ask(url, iterations, now - began, now, answers)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return answers, time.perf_counter() - began
+
+
+async def open_load(url: str, arrivals: Sequence[Arrival]) -> list[Answer]:
+    """Send each request at its time."""
+    answers: list[Answer] = []
+    began = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for arrival in arrivals:
+            due = began + arrival.at
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            group.create_task(ask(url, arrival.iterations, arrival.at, due, answers))
+    return answers
+
+
+def calibrate(url: str, seconds: float) -> tuple[StepCost, list[dict[str, float]]]:
+    """The cost of a step, by least squares over closed loads, and the loads."""
+    rows, outside, loads = [], 0.0, []
+    for clients, iterations in CALIBRATION:
+        answers, elapsed = asyncio.run(closed_load(url, clients, iterations, seconds))
+        passes = sum(1 + a.iterations + max(0, a.tokens - 1) for a in answers)
+        # With one client, the engine is idle between answers.
+        busy = min(elapsed, sum(a.engine_s for a in answers))
+        rows.append((passes / clients, passes, len(answers), busy))
+        if clients == 1:
+            outside = max(outside, fmean(a.latency_s - a.engine_s for a in answers))
+        loads.append({"clients": clients, "iterations": iterations, "answers": len(answers), "busy_s": busy})
+    return fit(rows, outside), loads
+
+
+def fit(rows: Iterable[tuple[float, float, float, float]], outside_s: float) -> StepCost:
+    """The cost of a step from loads: each has its steps, passes, answers and busy seconds. Errors count relatively."""
+    table = np.array(list(rows))
+    shares = table[:, :3] / table[:, 3:]
+    kept = [0, 1, 2]
+    while True:
+        found = np.linalg.lstsq(shares[:, kept], np.ones(len(table)), rcond=None)[0]
+        if (found >= 0).all():
+            break
+        kept.pop(int(np.argmin(found)))  # a part that costs nothing
+    parts = dict(zip(kept, found.tolist(), strict=True))
+    return StepCost(parts.get(0, 0.0), parts.get(1, 0.0), parts.get(2, 0.0), outside_s)
+
+
+def serve(model: Path) -> tuple[subprocess.Popen[str], str]:
+    """Start the server; returns its process and URL."""
+    flags = {"model": model, "port": 0, "threads": 1, "slots": SLOTS, "elastic-floor": 1, "prefix-gib": 0}
+    command = [sys.executable, "-m", "slr_server.cli", "--log-level", "warning"]
+    process = subprocess.Popen(
+        [*command, *(str(x) for k, v in flags.items() for x in (f"--{k}", v))], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, process.stdout.readline().split()[-1]
+
+
+def figures(latencies: Sequence[float], seconds: float) -> dict[str, float]:
+    """Throughput and latencies."""
+    ordered = sorted(latencies)
+    at = {name: ordered[min(len(ordered) - 1, int(q * len(ordered)))] for name, q in (("p50", 0.5), ("p99", 0.99))}
+    return {"answers_per_s": len(ordered) / seconds, "p50_ms": 1000 * at["p50"], "p99_ms": 1000 * at["p99"]}
+
+
+def validate(seconds: float) -> dict[str, Any]:
+    """Measure a server, and predict the same loads."""
+    with tempfile.TemporaryDirectory() as folder:
+        build(Path(folder))
+        process, url = serve(Path(folder))
+        try:
+            asyncio.run(closed_load(url, SLOTS, 6, min(5.0, seconds)))
+            cost, calibration = calibrate(url, max(1.0, seconds / 8))
+            rate = saturating_rate(cost)
+            loads = {}
+            for load in LOADS:
+                arrivals = list(poisson(load * rate, seconds, EXITS, TOKENS, seed=round(100 * load)))
+                answers = asyncio.run(open_load(url, arrivals))
+                # As many tokens as the model wrote.
+                tokens = round(fmean(a.tokens for a in answers))
+                same = [Arrival(a.at, a.iterations, tokens) for a in arrivals]
+                predicted = simulate(same, Fleet(1, SLOTS), cost)
+                loads[f"{load:g}"] = {
+                    "requests": len(arrivals),
+                    "measured": figures([a.latency_s for a in answers], seconds),
+                    "predicted": figures(predicted.latencies, seconds),
+                }
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+            if process.stdout is not None:
+                process.stdout.close()
+    return {"cost": asdict(cost), "rate": rate, "calibration": calibration, "loads": loads}
+
+
+def saturating_rate(cost: StepCost, slots: int = SLOTS) -> float:
+    """Answers per second of a server whose slots are all in use."""
+    passes = sum(n * share for n, share in EXITS.items()) / sum(EXITS.values()) + TOKENS
+    return 1 / (passes * (cost.fixed_s / slots + cost.row_s) + cost.prompt_s)
+
+
+def predict(cost: StepCost, rates: Sequence[int]) -> list[dict[str, Any]]:
+    """The replicas for each rate, and what they cost."""
+    found = []
+    for machine in MACHINES:
+        step = machine.cost or cost
+        fleet = partial(Fleet, slots=machine.slots)
+        # Without early exit, every loop runs its whole budget.
+        for name, exits in (("on", EXITS), ("off", {BUDGET: 1.0})):
+            for per_minute in rates:
+                chosen, prediction = replicas_for(per_minute / 60, fleet, step, exits, TOKENS, P99_S)
+                machines = -(-chosen.replicas // machine.replicas)
+                found.append(
+                    {
+                        "machine": machine.name,
+                        "early_exit": name,
+                        "per_minute": per_minute,
+                        "replicas": chosen.replicas,
+                        "machines": machines,
+                        "p50_ms": 1000 * prediction.quantile(0.5),
+                        "p99_ms": 1000 * prediction.quantile(0.99),
+                        "busy": prediction.busy_share,
+                        "dollars_per_million": machines * machine.dollars_per_hour / (60 * per_minute) * 1e6,
+                    }
+                )
+    return found
+
+
+def elastic(cost: StepCost) -> list[dict[str, float]]:
+    """One server at 1.2 times its saturating rate, with and without elastic depth."""
+    arrivals = list(poisson(1.2 * saturating_rate(cost), 120, EXITS, TOKENS))
+    rows = []
+    for floor in (1.0, 0.5):
+        found = simulate(arrivals, Fleet(1, SLOTS, max_iterations=BUDGET, elastic_floor=floor), cost, warm_up_s=30)
+        rows.append({"floor": floor, **figures(found.latencies, found.seconds), "refused": found.refused})
+    return rows
+
+
+def report(record: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    cost, loads = record["cost"], record["loads"]
+    lines = [
+        f"`python -m benchmarks.scaling`, {record['seconds']:g} s a load. "
+        f"Cost of a step: {1000 * cost['fixed_s']:.2f} ms, "
+        f"{1000 * cost['row_s']:.2f} ms an answer, {1000 * cost['prompt_s']:.2f} ms a prompt; "
+        f"{1000 * cost['outside_s']:.1f} ms outside the engine. Saturating rate: {record['rate']:.1f} answers/s.",
+        "",
+        "| load | figure | measured | predicted | error |",
+        "|---|---|---|---|---|",
+    ]
+    worst = 0.0
+    for load, row in loads.items():
+        for name, measured in row["measured"].items():
+            error = row["predicted"][name] / measured - 1
+            worst = max(worst, abs(error))
+            lines.append(f"| {load} | {name} | {measured:.1f} | {row['predicted'][name]:.1f} | {100 * error:+.0f} % |")
+    verdict = "met" if worst <= TOLERANCE else "**missed**"
+    lines += ["", f"Largest error {100 * worst:.0f} %; target {100 * TOLERANCE:.0f} %: {verdict}.", ""]
+    lines += [
+        f"Fleets that keep p99 within {P99_S:g} s:",
+        "",
+        "| machine | early exit | questions/min | servers | machines | p50 ms | p99 ms | busy | $ per million |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["predictions"]:
+        lines.append(
+            f"| {row['machine']} | {row['early_exit']} | {row['per_minute']:,} | {row['replicas']} "
+            f"| {row['machines']} | "
+            f"{row['p50_ms']:.0f} | {row['p99_ms']:.0f} | {row['busy']:.2f} | {row['dollars_per_million']:.2f} |"
+        )
+    lines += [
+        "",
+        "One server at 1.2 times its saturating rate, for 90 s:",
+        "",
+        "| elastic floor | answers/s | p50 ms | p99 ms | refused |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["elastic"]:
+        cells = [f"{row[name]:.1f}" for name in ("answers_per_s", "p50_ms", "p99_ms")]
+        lines.append(f"| {row['floor']:g} | {' | '.join(cells)} | {row['refused']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--seconds", type=float, default=40.0, help="seconds of each open load")
+    parser.add_argument("--per-minute", type=int, nargs="*", default=PER_MINUTE, help="rates to predict")
+    parser.add_argument("--out", type=Path, help="write <out>.md and <out>.json")
+    options = parser.parse_args()
+    record = validate(options.seconds) | {"seconds": options.seconds}
+    cost = StepCost(**record["cost"])
+    record |= {"predictions": predict(cost, options.per_minute), "elastic": elastic(cost)}
+    text = report(record)
+    print(text)
+    if options.out is not None:
+        options.out.with_suffix(".md").write_text(text)
+        options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
