@@ -309,6 +309,17 @@ class Service:
 
     # -- startup and shutdown -----------------------------------------------------------------------
 
+    def load(self) -> None:
+        """Load the model in this thread, for a host that starts the application once the model is loaded.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be loaded.
+            ConfigError: an option cannot be used.
+        """
+        self._engine = self._build()
+        self.metrics.watch(self._engine)
+        self._warn_if_untrained(DEFAULT_LOOP_SET)
+
     async def _load(self) -> None:
         started = time.monotonic()
         try:

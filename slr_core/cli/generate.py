@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slr_core.cli.batch import Input, RayEngines, run_file
 from slr_core.cli.options import (
     AsJson,
     CriterionName,
@@ -19,7 +20,6 @@ from slr_core.cli.options import (
     Model,
     Output,
     Patience,
-    Prompt,
     QuantizationName,
     Seed,
     Temperature,
@@ -43,7 +43,8 @@ UseTemplate = Annotated[
 
 
 def generate(
-    prompt: Prompt,
+    context: typer.Context,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt; - reads standard input.", show_default=False)] = None,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -62,13 +63,21 @@ def generate(
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is generated.")] = False,
     as_json: AsJson = False,
     output: Output = None,
+    source: Input = None,
+    ray_engines: RayEngines = None,
 ) -> None:
-    """Answer a prompt.
+    """Answer a prompt, or a file of requests.
 
     The answer goes to standard output; iterations, exit reason and time go to standard error.
     """
     from slr_core.engine import Engine
 
+    if source is not None:
+        given = {"model": model, "device": device, "dtype": dtype, "quantization": quantization}
+        run_file(context, source, output, ray_engines, given)
+        return
+    if prompt is None or ray_engines is not None:
+        raise ConfigError("give a prompt, or --input FILE" if prompt is None else "--ray needs --input FILE")
     if stream and as_json:
         raise ConfigError("--stream and --json exclude each other")
     reasoner = load_model(model, device, dtype, quantization)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Annotated
@@ -33,6 +34,10 @@ def sweep(
     finished: Annotated[
         bool, typer.Option("--finished", help="Show the models with complete figures; train and evaluate nothing.")
     ] = False,
+    ray: Annotated[
+        bool,
+        typer.Option("--ray", help="Train the models side by side on a Ray cluster, each on one CPU and a GPU if any."),
+    ] = False,
     as_json: AsJson = False,
     output: Output = None,
 ) -> None:
@@ -47,6 +52,13 @@ def sweep(
     except ImportError as error:
         raise missing_extra("training", "train", error) from error
     status = Console(stderr=True)
+    train_all = None
+    if ray:
+        try:
+            from slr_core.training.on_ray import train_on_ray
+        except ImportError as error:
+            raise missing_extra("--ray", "ray", error) from error
+        train_all = partial(train_on_ray, progress=lambda step: status.print(escape(step)))
     rows = run_sweep(
         spec,
         device=device,
@@ -55,6 +67,7 @@ def sweep(
         about=versions(),
         finished_only=finished,
         progress=lambda step: status.print(escape(step)),
+        train_all=train_all,
     )
     record = {"manifest": {"spec": str(spec), **versions()}, "rows": [row.to_json() for row in rows]}
     show_results(record, lambda: _print(rows), as_json, output)

@@ -205,6 +205,7 @@ def run_sweep(
     about: dict[str, Any] | None = None,
     finished_only: bool = False,
     progress: Callable[[str], None] = lambda step: None,
+    train_all: Callable[[list[TrainConfig]], None] | None = None,
 ) -> list[SweepRow]:
     """Train and evaluate the models of a sweep; an interrupted sweep continues.
 
@@ -216,6 +217,8 @@ def run_sweep(
         about: entries for the manifest of the results.
         finished_only: return the stored figures of the models that have all of them; train and evaluate nothing.
         progress: called with a description of each step.
+        train_all: trains all models that are not finished, before the first one is evaluated. Default: each is trained
+            in this process when its turn comes.
 
     Raises:
         ConfigError: the sweep file, a recipe or a method is invalid.
@@ -225,6 +228,10 @@ def run_sweep(
     planned = list(expand_variants(sweep, Path(spec).parent))
     evaluations = list(_open_evaluations(sweep))
     store, rows = Store(Path(sweep.output_dir) / "results.jsonl"), []
+    if train_all is not None and not finished_only:
+        unfinished = [v.config for v in planned if v.config and not (Path(v.folder) / MANIFEST).is_file()]
+        progress(f"training {len(unfinished)} models")
+        train_all(unfinished)
     for i, variant in enumerate(planned, start=1):
         config = variant.config
         trained = config is None or (Path(variant.folder) / MANIFEST).is_file()

@@ -49,3 +49,24 @@ def test_stream_is_incremental(run, folder, monkeypatch):
     run("generate", "--model", folder, *LOOP, "--stream", QUESTION)
     written = [args[0] for args, options in pieces if options.get("end") == "" and args[0]]
     assert len(written) > 1
+
+
+def test_file(run, made, folder, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"id": 1, "prompt": QUESTION, "max_iterations": 0}) + "\n")
+    code, _, err = run("generate", "--model", folder, "--input", source, "--output", output)
+    assert (code, err) == (0, "answered 1 lines\n")
+    assert json.loads(output.read_text())["text"] == expected(made, {"max_iterations": 0}).text
+
+
+def test_file_options(run, folder, tmp_path):
+    source = tmp_path / "in.jsonl"
+    for options, message in (
+        (("--input", source), "--input needs --output"),
+        (("--input", source, "--output", tmp_path / "out", "--seed", 1), "seed: with --input"),
+        (("--ray", 2, QUESTION), "--ray needs --input"),
+        ((), "give a prompt"),
+    ):
+        code, _, err = run("generate", "--model", folder, *options)
+        assert code == 1
+        assert message in err

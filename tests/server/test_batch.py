@@ -1,0 +1,100 @@
+import asyncio
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from slr_core.errors import DataError
+from slr_server.batch import batch_settings, resume, run_batch
+from tests import tiny
+from tests.tiny import PROMPTS
+
+LINES = [
+    json.dumps({"id": "a", "prompt": PROMPTS[0], "max_iterations": 2}),
+    json.dumps({"prompt": [PROMPTS[0], PROMPTS[1]], "max_new_tokens": 1}),
+    "",
+    "{torn",
+    json.dumps({"prompt": PROMPTS[0], "max_iterations": -1}),
+    json.dumps(
+        {"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": {"prompt": "w1", "stream": True}}
+    ),
+    json.dumps({"custom_id": "y", "url": "/v1/embeddings", "body": {}}),
+    json.dumps({"custom_id": "z", "url": "/v1/completions", "body": {"prompt": "w1", "best_of": "many"}}),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("batch") / "tiny"
+    tiny.reasoner().save_pretrained(str(path))
+    return str(path)
+
+
+def answer(source, output, folder):
+    count = asyncio.run(run_batch(source, output, batch_settings(model=folder, threads=1, slots=2)))
+    return count, [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_formats(folder, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(LINES))  # the last line has no end
+    count, found = answer(source, output, folder)
+    assert count == len(found) == len(LINES)
+    assert (found[0]["id"], found[0]["iterations"]) == ("a", 2)
+    assert len(found[1]["results"]) == 2
+    assert [found[i]["error"]["code"] for i in (2, 3)] == ["invalid_json"] * 2
+    assert found[4]["error"]["param"] == "max_iterations"
+    assert (found[5]["custom_id"], found[5]["response"]["status_code"], found[5]["error"]) == ("x", 200, None)
+    assert found[5]["response"]["body"]["choices"][0]["text"] is not None
+    assert (found[6]["response"], found[6]["error"]["code"]) == (None, "invalid_request")
+    assert found[7]["response"]["status_code"] == 400
+    assert answer(source, output, folder)[0] == 0, "all is answered"
+
+
+def test_resume(tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f'{{"id": {i}, "prompt": "w1"}}\n' for i in range(3)))
+    assert resume(source, output) == 0
+    output.write_text('{"id": 0}\n{"id": 1}\n{"id": 2, "te')
+    assert resume(source, output) == 2
+    assert output.read_text() == '{"id": 0}\n{"id": 1}\n'
+    output.write_text('{"id": 5}\n')
+    with pytest.raises(DataError, match="answers another request"):
+        resume(source, output)
+    output.write_text("{}\n" * 4)
+    with pytest.raises(DataError, match="more lines"):
+        resume(source, output)
+    with pytest.raises(DataError, match="cannot read"):
+        answer(tmp_path / "gone", tmp_path / "new", None)
+
+
+@pytest.mark.slow
+def test_killed_five_times(folder, tmp_path):
+    """Whenever it is killed, every line is answered once, in order."""
+    source, output, rng = tmp_path / "in.jsonl", tmp_path / "out.jsonl", random.Random(0)
+    lines = [{"id": i, "prompt": PROMPTS[i % len(PROMPTS)], "max_iterations": rng.randint(0, 8),
+              "convergence": {"criterion": "fixed"}} for i in range(800)]  # fmt: skip
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, "-m", "slr_core.cli", "generate", "--model", folder]
+    command += ["--input", str(source), "--output", str(output)]
+    sizes = [0]
+    for _ in range(5):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        ends = time.monotonic() + 60
+        while (output.stat().st_size if output.exists() else 0) == sizes[-1]:
+            assert process.poll() is None
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        sizes.append(output.stat().st_size)
+    assert output.read_text().count("\n") < len(lines), "it was killed before its end"
+    subprocess.run(command, check=True, capture_output=True)
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["id"] for answer in found] == list(range(len(lines)))
+    assert [answer["iterations"] for answer in found] == [line["max_iterations"] for line in lines]
