@@ -5,7 +5,7 @@ PORT ?= 8000
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all coverage lint page bench findings train image up chart clean
+.PHONY: help serve test test-all coverage lint page bench findings train image up chart ray clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,13 @@ up:  ## Run server, Prometheus and Grafana in containers; http://localhost:3000 
 
 $(BIN)/helm: | .venv/.dev
 	command -v helm > /dev/null || $(BIN)/python -m deploy.kubernetes.install_helm $(BIN)
+
+.venv/.ray: .venv/.serve
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[ray]'
+	touch $@
+
+ray: .venv/.ray  ## Serve on Ray, on this machine, as deploy/ray/serve.yaml says.
+	$(BIN)/serve run deploy/ray/serve.yaml
 
 chart: $(BIN)/helm  ## Write the schema of the Helm chart's values, check the chart and package it into build/.
 	$(BIN)/python -m deploy.kubernetes.make

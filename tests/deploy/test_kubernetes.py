@@ -240,3 +240,29 @@ def test_scaling_query(production, tmp_path):
     }
     metrics = set(re.findall(r"\bslr_\w+", query))
     assert metrics == {"slr_requests_queued", "slr_slots_in_use"}
+
+
+# -- KubeRay -----------------------------------------------------------------------------------------------
+
+
+def test_ray_service():
+    """The example deploys what deploy/ray/serve.yaml does, and its pods are hardened."""
+    service = yaml.safe_load((ROOT / "deploy/kubernetes/rayservice.yaml").read_text())["spec"]
+    (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
+    (alone,) = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())["applications"]
+    for name in ("name", "route_prefix", "import_path", "args"):
+        assert application[name] == alone[name]
+    (made,), (written,) = application["deployments"], alone["deployments"]
+    for name in made.keys() - {"autoscaling_config"}:
+        assert made[name] == written[name], name
+    assert made["autoscaling_config"]["policy"] == written["autoscaling_config"]["policy"]
+    cluster = service["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        (container,) = pod["containers"]
+        assert re.fullmatch(r"slr-ray@sha256:[0-9a-f]{64}", container["image"])
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    (workers,) = cluster["workerGroupSpecs"]
+    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > made["graceful_shutdown_timeout_s"]
+    assert f"ray[data,serve]>={cluster['rayVersion'].rsplit('.', 1)[0]}" in (ROOT / "pyproject.toml").read_text()
