@@ -29,7 +29,7 @@ def train_on_ray(
     """
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0  # type: ignore[no-untyped-call]
     run = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_train)
     waiting = [run.remote(config, cpus) for config in configs]
     try:
