@@ -192,14 +192,14 @@ def _accuracy_table(record: dict[str, Any]) -> list[str]:
     return [_markdown(["", "seeds", *columns], body)]
 
 
-def _depth_table(rows: Sequence[Row], depths: Sequence[int]) -> str:
-    """A row per model and set of questions, a column per number of iterations."""
+def _depth_table(rows: Sequence[Row], depths: Sequence[int | None]) -> str:
+    """A row per model and set of questions, a column per number of iterations; ``None``: those of its own exit."""
     many = len(set(map(_variant, rows))) > 1
     body = []
     for (variant, name), of in _grouped(rows, _variant, lambda row: row["name"]).items():
-        at = _grouped(of, lambda row: row["loop"]["max_iterations"])
+        at = _grouped(of, lambda row: row["loop"].get("max_iterations"))
         body.append([f"{variant}, {name}" if many else str(name), *(_cell(at.get((depth,), [])) for depth in depths)])
-    return _markdown(["iterations", *map(str, depths)], body)
+    return _markdown(["iterations", *("own exit" if depth is None else str(depth) for depth in depths)], body)
 
 
 def _cell(rows: Sequence[Row]) -> str:
@@ -316,9 +316,13 @@ def _provenance(part: Part, record: dict[str, Any], digest: str) -> str:
         hashes = {manifest["questions_sha256"]: manifest["questions"]}
     asked = "; ".join(f"{n} of sha256 {digest[:12]}" for digest, n in hashes.items())
     seeds = sorted({row["seed"] for row in rows if row.get("seed") is not None})
+    models = {row["variant"]: row["model_sha256"] for row in rows if row.get("model_sha256") and row["seed"] is None}
+    if "model" in manifest:
+        models = {manifest["model"]["name"]: manifest["model"]["sha256"]}
+    weights = "".join(f" Model {name}: sha256 {known[:12]}." for name, known in models.items())
     trained = f" Training seeds: {', '.join(map(str, seeds))}." if seeds else ""
     return (
-        f"Command: `{part.command}`. Questions: {asked}.{trained} Rows: "
+        f"Command: `{part.command}`. Questions: {asked}.{weights}{trained} Rows: "
         f"`benchmarks/results/findings/{part.rows}.json`, sha256 {digest[:12]}."
     )
 

@@ -56,8 +56,8 @@ def test_prosqa_counts_every_answer(monkeypatch, capsys):
     monkeypatch.setattr(prosqa, "DEPTHS", (1, 2))
     prosqa.main()
     out, err = capsys.readouterr()
-    # Three sets of one question: with the loop, without it, and forced to two depths; and two that may diverge.
-    assert err.startswith("14 answers to compute\n14 answers in ")
+    # Four sets of one question: with the loop, without it, and forced to two depths; and two that may diverge.
+    assert err.startswith("18 answers to compute\n18 answers in ")
     assert "Of 2 more generated questions" in out
 
 

@@ -171,6 +171,7 @@ class SweepRow:
         questions_sha256: hash of the questions.
         loop: changed loop parameters.
         method: name of the method.
+        model_sha256: hash of the model; ``None`` for a hub id.
         summary: the figures.
     """
 
@@ -180,6 +181,7 @@ class SweepRow:
     questions_sha256: str
     loop: dict[str, int | float | str]
     method: str
+    model_sha256: str | None
     summary: Summary
 
     def to_json(self) -> dict[str, Any]:
@@ -192,6 +194,7 @@ class SweepRow:
             "questions_sha256": self.questions_sha256,
             "loop": self.loop,
             "method": self.method,
+            "model_sha256": self.model_sha256,
             **asdict(self.summary),
         }
 
@@ -250,7 +253,7 @@ def run_sweep(
             outcomes = run_method(
                 run.method, backend, task, examples, run.settings, store=store, run=opened, warm_up=True
             )
-            rows.append(run.row(variant, summarize(outcomes)))
+            rows.append(run.row(variant, opened, summarize(outcomes)))
     return rows
 
 
@@ -278,12 +281,11 @@ class _EvaluationRun:
         model = {**identify_model(variant.folder), "name": variant.name}
         return run_spec(self.method, self.settings, self.task, self.questions, model)
 
-    def row(self, variant: Variant, summary: Summary) -> SweepRow:
+    def row(self, variant: Variant, answered: MethodRun, summary: Summary) -> SweepRow:
         changed = "".join(f"; {name}={value}" for name, value in self.loop.items())
         described = f"{self.evaluation.task}: {self.questions.source}{changed}"
-        return SweepRow(
-            variant, self.evaluation.name, described, self.questions.sha256, self.loop, self.method.name, summary
-        )
+        model, questions, name = answered.spec["model"].get("sha256"), self.questions.sha256, self.evaluation.name
+        return SweepRow(variant, name, described, questions, self.loop, self.method.name, model, summary)
 
 
 def _open_evaluations(sweep: SweepConfig) -> Iterator[_EvaluationRun]:
@@ -313,7 +315,8 @@ def _stored_rows(store: Store, variant: Variant, runs: list[_EvaluationRun]) -> 
     if len(complete) < len(runs):
         return []
     return [
-        run.row(variant, summarize(list(found.outcomes.values()))) for run, found in zip(runs, complete, strict=True)
+        run.row(variant, found, summarize(list(found.outcomes.values())))
+        for run, found in zip(runs, complete, strict=True)
     ]
 
 
