@@ -186,7 +186,7 @@ def test_device_and_dtype(spec, trained, monkeypatch):
 
     monkeypatch.setattr(sweep, "load_reasoner", load)
     sweep.run_sweep(spec(vary={}, seeds=[0]), device="cpu", dtype="bfloat16")
-    assert asked == [{"device": "cpu", "dtype": "bfloat16"}]
+    assert asked == [{"device": "cpu", "dtype": "bfloat16", "quantization": "none"}]
 
 
 def test_changed_variant_is_trained_again(spec, trained):
