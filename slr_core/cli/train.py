@@ -20,6 +20,9 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Change a setting of the recipe, as dotted.name=value; repeatable."),
     ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", help="Train for the first steps of the recipe alone.", min=1)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in output_dir.")] = False,
 ) -> None:
     """Train a recipe and write a checkpoint folder.
@@ -36,7 +39,10 @@ def train(
 
     hide_loading_bars()
     command = shlex.join(["slr", *sys.argv[1:]])
-    folder = run(TrainConfig.from_yaml(config, tuple(overrides or ())), resume=resume, command=command)
+    recipe = TrainConfig.from_yaml(config, tuple(overrides or ()))
+    if max_steps is not None:
+        recipe = recipe.shortened(max_steps)
+    folder = run(recipe, resume=resume, command=command)
     if not PartialState().is_main_process:
         return  # the main process writes the checkpoint, maybe still
     print(folder)

@@ -292,6 +292,15 @@ class TrainConfig(RecipeModel):
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.schedule)
 
+    def shortened(self, steps: int) -> Self:
+        """The recipe with its first ``steps`` optimizer steps alone; the learning rate falls within them."""
+        stages, left = [], steps
+        for stage in self.schedule:
+            if left > 0:
+                stages.append(stage.model_copy(update={"steps": min(left, stage.steps)}))
+            left -= stage.steps
+        return self.model_copy(update={"stages": tuple(stages), "curriculum": None})
+
     @property
     def writes_steps(self) -> bool:
         """Whether any target text contains steps, which are followed by the separator ``#``."""

@@ -223,6 +223,14 @@ def test_objectives_that_suit_the_loop_are_taken(changes):
     assert config.loop == validated(LoopConfig, changes["loop"])
 
 
+def test_shortened():
+    assert [stage.steps for stage in recipe().shortened(3).schedule] == [2, 1]
+    assert recipe().shortened(2).total_steps == 2
+    assert recipe().shortened(100).schedule == recipe().schedule
+    short = recipe(curriculum=CURRICULUM, stages=[], objectives={"answer": 1.0}, chains=0).shortened(1)
+    assert (short.total_steps, short.schedule[0].replaced) == (1, 0)
+
+
 # -- the curriculum ----------------------------------------------------------------------------------------
 
 
