@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -33,6 +34,7 @@ class FrozenCopies:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._adapted = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         self._copies = [
             (layer, nn.Parameter(layer.weight.detach().to(torch.bfloat16), requires_grad=False))
             for layer in model.modules()
@@ -43,12 +45,16 @@ class FrozenCopies:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Inside, the layers have their copies for weights."""
+        """Inside, the layers have their copies for weights, and PEFT leaves the dtype of inputs to autocast."""
         originals = [(layer, layer.weight) for layer, _ in self._copies]
         try:
+            for adapted in self._adapted:
+                adapted.cast_input_dtype_enabled = False  # else the backward pass keeps a further copy of each input
             for layer, copy in self._copies:
                 layer.weight = copy
             yield
         finally:
+            for adapted in self._adapted:
+                adapted.cast_input_dtype_enabled = True
             for layer, weight in originals:
                 layer.weight = weight

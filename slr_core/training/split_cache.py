@@ -73,9 +73,9 @@ class SplitLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Append positions; :class:`Parts` of keys and of values, which only :func:`attend_split` reads."""
-        new = key_states, value_states
+        new = _computed(key_states), _computed(value_states)
         if self.after[0].shape[-2]:
-            new = torch.cat([self.after[0], key_states], dim=-2), torch.cat([self.after[1], value_states], dim=-2)
+            new = torch.cat([self.after[0], new[0]], dim=-2), torch.cat([self.after[1], new[1]], dim=-2)
         self.after = new
         return tuple(Parts(first, rest) for first, rest in zip(self.prompt, self.after, strict=True))
 
@@ -83,8 +83,14 @@ class SplitLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 def split(context: Context) -> None:
     """Split the cache of a context, in place, after the positions that it has now."""
     cache = DynamicCache()
-    cache.layers = [SplitLayer(keys, values) for _, keys, values in context.layers()]
+    cache.layers = [SplitLayer(_computed(keys), _computed(values)) for _, keys, values in context.layers()]
     context.cache = cache
+
+
+def _computed(x: Tensor) -> Tensor:
+    """In the dtype of matrix products: converted once, where autocast would do it in every pass that reads it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def attend_split(
