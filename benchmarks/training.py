@@ -224,7 +224,7 @@ def _operations(reasoner: LatentReasoner, batch: int) -> float:
 
 
 def _agree_closely(reasoner: LatentReasoner, *steps: Callable[[], Tensor]) -> None:
-    """Check that the gradients of two steps agree to 1e-4 of the length of each parameter's gradient."""
+    """Check that the gradients of two steps agree to 1e-3 of the length of each parameter's gradient."""
     found = []
     for step in steps:
         reasoner.zero_grad()
@@ -232,7 +232,7 @@ def _agree_closely(reasoner: LatentReasoner, *steps: Callable[[], Tensor]) -> No
         found.append({name: p.grad.clone() for name, p in reasoner.named_parameters() if p.grad is not None})
     for name, gradient in found[0].items():
         difference = float((found[1][name] - gradient).norm())
-        if difference > 1e-4 * float(gradient.norm()):
+        if difference > 1e-3 * float(gradient.norm()):
             raise AssertionError(f"{name}: the gradients differ by {difference:.3g} of {float(gradient.norm()):.3g}")
 
 
