@@ -64,20 +64,24 @@ def cluster():
 def deploy(cluster, tmp_path_factory):
     """Deploys the application, and waits until it is ready; gives its URL."""
     from ray import serve
-
-    from slr_server.ray_serve import LatentServer
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
 
     folder = tmp_path_factory.mktemp("sets")
     shutil.copytree(DEFAULT_CHECKPOINT, folder / "other")
-    settings = {"slots": 4, "log_level": "warning", "loop_sets": str(folder)}
+    settings = {"slots": 4, "log_level": "warning", "loop_sets": str(folder), "max_queue": 64}
     port = free_port()
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    (application,) = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())["applications"]
+    common = {"name": "LatentServer", "health_check_period_s": 1, "health_check_timeout_s": 10}
 
-    def run(version="1", **options):
-        common = {"ray_actor_options": {"num_cpus": 1}, "health_check_period_s": 1, "health_check_timeout_s": 10}
-        serve.run(
-            LatentServer.options(version=version, **common, **options).bind({**settings, "max_queue": 64}), name="slr"
-        )
+    def run(changes=(), **options):
+        made = {**application, "args": {**settings, **dict(changes)}}
+        made["deployments"] = [{**common, "ray_actor_options": {"num_cpus": 1}, **options}]
+        # As `serve deploy`, which needs Ray's dashboard.
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [made]}))
+        time.sleep(1)  # until the controller has seen it
+        until(lambda: serve.status().applications["slr"].status == "RUNNING", 120)
         return f"http://127.0.0.1:{port}"
 
     yield run
@@ -167,10 +171,10 @@ def test_thresholds_change_live(url, deploy):
 
     before, pids = iterations(), replicas().keys()
     deploy(num_replicas=2, max_ongoing_requests=12, user_config={"convergence": {"threshold": 100.0}})
-    assert iterations() < before
+    until(lambda: iterations() < before)
     assert replicas().keys() == pids, "no replica was replaced"
     deploy(num_replicas=2, max_ongoing_requests=12, user_config={})
-    assert iterations() == before
+    until(lambda: iterations() == before)
 
 
 def test_loop_set_is_loaded(url):
@@ -209,7 +213,7 @@ def test_lost_node(url, cluster):
 def test_rolling_update(url, deploy):
     """Another limit replaces all replicas, without a refused request."""
     before = replicas().keys()
-    update = lambda: deploy("2", max_ongoing_requests=12, autoscaling_config=SCALING)  # noqa: E731
+    update = lambda: deploy({"max_queue": 60}, max_ongoing_requests=12, autoscaling_config=SCALING)  # noqa: E731
     statuses = asyncio.run(loaded(url, 4, update, after_s=2))
     assert statuses.keys() == {200}
     assert not before & replicas().keys()
@@ -222,7 +226,7 @@ def test_scales_with_load(url):
 
 
 def test_backpressure(url, deploy):
-    deploy("3", num_replicas=1, backpressure_config={"status_code": 429, "retry_after_s": 3}, **TIGHT)
+    deploy(num_replicas=1, backpressure_config={"status_code": 429, "retry_after_s": 3}, **TIGHT)
 
     async def burst():
         async with httpx.AsyncClient(base_url=url, timeout=60) as http:
@@ -297,5 +301,5 @@ def test_yaml():
     (application,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
     module, _, name = application.import_path.partition(":")
     build = getattr(__import__(module, fromlist=[name]), name)
-    assert build(**application.args)
+    assert build(application.args)
     assert application.deployments[0].name == "LatentServer"
