@@ -5,7 +5,7 @@ PORT ?= 8000
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all coverage lint page bench findings train image up chart ray clean
+.PHONY: help serve test test-all coverage lint page screenshots bench findings train image up chart ray clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ lint: .venv/.dev  ## Run ruff and mypy.
 
 page:  ## Build the page of the server from server/page/src. Needs Node.
 	cd server/page && npm ci --no-audit --no-fund && npm run build
+
+screenshots: .venv/.dev  ## Take the pictures of the page in docs. Needs chromium.
+	$(BIN)/python docs/screenshots.py
 
 bench: .venv/.dev  ## Run the engine benchmarks (ten minutes).
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine

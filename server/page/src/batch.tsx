@@ -129,7 +129,7 @@ export function Batch({ checkpoint, apiKey, fail, open }: BatchProps) {
         <label class="file">Open a file <input type="file" accept=".jsonl,.gz,.json,.txt" onChange={(event) => void read(event.currentTarget.files?.[0]).catch(fail)} /></label>
       </div>
       <label class="task">Graded by the rule of the task <select value={chosenTask} onChange={(event) => setChosenTask(event.currentTarget.value)}>
-        <option value="">told by the questions' fields, else text</option>
+        <option value="">automatic: told by the questions' fields, else text</option>
         {checkpoint.tasks.map((name) => <option key={name}>{name}</option>)}
       </select><small>as <code>slr eval</code> grades; text: equal apart from case, spaces and punctuation</small></label>
       <SettingsForm checkpoint={checkpoint} settings={settings} change={setSettings} />

@@ -111,7 +111,7 @@ function App() {
       {checkpoint && !checkpoint.trained && <p class="notice">The loop of this checkpoint is not trained. It is off, and answers are those of
         the base model, unless the settings name a maximum of iterations: then the untrained loop runs, and its answer means nothing.</p>}
       {asksOne && <section aria-label="Question">
-        <label class="prompt">Question
+        <label class="prompt">Question {checkpoint?.chat && <small>goes to the model as it stands; Chat uses the chat template</small>}
           <textarea rows={5} value={prompt} onInput={(event) => setPrompt(event.currentTarget.value)}
             onKeyDown={(event) => { if (view === "Watch" && event.key === "Enter" && (event.ctrlKey || event.metaKey)) void ask(); }} /></label>
         <div class="buttons">

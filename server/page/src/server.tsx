@@ -7,7 +7,7 @@ import { byLabel, quantile, readMetrics, since, type Snapshot } from "./metrics"
 const EVERY_MS = 2000, KEPT = 61;
 const SECONDS = (KEPT - 1) * EVERY_MS / 1000;
 
-const seconds = (value: number | null) => (value === null ? "–" : value < 1 ? `${(1000 * value).toFixed(value < 0.01 ? 1 : 0)} ms` : `${value.toFixed(1)} s`);
+export const showSeconds = (value: number | null) => (value === null ? "–" : value < 1 ? `${(1000 * value).toFixed(value < 0.01 ? 1 : 0)} ms` : `${value.toFixed(1)} s`);
 const count = (value: number | undefined) => (value === undefined || Number.isNaN(value) ? "–" : String(Math.round(value)));
 
 /** The table's rows: a label, and its value from the samples of a period. */
@@ -23,7 +23,7 @@ const ROWS: [string, (samples: Map<string, number>) => string][] = [
   ["Tokens written", (s) => count(s.get("slr_generated_tokens_total"))],
   ...([["Time of an answer", "slr_request_total_duration_seconds"], ["Time to the first token", "slr_time_to_first_token_seconds"]] as const)
     .flatMap(([label, name]) => [0.5, 0.95].map((q): [string, (s: Map<string, number>) => string] =>
-      [`${label}, ${q === 0.5 ? "median" : "95th percentile"}`, (s) => seconds(quantile(byLabel(s, `${name}_bucket`, "le"), q))])),
+      [`${label}, ${q === 0.5 ? "median" : "95th percentile"}`, (s) => showSeconds(quantile(byLabel(s, `${name}_bucket`, "le"), q))])),
 ];
 
 export function ServerView({ apiKey, fail }: { apiKey: string; fail: (reason: unknown) => void }) {

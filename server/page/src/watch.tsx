@@ -4,15 +4,16 @@ import { Chart } from "./chart";
 import { HeatMap, savePicture } from "./heatmap";
 import { readFacts } from "./prosqa";
 import { download, EXITS, type Run, toCurl, toFile, toLink, toPython } from "./run";
+import { showSeconds } from "./server";
 import { FactGraph, lensMap, PathPicture, positionMap, showToken, tokenMap } from "./views";
 
 export function Answer({ run, running }: { run: Run; running: boolean }) {
   const { result } = run;
   return (
     <div class="answer" aria-live="polite">
-      <p class="text">{run.text || (running ? "Thinking…" : "")}</p>
+      <p class="text">{run.text.trimStart() || (running ? "Thinking…" : "")}</p>
       {result && <p>{result.iterations === 0 ? "The loop did not run." : EXITS[result.exit_reason] ?? result.exit_reason} {" "}
-        <b>{result.iterations} iterations</b>, {result.usage.forward_passes} forward passes, {(1000 * result.timings.total_s).toFixed(0)} ms.
+        <b>{result.iterations} iterations</b>, {result.usage.forward_passes} forward passes, {showSeconds(result.timings.total_s)}.
         {result.budget_reduced && " The server reduced the iterations because it is busy."}</p>}
     </div>
   );
@@ -47,7 +48,10 @@ export function Watch({ run, running, selected, select, hasKey }: WatchProps) {
   const { trace, result, projection, positions, tokens, depths } = run, step = trace[selected - 1];
   const lens = useMemo(() => lensMap(trace), [trace]);
   const changes = useMemo(() => positions && positionMap(positions), [positions]);
-  const loops = useMemo(() => (depths.length ? tokenMap(tokens, depths, result?.token_traces ?? []) : null), [tokens, depths, result]);
+  const loops = useMemo(() => {
+    const names = tokens.map((text, i) => text || (result && i === tokens.length - 1 ? "end of answer" : ""));
+    return depths.length ? tokenMap(names, depths, result?.token_traces ?? []) : null;
+  }, [tokens, depths, result]);
   const copy = async (name: string, text: string) => {
     try {
       await navigator.clipboard.writeText(text);

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from tests import tiny
 from tests.server.process import Server
 
 CHROMIUM = shutil.which("chromium")
-AXE = Path(__file__).parents[3] / "server" / "page" / "node_modules" / "axe-core" / "axe.min.js"
+ROOT = Path(__file__).parents[3]
+AXE = ROOT / "server" / "page" / "node_modules" / "axe-core" / "axe.min.js"
 PROSQA = BUNDLED_FOLDER / "prosqa"
 KEY = "k" * 20
 MARKUP = "<img src=x onerror=\"document.title='attacked'\"><script>document.title='attacked'</script>"
@@ -553,3 +555,17 @@ def test_layout(visit, scheme, width):
             assert found == [], name
     if not AXE.exists():
         pytest.skip("axe-core is not installed: npm ci in server/page")
+
+
+def test_screenshots(tmp_path):
+    """The script that takes the pictures of the docs still runs."""
+    command = [
+        sys.executable,
+        str(ROOT / "docs" / "screenshots.py"),
+        "--only",
+        "page-token.png",
+        "--out",
+        str(tmp_path),
+    ]
+    subprocess.run(command, check=True, timeout=120, stderr=subprocess.DEVNULL, cwd=ROOT)
+    assert (tmp_path / "page-token.png").stat().st_size > 20_000
