@@ -57,15 +57,27 @@ def set_trainable(reasoner: LatentReasoner, train: str) -> None:
 def load_teacher(config: TrainConfig, student: LatentReasoner) -> LatentReasoner | None:
     """Load the frozen teacher of the objectives ``teacher_*``; ``None`` if the recipe has none.
 
+    A causal language model without a loop is a teacher too: see :attr:`Rollout.teacher_rollout`.
+
     Raises:
         ConfigError: teacher and student have different vocabularies.
     """
     if config.teacher is None:
         return None
-    teacher = LatentReasoner.from_pretrained(config.teacher).requires_grad_(False)
+    teacher = _load_teacher(config.teacher).requires_grad_(False)
     if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
         raise ConfigError(f"teacher: {config.teacher} and the model that is trained have different vocabularies")
+    if config.objectives.teacher_states and not teacher.config.trained:
+        raise ConfigError(f"teacher: {config.teacher} has no trained loop, whose states teacher_states would need")
     return teacher
+
+
+def _load_teacher(source: str) -> LatentReasoner:
+    if find_file(source, CONFIG) is not None:
+        return LatentReasoner.from_pretrained(source)
+    base, tokenizer = load_model_and_tokenizer(source)
+    without_loop = {"trained": False, "loop": {"lora": {"kind": "none"}, "timestep": {"kind": "none"}}}
+    return LatentReasoner(base, tokenizer, SLRConfig.from_dict(without_loop)).eval()
 
 
 def _from_source(config: TrainConfig, source: str) -> LatentReasoner:

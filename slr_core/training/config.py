@@ -132,7 +132,11 @@ class TrainConfig(RecipeModel):
     train: Literal["full", "adapters", "adapters_and_embeddings"] = Field(
         "full", description="parameters to train; adapters: the loop's weights only, the base stays unchanged"
     )
-    teacher: str | None = Field(None, description="checkpoint of a latent reasoner, for the objectives teacher_*")
+    teacher: str | None = Field(
+        None,
+        description="checkpoint of a latent reasoner, for the objectives teacher_*; for teacher_logits also a causal "
+        "language model",
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     objectives: ObjectiveWeights = ObjectiveWeights()
     guard: TrainingGuardConfig = TrainingGuardConfig()

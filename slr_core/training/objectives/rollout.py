@@ -142,10 +142,13 @@ class Rollout:
 
     @cached_property
     def teacher_rollout(self) -> Rollout:
-        """The teacher on the same batch, without gradients."""
+        """The teacher on the same batch, without gradients. A teacher whose loop is not trained runs without it."""
         assert self.teacher is not None
+        batch = self.batch
+        if not self.teacher.config.trained:
+            batch = {**batch, "plan": LoopPlan(0), "exits": torch.zeros_like(self.exits)}
         with torch.no_grad():
-            return Rollout(self.teacher, self.batch, self.config)
+            return Rollout(self.teacher, batch, self.config)
 
     def at_step_ends(self, steps: int) -> tuple[Tensor, Tensor]:
         """The states that end each step ``[B, K, d]``, and a mask ``[B, K]``: those that exist and have a gradient.

@@ -1,7 +1,8 @@
 """Distillation from a larger latent reasoner: the objectives ``teacher_states`` and ``teacher_logits``.
 
 The targets are hidden states through a learned projection, as in Romero et al., 2015 (arXiv 1412.6550), and the
-distributions of the answer's tokens, as in Hinton et al., 2015 (arXiv 1503.02531). Both models loop equally long.
+distributions of the answer's tokens, as in Hinton et al., 2015 (arXiv 1503.02531). Both models loop equally long; a
+language model without a loop runs once, and its distributions are the targets at every depth.
 """
 
 from __future__ import annotations

@@ -1,15 +1,20 @@
 """A latent reasoner distilled into a smaller one, and pre-training with loops."""
 
 import copy
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from slr_core.checkpoint.init import Recursive, init_checkpoint
+from slr_core.config import validated
 from slr_core.errors import ConfigError
 from slr_core.training.build import build, load_teacher
-from slr_core.training.data import IGNORE, LoopPlan, StageStream
+from slr_core.training.config import ObjectiveWeights, TrainConfig
+from slr_core.training.data import IGNORE, Collator, LoopPlan, StageStream
 from slr_core.training.objectives import Rollout, losses
+from slr_core.training.objectives.teacher import teacher_logits
 from slr_core.training.trainer import LossModule
 from tests import tiny
 from tests.training.objectives.conftest import Setup
@@ -76,6 +81,37 @@ def test_a_teacher_with_other_tokens_is_refused(tmp_path):
     config = recipe(objectives=WEIGHTS, teacher=str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="different vocabularies"):
         load_teacher(config, build(config))
+
+
+def test_a_language_model_teaches_without_a_loop(tmp_path):
+    """A recursive model of full rank has nothing to learn from its original, at full depth."""
+    plain = tiny.base()
+    plain.save_pretrained(tmp_path / "plain")
+    tiny.tokenizer().save_pretrained(tmp_path / "plain")
+    init_checkpoint(str(tmp_path / "plain"), tmp_path / "recursive", recursive=Recursive(2))
+    data = [{"task": "text", "file": str(tmp_path / "questions.jsonl")}]
+    lines = [{"question": f"w{i} w3", "answer": f"w{i + 2} w5"} for i in range(8)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps({**line, "steps": []}) + "\n" for line in lines))
+    config = validated(
+        TrainConfig,
+        {
+            "output_dir": "unused",
+            "base": {"from": str(tmp_path / "recursive")},
+            "teacher": str(tmp_path / "plain"),
+            "optimizer": {"batch_size": 4},
+            "objectives": {"answer": 1.0, "teacher_logits": 1.0},
+            "stages": [{"steps": 1, "iterations": 2, "data": data}],
+        },
+    )
+    student = build(config)
+    teacher = load_teacher(config, student)
+    batch = Collator(student.tokenizer, config, student.config.text)(list(StageStream(config))[-1])
+    for iterations, least, most in ((2, -1e-6, 1e-6), (1, 1e-3, 1e3)):
+        changes = {"plan": LoopPlan(iterations), "exits": torch.full_like(batch["exits"], iterations)}
+        rollout = Rollout(student, {**batch, **changes}, config, teacher)
+        assert least < float(teacher_logits(rollout).value.detach()) < most
+    with pytest.raises(ConfigError, match="has no trained loop"):
+        load_teacher(config.model_copy(update={"objectives": ObjectiveWeights(teacher_states=1)}), student)
 
 
 # -- plain text ------------------------------------------------------------------------------------------
