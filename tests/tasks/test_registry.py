@@ -11,10 +11,10 @@ from slr_core.tasks.base import Card, Example, HubSplit, Task
 from slr_core.tasks.sources import load_questions
 
 NAMES = (
-    "text prosqa prontoqa gsm8k gsm_hard svamp multiarith asdiv math reachability arithmetic state_tracking "
+    "text prosqa prontoqa gsm8k gsm_hard svamp multiarith asdiv math reachability arithmetic state_tracking p_hop "
     "word_problems"
 ).split()
-GENERATED = ["prosqa", "prontoqa", "reachability", "arithmetic", "state_tracking", "word_problems"]
+GENERATED = ["prosqa", "prontoqa", "reachability", "arithmetic", "state_tracking", "p_hop", "word_problems"]
 
 
 def take(task, count, seed=0, **options):
@@ -251,6 +251,9 @@ def test_options_given_as_text_are_read_as_their_kind():
         ("state_tracking", {"elements": 2}, "elements"),
         ("state_tracking", {"elements": 6}, "elements"),
         ("state_tracking", {"length": 0}, "length"),
+        ("p_hop", {"letters": 1}, "letters"),
+        ("p_hop", {"min_hops": 5}, "min_hops"),
+        ("p_hop", {"length": 19}, "length"),
         ("word_problems", {"min_steps": 1}, "min_steps"),
         ("word_problems", {"max_steps": 7}, "2 to 6"),
         ("word_problems", {"least": 20}, "least"),

@@ -152,3 +152,30 @@ def test_guessing_the_start(elements):
     for length in (1, 5):
         score = shortcut("state_tracking", "identity", elements=elements, length=length)
         assert score == pytest.approx(1 / math.factorial(elements), abs=0.03)
+
+
+# -- p-hop induction -------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 26), st.integers(1, 5), st.integers(0, 10**6))
+@settings(max_examples=40)
+def test_p_hop_goes_to_previous_occurrences(letters, hops, seed):
+    (example,) = take("p_hop", 1, seed, letters=letters, length=letters * (hops + 1), min_hops=hops, max_hops=hops)
+    row, _, asked = example.question.partition(" ? ")
+    row, seen = row.split(), []
+    place = len(row) - 1
+    for _ in range(int(asked)):
+        place = max(i for i in range(place) if row[i] == row[place]) + 1
+        seen.append(row[place])
+    assert (example.steps, example.answer, int(asked)) == (tuple(seen), seen[-1], hops)
+    assert get_task("p_hop").difficulty(example) == hops
+    assert get_task("p_hop").grade(example, f"It is {example.answer.upper()}.")
+    assert not get_task("p_hop").grade(example, "none of them")
+
+
+def test_p_hop_shortcuts_are_as_the_card_says():
+    for hops, last in ((1, 0.12), (2, 0.36)):
+        assert shortcut("p_hop", "last", min_hops=hops, max_hops=hops) == pytest.approx(last, abs=0.04)
+    assert shortcut("p_hop", "most_frequent") == pytest.approx(0.21, abs=0.04)
+    with pytest.raises(DataError, match="not a p-hop question"):
+        get_task("p_hop").check_example(Example("a b c", (), "a"))
