@@ -22,15 +22,16 @@ import json
 import platform
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
+from benchmarks.figures import Figure, best
 from benchmarks.passes import PARTS, forward, record_passes, run_bare, time_parts, use_peft_mixed_batch
+from benchmarks.token_loop import token_figures
 from benchmarks.workload import (
     PROMPT,
     ROWS,
@@ -50,25 +51,6 @@ from slr_core.engine.runner.kv_cache import KVCache
 from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.generation.reference import generate
 from slr_core.params import SamplingParams
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table.
-
-    Attributes:
-        name: what is divided by what.
-        model: name of the model.
-        ratio: ratio of two times or of two rates.
-        target: what the ratio should be; ``reported`` if there is no target.
-        detail: the measured values.
-    """
-
-    name: str
-    model: str
-    ratio: float
-    target: str
-    detail: str
 
 
 def main() -> None:
@@ -118,6 +100,7 @@ def measure(
         torch.set_num_threads(used[name])
         yield from adapters(name, reasoner, turns)
         yield prefix(name, reasoner, turns)
+        yield from token_figures(name, reasoner, turns)
 
 
 # -- the figures -----------------------------------------------------------------------------------------
@@ -289,17 +272,6 @@ def prefix(name: str, reasoner: LatentReasoner, turns: int) -> Figure:
         warm, cold = best(turns, lambda: first(shared), lambda: first(tokens(rng, 512)))
     detail = f"{warm:.3f} s warm, {cold:.3f} s cold"
     return Figure("time to first token, 512-token prefix warm / cold", name, warm / cold, "at most 0.3", detail)
-
-
-def best(turns: int, *sides: Callable[[], object]) -> list[float]:
-    """The best time of each side in seconds; the sides alternate ``turns`` times."""
-    times = [float("inf")] * len(sides)
-    for _ in range(turns):
-        for side, run in enumerate(sides):
-            began = time.perf_counter()
-            run()
-            times[side] = min(times[side], time.perf_counter() - began)
-    return times
 
 
 # -- the table -------------------------------------------------------------------------------------------

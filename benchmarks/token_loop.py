@@ -1,0 +1,122 @@
+"""Figures of the workspace `token` for `python -m benchmarks.engine`: every token loops.
+
+The model is the random Llama of `benchmarks/workload.py` with T = 4, `feedback: raw` and an adapter of rank 16 per
+iteration. 64 requests have prompts of 4 tokens and answers of 17 to 48: prompts run all 4 iterations, whatever their
+answers do, and writing is measured here. At half depth, a request's tokens exit at 1, 2 or 3 iterations, 2 in the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from benchmarks.figures import Figure, best
+from benchmarks.passes import record_passes, run_bare
+from benchmarks.workload import ROWS, EndlessReasoner, load
+from slr_core import LatentReasoner
+from slr_core.checkpoint.info import describe_model
+from slr_core.engine import Engine
+from slr_core.engine.runner.kv_cache import KVCache
+from slr_core.generation.reference import generate
+from slr_core.params import ResolvedLoopParams
+from slr_core.types import Request
+
+DEPTH, PROMPT, TOKENS = 4, 4, 48
+LOOP = {
+    "workspace": "token",
+    "feedback": "raw",
+    "trained_iterations": DEPTH,
+    "max_iterations": DEPTH,
+    "projection": {"kind": "identity"},
+    "timestep": {"kind": "none"},
+    "residual": {"source": "none"},
+    "lora": {"rank": 16},
+    "halting_head": True,
+}
+
+
+def token_figures(name: str, plain: LatentReasoner, turns: int) -> Iterator[Figure]:
+    """The figures.
+
+    Args:
+        name: of the model, for the table.
+        plain: its base model is used; the loop is another one.
+        turns: measurements of each side of a ratio.
+    """
+    requests = [replace(x, max_new_tokens=x.max_new_tokens + TOKENS - 32) for x in load(2 * ROWS, PROMPT)]
+    full = [at_depth(request, DEPTH) for request in requests]
+    half = [at_depth(request, 1 + i % (DEPTH - 1)) for i, request in enumerate(full)]
+    reasoner = looped(plain, "copy")
+    with Engine(reasoner, slots=ROWS, capacity=DEPTH * (PROMPT + TOKENS), prefix_gib=0) as engine:
+        answer(engine, full[:1])
+        with record_passes(engine) as passes:
+            answer(engine, full)
+        most = max(rows for rows, _, _ in passes.shapes)
+        cache = engine._thread.call(lambda: KVCache(engine.model, most, engine.capacity))
+        full_s, half_s, bare_s, packed_s, lockstep_s = best(
+            turns,
+            lambda: answer(engine, full),
+            lambda: answer(engine, half),
+            on_thread(engine, lambda: run_bare(engine, passes.unpacked, passes.heads, cache)),
+            on_thread(engine, lambda: run_bare(engine, passes.shapes, passes.heads, cache)),
+            on_thread(engine, lambda: [generate(engine.reasoner, half[i : i + ROWS]) for i in (0, ROWS)]),
+        )
+    written = sum(request.max_new_tokens for request in full)
+    rates = f"{written / full_s:.1f} tokens/s at full depth, {written / half_s:.1f} at half"
+    yield Figure(
+        "`token`: bare passes for the same work / engine",
+        name,
+        bare_s / full_s,
+        "at least 0.85",
+        f"{len(full)} requests in {full_s:.2f} s, bare passes {bare_s:.2f} s",
+    )
+    detail = f"{len(passes.shapes)} passes instead of {len(passes.unpacked)}, {packed_s:.2f} s"
+    yield Figure("`token`: the same, with as few bare passes", name, packed_s / full_s, "reported", detail)
+    yield Figure("`token`: tokens/s at half depth / full depth", name, full_s / half_s, "at least 1.6", rates)
+    detail = f"{half_s:.2f} s, {lockstep_s:.2f} s"
+    yield Figure("`token`: lockstep batches / engine, at half depth", name, lockstep_s / half_s, "reported", detail)
+    yield from memory(name, plain, reasoner)
+
+
+def memory(name: str, plain: LatentReasoner, copying: LatentReasoner) -> Iterator[Figure]:
+    """Memory of weights and of the key/value caches of 32 requests, against the base model's own."""
+    sizes = describe_model(copying)
+    weights = sum(x.nbytes for key, x in copying.base.named_parameters() if ".lora_" not in key)
+    added = sum(x.nbytes for key, x in copying.named_parameters() if ".lora_" in key or not key.startswith("base."))
+    cache = ROWS * (PROMPT + TOKENS) * sizes.cache_bytes_per_position
+    for kind, copies, target in (("copy", sizes.cache_copies, "reported"), ("shared", 1, "at most 1.3")):
+        looped_bytes = weights + added + copies * cache
+        detail = f"{looped_bytes / 2**20:.0f} MiB, {(weights + cache) / 2**20:.0f} MiB"
+        figure = f"`token`: memory with `deeper_cache: {kind}` / the un-looped model's"
+        yield Figure(figure, name, looped_bytes / (weights + cache), target, detail)
+
+
+def looped(plain: LatentReasoner, deeper_cache: str) -> LatentReasoner:
+    """The base of ``plain`` in a loop of every token; the adapters have an effect."""
+    base = type(plain.base)(plain.base.config)
+    base.eval()  # type: ignore[no-untyped-call]
+    config = plain.config.replace(loop={**LOOP, "deeper_cache": deeper_cache})
+    made = EndlessReasoner(base, plain.tokenizer, config).eval()
+    with torch.no_grad():
+        for key, weight in made.base.named_parameters():
+            if "lora_B" in key:
+                weight.normal_(std=0.02)
+    return made
+
+
+def at_depth(request: Request, exit_at: int) -> Request:
+    """The request with tokens that exit after ``exit_at`` iterations: any survival is below the threshold."""
+    return replace(request, loop=ResolvedLoopParams(DEPTH, exit_at, "survival", 2.0, 1))
+
+
+def answer(engine: Engine, requests: list[Request]) -> None:
+    """Answer requests that arrive at once."""
+    for future in [engine.submit(request) for request in requests]:
+        future.result()
+
+
+def on_thread(engine: Engine, run: Callable[[], object]) -> Callable[[], object]:
+    """``run`` on the engine's thread."""
+    return lambda: engine._thread.call(run)
