@@ -76,8 +76,10 @@ def generate(
         given = {"model": model, "device": device, "dtype": dtype, "quantization": quantization}
         run_file(context, source, output, ray_engines, given)
         return
-    if prompt is None or ray_engines is not None:
-        raise ConfigError("give a prompt, or --input FILE" if prompt is None else "--ray needs --input FILE")
+    if prompt is None:
+        raise typer.BadParameter("give a prompt, or --input FILE", param_hint="PROMPT")
+    if ray_engines is not None:
+        raise typer.BadParameter("--ray needs --input FILE")
     if stream and as_json:
         raise ConfigError("--stream and --json exclude each other")
     reasoner = load_model(model, device, dtype, quantization)

@@ -50,10 +50,10 @@ def init(
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Add an untrained loop to a base model, or turn its own layers into a loop.
+    """Add a loop to a base model.
 
-    Writes a checkpoint folder. It answers as the base model until `slr train` trains the loop; with --recursive, it
-    answers with its loop, at full rank as the base model did.
+    Writes a checkpoint folder. It answers as the base model until `slr train` trains the loop. With --recursive, the
+    loop is made of the model's own layers and on from the start: at full rank, it answers as the base model did.
     """
     from slr_core.checkpoint.init import Recursive, init_checkpoint
     from slr_core.engine.runner.device import resolve_dtype
