@@ -84,7 +84,7 @@ LOOPS = {
         "feedback": "raw",
         "projection": {"kind": "identity"},
         "timestep": {"kind": "learned", "combine": "concat"},
-        "lora": {"rank": [1, 2, 2]},
+        "lora": {"rank": [2, 1, 2]},
         "residual": {"source": "previous", "mix": "gated", "norm": True},
         "convergence": {"criterion": "cosine", "threshold": 0.2},
     },
