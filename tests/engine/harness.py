@@ -152,7 +152,7 @@ def facts(result: Any) -> tuple[Any, ...]:
         result.iterations,
         result.exit_reason,
         result.iterations_per_token,
-        [[(record.t, record.adapter) for record in loop] for loop in result.records_per_token],
+        tuple(tuple((record.t, record.adapter) for record in loop) for loop in result.records_per_token),
         result.forward_passes,
         result.prompt_tokens,
         thoughts,
