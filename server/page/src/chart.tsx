@@ -1,5 +1,5 @@
 // A line chart over iterations or time, drawn by uPlot.
-import { useEffect, useRef } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import uPlot from "uplot";
 
 export interface Series { label: string; values: (number | null)[]; dashed?: boolean }
@@ -27,7 +27,16 @@ export function Chart({ title, note, series, x, selected, log, guide }: ChartPro
   const host = useRef<HTMLDivElement>(null), drawn = useRef<uPlot | null>(null), marked = useRef(selected);
   marked.current = selected;
   const length = Math.max(...series.map(({ values }) => values.length));
+  const [near, setNear] = useState(false);
+  // Charts are costly to draw: one that is far from the window is drawn when it comes near.
   useEffect(() => {
+    const observer = new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting)) setNear(true); },
+      { rootMargin: "300px" });
+    observer.observe(host.current!);
+    return () => observer.disconnect();
+  }, []);
+  useEffect(() => {
+    if (!near) return;
     const element = host.current!, style = getComputedStyle(element);
     const ink = style.color, accent = style.getPropertyValue("--accent"), rule = style.getPropertyValue("--rule");
     const xs = x ?? Array.from({ length }, (_, i) => i + 1);
@@ -68,7 +77,7 @@ export function Chart({ title, note, series, x, selected, log, guide }: ChartPro
     const observer = new ResizeObserver(() => chart.setSize({ width: element.clientWidth, height: HEIGHT }));
     observer.observe(element);
     return () => { observer.disconnect(); chart.destroy(); };
-  }, [series, x, log, guide]);
+  }, [near, series, x, log, guide]);
   useEffect(() => { drawn.current?.redraw(false, false); }, [selected]);
   const at = (values: (number | null)[]) => format(values[selected ?? values.length - 1]);
   const text = series.map(({ label, values }) => `${label} ${values.map(format).join(", ")}`).join("; ");
