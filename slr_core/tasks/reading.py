@@ -15,7 +15,7 @@ _LONGEST = 10_000
 _SENTENCE_END = re.compile(r"(?<!\bMrs)(?<!\bM[rs])(?<!\bDr)(?<!\bSt)[.!?](?=\s|$)|\n|$")
 _ANSWER_IS = re.compile(r"\banswers?\b[^.\n:=]{0,40}?(?:\b(?:is|are|was|would be|should be)\b|[:=])[\s:*_]*", re.I)
 _HASHES = re.compile(r"####+[ \t]*")
-_LAST_LINE = re.compile(r"(?:^|\n)[ \t]*#{1,3}[ \t]*(?=[^\s#][^\n]*\s*\Z)")
+_LAST_LINE = re.compile(r"(?:^|\n)[ \t]*#{1,3}[ \t]*(?=[^\s#][^\n]*+\s*\Z)")
 _STATED = re.compile(rf"{_HASHES.pattern}|\\(?:boxed|fbox)\b|(?i:{_ANSWER_IS.pattern})")
 _QUESTION_LABEL = r"[#*_>\t ]{0,9}\b(?:Question|Problem|Exercise|Q)(?: ?#?\d+)?[*_]* ?:"
 _QUESTION = re.compile(rf"(?<=\s){_QUESTION_LABEL}")
@@ -157,7 +157,7 @@ _THOUSANDS = r"[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)"
 _DIGITS = rf"(?:{_THOUSANDS}|\d+)"
 _LIST = rf"(?!{_THOUSANDS})\d+(?:\.\d+)?(?:,\d+(?:\.\d+)?)+"  # 1,5: neither 1 nor 5 nor 1.5
 _REPETEND = (
-    r"(?:\((?P<bracketed>\d+)\)|(?P<lined>(?:\\(?:overline|bar)\s*(?:\{\s*\d+\s*\}|\d)|(?:\d[\u0304\u0305])+)+)"
+    r"(?:\((?P<bracketed>\d+)\)|(?P<lined>(?:\\(?:overline|bar)\s*(?:\{\s*\d+\s*\}|\d)|\d[\u0304\u0305])+)"
     r"|(?P<dotted>(?:\\dot\s*(?:\{\d\}|\d)|\d\u0307)(?:\d*(?:\\dot\s*(?:\{\d\}|\d)|\d\u0307))?))"
 )
 _REPEATING = re.compile(rf"(?<![\w.])(?P<whole>{_THOUSANDS}|\d*)\.(?P<digits>\d*?){_REPETEND}(?!\d)")

@@ -1,5 +1,6 @@
 """Where an answer ends, and how numbers are read."""
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -152,3 +153,11 @@ def test_comma():
         None,
     ]
     assert get_task("math").grade(Example("q", (), "1,5"), "\\boxed{5,1}")
+
+
+@pytest.mark.parametrize("text", ["." + "1\u0304" * 22 + "1", "# x" + " " * 9_500 + "\ny"])
+def test_long_runs_are_read_in_linear_time(text):
+    """Trying every division of a run takes 0.3 s or more here, and hours with twice the run."""
+    begin = time.process_time()
+    stated_number(text)
+    assert time.process_time() - begin < 0.1
