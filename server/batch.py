@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import httpx
+from pydantic_core import from_json
 
 from slr_core.errors import DataError
 
@@ -31,7 +32,7 @@ _AHEAD = 4
 
 
 def batch_settings(**given: Any) -> ServerSettings:
-    """Settings of an application that answers a batch: no keys, no deadline, no reduced budgets.
+    """Settings of an application that answers a batch: no keys, any host, no deadline, no reduced budgets.
 
     Args:
         given: settings of the model.
@@ -41,6 +42,7 @@ def batch_settings(**given: Any) -> ServerSettings:
         api_keys=None,
         api_keys_file=None,
         admin_key=None,
+        allowed_hosts="*",
         request_timeout_s=_DAY_S,
         elastic_floor=1.0,
         max_queue=1_000_000,
@@ -66,25 +68,25 @@ class BatchAnswerer:
             line: of the input.
         """
         try:
-            request = json.loads(line)
-            if not isinstance(request, dict):
-                raise TypeError("a line must be a JSON object")
-        except (ValueError, TypeError, RecursionError) as error:
+            request = _parse(line)
+        except (ValueError, TypeError) as error:
             return _to_line({"error": {"type": "invalid_request_error", "message": str(error), "code": "invalid_json"}})
         if "custom_id" not in request and "url" not in request:
             identity = {"id": request.pop("id")} if "id" in request else {}
             response = await self._post("/generate", request)
-            return _to_line(
-                {**identity, **response.json()["results"][0]} if _single(response) else {**identity, **response.json()}
-            )
+            answered = response.json()
+            if _single(response):
+                answered = answered["results"][0]
+            answered.pop("id", None)  # of the response: a line has its request's, by which it is recognized
+            return _to_line({**identity, **answered})
         found: dict[str, Any] = {"id": f"batch_req_{number}", "custom_id": request.get("custom_id")}
         url, body = request.get("url"), request.get("body")
         if url not in URLS or not isinstance(body, dict) or request.get("method", "POST") != "POST":
             message = f"a request needs method POST, a url among {', '.join(URLS)}, and a body"
             return _to_line({**found, "response": None, "error": {"code": "invalid_request", "message": message}})
         response = await self._post(url, body)
-        answered = {"status_code": response.status_code, "request_id": response.headers.get("x-request-id")}
-        return _to_line({**found, "response": {**answered, "body": response.json()}, "error": None})
+        status = {"status_code": response.status_code, "request_id": response.headers.get("x-request-id")}
+        return _to_line({**found, "response": {**status, "body": response.json()}, "error": None})
 
     async def _post(self, url: str, body: dict[str, Any]) -> httpx.Response:
         return await self._client.post(url, json={**body, "stream": False})
@@ -92,6 +94,19 @@ class BatchAnswerer:
 
 def _single(response: httpx.Response) -> bool:
     return response.status_code == httpx.codes.OK and len(response.json()["results"]) == 1
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """A line as the server parses a body: no NaN, no lone surrogates, bounded depth.
+
+    Raises:
+        TypeError: it is not an object.
+        ValueError: it is not JSON.
+    """
+    record = from_json(line, allow_inf_nan=False)
+    if not isinstance(record, dict):
+        raise TypeError("a line must be a JSON object")
+    return record
 
 
 def _to_line(record: dict[str, Any]) -> str:
@@ -168,13 +183,13 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 def read_lines(source: Path) -> Iterator[str]:
-    """The lines of the input, without their ends. Characters that are not UTF-8 are replaced.
+    """The lines of the input, without their ends and a byte order mark. Characters that are not UTF-8 are replaced.
 
     Raises:
         DataError: the file cannot be read.
     """
     try:
-        with source.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        with source.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
             for line in file:
                 yield line.removesuffix("\n")
     except OSError as error:
@@ -204,34 +219,49 @@ def resume(source: Path, output: Path) -> int:
     """Cut off an incomplete last line of the output, and return the number of whole ones.
 
     Raises:
-        DataError: a file cannot be read, or the output is not that of this input.
+        DataError: a file cannot be read, or the output is not that of this input. Then it is left as it is.
     """
     if not output.exists():
         return 0
     try:
+        if source.exists() and output.samefile(source):
+            raise DataError(f"{output} is the input: name another file for the output")
         with output.open("r+b") as file:
-            done, size, last = 0, 0, b""
+            done, size, last, rest = 0, 0, b"", b""
             for line in file:
                 if line.endswith(b"\n"):
                     done, size, last = done + 1, size + len(line), line
+                else:
+                    rest = line
+            _check_output(source, output, done, last, rest)
             file.truncate(size)
     except OSError as error:
         raise DataError(f"cannot continue {output}: {error.strerror or error}") from error
+    return done
+
+
+def _check_output(source: Path, output: Path, done: int, last: bytes, rest: bytes) -> None:
+    """Check that the last of ``done`` whole lines, and the incomplete one after it, are answers to this input.
+
+    Raises:
+        DataError: they are not.
+    """
+    if not rest.startswith(b"{"[: len(rest)]):
+        raise DataError(f"{output} exists, and its last line is not an answer: name another file for the output")
     if done:
         asked = next(islice(read_lines(source), done - 1, None), None)
         if asked is None:
             raise DataError(f"{output} has more lines than {source}")
         if _name(asked) != _name(last.decode("utf-8", "replace")):
             raise DataError(f"{output}, line {done}: answers another request than {source} has there")
-    return done
 
 
 def _name(line: str) -> Any:
     """By which an output line can be recognized: ``custom_id`` or ``id``; ``None`` if it has neither."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = _parse(line)
+    except (ValueError, TypeError):
         return None
-    if not isinstance(record, dict):
-        return None
-    return record["custom_id"] if "custom_id" in record else record.get("id")
+    if "custom_id" in record or "url" in record:
+        return record.get("custom_id")
+    return record.get("id")

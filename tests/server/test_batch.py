@@ -22,6 +22,9 @@ LINES = [
     json.dumps(
         {"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": {"prompt": "w1", "stream": True}}
     ),
+    '{"id": "n", "prompt": "w1", "temperature": NaN}',
+    '{"id": "s", "prompt": "\\ud800"}',
+    json.dumps({"id": "m", "prompt": "w1", "n": 2, "temperature": 1, "max_new_tokens": 1}),
     json.dumps({"custom_id": "y", "url": "/v1/embeddings", "body": {}}),
     json.dumps({"custom_id": "z", "url": "/v1/completions", "body": {"prompt": "w1", "best_of": "many"}}),
 ]
@@ -39,9 +42,10 @@ def answer(source, output, folder):
     return count, [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def test_formats(folder, tmp_path):
+def test_formats(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLR_ALLOWED_HOSTS", "example.com")
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("\n".join(LINES))  # the last line has no end
+    source.write_text("\ufeff" + "\n".join(LINES))  # the last line has no end
     count, found = answer(source, output, folder)
     assert count == len(found) == len(LINES)
     assert (found[0]["id"], found[0]["iterations"]) == ("a", 2)
@@ -50,8 +54,14 @@ def test_formats(folder, tmp_path):
     assert found[4]["error"]["param"] == "max_iterations"
     assert (found[5]["custom_id"], found[5]["response"]["status_code"], found[5]["error"]) == ("x", 200, None)
     assert found[5]["response"]["body"]["choices"][0]["text"] is not None
-    assert (found[6]["response"], found[6]["error"]["code"]) == (None, "invalid_request")
-    assert found[7]["response"]["status_code"] == 400
+    assert [found[i]["error"]["code"] for i in (6, 7)] == ["invalid_json"] * 2
+    assert (found[8]["id"], len(found[8]["results"])) == ("m", 2)
+    assert (found[9]["response"], found[9]["error"]["code"]) == (None, "invalid_request")
+    assert found[10]["response"]["status_code"] == 400
+    lines = output.read_text().splitlines(keepends=True)
+    for count in range(len(lines) + 1):
+        output.write_text("".join(lines[:count]))
+        assert resume(source, output) == count
     assert answer(source, output, folder)[0] == 0, "all is answered"
 
 
@@ -70,6 +80,19 @@ def test_resume(tmp_path):
         resume(source, output)
     with pytest.raises(DataError, match="cannot read"):
         answer(tmp_path / "gone", tmp_path / "new", None)
+
+
+def test_files_that_are_no_output(tmp_path):
+    """They are refused and left as they are."""
+    source, link, other = tmp_path / "in.jsonl", tmp_path / "link", tmp_path / "notes"
+    source.write_text('{"prompt": "w1"}')
+    link.symlink_to(source)
+    other.write_text("[1, 2]")
+    for output, message in ((source, "is the input"), (link, "is the input"), (other, "is not an answer")):
+        before = output.read_text()
+        with pytest.raises(DataError, match=message):
+            resume(source, output)
+        assert output.read_text() == before
 
 
 @pytest.mark.slow
