@@ -209,10 +209,17 @@ def open_output(output: Path) -> BinaryIO:
 
 
 def write_line(file: BinaryIO, line: str) -> None:
-    """Append a line by one write, so that a process that is killed leaves at most one incomplete line."""
+    """Append a line by one write, so that a process that is killed leaves at most one incomplete line.
+
+    Raises:
+        DataError: it cannot be written.
+    """
     left = memoryview(f"{line}\n".encode("utf-8", "surrogatepass"))
-    while left:
-        left = left[file.write(left) :]
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        raise DataError(f"cannot write {file.name}: {error.strerror or error}; a repeated command continues") from error
 
 
 def resume(source: Path, output: Path) -> int:
@@ -226,6 +233,8 @@ def resume(source: Path, output: Path) -> int:
     try:
         if source.exists() and output.samefile(source):
             raise DataError(f"{output} is the input: name another file for the output")
+        if not output.is_file():  # reading a pipe or a device might never end
+            raise DataError(f"{output} is not a regular file, which a repeated command could continue")
         with output.open("r+b") as file:
             done, size, last, rest = 0, 0, b"", b""
             for line in file:

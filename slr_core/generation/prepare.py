@@ -170,7 +170,7 @@ def _render_chat(reasoner: LatentReasoner, messages: Messages) -> str:
         return render_chat(tokenizer.get_chat_template(template), messages, tokenizer.special_tokens_map)
     except Exception as error:  # a template may raise any kind
         refusal = str(error)[:_MAX_REFUSAL]
-        raise RequestError(f"the chat template refuses these messages: {refusal}", param="messages") from error
+        raise RequestError(f"the chat template refuses the messages: {refusal}", param="messages") from error
 
 
 def reads_chats(reasoner: LatentReasoner) -> bool:

@@ -96,7 +96,7 @@ def test_hostile(name, monkeypatch):
     monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.05)
     monkeypatch.setattr(REASONER, "config", REASONER.config.replace(text={"chat_template": HOSTILE[name]}))
     began = time.thread_time()
-    with pytest.raises(RequestError, match="the chat template refuses these messages") as caught:
+    with pytest.raises(RequestError, match="the chat template refuses the messages") as caught:
         prepare(REASONER, [{"role": "user", "content": "w1 w2"}])
     assert time.thread_time() - began < 1
     assert len(str(caught.value)) < 500

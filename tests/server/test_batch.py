@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from slr_core.errors import DataError
-from slr_server.batch import batch_settings, resume, run_batch
+from slr_server.batch import batch_settings, open_output, resume, run_batch, write_line
 from tests import tiny
 from tests.tiny import PROMPTS
 
@@ -93,6 +94,11 @@ def test_files_that_are_no_output(tmp_path):
         with pytest.raises(DataError, match=message):
             resume(source, output)
         assert output.read_text() == before
+    full = Path("/dev/full")
+    with pytest.raises(DataError, match="is not a regular file"):
+        resume(source, full)
+    with open_output(full) as file, pytest.raises(DataError, match="cannot write /dev/full: No space left"):
+        write_line(file, "{}")
 
 
 @pytest.mark.slow
