@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 from starlette.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from slr_core.checkpoint.folder import local_path
-from slr_core.checkpoint.validate import read_json
+from slr_core.checkpoint.validate import line, read_json
 from slr_core.config import DEFAULT_THRESHOLDS, READS_HALTING_HEAD
 from slr_core.errors import CheckpointError
 from slr_core.generation.prepare import reads_chats
@@ -24,7 +26,8 @@ from .common import ServiceDependency, document_errors
 
 _DIST = Path(__file__).parents[1] / "page" / "dist"
 _EXAMPLES = "examples.json"
-_EXAMPLE_LIST = TypeAdapter(list[ExamplePrompt])
+_MAX_EXAMPLES = 256
+_EXAMPLE_LIST = TypeAdapter(Annotated[list[ExamplePrompt], Field(max_length=_MAX_EXAMPLES, fail_fast=True)])
 CSP = "; ".join(
     (
         "default-src 'none'",
@@ -85,10 +88,12 @@ def read_examples(folder: Path) -> list[ExamplePrompt]:
     if not file.exists():
         return []
     try:
-        return _EXAMPLE_LIST.validate_python(read_json(file))
-    except (CheckpointError, ValidationError) as error:
-        logger.warning("%s is not a list of examples: %s", file, error)
+        examples = _EXAMPLE_LIST.validate_python(read_json(file))
+        _EXAMPLE_LIST.dump_json(examples)  # a lone surrogate is valid in a file's JSON, and not in a response
+    except (CheckpointError, ValidationError, PydanticSerializationError) as error:
+        logger.warning("%s is not a list of examples: %s", file, line(error))
         return []
+    return examples
 
 
 def page_response() -> FileResponse:

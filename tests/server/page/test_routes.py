@@ -71,10 +71,13 @@ def test_bundled_examples(name):
 def test_unusable_examples(tmp_path, caplog):
     file = tmp_path / "examples.json"
     assert read_examples(tmp_path) == []
-    for content in ("{", "3", "[3]", '[{"answer": "no prompt"}]', '[{"prompt": 3}]', "[" * 100_000):
+    wrong = ("{", "3", "[3]", '[{"answer": "no prompt"}]', '[{"prompt": 3}]', "[" * 100_000)
+    many = '[{"prompt": "a"}' + ', {"prompt": 3}' * 300 + "]"
+    for content in (*wrong, '[{"prompt": "\\ud800"}]', many, many.replace("3", '"b"')):
         file.write_text(content)
         assert read_examples(tmp_path) == []
         assert "is not a list of examples" in caplog.text
+        assert caplog.text.count("\n") == 1
         caplog.clear()
     file.unlink()
     os.mkfifo(file)
