@@ -91,7 +91,7 @@ def _read_keys(path: str) -> SecretStr:
             raise ConfigError(f"api_keys_file: {path} is not a file")
         if Path(path).stat().st_size > _MAX_FILE_BYTES:
             raise ConfigError(f"api_keys_file: {path} has more than {_MAX_FILE_BYTES} bytes")
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
         return check_keys(SecretStr(",".join(line for line in lines if line and not line.startswith("#"))))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"api_keys_file: {path} cannot be read ({type(error).__name__})") from error

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from slr_core.config import Criterion
-from slr_core.errors import ConfigError
+from slr_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from slr_core.model.reasoner import LatentReasoner
@@ -135,11 +135,19 @@ def show_results(results: Any, print_text: Callable[[], None], as_json: bool, ou
         print_text: prints the results for a reader.
         as_json: print ``results`` as JSON instead.
         output: file to write ``results`` to, as JSON.
+
+    Raises:
+        DataError: the file cannot be written; the results are printed all the same.
     """
-    text = json.dumps(results, indent=2)
+    text, failure = json.dumps(results, indent=2), None
     if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
+        try:
+            output.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            failure = error
     if as_json:
         print(text)
     else:
         print_text()
+    if failure is not None:
+        raise DataError(f"cannot write {output}: {failure.strerror or failure}") from failure

@@ -1,6 +1,8 @@
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -9,7 +11,9 @@ from typer.testing import CliRunner
 
 from slr_core import __version__, cli
 from slr_core.cli.evaluate import MethodName
+from slr_core.cli.options import show_results
 from slr_core.config import Criterion
+from slr_core.errors import DataError
 from slr_core.evaluation.methods import METHODS
 from slr_core.tasks import TASKS
 from tests.cli.questions import QUESTION
@@ -203,3 +207,9 @@ def test_completion():
     assert completions("slr eval --task math --split t") == ["train", "test", "test500"]
     assert completions("slr eval --task prontoqa --generator-option ") == ["hops=", "balanced="]
     assert completions("slr tr") == ["trace", "train"]
+
+
+def test_results_survive_an_unwritable_output(capsys):
+    with pytest.raises(DataError, match="cannot write /dev/full: No space left"):
+        show_results({"a": 1}, lambda: None, as_json=True, output=Path("/dev/full"))
+    assert json.loads(capsys.readouterr().out) == {"a": 1}

@@ -196,7 +196,7 @@ def test_key_file(tmp_path, engine, caplog):
             client.app.state.api_keys.reload()
             assert caplog.records[-1].getMessage().endswith("the keys stay as they are")
             assert accepted() == [True, True, True]
-        path.write_text(OTHER)
+        path.write_text(OTHER, encoding="utf-8-sig")  # with a byte order mark
         client.app.state.api_keys.reload()
         assert accepted() == [False, True, True]
     assert not any(key in caplog.text for key in (KEY, OTHER, hashed))
