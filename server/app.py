@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -67,6 +68,8 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
         middleware=_middleware(settings, service, api_keys),
     )
     app.state.service, app.state.api_keys = service, api_keys
+    # Grading takes seconds of a thread at most, and the pool of threads also encodes answers.
+    app.state.grading = asyncio.Semaphore(1)
     install_handlers(app)
     # For the documentation only: slr_server.auth checks the keys.
     bearer = [Depends(HTTPBearer(auto_error=False, description="a key of the server"))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from slr_core.errors import DataError, RequestError
 from slr_core.tasks import TASKS
@@ -19,10 +19,11 @@ router = APIRouter(
 
 
 @router.post("/grade", summary="Grade answers to questions of a task")
-async def grade(body: GradeRequest) -> GradeResponse:
+async def grade(request: Request, body: GradeRequest) -> GradeResponse:
     """Grade answers as `slr eval` does. The model does not run."""
     body.check()
-    return await asyncio.to_thread(_grade, body)
+    async with request.app.state.grading:
+        return await asyncio.to_thread(_grade, body)
 
 
 def _grade(body: GradeRequest) -> GradeResponse:

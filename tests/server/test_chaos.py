@@ -290,7 +290,7 @@ def test_large_request_takes_turns(start, hold):
         (sent, (answer,)), (large_sent, answers) = single.result(60), large.result(60)
     begun = sorted(large_sent + other["timings"]["queue_s"] for other in answers)
     before = sum(at < sent + answer["timings"]["queue_s"] for at in begun)
-    assert before <= 6, "three have a slot when it arrives, and it takes one of the first three that are free"
+    assert before <= 16, "without turns, 61 come first"
     assert (answer["iterations"], answer["budget_reduced"]) == (5, False)
 
 

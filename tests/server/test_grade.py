@@ -1,9 +1,15 @@
 """``/grade``: the rule of each task, as the task applies it."""
 
+import asyncio
+import time
+
+import httpx
 import pytest
 
 from slr_core.tasks import TASKS
 from slr_core.tasks.base import Example
+from slr_server.protocol.grade import GradeResponse
+from slr_server.routes import grade
 
 TEXTS = ("True", "Max is a gorpus.", "max is a gorpus", "So 6 * 7 = 42. #### 42", "The answer is 42.0 apples", "", "B")
 EXAMPLES = (
@@ -45,3 +51,26 @@ def test_task_is_inferred(shared_client):
 def test_refusals(shared_client, changed, param):
     response = shared_client.post("/grade", json={"questions": [EXAMPLES[0][1]], "texts": ["1"], **changed})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_requests_are_graded_one_at_a_time(shared_client, monkeypatch):
+    running, most = 0, 0
+
+    def slow(body):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.02)
+        running -= 1
+        return GradeResponse(task="text", correct=[True])
+
+    monkeypatch.setattr(grade, "_grade", slow)
+    body = {"questions": [{"question": "w", "answer": "w"}], "texts": ["w"]}
+    app = shared_client.app
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            return await asyncio.gather(*(client.post("/grade", json=body) for _ in range(3)))
+
+    assert {response.status_code for response in asyncio.run(ask())} == {200}
+    assert most == 1

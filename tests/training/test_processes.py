@@ -93,7 +93,8 @@ def test_two_processes_have_the_loss_of_one_with_the_same_batch(launcher, tmp_pa
     assert len(one) == len(two) == 12
     for alone, shared in zip(one, two, strict=True):
         assert alone.keys() == shared.keys() >= {"loss", "answer", "frontier", "chains", "fixed_point"}
-        for name, value in alone.items():
+        for name in alone.keys() - {"tokens_per_second"}:
+            value = alone[name]
             assert shared[name] == pytest.approx(value, rel=2e-3, abs=2e-3), name
     expected, actual = weights(tmp_path / "one" / "out"), weights(tmp_path / "two" / "out")
     for key, tensor in expected.items():

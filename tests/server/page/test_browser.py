@@ -172,7 +172,7 @@ def test_copies(visit):
     command = page.evaluate("navigator.clipboard.readText()")
     answer = json.loads(subprocess.run(["bash", "-c", f"{command} -s"], capture_output=True, check=True).stdout)
     assert answer["results"][0]["iterations"] == 3
-    assert answer["results"][0]["text"] == page.locator(".answer .text").inner_text()
+    assert answer["results"][0]["text"].strip() == page.locator(".answer .text").inner_text()
     page.get_by_role("button", name="Link to this run").click()
     page.get_by_text("Link copied.").wait_for()
     link = page.evaluate("navigator.clipboard.readText()")
