@@ -46,7 +46,10 @@ WATCH = """
     const began = performance.now();
     const wait = () => requestAnimationFrame(() => {
       const canvas = document.querySelector(".map canvas");
-      if (!canvas || document.querySelectorAll(".chart canvas").length < 4) return wait();
+      const charts = [...document.querySelectorAll(".chart > div")];
+      // A chart below the window is drawn when it comes near.
+      const missing = (host) => host.getBoundingClientRect().top < innerHeight && !host.querySelector("canvas");
+      if (!canvas || charts.length < 4 || charts.some(missing)) return wait();
       const channel = new MessageChannel();
       channel.port1.onmessage = () => { window.drawn = performance.now() - began; };
       channel.port2.postMessage(null);

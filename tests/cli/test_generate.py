@@ -61,12 +61,12 @@ def test_file(run, made, folder, tmp_path):
 
 def test_file_options(run, folder, tmp_path):
     source = tmp_path / "in.jsonl"
-    for options, message in (
-        (("--input", source), "--input needs --output"),
-        (("--input", source, "--output", tmp_path / "out", "--seed", 1), "seed: with --input"),
-        (("--ray", 2, QUESTION), "--ray needs --input"),
-        ((), "give a prompt"),
+    for options, message, status in (
+        (("--input", source), "--input needs --output", 1),
+        (("--input", source, "--output", tmp_path / "out", "--seed", 1), "seed: with --input", 1),
+        (("--ray", 2, QUESTION), "--ray needs --input", 2),
+        ((), "give a prompt", 2),
     ):
         code, _, err = run("generate", "--model", folder, *options)
-        assert code == 1
+        assert code == status
         assert message in err
