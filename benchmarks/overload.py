@@ -20,8 +20,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -34,6 +32,7 @@ from urllib.request import urlopen
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.server_process import start_server
 from slr_core.config import SLRConfig
 from slr_core.model.reasoner import LatentReasoner
 
@@ -206,23 +205,6 @@ def build(folder: Path) -> None:
     made.eval().save_pretrained(str(folder))
 
 
-def serve(model: Path, floor: float) -> tuple[subprocess.Popen[str], str]:
-    """Start a server; returns its process and URL."""
-    flags = {
-        "model": model,
-        "port": "0",
-        "threads": "1",
-        "slots": SLOTS,
-        "max-queue": QUEUE,
-        "elastic-floor": floor,
-        "log-level": "warning",
-    }
-    command = [sys.executable, "-m", "slr_server.cli", *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    return process, process.stdout.readline().split()[-1]
-
-
 def resident_mib(pid: int) -> float:
     """Resident memory of a process, in MiB."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -238,7 +220,7 @@ def measure(model: Path, floor: float, seconds: float, rates: Sequence[float], r
         rates: multiples of the saturating rate.
         rate: the saturating rate; ``None``: measured here.
     """
-    process, url = serve(model, floor)
+    process, url = start_server(model=model, slots=SLOTS, max_queue=QUEUE, elastic_floor=floor)
     loads: dict[str, Any] = {}
     try:
         asyncio.run(closed_load(url, SLOTS, min(5.0, seconds)))

@@ -16,8 +16,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +23,8 @@ from statistics import median, quantiles
 from tempfile import TemporaryDirectory
 
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+from benchmarks.server_process import start_server
 
 MAX_BYTES, MAX_INTERACTIVE_MS, MAX_DRAW_MS, MAX_TASK_MS = 300_000, 1000.0, 50.0, 200.0
 ITERATIONS, TOKENS, ANSWER_TOKENS = 64, 50, 4000
@@ -64,9 +64,11 @@ WATCH = """
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="Repetitions of each measurement.")
+    parser.add_argument("--repeats", type=int, default=15, help="Repetitions of each measurement, at least 2.")
     parser.add_argument("--out", type=Path, help="File for the table, in Markdown.")
     arguments = parser.parse_args()
+    if arguments.repeats < 2:
+        parser.error("--repeats must be at least 2")
     with TemporaryDirectory() as folder, serving() as url, sync_playwright() as playwright:
         trace = Path(folder) / "trace.json"
         trace.write_text(json.dumps(long_trace()))
@@ -84,14 +86,12 @@ def main() -> None:
 @contextmanager
 def serving() -> Iterator[str]:
     """A server of the bundled checkpoint in its own process: its URL."""
-    command = [sys.executable, "-m", "slr_server.cli", "--port", "0", "--threads", "1"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process, url = start_server()
     try:
-        assert server.stdout is not None
-        yield server.stdout.readline().split()[-1]
+        yield url
     finally:
-        server.terminate()
-        server.wait(60)
+        process.terminate()
+        process.wait(60)
 
 
 def long_trace() -> dict[str, object]:

@@ -14,8 +14,6 @@ import argparse
 import asyncio
 import json
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -28,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.overload import build, exchange
+from benchmarks.server_process import start_server
 from benchmarks.simulator import Arrival, Fleet, StepCost, poisson, replicas_for, simulate
 
 SLOTS, TOKENS = 16, 4
@@ -158,17 +157,6 @@ def fit(rows: Iterable[tuple[float, float, float, float]], outside_s: float) -> 
     return StepCost(parts.get(0, 0.0), parts.get(1, 0.0), parts.get(2, 0.0), outside_s)
 
 
-def serve(model: Path) -> tuple[subprocess.Popen[str], str]:
-    """Start the server; returns its process and URL."""
-    flags = {"model": model, "port": 0, "threads": 1, "slots": SLOTS, "elastic-floor": 1, "prefix-gib": 0}
-    command = [sys.executable, "-m", "slr_server.cli", "--log-level", "warning"]
-    process = subprocess.Popen(
-        [*command, *(str(x) for k, v in flags.items() for x in (f"--{k}", v))], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    return process, process.stdout.readline().split()[-1]
-
-
 def figures(latencies: Sequence[float], seconds: float) -> dict[str, float]:
     """Throughput and latencies."""
     ordered = sorted(latencies)
@@ -180,7 +168,7 @@ def validate(seconds: float) -> dict[str, Any]:
     """Measure a server, and predict the same loads."""
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
-        process, url = serve(Path(folder))
+        process, url = start_server(model=folder, slots=SLOTS, elastic_floor=1, prefix_gib=0)
         try:
             asyncio.run(closed_load(url, SLOTS, 6, min(5.0, seconds)))
             cost, calibration = calibrate(url, max(1.0, seconds / 8))
