@@ -12,7 +12,7 @@ import json
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,7 +75,7 @@ class BatchAnswerer:
             identity = {"id": request.pop("id")} if "id" in request else {}
             response = await self._post("/generate", request)
             answered = response.json()
-            if _single(response):
+            if response.status_code == httpx.codes.OK and len(answered["results"]) == 1:
                 answered = answered["results"][0]
             answered.pop("id", None)  # of the response: a line has its request's, by which it is recognized
             return _to_line({**identity, **answered})
@@ -90,10 +90,6 @@ class BatchAnswerer:
 
     async def _post(self, url: str, body: dict[str, Any]) -> httpx.Response:
         return await self._client.post(url, json={**body, "stream": False})
-
-
-def _single(response: httpx.Response) -> bool:
-    return response.status_code == httpx.codes.OK and len(response.json()["results"]) == 1
 
 
 def _parse(line: str) -> dict[str, Any]:
@@ -165,7 +161,7 @@ async def run_batch(
                 progress(done + count)
 
             try:
-                for number, line in enumerate(_chain(first, lines), start=done):
+                for number, line in enumerate(chain([first], lines), start=done):
                     if len(pending) == answerer.at_once:
                         await write_first()
                     pending.append(asyncio.create_task(answerer.answer(number, line)))
@@ -175,11 +171,6 @@ async def run_batch(
                 for task in pending:
                     task.cancel()
     return count
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def read_lines(source: Path) -> Iterator[str]:
