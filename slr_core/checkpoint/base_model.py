@@ -75,7 +75,8 @@ def load_base_model(folder: Path, config: SLRConfig, dtype: torch.dtype | None) 
     if inside:
         check_base_files(Path(source))
     try:
-        check_implementations(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        if not inside:
+            check_implementations(AutoConfig.from_pretrained(source, trust_remote_code=False))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype or "auto",
