@@ -408,10 +408,12 @@ def test_chat(visit, tmp_path):
         link = page.evaluate("navigator.clipboard.readText()")
         view(page, "Chat")
         page.get_by_role("button", name="Clear").click()
-        assert log.inner_text() == ""
         page.get_by_text("Nothing has been said yet.").wait_for()
+        assert log.inner_text() == ""
         again = visit(server.url, fragment="#" + link.partition("#")[2])
-        assert again.get_by_role("log").get_by_role("listitem").count() == 1
+        turns = again.get_by_role("log").get_by_role("listitem")
+        turns.first.wait_for()
+        assert turns.count() == 1
         assert again.get_by_role("textbox", name="Message Enter").input_value() == tiny.words(3)
         if AXE.exists():
             again.evaluate(AXE.read_text())
