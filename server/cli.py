@@ -16,6 +16,7 @@ import threading
 import time
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
@@ -202,6 +203,7 @@ class _Parser(argparse.ArgumentParser):
 def serve(settings: ServerSettings) -> None:
     """Serve until a signal comes. Exits with status 1 if the server cannot start or the engine fails."""
     # Imported here, so that --help and wrong flags are answered without importing torch.
+    _import_transformers()
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils.logging import disable_default_handler, disable_progress_bar, enable_propagation
 
@@ -257,6 +259,18 @@ def serve(settings: ServerSettings) -> None:
         if not isinstance(service.failure, SLRError):
             raise service.failure
         _fail(str(service.failure))
+
+
+def _import_transformers() -> None:
+    """Import transformers' models without scipy and PIL, which take 40 MB: losses of images alone use them."""
+    missing: Any = None  # as the entry of a module, it makes its import fail
+    unused = [name for name in ("PIL", "scipy") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(unused, missing))
+    try:
+        import_module("transformers.modeling_utils")
+    finally:
+        for name in unused:
+            del sys.modules[name]
 
 
 def _build_openapi(app: FastAPI) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import linecache
+
 from slr_core.engine import Engine
+from slr_core.engine.runner.device import return_free_memory
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, SamplingParams
 from slr_core.types import Request
@@ -39,6 +42,8 @@ def build_engine(settings: ServerSettings, metrics: Metrics) -> Engine:
     except BaseException:
         engine.close()
         raise
+    linecache.clearcache()  # source code that libraries read while they were imported
+    return_free_memory()
     return engine
 
 

@@ -20,9 +20,8 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from slr_core.checkpoint.base_model import load_base_model, load_tokenizer
 from slr_core.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CONFIG, LOOPS, MODULES
@@ -71,7 +70,8 @@ def load_checkpoint(
     tokenizer = load_tokenizer(folder, int(embeddings))
     try:
         # On the meta device: a config that asks for absurd sizes must not get them before the files were looked at.
-        with torch.device("meta"):
+        # There, initial values take time all the same.
+        with torch.device("meta"), no_init_weights():
             reasoner = cls(base, tokenizer, config, adapters)
     except (ConfigError, RecursionError) as error:
         raise checkpoint_error(folder, error) from error

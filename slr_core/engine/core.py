@@ -191,7 +191,7 @@ class Core:
         slots = range(first, first + min(rows, self.free_slots))
         self.runner.head(self.runner.run_idle(slots, width))
         for slot in slots:
-            self.cache.clear(slot, 0, width)
+            self.cache.clear(slot, width - 1, width)  # the others are not written, and need no memory
 
     @property
     def free_slots(self) -> int:

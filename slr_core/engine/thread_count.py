@@ -39,9 +39,10 @@ class ThreadCount:
         torch.set_num_threads(self.current)
 
     def measure_first(self) -> None:
-        """Measure the number if it is not fixed. All adapters must be there."""
+        """Measure the number if it is not fixed. All adapters must be there, and no request."""
         if self._measures:
             self._measure()
+            self._core.cache.reset()
         restore_default_threads(self._default)
 
     def after_step(self) -> None:

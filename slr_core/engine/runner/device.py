@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from slr_core.engine.runner.linear import check_quantization, pack_linears
+from slr_core.engine.runner.lora_batch import drop_idle_adapters
 from slr_core.errors import ConfigError
 from slr_core.model.reasoner import LatentReasoner
 
@@ -68,9 +69,10 @@ def load_reasoner(
     dtype: str | torch.dtype = "auto",
     quantization: str = "none",
 ) -> LatentReasoner:
-    """Load a checkpoint onto a device, in eval mode.
+    """Load a checkpoint onto a device, in eval mode, for inference alone: not to be trained or saved.
 
     On a CPU its linear layers become :class:`~slr_core.engine.runner.linear.PackedLinear`, which have no gradients.
+    Adapters that add nothing keep no weights, see :func:`~slr_core.engine.runner.lora_batch.drop_idle_adapters`.
 
     Args:
         path_or_id: a folder, a hub id or the name of a bundled checkpoint; ``None``: the default one.
@@ -89,6 +91,7 @@ def load_reasoner(
     reasoner = LatentReasoner.from_pretrained(path_or_id, dtype=chosen, device=place)
     if chosen is None:
         cast_for_device(reasoner)
+    drop_idle_adapters(reasoner.base)
     pack_linears(reasoner.base, check_quantization(quantization, reasoner.device, reasoner.base.dtype))
     return_free_memory()
     return reasoner

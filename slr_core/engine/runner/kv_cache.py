@@ -6,6 +6,7 @@ On a CPU its memory is reserved at first, and used as positions are written.
 from __future__ import annotations
 
 import mmap
+import sys
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -36,7 +37,12 @@ class KVCache(Cache):
         layers, heads, head_dim = cache_shape(base)
         self.slots, self.capacity = slots, capacity
         # Zeros: uninitialized memory may hold NaN, and a masked NaN still spoils attention (0 * NaN is NaN).
-        self.store = _zeros((layers, 2, slots, heads, capacity + 1, head_dim), base.dtype, base.device)
+        shape = layers, 2, slots, heads, capacity + 1, head_dim
+        self._pages = _reserve(prod(shape) * base.dtype.itemsize) if base.device.type == "cpu" else None
+        if self._pages is None:
+            self.store = torch.zeros(shape, dtype=base.dtype, device=base.device)
+        else:
+            self.store = torch.frombuffer(self._pages, dtype=base.dtype).view(shape)
         super().__init__(layers=[KVCacheLayer(self, index) for index in range(layers)])
         self.row_slots: Tensor = torch.empty(0)
         self.positions: Tensor = torch.empty(0)
@@ -85,6 +91,13 @@ class KVCache(Cache):
     def clear(self, slot: int, start: int, end: int) -> None:
         """Zero positions ``start`` to ``end``: values that are not finite would spoil the next request's attention."""
         self.store[:, :, slot, :, start:end] = 0
+
+    def reset(self) -> None:
+        """Zero all positions and, on Linux, return their memory to the operating system."""
+        if self._pages is not None and sys.platform == "linux":  # elsewhere, the values may survive
+            self._pages.madvise(mmap.MADV_DONTNEED)
+        else:
+            self.store.zero_()
 
 
 class CacheCopies:
@@ -150,17 +163,14 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.cache.capacity
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU, memory that the operating system provides page by page when it is first written."""
-    size = prod(shape) * dtype.itemsize
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+def _reserve(size: int) -> mmap.mmap:
+    """Zeros in memory that the operating system provides page by page when it is first written."""
     # Not torch.zeros, which writes every page. Private, as malloc's: no file system's limits apply to it.
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         # Every slot has scratch positions at its end: with huge pages, they would bring in almost the whole cache.
         pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    return pages
 
 
 def cache_shape(base: PreTrainedModel) -> tuple[int, int, int]:

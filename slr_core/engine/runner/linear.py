@@ -137,10 +137,12 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = groups.amin(-1), groups.amax(-1)
     scale = ((high - low) / 15).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16().float()
     centre = (low + 8 * scale).bfloat16().float()
-    integers = ((groups - centre[..., None]) / scale[..., None] + 8).round().clamp(0, 15)
-    values = (integers - 8) * scale[..., None] + centre[..., None]
+    # In place: allocating a tensor of this size takes as long as computing it.
+    levels = groups.sub(centre[..., None]).div_(scale[..., None]).add_(8).round_().clamp_(0, 15)
+    integers = levels.to(torch.int32).view(outputs, inputs)
+    values = levels.sub_(8).mul_(scale[..., None]).add_(centre[..., None]).view(outputs, inputs)
     scales = torch.stack([scale, centre], dim=-1).transpose(0, 1).contiguous().bfloat16()
-    return integers.to(torch.int32).view(outputs, inputs), scales, values.view(outputs, inputs)
+    return integers, scales, values
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

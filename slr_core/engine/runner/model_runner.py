@@ -289,7 +289,7 @@ class ModelRunner:
     def run_idle(self, slots: range, width: int) -> Tensor:
         """Run a pass of single positions that read ``width`` positions, each with another adapter, to measure time.
 
-        It overwrites what it reads: ``slots`` must be free.
+        It writes the last of these positions: ``slots`` must be free.
 
         Returns:
             States ``[n, d]`` of the ``n`` slots.

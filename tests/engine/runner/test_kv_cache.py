@@ -76,6 +76,14 @@ def test_new_cache_is_all_zeros(cache):
     assert cache.layers[0].get_max_length() == CAPACITY
 
 
+def test_reset(cache):
+    cache.store.fill_(torch.nan)
+    cache.reset()
+    assert not cache.store.any()
+    cache.write(1, 0, torch.ones(2, 2, 2, 3, 8))
+    assert cache.read(1, 0, 4).sum() == 2 * 2 * 2 * 3 * 8
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_scattered_slots_equal_a_dynamic_cache(kind):
     base = tiny.base(kind)
