@@ -47,6 +47,20 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained checkpoint of SmolLM2-135M-Instruct, from the package that brings it."""
+    from importlib.util import find_spec
+
+    from slr_core.checkpoint.init import PACKAGED, init_checkpoint
+
+    if find_spec(PACKAGED["smollm2"][0]) is None:
+        pytest.skip("the extra smollm2 is not installed")
+    folder = tmp_path_factory.mktemp("smollm2") / "fresh"
+    init_checkpoint("smollm2", folder)
+    return folder
+
+
 # -- the command line ------------------------------------------------------------------------------------
 
 
