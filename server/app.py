@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -26,7 +25,7 @@ from .middleware import (
     Preflight,
     RequestContext,
 )
-from .overload import BodyLimit, EarlyRefusal, RequestCount
+from .overload import BodyLimit, EarlyRefusal, LimitsByPath, RequestCount
 from .routes import admin, generate, grade, health, index, metrics, openai, page
 from .service import Service
 from .settings import ServerSettings, split_list
@@ -68,8 +67,6 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
         middleware=_middleware(settings, service, api_keys),
     )
     app.state.service, app.state.api_keys = service, api_keys
-    # Grading takes seconds of a thread at most, and the pool of threads also encodes answers.
-    app.state.grading = asyncio.Semaphore(1)
     install_handlers(app)
     # For the documentation only: slr_server.auth checks the keys.
     bearer = [Depends(HTTPBearer(auto_error=False, description="a key of the server"))]
@@ -101,9 +98,10 @@ def _middleware(settings: ServerSettings, service: Service, api_keys: ApiKeys) -
             )
         )
     layers.append(Middleware(Auth, api_keys=api_keys, admin_key=settings.admin_key))
-    layers.append(Middleware(EarlyRefusal, limit=service.requests))
+    limits = LimitsByPath(service.requests)
+    layers.append(Middleware(EarlyRefusal, limits=limits))
     layers.append(Middleware(BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.body_timeout_s))
-    layers.append(Middleware(RequestCount, limit=service.requests))
+    layers.append(Middleware(RequestCount, limits=limits))
     return layers
 
 

@@ -16,19 +16,24 @@ from .errors import BodyTooLarge, BodyTooSlow, Overloaded, QueueFull, TooManyCon
 from .observability.metrics import ENDPOINTS
 from .observability.request_stats import request_stats
 
+GRADE = "/grade"
+"""The path that grades answers."""
 _LARGEST_BODIES = 64
 """Unfinished bodies hold at most this many times the maximum size of one."""
+MAX_GRADINGS = 16
+"""Requests to grade answers, in progress or waiting. Each takes seconds at most."""
 
 
 class RequestLimit:
-    """Keeps the number of requests that run the model, and whose body has arrived, within ``limit``.
+    """Keeps the number of requests of one kind whose body has arrived within ``limit``.
 
     Args:
         limit: maximum number of requests in progress.
-        admission: tells whether the queue is full, and when a refused client should retry.
+        admission: of requests that run the model: tells whether the queue is full, and when a refused client should
+            retry. ``None``: for others.
     """
 
-    def __init__(self, limit: int, admission: Admission) -> None:
+    def __init__(self, limit: int, admission: Admission | None = None) -> None:
         self.limit, self._admission = limit, admission
         self.in_progress = 0
 
@@ -38,12 +43,15 @@ class RequestLimit:
         Raises:
             QueueFull: the queue is full, or there are too many requests.
         """
-        self._admission.check_room()
+        if self._admission is not None:
+            self._admission.check_room()
         if self.in_progress >= self.limit:
             raise QueueFull("too many requests in progress, try again later", self.retry_after_s())
 
     def retry_after_s(self) -> int:
         """Seconds until there should be room for one more request."""
+        if self._admission is None:
+            return 1
         return self._admission.retry_after_s(max(1, self.in_progress + 1 - self.limit))
 
     def begin(self) -> None:
@@ -60,25 +68,42 @@ class RequestLimit:
         self.in_progress -= 1
 
 
-class EarlyRefusal:
-    """Refuses a request before its body is read, if it runs the model and the server has no room for it, or if there
-    are too many connections and it is no health check.
+class LimitsByPath:
+    """The limits of the paths whose requests take more than a few milliseconds.
 
     Args:
-        limit: of the server.
+        model: of requests that run the model.
     """
 
-    def __init__(self, app: ASGIApp, limit: RequestLimit) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, model: RequestLimit) -> None:
+        self.model, self._grade = model, RequestLimit(MAX_GRADINGS)
+
+    def find(self, path: str) -> RequestLimit | None:
+        """The limit that a request to this path has; ``None``: it has none."""
+        if path in ENDPOINTS:
+            return self.model
+        return self._grade if path == GRADE else None
+
+
+class EarlyRefusal:
+    """Refuses a request before its body is read, if the server has no room for it, or if there are too many connections
+    and it is no health check.
+
+    Args:
+        limits: of the server.
+    """
+
+    def __init__(self, app: ASGIApp, limits: LimitsByPath) -> None:
+        self.app, self.limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
             try:
                 if request_stats(scope).probes_only and scope["path"] not in PROBES:
-                    raise TooManyConnections("too many connections, try again later", self.limit.retry_after_s())
-                if scope["path"] in ENDPOINTS:
-                    self.limit.check()
+                    raise TooManyConnections("too many connections, try again later", self.limits.model.retry_after_s())
+                if limit := self.limits.find(scope["path"]):
+                    limit.check()
             except Overloaded as error:
                 await send_error(error, scope, receive, send)
                 return
@@ -86,29 +111,30 @@ class EarlyRefusal:
 
 
 class RequestCount:
-    """Counts a request that runs the model once its body has arrived: a slow body keeps nobody out.
+    """Counts a request that has a limit once its body has arrived: a slow body keeps nobody out.
 
     Args:
-        limit: of the server.
+        limits: of the server.
     """
 
-    def __init__(self, app: ASGIApp, limit: RequestLimit) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, app: ASGIApp, limits: LimitsByPath) -> None:
+        self.app, self.limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] != "http" or scope["path"] not in ENDPOINTS:
+        limit = self.limits.find(scope["path"]) if scope["type"] == "http" else None
+        if limit is None:
             await self.app(scope, receive, send)
             return
         try:
-            self.limit.begin()
+            limit.begin()
         except QueueFull as error:
             await send_error(error, scope, receive, send)
             return
         try:
             await self.app(scope, receive, send)
         finally:
-            self.limit.end()
+            limit.end()
 
 
 class BodyLimit:

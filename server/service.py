@@ -31,7 +31,7 @@ from .preprocess import GenerationJob, check_characters, preprocess
 from .protocol.schema import Answer, OutputEvent
 from .request_group import AdmittedRequest, RequestGroup, until_deadline
 from .settings import ServerSettings
-from .threads import run_in_daemon
+from .threads import SerialWorker, run_in_daemon
 from .tokenizer_pool import TokenizerPool
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class Service:
         self.created = int(time.time())
         """Unix time in seconds at which the server started."""
         self.tokenizers, self.loop_lag = TokenizerPool(), LoopLag()
+        self.encoder, self.grader = SerialWorker(), SerialWorker()
         self._admission = Admission(settings.max_queue, self._queued, running=self._running)
         # More can be in progress than the engine takes while answers are tokenized, encoded and sent.
         self.requests = RequestLimit(

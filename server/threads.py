@@ -31,6 +31,34 @@ def run_in_daemon(work: Callable[[], T]) -> asyncio.Future[T]:
     return future
 
 
+class SerialWorker:
+    """Runs work on a thread, one piece at a time, in the order in which it arrives.
+
+    Pure Python on several threads at once would make the event loop and the engine wait for the interpreter's lock as
+    many times as there are threads.
+    """
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Semaphore(1)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run ``work`` when its turn comes.
+
+        If this is cancelled, work that has not begun is dropped; the next waits for work that has begun.
+
+        Args:
+            work: runs on a daemon thread.
+        """
+        await self._turn.acquire()
+        try:
+            running = run_in_daemon(work)
+        except BaseException:  # no thread can be started
+            self._turn.release()
+            raise
+        running.add_done_callback(lambda _: self._turn.release())
+        return await asyncio.shield(running)
+
+
 def start_daemon(work: Callable[[], None]) -> threading.Thread:
     """Start ``work`` on a daemon thread that :func:`unfinished` knows."""
     thread = threading.Thread(target=work, name="slr-daemon", daemon=True)

@@ -101,7 +101,7 @@ class IterationRecord:
         Args:
             state: h_t ``[W, d]``, written as the key ``state``; ``None``: no such key.
         """
-        shown = asdict(self)
+        shown: dict[str, Any] = dict(vars(self))  # not asdict, which copies each of many top tokens
         shown["top_tokens"] = [{"token": token, "prob": prob} for token, prob in self.top_tokens]
         if self.thought is None:
             del shown["thought"]

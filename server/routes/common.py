@@ -152,7 +152,7 @@ async def respond(
     answers = await while_connected(request.receive, service.answer(job, loop_set, stats))
     encode = partial(_encode, formatter, answers)
     async with until_deadline(service.deadline(stats), service.settings.request_timeout_s):
-        content = await asyncio.to_thread(encode) if _is_large(job, answers) else encode()
+        content = await service.encoder.run(encode) if _is_large(job, answers) else encode()
     # As a response, because FastAPI would validate and encode a model on the event loop.
     return Response(content, media_type="application/json")
 
@@ -174,11 +174,13 @@ def _is_large(job: GenerationJob, answers: Sequence[Answer]) -> bool:
     return job.include_states or values > _SMALL_RESPONSE
 
 
-async def _encode_event(job: GenerationJob, formatter: Formatter, output: OutputEvent) -> Iterable[bytes]:
+async def _encode_event(
+    service: Service, job: GenerationJob, formatter: Formatter, output: OutputEvent
+) -> Iterable[bytes]:
     """The frames of an event; those of a large result are encoded in a thread."""
     event = output.event
     if isinstance(event, FinishedEvent) and _is_large(job, [Answer(output.request, event.result, False)]):
-        return await asyncio.to_thread(lambda: list(formatter.frames(output)))
+        return await service.encoder.run(lambda: list(formatter.frames(output)))
     return formatter.frames(output)
 
 
@@ -187,7 +189,7 @@ async def _frames(
 ) -> AsyncGenerator[bytes]:
     async with aclosing(service.stream(job, loop_set, stats)) as outputs:
         async for output in outputs:
-            for frame in await _encode_event(job, formatter, output):
+            for frame in await _encode_event(service, job, formatter, output):
                 yield frame
             if job.trace:  # large events: let other requests run in between
                 await asyncio.sleep(0)

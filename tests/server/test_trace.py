@@ -1,6 +1,8 @@
 """States and thoughts in traces."""
 
+import asyncio
 import json
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -11,8 +13,10 @@ from slr_core.engine import Engine
 from slr_core.generation.reference import generate
 from slr_server.app import create_app
 from slr_server.protocol import native as schemas
+from slr_server.routes import common
 from slr_server.settings import ServerSettings
 from tests import tiny
+from tests.server.asgi import Caller
 
 WORKSPACES = ("append", "block", "prompt")
 LATENT = {"hidden_size": 16, "layers": 1, "heads": 2, "max_thought_tokens": 4}
@@ -203,3 +207,27 @@ def test_chat_of_one_message(client):
     assert not client.get("/checkpoint").json()["chat"]
     response = client.post("/trace", json={"prompt": [{"role": "user", "content": "w1"}]})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
+
+
+def test_large_responses_are_encoded_one_at_a_time(engine, monkeypatch):
+    running, most, encode = 0, 0, common._encode
+
+    def slow(*arguments):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.02)
+        running -= 1
+        return encode(*arguments)
+
+    async def scenario():
+        app = create_app(ServerSettings(), engine)
+        async with app.router.lifespan_context(app):
+            callers = [Caller(app, "/trace", {"prompt": "w1 w2", "max_new_tokens": 1}) for _ in range(4)]
+            await asyncio.gather(*(caller.call() for caller in callers))
+        assert all('"trace":[' in caller.text for caller in callers)
+
+    monkeypatch.setattr(common, "_encode", slow)
+    monkeypatch.setattr(common, "_SMALL_RESPONSE", 0)
+    asyncio.run(scenario())
+    assert most == 1
