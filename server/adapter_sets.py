@@ -11,6 +11,7 @@ from slr_core.engine import Engine
 from slr_core.errors import CheckpointError, ConfigError
 
 from .errors import Conflict, NotFound, TimedOut
+from .protocol.operation import is_name
 from .threads import run_in_daemon
 
 
@@ -34,11 +35,16 @@ class AdapterSetFolder:
         """The last load. It may still run, although nobody waits for it: a thread cannot be interrupted."""
 
     def available(self) -> list[str]:
-        """Names of the subfolders. A name from a request is looked up here and never used as a path."""
+        """Names of the subfolders that can be loaded: others have names that no request can send.
+
+        A name from a request is looked up here and never used as a path.
+        """
         if self._folder is None:
             return []
         try:
-            return sorted(entry.name for entry in Path(self._folder).iterdir() if entry.is_dir())
+            return sorted(
+                entry.name for entry in Path(self._folder).iterdir() if is_name(entry.name) and entry.is_dir()
+            )
         except OSError:
             return []
 

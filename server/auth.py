@@ -126,8 +126,8 @@ class Auth:
         if not (is_admin or self.api):
             return None
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        # Header values are decoded as Latin-1.
-        given = key.strip().encode("latin-1")
+        # Header values are decoded as Latin-1, in which the last byte of a character may look like a space.
+        given = key.encode("latin-1").strip(b" ")
         if scheme.lower() == "bearer" and (self.admin.matches(given) or (not is_admin and self.api.matches(given))):
             return None
         return Unauthorized("a valid key is required: Authorization: Bearer <key>")

@@ -93,7 +93,7 @@ class BatchAnswerer:
 
 
 def _parse(line: str) -> dict[str, Any]:
-    """A line as the server parses a body: no NaN, no lone surrogates, bounded depth.
+    """A line as the server parses a body: no NaN, no lone surrogates, bounded depth. Its names can be written as JSON.
 
     Raises:
         TypeError: it is not an object.
@@ -102,6 +102,7 @@ def _parse(line: str) -> dict[str, Any]:
     record = from_json(line, allow_inf_nan=False)
     if not isinstance(record, dict):
         raise TypeError("a line must be a JSON object")
+    json.dumps([record.get("id"), record.get("custom_id")], allow_nan=False)  # 1e400 is read as infinity
     return record
 
 

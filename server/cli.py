@@ -31,7 +31,7 @@ from slr_core.errors import EngineError, SLRError
 from slr_core.suggest import did_you_mean
 
 from .observability.loop_errors import LoopErrorLog
-from .settings import ServerSettings
+from .settings import ServerSettings, plain_message
 from .threads import start_daemon, unfinished
 
 if TYPE_CHECKING:
@@ -302,7 +302,9 @@ def _listen(settings: ServerSettings) -> socket.socket:
 def _explain(error: ValidationError | SettingsError) -> str:
     if isinstance(error, SettingsError):
         return str(error)
-    return "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
+    return "; ".join(
+        f"{'.'.join(map(str, detail['loc']))}: {plain_message(detail['msg'])}" for detail in error.errors()
+    )
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:

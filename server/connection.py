@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +31,10 @@ MAX_CHUNK_OVERHEAD = 1 << 20
 """Bytes of chunk headers, extensions and trailers of a body."""
 PROBE_HEAD_S = 1.0
 """Seconds for the headers on a connection beyond the limit, which is there for health checks."""
+_SINGLE_HEADERS = {b"host": "Host", b"authorization": "Authorization", b"content-type": "Content-Type"}
+"""Headers that a request may have once: of two, a proxy might read the other one. The parser checks Content-Length."""
+_HOST = re.compile(rb"(\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(:[0-9]*)?")
+"""A host and a port, as a URL has them."""
 LINGER_S = 1.0
 """Seconds for a client that is still sending to read the response that ends its connection."""
 
@@ -236,8 +241,15 @@ class Connection(HttpToolsProtocol):
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
             self._stop(InvalidHTTP("the version must be HTTP/1.0 or HTTP/1.1"))
-        if version == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
+        self._check_target()
+        names = [name for name, _ in self.headers]
+        if version == "1.1" and b"host" not in names:
             self._stop(InvalidHTTP("a request must have one Host header"))
+        for name, shown in _SINGLE_HEADERS.items():
+            if names.count(name) > 1:
+                self._stop(InvalidHTTP(f"a request must have one {shown} header"))
+        if not all(_HOST.fullmatch(value) for name, value in self.headers if name == b"host"):
+            self._stop(InvalidHTTP("the Host header must be a host, and a port if there is one"))
         framing = [(n, value) for n, value in self.headers if n in (b"content-length", b"transfer-encoding")]
         codings = [value.lower() for name, value in framing if name == b"transfer-encoding"]
         if codings and (version == "1.0" or codings != [b"chunked"]):
@@ -252,6 +264,12 @@ class Connection(HttpToolsProtocol):
         self.cycle.transport = writer  # type: ignore[assignment]
         # Until the request is complete, a response closes the connection.
         self._keep_alive, self.cycle.keep_alive = self.cycle.keep_alive and not stats.probes_only, False
+
+    def _check_target(self) -> None:
+        try:
+            httptools.parse_url(self.url)
+        except httptools.HttpParserInvalidURLError:
+            self._stop(InvalidHTTP("the target of a request must be a path or a URL"))
 
     def on_chunk_header(self) -> None:
         """Count a chunk of a body."""

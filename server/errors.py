@@ -21,6 +21,7 @@ from slr_core.errors import DeadlineError, RequestError, SLRError
 
 from .observability.request_stats import request_stats
 from .protocol.schema import ErrorDetail, ErrorResponse
+from .settings import plain_message
 
 CLIENT_CLOSED_REQUEST = 499
 """Status in logs and metrics of a request whose client disconnected; it is never sent."""
@@ -42,7 +43,7 @@ class InvalidJSON(SLRError):
 
 
 class UnsupportedMediaType(SLRError):
-    """The content type is not JSON."""
+    """The content type is not JSON, or the body is compressed."""
 
 
 class BodyTooLarge(SLRError):
@@ -143,7 +144,12 @@ _HTTP_ERRORS: dict[int, tuple[str, str]] = {
 }
 
 _CODES = {"extra_forbidden": "unknown_field", "missing": "missing_field"}
-_MESSAGES = {"extra_forbidden": "unknown field", "missing": "required"}
+_MESSAGES = {
+    "extra_forbidden": "unknown field",
+    "missing": "required",
+    "dict_type": "must be an object",
+    "model_attributes_type": "must be an object",
+}
 
 
 @dataclass(frozen=True)
@@ -219,7 +225,7 @@ def _param(error: Mapping[str, Any]) -> str:
 
 def _message(error: Mapping[str, Any]) -> str:
     message: str = _MESSAGES.get(error["type"], error["msg"])
-    return message.replace("Input should be", "must be")
+    return plain_message(message)
 
 
 async def _handle(request: Request, error: Exception) -> Response:

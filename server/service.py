@@ -24,6 +24,7 @@ from .admission import Admission, reduce_budget
 from .errors import Conflict, NotFound, Unavailable
 from .loading import build_engine
 from .loop_lag import LoopLag
+from .observability.exposition import Exposition
 from .observability.metrics import Metrics
 from .observability.request_stats import RequestStats
 from .overload import RequestLimit
@@ -73,6 +74,7 @@ class Service:
             settings.max_requests or 2 * (settings.slots + settings.max_queue), self._admission
         )
         self.metrics = Metrics(settings.model_name)
+        self.exposition = Exposition(self.metrics.registry)
         self.metrics.watch_lags(lambda: self.tokenizers.lag_s, lambda: self.loop_lag.seconds)
         if engine is not None:
             self.metrics.watch(engine)

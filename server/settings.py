@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from slr_core.suggest import did_you_mean
 
 _MIN_KEY_LENGTH = 16
+_MAX_CONFIG_BYTES = 1 << 20
 HASH_PREFIX = "sha256:"
 """Marks a key that is given as its hash."""
 _HASH = re.compile(rf"{HASH_PREFIX}[0-9a-fA-F]{{64}}")
@@ -62,6 +63,7 @@ class ServerSettings(BaseSettings):
 
     model: str | None = Field(
         None,
+        min_length=1,
         description="Checkpoint folder, hub id, or name of a bundled checkpoint (prosqa, prontoqa). Default: prosqa.",
     )
     served_model_name: str | None = Field(
@@ -263,7 +265,11 @@ class _ConfigFile(PydanticBaseSettingsSource):
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:  # perhaps a device without end
+            content = file.read(_MAX_CONFIG_BYTES + 1)
+        if len(content) > _MAX_CONFIG_BYTES:
+            raise ValueError(f"it has more than {_MAX_CONFIG_BYTES} bytes")
+        values = yaml.safe_load(content.decode())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SettingsError(f"config: cannot read {path}: {error}") from error
     if values is None:
@@ -275,6 +281,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         if name not in known:
             raise SettingsError(f"config: {path}: unknown setting {name}{did_you_mean(str(name), known)}")
     return values
+
+
+def plain_message(message: str) -> str:
+    """A validation message of pydantic, to follow the name of a field."""
+    message = re.sub(r"^(?:Input|String|List|Dictionary) should ", "must ", message)
+    return re.sub(r" after validation, not (?:more than )?\d+$", "", message)
 
 
 def split_list(text: str) -> list[str]:

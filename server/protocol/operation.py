@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
 from .schema import RequestModel, ResponseModel
 
-LoopSetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+LoopSetName = Annotated[str, StringConstraints(pattern=_NAME)]
+
+
+def is_name(name: str) -> bool:
+    """Whether a loop adapter set can have this name."""
+    return re.fullmatch(_NAME, name) is not None
 
 
 class LoadLoopSet(RequestModel):

@@ -32,7 +32,7 @@ _DESCRIPTIONS = {
     408: "The body did not arrive in time.",
     409: "The operation conflicts with the server's current state.",
     413: "The body is too large.",
-    415: "The content type is not application/json.",
+    415: "The content type is not application/json, or the body is compressed.",
     429: "The queue is full.",
     431: "The headers are too large.",
     500: "The server failed.",
@@ -83,6 +83,8 @@ class _JSONRequest(Request):
         media_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
             raise UnsupportedMediaType("the content type must be application/json")
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UnsupportedMediaType("the body must not be compressed: this server accepts no Content-Encoding")
         try:
             self._parsed = from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:

@@ -91,9 +91,7 @@ class Engine:
         copies = reasoner.workspace.cache_copies(reasoner.config.loop.max_iterations)
         self.capacity = min(copies * reasoner.max_positions, room) if capacity is None else capacity
         if self.capacity < 2:
-            raise ConfigError(
-                f"a slot has room for {self.capacity} positions; give `capacity`, more `cache_gib` or fewer `slots`"
-            )
+            raise ConfigError(f"a slot has room for {self.capacity} positions; raise `cache_gib`, or reduce `slots`")
         self._lora_batch = LoraBatch(reasoner.base)
         self.model = self._lora_batch.model
         self._core = Core(

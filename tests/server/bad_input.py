@@ -97,4 +97,12 @@ CASES = [
         case(f"content type {kind}", {"prompt": "w1"}, 415, None, "unsupported_media_type", {"content-type": kind})
         for kind in ("text/plain", "application/x-www-form-urlencoded", "application/problem+json", "")
     ),
+    case(
+        "compressed",
+        {"prompt": "w1"},
+        415,
+        None,
+        "unsupported_media_type",
+        {"content-type": "application/json", "content-encoding": "gzip"},
+    ),
 ]

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from slr_core.engine import Engine
 from slr_core.generation.reference import generate
 from slr_server import service, threads
+from slr_server.adapter_sets import AdapterSetFolder
 from slr_server.app import create_app
 from slr_server.errors import Unavailable
 from slr_server.settings import ServerSettings
@@ -227,3 +228,9 @@ def test_name_resolves_once(client, reasoner, folder, tmp_path, monkeypatch):
         old, new = waiting.result(20), text(client, loop_set="other")
     assert [old, new] == [generate(made, [tiny.request(made, BODY["prompt"])])[0].text for made in (other, third)]
     assert old != new
+
+
+def test_names_that_cannot_be_loaded_are_not_listed(tmp_path):
+    for name in ("good", "-dash", "with space", "line\nbreak", "\u202e", "x" * 65):
+        (tmp_path / name).mkdir()
+    assert AdapterSetFolder(str(tmp_path), 1.0).available() == ["good"]

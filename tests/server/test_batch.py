@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from slr_core.errors import DataError
-from slr_server.batch import batch_settings, open_output, resume, run_batch, write_line
+from slr_server.batch import BatchAnswerer, batch_settings, open_output, resume, run_batch, write_line
 from tests import tiny
 from tests.tiny import PROMPTS
 
@@ -127,3 +127,9 @@ def test_killed_five_times(folder, tmp_path):
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [answer["id"] for answer in found] == list(range(len(lines)))
     assert [answer["iterations"] for answer in found] == [line["max_iterations"] for line in lines]
+
+
+def test_id_that_json_cannot_hold():
+    for line in ('{"id": 1e400, "prompt": "w1"}', '{"custom_id": -1e400, "url": "/generate", "body": {}}'):
+        answer = json.loads(asyncio.run(BatchAnswerer(None, 1).answer(0, line)), parse_constant=pytest.fail)
+        assert answer["error"]["code"] == "invalid_json"

@@ -50,3 +50,13 @@ def test_paths_and_methods(client):
         assert response.status_code == status
         assert response.json()["error"]["code"] == code
     assert client.get("/generate").headers["allow"] == "POST"
+
+
+def test_messages_are_plain(client):
+    for body, message in (
+        ({"prompt": []}, "prompt: must have at least 1 item"),
+        ({"prompt": "w1", "stop": [""]}, "stop.0: must have at least 1 character"),
+        ({"prompt": "w1", "convergence": []}, "convergence: must be an object"),
+        ({"prompt": "w1", "seed": -1}, "seed: must be greater than or equal to 0"),
+    ):
+        assert client.post("/generate", json=body).json()["error"]["message"] == message

@@ -54,6 +54,17 @@ def test_keys_required(served):
         assert sample(client, "slr_requests_total", endpoint="/generate", status="rejected") > 0
 
 
+def test_key_of_any_characters(served):
+    """Of a key in UTF-8, the last byte may be a space in Latin-1."""
+    for key in (
+        "0123456789abcde\N{LATIN SMALL LETTER A WITH GRAVE}",
+        "0123456789abcde\N{LATIN CAPITAL LETTER A WITH RING ABOVE}",
+    ):
+        with served(api_keys=key) as client:
+            sent = [(b"authorization", b"Bearer  " + key.encode() + b" ")]
+            assert client.get("/version", headers=sent).status_code == 200
+
+
 def test_body_unread_without_key(served):
     def chunks():
         yield b"{"

@@ -5,6 +5,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
+from slr_server.cli import read_settings
 from slr_server.settings import ServerSettings, settings_table
 
 ROOT = Path(__file__).parents[2]
@@ -124,3 +125,11 @@ def test_documented_tests_exist():
     assert len(named) == 10
     for file, name in named:
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
+
+
+def test_config_file_without_end(tmp_path):
+    path = tmp_path / "slr.yaml"
+    path.write_bytes(b"slots: 2\n" + b"#" * (1 << 20))
+    for file in (str(path), "/dev/zero"):
+        with pytest.raises(SettingsError, match="has more than 1048576 bytes"):
+            read_settings(["--config", file])
