@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -82,6 +83,10 @@ class RequestGroup:
         self._requests, self._on_done = requests, on_done
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
+        self._arrived: deque[tuple[int, Event | BaseException]] = deque()
+        """What the event loop has not put into the queue yet."""
+        self._is_waking = False
+        """Whether the event loop will look at :attr:`_arrived`."""
         self._unfinished = len(requests)
         self._futures: list[Future[Result]] = []
         try:
@@ -111,11 +116,19 @@ class RequestGroup:
             self._put(index, future.exception() or FinishedEvent(future.result()))
 
     def _put(self, index: int, item: Event | BaseException) -> None:
-        # A closed event loop means that the server has shut down.
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
+        self._arrived.append((index, item))
+        # One call for all events of a step: each is a system call, after which the engine waits for the interpreter's
+        # lock. A closed event loop means that the server has shut down.
+        if not self._is_waking and not self._loop.is_closed():
+            self._is_waking = True
+            self._loop.call_soon_threadsafe(self._take_arrived)
 
     # -- on the event loop --------------------------------------------------------------------------
+
+    def _take_arrived(self) -> None:
+        self._is_waking = False  # before the last look, so that nothing is left behind
+        while self._arrived:
+            self._queue.put_nowait(self._arrived.popleft())
 
     @property
     def started(self) -> bool:

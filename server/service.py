@@ -29,6 +29,7 @@ from .observability.metrics import Metrics
 from .observability.request_stats import RequestStats
 from .overload import RequestLimit
 from .preprocess import GenerationJob, check_characters, preprocess
+from .protocol.operation import CheckpointFacts
 from .protocol.schema import Answer, OutputEvent
 from .request_group import AdmittedRequest, RequestGroup, until_deadline
 from .settings import ServerSettings
@@ -64,6 +65,8 @@ class Service:
         self._loads: set[asyncio.Task[None]] = set()
         """Loads of loop adapter sets."""
         self._folder = AdapterSetFolder(settings.loop_sets, settings.load_timeout_s)
+        self.checkpoint_facts: asyncio.Task[CheckpointFacts] | None = None
+        """Read for the first client that asks."""
         self.created = int(time.time())
         """Unix time in seconds at which the server started."""
         self.tokenizers, self.loop_lag = TokenizerPool(), LoopLag()

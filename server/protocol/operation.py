@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, StringConstraints
 
@@ -66,6 +66,18 @@ class RequestLimits(ResponseModel):
     max_top_tokens: int
     max_prompts: int
     max_state_values: int
+
+
+class CheckpointFacts(NamedTuple):
+    """What takes reading the checkpoint's files or rendering its template.
+
+    Attributes:
+        chat: whether the chat template shows the model all messages of a chat.
+        examples: example prompts.
+    """
+
+    chat: bool
+    examples: list[ExamplePrompt]
 
 
 class CheckpointInfo(ResponseModel):

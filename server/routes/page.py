@@ -21,7 +21,8 @@ from slr_core.generation.prepare import reads_chats
 from slr_core.model.base_support import hidden_size
 
 from ..protocol.grade import GRADED_TASKS
-from ..protocol.operation import CheckpointInfo, ExamplePrompt, RequestLimits
+from ..protocol.operation import CheckpointFacts, CheckpointInfo, ExamplePrompt, RequestLimits
+from ..service import Service
 from .common import ServiceDependency, document_errors
 
 _DIST = Path(__file__).parents[1] / "page" / "dist"
@@ -52,11 +53,12 @@ async def checkpoint(service: ServiceDependency) -> CheckpointInfo:
     reasoner, settings = service.find_loop_set(None).reasoner, service.settings
     config, workspace = reasoner.config, reasoner.workspace
     loop = config.loop
+    facts = await _read_facts(service)
     return CheckpointInfo(
         model=settings.model_name,
         models=service.model_names(),
         trained=config.trained,
-        chat=await asyncio.to_thread(reads_chats, reasoner),
+        chat=facts.chat,
         workspace=loop.workspace,
         positions=workspace.width(0) or None,
         hidden_size=hidden_size(reasoner.base),
@@ -78,8 +80,20 @@ async def checkpoint(service: ServiceDependency) -> CheckpointInfo:
             max_state_values=settings.max_state_values,
         ),
         tasks=list(GRADED_TASKS),
-        examples=await asyncio.to_thread(lambda: read_examples(local_path(settings.model))),
+        examples=facts.examples,
     )
+
+
+async def _read_facts(service: Service) -> CheckpointFacts:
+    """Read once, however many clients ask: a large file or an expensive template takes seconds of a thread."""
+    if service.checkpoint_facts is None:
+        reasoner, model = service.find_loop_set(None).reasoner, service.settings.model
+
+        def read() -> CheckpointFacts:
+            return CheckpointFacts(reads_chats(reasoner), read_examples(local_path(model)))
+
+        service.checkpoint_facts = asyncio.create_task(asyncio.to_thread(read))
+    return await asyncio.shield(service.checkpoint_facts)
 
 
 def read_examples(folder: Path) -> list[ExamplePrompt]:

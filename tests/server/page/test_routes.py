@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from slr_core.checkpoint.folder import BUNDLED_FOLDER, bundled_names
 from slr_server.app import create_app
 from slr_server.protocol.operation import CheckpointInfo
+from slr_server.routes import page
 from slr_server.routes.page import read_examples
 from slr_server.settings import ServerSettings
 
@@ -61,6 +62,17 @@ def test_checkpoint(client):
     assert (info.workspace, info.positions, info.hidden_size) == ("append", 1, 32)
     assert "learned" not in info.criteria
     assert info.criterion in info.criteria
+
+
+def test_checkpoint_is_read_once(engine, monkeypatch):
+    read = []
+    monkeypatch.setattr(page, "read_examples", lambda folder: read.append(folder) or [])
+    monkeypatch.setattr(page, "reads_chats", lambda reasoner: read.append(reasoner) or True)
+    with TestClient(create_app(ServerSettings(), engine)) as client:
+        answers = [client.get("/checkpoint").json() for _ in range(3)]
+    assert answers[0]["chat"]
+    assert answers == answers[:1] * 3
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize("name", bundled_names())
