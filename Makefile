@@ -68,6 +68,7 @@ $(BIN)/helm: | .venv/.dev
 	touch $@
 
 ray: .venv/.ray  ## Serve on Ray, on this machine, as deploy/ray/serve.yaml says.
+	RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=slr_server.ray_proxy:proxy_middlewares \
 	$(BIN)/serve run deploy/ray/serve.yaml
 
 chart: $(BIN)/helm  ## Write the schema of the Helm chart's values, check the chart and package it into build/.

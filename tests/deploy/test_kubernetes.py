@@ -263,6 +263,8 @@ def test_ray_service():
         (container,) = pod["containers"]
         assert re.fullmatch(r"slr-ray@sha256:[0-9a-f]{64}", container["image"])
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        (variable,) = container["env"]
+        assert f"{variable['name']}={variable['value']}" in (ROOT / "Makefile").read_text()
     (workers,) = cluster["workerGroupSpecs"]
     assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > made["graceful_shutdown_timeout_s"]
     assert f"ray[data,serve]>={cluster['rayVersion'].rsplit('.', 1)[0]}" in (ROOT / "pyproject.toml").read_text()
