@@ -32,8 +32,8 @@ from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import LoopPlan
+from slr_core.training.loss_module import LossModule
 from slr_core.training.objectives import Rollout, losses
-from slr_core.training.trainer import LossModule
 
 # As in Coconut: the state is the next input, without loop modules. A direct loop can run this, too.
 LOOP = validated(

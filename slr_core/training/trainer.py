@@ -7,16 +7,15 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import cos, pi
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
@@ -28,79 +27,26 @@ from slr_core._version import __version__
 from slr_core.checkpoint.read import load_weights
 from slr_core.checkpoint.validate import check_tensors, read_tensors
 from slr_core.errors import ConfigError, DataError, TrainingError
-from slr_core.model.base_support import hidden_size
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build, load_teacher
 from slr_core.training.card import write_training_card
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import IGNORE, Collator, Share, StageStream, check_longest
-from slr_core.training.frozen import FrozenCopies, prefers_bfloat16
 from slr_core.training.guard import TrainingGuard
 from slr_core.training.held_out import HeldOutSet, answer_held_out, held_out_sets, write_held_out
-from slr_core.training.objectives import Mean, Rollout, losses
+from slr_core.training.loss_module import LossModule
 from slr_core.training.progress import ProgressReport
-from slr_core.training.split_cache import split_attention
+from slr_core.training.sharded import WholeCopy, is_sharded_run
 
 MANIFEST = "training.json"
 BRIDGE = "bridge.safetensors"
 _FULL_NAME = f"{DataError.__module__}.{DataError.__qualname__}"
 
 
-class LossModule(nn.Module):
-    """The module that the Trainer trains: it maps a batch to loss terms.
-
-    Args:
-        reasoner: the model to train.
-        config: the recipe.
-        teacher: a frozen model, for the objectives ``teacher_*``.
-    """
-
-    def __init__(self, reasoner: LatentReasoner, config: TrainConfig, teacher: LatentReasoner | None = None) -> None:
-        super().__init__()
-        self.reasoner, self.recipe, self.teacher = (
-            reasoner,
-            config,
-            teacher,
-        )  # not `config`: the Trainer reads that name
-        self.bridge: nn.Module | None = None
-        self.bf16 = prefers_bfloat16(reasoner.base) if config.bf16 is None else config.bf16
-        self._frozen: FrozenCopies | None = None
-        if teacher is not None and config.objectives.teacher_states:
-            self.bridge = nn.Linear(hidden_size(reasoner.base), hidden_size(teacher.base), bias=False)
-
-    def forward(self, batch: dict[str, Any]) -> tuple[dict[str, Mean], dict[str, Tensor]]:
-        """Unweighted loss terms, and other values to log."""
-        base = self.reasoner.base
-        with split_attention(base), self._precision():
-            rollout = Rollout(self.reasoner, batch, self.recipe, self.teacher, self.bridge)
-            return losses(rollout), _log_values(rollout)
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        """Inside, mixed precision if the recipe has it: frozen layers compute with copies of their weights."""
-        if not self.bf16:
-            yield
-            return
-        if self._frozen is None:  # not before the model has been moved to its device
-            self._frozen = FrozenCopies(self.reasoner.base)
-        with torch.autocast(self.reasoner.device.type, torch.bfloat16), self._frozen.use():
-            yield
-
-
 def _count_tokens(batch: dict[str, Any]) -> int:
     """Tokens of prompts, answers and chains of a batch, without padding."""
     texts = sum(int((batch[name] != IGNORE).sum()) for name in ("answer_ids", "cot_ids") if name in batch)
     return texts + int(batch["attention_mask"].sum())
-
-
-def _log_values(rollout: Rollout) -> dict[str, Tensor]:
-    if rollout.iterations < 2:
-        return {}
-    last, before = rollout.states[:, -1].detach().float(), rollout.states[:, -2].detach().float()
-    return {
-        "state_norm": last.norm(dim=-1).mean(),
-        "last_relative_change": ((last - before).norm(dim=-1) / before.norm(dim=-1)).mean(),
-    }
 
 
 class LoopTrainer(Trainer):
@@ -116,6 +62,7 @@ class LoopTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._tokens, self._since = 0, time.perf_counter()
+        self._whole = WholeCopy(self._loss_module()) if is_sharded_run() and self.args.should_save else None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's part of each batch."""
@@ -168,15 +115,30 @@ class LoopTrainer(Trainer):
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Never replace good weights with bad ones.
-        if self.guard.is_stable and all(bool(p.isfinite().all()) for p in self.reasoner.parameters()):
+        # Never replace good weights with bad ones. A sharded parameter is looked at where its parts are.
+        parts = (p.to_local() if isinstance(p, DTensor) else p for p in self.reasoner.parameters())
+        finite = torch.tensor(float(all(bool(part.isfinite().all()) for part in parts)), device=self.args.device)
+        if self.guard.is_stable and float(self.accelerator.reduce(finite, "mean")) == 1:
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or str(self.args.output_dir))
-        self.reasoner.save_pretrained(str(folder))
-        if (bridge := self._loss_module().bridge) is not None:
+        module = self._loss_module()
+        if self._whole is not None:
+            assert state_dict is not None
+            module = cast(LossModule, self._whole.fill(state_dict))
+        module.reasoner.save_pretrained(str(folder))
+        if (bridge := module.bridge) is not None:
             save_file(bridge.state_dict(), folder / BRIDGE)
+
+    def collect(self) -> LatentReasoner:
+        """What is trained, whole, in the process that saves; to be called in all processes."""
+        if not self.is_fsdp_enabled:
+            return self.reasoner
+        weights = self.accelerator.get_state_dict(self.model)
+        return self.reasoner if self._whole is None else cast(LossModule, self._whole.fill(weights)).reasoner
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.reasoner, resume_from_checkpoint)
@@ -263,6 +225,8 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
         torch.set_num_threads(config.threads)
     output, optimizer = Path(config.output_dir), config.optimizer
     steps = output / "steps"
+    if resume and is_sharded_run():
+        raise ConfigError("--resume: a sharded run (FSDP) cannot be resumed")
     if resume and not steps.is_dir():
         raise ConfigError(f"--resume: no run was started in {output}")
     arguments = TrainingArguments(
@@ -280,6 +244,7 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
         save_total_limit=2,
         seed=config.seed,
         use_cpu=not torch.accelerator.is_available(),
+        save_only_model=is_sharded_run(),
         ddp_find_unused_parameters=True,  # a batch may not use every iteration's adapter
         remove_unused_columns=False,
         report_to=["tensorboard"] if is_tensorboard_available() else [],  # type: ignore[no-untyped-call]
@@ -325,16 +290,21 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
         raise DataError(str(error).rstrip().rpartition("\n")[2].removeprefix(f"{_FULL_NAME}: ")) from error
     finally:
         report.close()
+    reasoner = trainer.collect().eval()
     if arguments.should_save:
-        _finish(output, config, trainer, held_out, command)
+        _finish(output, config, trainer, reasoner, held_out, command)
     return output
 
 
 def _finish(
-    output: Path, config: TrainConfig, trainer: LoopTrainer, held_out: list[HeldOutSet], command: str | None
+    output: Path,
+    config: TrainConfig,
+    trainer: LoopTrainer,
+    reasoner: LatentReasoner,
+    held_out: list[HeldOutSet],
+    command: str | None,
 ) -> None:
     """Write the checkpoint, the held-out questions and what the model makes of them, the card and the manifest."""
-    reasoner = trainer.reasoner.eval()
     reasoner.save_pretrained(str(output))
     answered = []
     for found in held_out:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.training.recipe import DATA, GRAPHS
 
 pytestmark = pytest.mark.slow
 
+FSDP = Path(__file__).parents[2] / "configs/accelerate/fsdp.yaml"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 STAGES = [{"steps": 60, "iterations": {"mean": 3, "least": 1, "most": 4}, "backprop": 2, "data": GRAPHS}]
 
@@ -68,12 +70,20 @@ def logged(folder):
     return [{k: v for k, v in entry.items() if k != "epoch"} for entry in state["log_history"] if "loss" in entry]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "sharded"])
 def test_two_processes_have_the_loss_of_one_with_the_same_batch(launcher, tmp_path):
     stages = [{**STAGES[0], "steps": 12, "iterations": 4}]
     changes = {"stages": stages, "log_steps": 1, "train": "adapters" if launcher == "accelerate" else "full"}
     module = ["-m", "slr_core.cli", "train"]
+    config = {**yaml.safe_load(FSDP.read_text()), "num_processes": 2, "use_cpu": True}
+    (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(config))
     launch = {
+        "sharded": [
+            "accelerate.commands.launch",
+            f"--config_file={tmp_path / 'fsdp.yaml'}",
+            "--main_process_port=29535",
+            *["-m", "tests.training.shard_on_cpu", "train"],
+        ],
         "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--master_port=29533", *module],
         "accelerate": [
             "accelerate.commands.launch",

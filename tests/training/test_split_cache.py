@@ -3,10 +3,10 @@ import torch
 
 from slr_core.training.data import LoopPlan
 from slr_core.training.frozen import FrozenCopies, prefers_bfloat16
+from slr_core.training.loss_module import LossModule
 from slr_core.training.objectives import Rollout, losses
 from slr_core.training.objectives.token_loss import state_loss, token_loss
 from slr_core.training.split_cache import is_split, split_attention
-from slr_core.training.trainer import LossModule
 from tests import tiny
 from tests.training.recipe import recipe
 

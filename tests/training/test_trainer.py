@@ -126,6 +126,12 @@ def test_there_must_be_something_to_resume(tmp_path):
         train(recipe(output_dir=tmp_path / "out", stages=STAGES), resume=True)
 
 
+def test_sharded_run_is_not_resumed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="sharded"):
+        train(recipe(output_dir=tmp_path / "out", stages=STAGES), resume=True)
+
+
 def test_killed_before_first_checkpoint(tmp_path):
     straight = train(recipe(output_dir=tmp_path / "straight", stages=STAGES))
     partial = tmp_path / "resumed" / "steps" / "checkpoint-2"
