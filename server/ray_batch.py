@@ -14,6 +14,8 @@ from typing import Any
 
 import ray.data
 
+from slr_core.ray_cluster import connect, reported_errors
+
 from .batch import batch_settings, open_answerer, open_output, read_lines, resume, write_line
 
 LINES_AT_ONCE = 256
@@ -54,7 +56,7 @@ def run_ray_batch(
         source: the input.
         output: on this machine.
         given: as of :func:`slr_server.batch.batch_settings`; a model folder must exist on every machine.
-        engines: number of engines, each with one CPU.
+        engines: number of engines, each with one CPU, and a GPU if the cluster has any and the device is not the CPU.
         progress: called with the number of written lines.
     """
     done = resume(source, output)
@@ -62,6 +64,7 @@ def run_ray_batch(
     items = [{"number": n, "line": line} for n, line in enumerate(islice(read_lines(source), done, None), done)]
     if not items:
         return 0
+    gpus = connect(given.get("device", "auto"))
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     answers = ray.data.from_items(items, override_num_blocks=-(-len(items) // LINES_AT_ONCE)).map_batches(
         LineAnswerer,
@@ -69,8 +72,9 @@ def run_ray_batch(
         batch_size=LINES_AT_ONCE,
         concurrency=engines,
         num_cpus=1,
+        num_gpus=gpus,
     )
-    with open_output(output) as file:
+    with open_output(output) as file, reported_errors():
         for count, row in enumerate(answers.iter_rows(), start=1):
             write_line(file, row["output"])
             progress(done + count)

@@ -19,6 +19,7 @@ LAYERS = (
     "_version",
     "errors",
     "_install",
+    "ray_cluster",
     "suggest",
     "panics",
     "config",

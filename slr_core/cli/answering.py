@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from slr_core._install import missing_extra
 from slr_core._version import __version__
 from slr_core.cli.options import API_KEY_FLAG, console, load_model, progress_bars
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from slr_core.evaluation.backends import Backend
     from slr_core.evaluation.methods import Method, MethodSettings
     from slr_core.evaluation.outcomes import Outcome
+    from slr_core.evaluation.run import BatchRunner
     from slr_core.evaluation.store import Store
     from slr_core.evaluation.tables import FigureTable
 
@@ -41,9 +43,22 @@ def open_backend(
     return Local(load_model(model, device, dtype, quantization)) if server is None else Remote(server, api_key=api_key)
 
 
+def open_ray_engines(engines: int, model: str | None, device: str, dtype: str, quantization: str) -> BatchRunner:
+    """Engines on a Ray cluster.
+
+    Raises:
+        ConfigError: the extra is missing.
+    """
+    try:
+        from slr_core.evaluation.on_ray import RayEngines
+    except ImportError as error:
+        raise missing_extra("--ray", "ray", error) from error
+    return RayEngines(engines, model, device=device, dtype=dtype, quantization=quantization)
+
+
 def answer_questions(
     method: Method,
-    backend: Backend,
+    backend: Backend | BatchRunner,
     questions: QuestionSet,
     settings: MethodSettings,
     store: Store,

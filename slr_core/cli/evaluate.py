@@ -15,6 +15,7 @@ from slr_core.cli.answering import (
     answer_questions,
     manifest,
     open_backend,
+    open_ray_engines,
     print_baselines,
     print_table,
 )
@@ -36,8 +37,11 @@ from slr_core.cli.options import (
     show_results,
 )
 from slr_core.cli.questions import Data, Generate, GenerateSeed, GeneratorOptions, Limit, QuestionSet, Split, TaskName
+from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from slr_core.evaluation.backends import Backend
+    from slr_core.evaluation.run import BatchRunner
     from slr_core.evaluation.statistics import Summary
 
 MethodName = Literal[
@@ -69,6 +73,9 @@ def evaluate(
     method: Annotated[MethodName, typer.Option(help="Method that answers the questions.")] = "slr",
     server: Server = None,
     api_key: ApiKey = None,
+    ray_engines: Annotated[
+        int | None, typer.Option("--ray", min=1, help="Answer on a Ray cluster, with this many engines.")
+    ] = None,
     task: TaskName = None,
     data: Data = None,
     split: Split = None,
@@ -105,7 +112,12 @@ def evaluate(
         "patience": patience,
     }
     settings = MethodSettings({name: value for name, value in loop.items() if value is not None}, seed=seed)
-    backend = open_backend(model, server, api_key, device, dtype, quantization)
+    if ray_engines is None:
+        backend: Backend | BatchRunner = open_backend(model, server, api_key, device, dtype, quantization)
+    elif server is None:
+        backend = open_ray_engines(ray_engines, model, device, dtype, quantization)
+    else:
+        raise ConfigError("--ray and --server exclude each other")
     store, name = Store(results), server or model
     outcomes = answer_questions(get_method(method), backend, questions, settings, store, name, batch_size)
     levels, overall, baselines = summarize_by_difficulty(outcomes), summarize(outcomes), questions.baselines()

@@ -62,12 +62,17 @@ class Backend(Protocol):
 
 
 class Local:
-    """A model in this process, run by the engine."""
+    """A model in this process, run by the engine.
+
+    Args:
+        reasoner: the model.
+        threads: as of :class:`~slr_core.engine.Engine`.
+    """
 
     batches_at_once = 4
 
-    def __init__(self, reasoner: LatentReasoner) -> None:
-        self.reasoner, self.cost = reasoner, Cost(reasoner)
+    def __init__(self, reasoner: LatentReasoner, threads: int | None = None) -> None:
+        self.reasoner, self.cost, self._threads = reasoner, Cost(reasoner), threads
         self._starting = threading.Lock()
 
     @property
@@ -85,7 +90,7 @@ class Local:
     @cached_property
     def _engine(self) -> Engine:
         # No prefix cache: otherwise the second method to answer a prompt would be faster.
-        engine = Engine(self.reasoner, slots=SLOTS, prefix_gib=0)
+        engine = Engine(self.reasoner, slots=SLOTS, prefix_gib=0, threads=self._threads)
         weakref.finalize(self, engine.close)
         return engine
 

@@ -56,17 +56,36 @@ class MethodSettings:
 
 
 @dataclass(frozen=True)
+class BatchPrompts:
+    """Prompts that are answered together.
+
+    Attributes:
+        prompts: of the questions.
+        seeds: one per question, so far apart that the samples of a question can use the seeds that follow.
+        before: the prompt before ``prompts[0]`` in the whole set; the last prompt if that is the first of the set;
+            ``None`` if the set has one question.
+    """
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    before: str | None = None
+
+    def first(self) -> BatchPrompts:
+        """The first prompt alone."""
+        return BatchPrompts(self.prompts[:1], self.seeds[:1], self.before)
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Questions that are answered together.
+    """Prompts that are answered together, and what answers them.
 
     Attributes:
         backend: holds the weights of the method.
         task: reads the answers.
-        prompts: of the questions.
-        seeds: one per question, so far apart that the samples of a question can use the seeds that follow.
+        prompts: see :class:`BatchPrompts`.
+        seeds: the same.
         settings: settings of all methods.
-        before: the prompt before ``prompts[0]`` in the whole set; the last prompt if that is the first of the set;
-            ``None`` if the set has one question.
+        before: see :class:`BatchPrompts`.
     """
 
     backend: Backend
@@ -75,6 +94,11 @@ class Batch:
     seeds: Sequence[int]
     settings: MethodSettings
     before: str | None = None
+
+    @classmethod
+    def of(cls, prompts: BatchPrompts, backend: Backend, task: Task, settings: MethodSettings) -> Batch:
+        """A batch of these prompts."""
+        return cls(backend, task, prompts.prompts, prompts.seeds, settings, prompts.before)
 
     def local(self, method: str) -> Local:
         """The backend, if it is a model in this process.

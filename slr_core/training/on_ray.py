@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ray
 
+from slr_core.ray_cluster import connect
 from slr_core.training.config import TrainConfig
 from slr_core.training.trainer import train
 
@@ -27,10 +28,7 @@ def train_on_ray(
     Raises:
         TrainingError: a training failed; the others are stopped, and can be continued.
     """
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0  # type: ignore[no-untyped-call]
-    run = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_train)
+    run = ray.remote(num_cpus=cpus, num_gpus=connect(), max_retries=0)(_train)
     waiting = [run.remote(config, cpus) for config in configs]
     try:
         while waiting:
