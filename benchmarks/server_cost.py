@@ -46,7 +46,6 @@ BODY = json.dumps(
         "max_new_tokens": 4,
     }
 ).encode()
-HEAD = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(BODY)}\r\n\r\n"
 
 
 @dataclass
@@ -77,19 +76,30 @@ class Server:
         self.processor_ms.append(1000 * (self.processor_s() - used) / total)
 
 
-async def send(url: str, count: int) -> list[float]:
-    """Send requests one after the other on one connection; their latencies in seconds."""
+async def send(url: str, count: int, body: bytes = BODY) -> list[float]:
+    """Send requests one after the other on one connection; their latencies in seconds.
+
+    Args:
+        url: of the server.
+        count: number of requests.
+        body: of each.
+
+    Raises:
+        RuntimeError: an answer is not 200.
+    """
     parts = urlsplit(url)
+    head = f"POST {parts.path}/generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     latencies = []
     try:
         for _ in range(count):
             began = time.perf_counter()
-            writer.write(HEAD.encode() + BODY)
-            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-            await reader.readexactly(int(header(head, "content-length")))
-            if not head.startswith("http/1.1 200"):
-                raise RuntimeError(f"the server answers {head.splitlines()[0]}")
+            writer.write(request)
+            answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            await reader.readexactly(int(header(answer, "content-length")))
+            if not answer.startswith("http/1.1 200"):
+                raise RuntimeError(f"the server answers {answer.splitlines()[0]}")
             latencies.append(time.perf_counter() - began)
     finally:
         writer.close()

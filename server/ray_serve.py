@@ -36,8 +36,7 @@ class LatentServer:
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
-        self.application = create_app(ServerSettings(**{"threads": max(1, int(cpus)), **settings}))
+        self.application = create_app(replica_settings(settings))
         self.service: Service = self.application.state.service
         self.service.load()
         self._checkpoint = self.service.check().reasoner.config
@@ -80,6 +79,12 @@ class LatentServer:
     async def _load_set(self, name: str) -> LoadedAdapterSet:
         await self.service.load_loop_set(name)
         return LoadedAdapterSet(self.service, name)
+
+
+def replica_settings(settings: dict[str, Any]) -> ServerSettings:
+    """The settings of this process's replica: by default with as many threads as Ray assigns CPUs to it."""
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
+    return ServerSettings(**{"threads": max(1, int(cpus)), **settings})
 
 
 class LoadedAdapterSet:

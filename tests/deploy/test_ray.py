@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
 from slr_core.cli import app
+from slr_core.errors import ConfigError, SLRError
 from tests.deploy.monitoring import ROOT
 from tests.deploy.test_prometheus import free_port
 from tests.training.recipe import DATA
@@ -47,9 +48,11 @@ def until(true, seconds=60):
 def cluster():
     os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
     os.environ["RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"] = "0"
+    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "slr_server.ray_proxy:proxy_middlewares"
     from ray.cluster_utils import Cluster
 
-    options = {"num_cpus": 4, "object_store_memory": 80 * 2**20}
+    # GPUs that are not there: replicas get shares of them, and the engines compute on the CPU.
+    options = {"num_cpus": 4, "num_gpus": 4, "object_store_memory": 80 * 2**20}
     made = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
     try:
         made.add_node(**options)
@@ -74,10 +77,11 @@ def deploy(cluster, tmp_path_factory):
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     (application,) = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())["applications"]
     common = {"name": "LatentServer", "health_check_period_s": 1, "health_check_timeout_s": 10}
+    resources = {"num_cpus": 1, "num_gpus": 0.25}
 
     def run(changes=(), **options):
         made = {**application, "args": {**settings, **dict(changes)}}
-        made["deployments"] = [{**common, "ray_actor_options": {"num_cpus": 1}, **options}]
+        made["deployments"] = [{**common, "ray_actor_options": resources, **options}]
         # As `serve deploy`, which needs Ray's dashboard.
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [made]}))
         time.sleep(1)  # until the controller has seen it
@@ -141,6 +145,7 @@ def test_requests_spread(url):
     statuses = asyncio.run(loaded(url, 8, lambda: time.sleep(3)))
     assert statuses.keys() == {200}
     assert len(set(replicas().values())) == 2, "a replica on each node"
+    assert ray.available_resources()["GPU"] == 8 - 2 * 0.25
     counts = [metrics['slr_requests_total{endpoint="/generate",status="ok"}'] for metrics in scraped(url)]
     assert len(counts) == 2
     assert min(counts) > 0.2 * sum(counts)
@@ -153,6 +158,14 @@ def test_streams_are_unbuffered(url):
         times = [time.perf_counter() for line in response.iter_lines() if line.startswith("event:")]
     assert len(times) > 64
     assert times[-1] - times[0] > 0.3 * (times[-1] - began)
+
+
+def test_kept_connections(url):
+    """No response waits for the client's acknowledgment, which Linux delays by 40 ms."""
+    body = {"prompt": PROMPT, "max_iterations": 0, "max_new_tokens": 1}
+    with httpx.Client(base_url=url, timeout=60) as client:
+        seconds = [client.post("/generate", json=body).elapsed.total_seconds() for _ in range(20)]
+    assert min(seconds[5:]) < 0.04
 
 
 def test_client_leaves(url):
@@ -253,6 +266,44 @@ def test_batch(cluster, tmp_path):
     assert all(answer["iterations"] <= i % 4 for i, answer in enumerate(found) if i >= 10)
 
 
+def test_eval(cluster, tmp_path):
+    """As on one machine; a repeated command answers nothing again, and one with a part of the answers the others."""
+
+    def run(name, *options):
+        results, figures = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.json"
+        questions = ["--task=prosqa", "--generate=60", "--batch-size=16", "--method=slr_vote"]
+        files = [f"--results={results}", f"--output={figures}"]
+        done = CliRunner().invoke(app, ["eval", *questions, *files, "--json", *options])
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout) == json.loads(figures.read_text())
+        overall = {**json.loads(done.stdout)["overall"], "seconds": 0}
+        outcomes = [json.loads(line) for line in results.read_text().splitlines() if line.startswith('{"of"')]
+        return overall, {outcome["key"]: {**outcome, "seconds": 0} for outcome in outcomes}, results
+
+    here, alone, _ = run("here")
+    there, spread, results = run("there", "--ray=2")
+    assert list(spread) == list(alone)
+    for name in ("questions", "accuracy", "iterations", "tokens", "forward_passes"):
+        assert there[name] == pytest.approx(here[name], rel=0.02), name
+    assert sum(spread[key]["text"] == alone[key]["text"] for key in alone) >= 58
+    lines = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(lines[:24]))
+    again, continued, _ = run("there", "--ray=2")
+    assert (list(continued), again["questions"]) == (list(spread), 60)
+
+
+def test_worker_errors(cluster, tmp_path):
+    """An error of a worker is one line, as on one machine."""
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": PROMPT}))
+    batch = ["generate", f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
+    for command in (["eval", "--task=prosqa", "--generate=2"], batch):
+        done = CliRunner().invoke(app, [*command, "--model=/no/where", "--ray=1"])
+        assert "CheckpointError" in str(done.exception), done.output
+        assert isinstance(done.exception, SLRError)
+    both = CliRunner().invoke(app, ["eval", "--task=prosqa", "--generate=2", "--server=http://x", "--ray=1"])
+    assert isinstance(both.exception, ConfigError)
+
+
 def test_sweep(cluster, tmp_path):
     recipe = {**DATA, "stages": [{**DATA["stages"][0], "steps": 2}], "threads": 1}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -292,6 +343,30 @@ def test_policy(answers, current, queued, wanted):
         capacity_adjusted_max_replicas=8,
     )
     assert scale_on_answers(context) == (wanted, {})
+
+
+def test_resources(monkeypatch):
+    """A replica's share of a GPU reaches Ray, and its engine has as many threads as the replica has CPUs."""
+    from ray.serve.schema import ServeDeploySchema
+
+    from slr_server.ray_serve import LatentServer, replica_settings
+
+    (application,) = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())["applications"]
+    application["deployments"][0]["ray_actor_options"] = {"num_cpus": 3, "num_gpus": 0.5}
+    (read,) = ServeDeploySchema.model_validate({"applications": [application]}).applications
+    options = read.deployments[0].ray_actor_options
+    assert (options.num_cpus, options.num_gpus) == (3, 0.5)
+    deployment = LatentServer.options(ray_actor_options={"num_cpus": 3, "num_gpus": 0.5})
+    assert deployment.ray_actor_options["num_gpus"] == 0.5
+
+    def threads(assigned, **settings):
+        context = SimpleNamespace(get_assigned_resources=lambda: assigned)
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+        return replica_settings(settings).threads
+
+    assert threads({"CPU": 3.0, "GPU": 0.5}) == 3
+    assert threads({"CPU": 0.5}) == 1
+    assert threads({"CPU": 3.0}, threads=2) == 2
 
 
 def test_yaml():
