@@ -13,14 +13,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
+import re
 import signal
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -35,8 +38,11 @@ EXITS = {3: 0.10, 4: 0.30, 5: 0.25, 6: 0.15, 8: 0.10, 12: 0.06, 16: 0.04}
 BUDGET = max(EXITS)
 LOADS = (0.3, 0.6, 0.85)
 """Open loads, as shares of the saturating rate."""
-CALIBRATION = ((1, 2), (1, 24), (4, 2), (4, 24), (8, 6), (16, 2), (16, 8), (16, 24))
-"""Closed loads: clients and iterations of every loop."""
+CALIBRATION = tuple(product((1, 2, 4, 8, 16, 24), ((1, 6), (8, 24))))
+"""Closed loads: clients, and the fewest and most iterations, between which each request draws: its answers then begin
+and end at any time, as in open loads."""
+RAMP_S = 0.5
+"""Seconds of a closed load before it counts."""
 TOLERANCE = 0.2
 PROMPT = (
     "Every rorpus is a lempus. Tom is a rorpus. Every wumpus is a impus. Fae is a wumpus. Is Fae a impus or yumpus?"
@@ -68,8 +74,8 @@ class Machine:
 # to HTTP and tokenization, which share Python's lock with the engine: a process answers at most 500 requests a second.
 MACHINES = (
     Machine("CPU, 16 vCPU (8 cores, one server each)", 0.71, 8),
-    Machine("GPU of 24 GB (assumed step)", 0.80, 1, StepCost(0.0025, 0.000015, 0.002, 0.003), 128),
-    Machine("GPU of 80 GB (assumed step)", 3.50, 1, StepCost(0.0018, 0.000004, 0.002, 0.003), 512),
+    Machine("GPU of 24 GB (assumed step)", 0.80, 1, StepCost(0.0025, 0.000015, 0.0, 0.002, 0.001), 128),
+    Machine("GPU of 80 GB (assumed step)", 3.50, 1, StepCost(0.0018, 0.000004, 0.0, 0.002, 0.001), 512),
 )
 
 
@@ -103,17 +109,65 @@ async def ask(url: str, iterations: int, at: float, due: float, answers: list[An
         answers.append(Answer(at, took, result["timings"]["total_s"], iterations, tokens))
 
 
-async def closed_load(url: str, clients: int, iterations: int, seconds: float) -> tuple[list[Answer], float]:
-    """Clients that send their next request after the last answer; the answers, and the seconds that it took."""
+@dataclass(frozen=True)
+class Work:
+    """What a server did in a time, by its own metrics.
+
+    Attributes:
+        seconds: the time.
+        steps: its steps.
+        rows: answers in them, summed.
+        busy_s: seconds of the steps, summed.
+        answers: requests answered.
+    """
+
+    seconds: float
+    steps: float
+    rows: float
+    busy_s: float
+    answers: float
+
+    def since(self, earlier: Work) -> Work:
+        """The difference."""
+        return Work(*(now - then for now, then in zip(astuple(self), astuple(earlier), strict=True)))
+
+
+async def read_work(url: str) -> Work:
+    """The server's metrics so far."""
+    request = b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    _, text = await exchange(url, request)
+    names = ("step_duration_seconds_count", "step_rows_sum", "step_duration_seconds_sum")
+    found = [float(re.search(rf"^slr_{name} (\S+)$", text.decode(), re.MULTILINE)[1]) for name in names]  # type: ignore[index]
+    answers = re.search(r'^slr_requests_total{endpoint="/generate",status="ok"} (\S+)$', text.decode(), re.MULTILINE)
+    return Work(time.perf_counter(), found[0], found[1], found[2], float(answers[1]) if answers else 0.0)
+
+
+async def closed_load(
+    url: str, clients: int, iterations: tuple[int, int], seconds: float, seed: int
+) -> tuple[list[Answer], Work]:
+    """Clients that send their next request, with a random number of iterations, after the last answer.
+
+    Returns:
+        All answers, and the server's work in the given seconds, which begin after :data:`RAMP_S`.
+    """
     answers: list[Answer] = []
-    began = time.perf_counter()
+    over = asyncio.Event()
 
-    async def client() -> None:
-        while (now := time.perf_counter()) < began + seconds:
-            await ask(url, iterations, now - began, now, answers)
+    async def client(number: int) -> None:
+        rng = random.Random(f"{seed} {number}")
+        while not over.is_set():
+            now = time.perf_counter()
+            await ask(url, rng.randint(*iterations), now, now, answers)
 
-    await asyncio.gather(*(client() for _ in range(clients)))
-    return answers, time.perf_counter() - began
+    async with asyncio.TaskGroup() as group:
+        for number in range(clients):
+            group.create_task(client(number))
+        await asyncio.sleep(RAMP_S)
+        before = await read_work(url)
+        await asyncio.sleep(seconds)
+        work = (await read_work(url)).since(before)
+        over.set()
+    return answers, work
 
 
 async def open_load(url: str, arrivals: Sequence[Arrival]) -> list[Answer]:
@@ -128,24 +182,38 @@ async def open_load(url: str, arrivals: Sequence[Arrival]) -> list[Answer]:
     return answers
 
 
-def calibrate(url: str, seconds: float) -> tuple[StepCost, list[dict[str, float]]]:
-    """The cost of a step, by least squares over closed loads, and the loads."""
-    rows, outside, loads = [], 0.0, []
+@dataclass(frozen=True)
+class ClosedLoad:
+    """What a closed load measured.
+
+    Attributes:
+        clients: how many.
+        work: of the server.
+        outside_s: median seconds of an answer outside the engine.
+    """
+
+    clients: int
+    work: Work
+    outside_s: float
+
+
+def calibrate(url: str, seconds: float, seed: int) -> list[ClosedLoad]:
+    """Run all closed loads."""
+    loads = []
     for clients, iterations in CALIBRATION:
-        answers, elapsed = asyncio.run(closed_load(url, clients, iterations, seconds))
-        passes = sum(1 + a.iterations + max(0, a.tokens - 1) for a in answers)
-        # With one client, the engine is idle between answers.
-        busy = min(elapsed, sum(a.engine_s for a in answers))
-        rows.append((passes / clients, passes, len(answers), busy))
-        if clients == 1:
-            outside = max(outside, fmean(a.latency_s - a.engine_s for a in answers))
-        loads.append({"clients": clients, "iterations": iterations, "answers": len(answers), "busy_s": busy})
-    return fit(rows, outside), loads
+        answers, work = asyncio.run(closed_load(url, clients, iterations, seconds, seed))
+        loads.append(ClosedLoad(clients, work, median(a.latency_s - a.engine_s for a in answers)))
+    return loads
 
 
-def fit(rows: Iterable[tuple[float, float, float, float]], outside_s: float) -> StepCost:
-    """The cost of a step from loads: each has its steps, passes, answers and busy seconds. Errors count relatively."""
-    table = np.array(list(rows))
+def fit(loads: Sequence[ClosedLoad]) -> StepCost:
+    """The cost of a step by least squares, where errors count relatively, and what answers cost beside it.
+
+    With as many clients as slots, or more, the engine always has work: its time outside steps is that of requests. An
+    answer's time outside the engine is the mean of all loads with several clients, whose answers wait for the engine.
+    """
+    works = [load.work for load in loads]
+    table = np.array([(work.steps, work.rows, work.answers, work.busy_s) for work in works])
     shares = table[:, :3] / table[:, 3:]
     kept = [0, 1, 2]
     while True:
@@ -154,7 +222,10 @@ def fit(rows: Iterable[tuple[float, float, float, float]], outside_s: float) -> 
             break
         kept.pop(int(np.argmin(found)))  # a part that costs nothing
     parts = dict(zip(kept, found.tolist(), strict=True))
-    return StepCost(parts.get(0, 0.0), parts.get(1, 0.0), parts.get(2, 0.0), outside_s)
+    full = [load.work for load in loads if load.clients >= SLOTS]
+    request_s = sum(work.seconds - work.busy_s for work in full) / sum(work.answers for work in full)
+    outside_s = fmean(load.outside_s for load in loads if load.clients > 1)
+    return StepCost(parts.get(0, 0.0), parts.get(1, 0.0), parts.get(2, 0.0), request_s, max(0.0, outside_s - request_s))
 
 
 def figures(latencies: Sequence[float], seconds: float) -> dict[str, float]:
@@ -170,34 +241,37 @@ def validate(seconds: float) -> dict[str, Any]:
         build(Path(folder))
         process, url = start_server(model=folder, slots=SLOTS, elastic_floor=1, prefix_gib=0)
         try:
-            asyncio.run(closed_load(url, SLOTS, 6, min(5.0, seconds)))
-            cost, calibration = calibrate(url, max(1.0, seconds / 8))
-            rate = saturating_rate(cost)
-            loads = {}
+            asyncio.run(closed_load(url, SLOTS, (1, BUDGET), min(5.0, seconds), seed=2))
+            calibration = calibrate(url, seconds / 20, seed=0)
+            rate = saturating_rate(fit(calibration))
+            sent = {}
             for load in LOADS:
                 arrivals = list(poisson(load * rate, seconds, EXITS, TOKENS, seed=round(100 * load)))
-                answers = asyncio.run(open_load(url, arrivals))
-                # As many tokens as the model wrote.
-                tokens = round(fmean(a.tokens for a in answers))
-                same = [Arrival(a.at, a.iterations, tokens) for a in arrivals]
-                predicted = simulate(same, Fleet(1, SLOTS), cost)
-                loads[f"{load:g}"] = {
-                    "requests": len(arrivals),
-                    "measured": figures([a.latency_s for a in answers], seconds),
-                    "predicted": figures(predicted.latencies, seconds),
-                }
+                sent[load] = arrivals, asyncio.run(open_load(url, arrivals))
+            # Again, so that a change of the machine's speed in between counts half.
+            calibration += calibrate(url, seconds / 20, seed=1)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
             if process.stdout is not None:
                 process.stdout.close()
-    return {"cost": asdict(cost), "rate": rate, "calibration": calibration, "loads": loads}
+    cost, loads = fit(calibration), {}
+    for load, (arrivals, answers) in sent.items():
+        # As many tokens as the model wrote.
+        tokens = round(fmean(a.tokens for a in answers))
+        predicted = simulate([Arrival(a.at, a.iterations, tokens) for a in arrivals], Fleet(1, SLOTS), cost)
+        loads[f"{load:g}"] = {
+            "requests": len(arrivals),
+            "measured": figures([a.latency_s for a in answers], seconds),
+            "predicted": figures(predicted.latencies, seconds),
+        }
+    return {"cost": asdict(cost), "rate": rate, "calibration": [asdict(c) for c in calibration], "loads": loads}
 
 
 def saturating_rate(cost: StepCost, slots: int = SLOTS) -> float:
     """Answers per second of a server whose slots are all in use."""
     passes = sum(n * share for n, share in EXITS.items()) / sum(EXITS.values()) + TOKENS
-    return 1 / (passes * (cost.fixed_s / slots + cost.row_s) + cost.prompt_s)
+    return 1 / (passes * (cost.fixed_s / slots + cost.row_s) + cost.prompt_s + cost.request_s)
 
 
 def predict(cost: StepCost, rates: Sequence[int]) -> list[dict[str, Any]]:
@@ -240,11 +314,19 @@ def elastic(cost: StepCost) -> list[dict[str, float]]:
 def report(record: dict[str, Any]) -> str:
     """The figures as Markdown."""
     cost, loads = record["cost"], record["loads"]
+    parts = ", ".join(
+        f"{1000 * cost[f'{name}_s']:.2f} ms {where}"
+        for name, where in (
+            ("fixed", "each"),
+            ("row", "an answer in it"),
+            ("prompt", "a prompt"),
+            ("request", "a request, in which the engine waits"),
+            ("outside", "an answer outside the engine"),
+        )
+    )
     lines = [
-        f"`python -m benchmarks.scaling`, {record['seconds']:g} s a load. "
-        f"Cost of a step: {1000 * cost['fixed_s']:.2f} ms, "
-        f"{1000 * cost['row_s']:.2f} ms an answer, {1000 * cost['prompt_s']:.2f} ms a prompt; "
-        f"{1000 * cost['outside_s']:.1f} ms outside the engine. Saturating rate: {record['rate']:.1f} answers/s.",
+        f"`python -m benchmarks.scaling --seconds {record['seconds']:g}`. Cost of a step by closed loads: {parts}.",
+        f"Saturating rate: {record['rate']:.1f} answers/s. Open loads, each in that many seconds:",
         "",
         "| load | figure | measured | predicted | error |",
         "|---|---|---|---|---|",

@@ -20,23 +20,26 @@ Router = Literal["random", "round_robin", "two_choices"]
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of a step: ``fixed + row_s * rows + prompt_s * prompts``.
+    """Seconds of a step: ``fixed_s + row_s * rows + (prompt_s + request_s) * prompts``.
 
     Attributes:
         fixed_s: of every step.
         row_s: of each answer in it.
         prompt_s: of each answer whose prompt is run in it, on top.
-        outside_s: of each answer, outside the engine: HTTP and tokenization.
+        request_s: of each answer, outside the engine's steps, in which the engine waits: HTTP and tokenization share
+            Python's lock with it.
+        outside_s: of each answer, while the engine works for others.
     """
 
     fixed_s: float
     row_s: float
     prompt_s: float
+    request_s: float = 0.0
     outside_s: float = 0.0
 
     def seconds(self, rows: int, prompts: int) -> float:
         """Seconds of a step of ``rows`` answers, of which ``prompts`` run their prompt."""
-        return self.fixed_s + self.row_s * rows + self.prompt_s * prompts
+        return self.fixed_s + self.row_s * rows + (self.prompt_s + self.request_s) * prompts
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,7 @@ def replicas_for(
     # Below the work of the arrivals at full batches, no fleet keeps up.
     slots = fleet(1).slots
     passes = sum(n * w for n, w in exits.items()) / sum(exits.values()) + tokens
-    most = 1 / (passes * (cost.fixed_s / slots + cost.row_s) + cost.prompt_s)
+    most = 1 / (passes * (cost.fixed_s / slots + cost.row_s) + cost.prompt_s + cost.request_s)
     low = max(1, math.ceil(rate / most))
     window = max(3.0, min(30.0, 60_000 / rate))
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.scaling import SLOTS, ClosedLoad, Work, fit
 from benchmarks.simulator import Arrival, Fleet, StepCost, poisson, replicas_for, simulate
 
 COST = StepCost(0.010, 0.002, 0.005, outside_s=0.001)
@@ -19,6 +20,26 @@ def test_shared_steps():
     found = simulate([Arrival(0.0, 1, 2), Arrival(0.001, 1, 2)], Fleet(1, 4), COST)
     first = 0.017 + (0.014 + 0.005) + 0.014
     assert found.latencies == pytest.approx([first + 0.001, first - 0.001 + 0.012 + 0.001])
+
+
+def test_request_cost():
+    """It delays the answers of others, the time outside does not."""
+    both = [Arrival(0.0, 1, 2), Arrival(0.001, 1, 2)]
+    first, second = simulate(both, Fleet(1, 4), StepCost(0.010, 0.002, 0.005)).latencies
+    slower = simulate(both, Fleet(1, 4), StepCost(0.010, 0.002, 0.005, request_s=0.003, outside_s=0.1)).latencies
+    assert slower == pytest.approx([first + 0.006 + 0.1, second + 0.006 + 0.1])
+
+
+def test_calibration():
+    """The cost of a step is found again from loads that have it exactly."""
+    work, loads = ((100, 100, 9), (80, 300, 12), (50, 700, 40), (40, 640, 70)), []
+    for clients, (steps, rows, answers) in enumerate(work, SLOTS - 2):
+        busy = 0.010 * steps + 0.002 * rows + 0.005 * answers
+        idle = 0.003 * answers if clients >= SLOTS else 1.0
+        loads.append(ClosedLoad(clients, Work(busy + idle, steps, rows, busy, answers), outside_s=0.008))
+    found = fit(loads)
+    expected = StepCost(0.010, 0.002, 0.005, request_s=0.003, outside_s=0.005)
+    assert vars(found) == pytest.approx(vars(expected))
 
 
 def test_slots_and_refusals():
