@@ -82,7 +82,10 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
 
 def _middleware(settings: ServerSettings, service: Service, api_keys: ApiKeys) -> list[Middleware]:
     """Middleware, the outermost first."""
-    layers = [*_tracing(settings), Middleware(RequestContext, metrics=service.metrics)]
+    layers = [
+        *_tracing(settings),
+        Middleware(RequestContext, metrics=service.metrics, is_draining=lambda: service.draining is not None),
+    ]
     layers += [Middleware(HeadAsGet), Middleware(IgnoreRange), Middleware(HeaderLimit)]
     layers.append(Middleware(HostCheck, allowed=allowed_hosts(settings)))
     if settings.cors_origins is not None:

@@ -26,6 +26,9 @@ from .settings import plain_message
 CLIENT_CLOSED_REQUEST = 499
 """Status in logs and metrics of a request whose client disconnected; it is never sent."""
 
+SHUTTING_DOWN = "the server is shutting down"
+"""Message of requests that come too late."""
+
 _INVALID, _SERVER = "invalid_request_error", "server_error"
 _MAX_REPORTED_ERRORS, _MAX_NAME_LENGTH = 5, 100
 

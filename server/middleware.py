@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -14,8 +16,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import (
     CLIENT_CLOSED_REQUEST,
+    SHUTTING_DOWN,
     PreflightRefused,
     TooManyHeaders,
+    Unavailable,
     send_error,
     to_problem,
 )
@@ -33,10 +37,15 @@ _VALID_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestContext:
-    """Gives each request an id, statistics, metrics and a log line, and answers unexpected exceptions with 500."""
+    """Gives each request an id, statistics, metrics and a log line, and answers unexpected exceptions with 500.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    Args:
+        metrics: count the requests.
+        is_draining: returns whether the server is shutting down. Requests that are cancelled then get 503.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, is_draining: Callable[[], bool]) -> None:
+        self.app, self.metrics, self.is_draining = app, metrics, is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -69,6 +78,10 @@ class RequestContext:
 
         try:
             await self.app(scope, receive, respond)
+        except asyncio.CancelledError:  # by uvicorn, whose own response would have no error body
+            if started or not self.is_draining():
+                raise
+            await send_error(Unavailable(SHUTTING_DOWN), scope, receive, respond)
         except Exception as error:
             logger.exception("request %s failed", stats.request_id)
             status = 500

@@ -21,7 +21,7 @@ from slr_core.types import Request, Result
 
 from .adapter_sets import AdapterSetFolder
 from .admission import Admission, reduce_budget
-from .errors import Conflict, NotFound, Unavailable
+from .errors import SHUTTING_DOWN, Conflict, NotFound, Unavailable
 from .loading import build_engine
 from .loop_lag import LoopLag
 from .observability.exposition import Exposition
@@ -134,8 +134,7 @@ class Service:
             raise Unavailable("the model could not be loaded")
         if self._engine is None:
             raise Unavailable("the model is still loading")
-        if self.draining is not None:
-            raise Unavailable("the server is shutting down")
+        self.check_not_draining()
         if not self._engine.alive:
             raise Unavailable("the engine is stopped")
         if self.stalled:
@@ -143,6 +142,15 @@ class Service:
         if self.tokenizers.waiting_s > self.settings.stall_timeout_s:
             raise Unavailable("the tokenizer makes no progress")
         return self._engine
+
+    def check_not_draining(self) -> None:
+        """Check that new requests are accepted, of those that need no engine.
+
+        Raises:
+            Unavailable: the server is shutting down.
+        """
+        if self.draining is not None:
+            raise Unavailable(SHUTTING_DOWN)
 
     def deadline(self, stats: RequestStats) -> float:
         """``time.monotonic`` at which an HTTP request exceeds its time limit."""
@@ -211,7 +219,7 @@ class Service:
         except asyncio.CancelledError:
             if self.draining is None:
                 raise
-            raise Unavailable("the server is shutting down") from None
+            raise Unavailable(SHUTTING_DOWN) from None
         self._warn_if_untrained(name)
 
     async def remove_loop_set(self, name: str) -> None:
@@ -367,14 +375,15 @@ class Service:
         self._drain_until = 0.0
 
     async def _drain(self) -> None:
-        error = Unavailable("the server is shutting down")
+        error = Unavailable(SHUTTING_DOWN)
         logger.info("shutting down: %d requests in progress", len(self._groups))
         for load in list(self._loads):
             load.cancel()
         for group in list(self._groups):
             if not group.started:
                 group.fail(error)
-        while self._groups and time.monotonic() < self._drain_until:
+        # Answers that are encoded no longer belong to a group.
+        while (self._groups or self.encoder.awaited or self.grader.awaited) and time.monotonic() < self._drain_until:
             await asyncio.sleep(0.02)
         for group in list(self._groups):
             group.fail(error)

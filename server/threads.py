@@ -40,6 +40,8 @@ class SerialWorker:
 
     def __init__(self) -> None:
         self._turn = asyncio.Semaphore(1)
+        self.awaited = 0
+        """Number of calls of :meth:`run` that have not returned."""
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run ``work`` when its turn comes.
@@ -49,14 +51,18 @@ class SerialWorker:
         Args:
             work: runs on a daemon thread.
         """
-        await self._turn.acquire()
+        self.awaited += 1
         try:
-            running = run_in_daemon(work)
-        except BaseException:  # no thread can be started
-            self._turn.release()
-            raise
-        running.add_done_callback(lambda _: self._turn.release())
-        return await asyncio.shield(running)
+            await self._turn.acquire()
+            try:
+                running = run_in_daemon(work)
+            except BaseException:  # no thread can be started
+                self._turn.release()
+                raise
+            running.add_done_callback(lambda _: self._turn.release())
+            return await asyncio.shield(running)
+        finally:
+            self.awaited -= 1
 
 
 def start_daemon(work: Callable[[], None]) -> threading.Thread:

@@ -26,6 +26,7 @@ router = APIRouter(
 @router.post(GRADE, summary="Grade answers to questions of a task")
 async def grade(request: Request, body: GradeRequest, service: ServiceDependency) -> GradeResponse:
     """Grade answers as `slr eval` does. The model does not run."""
+    service.check_not_draining()
     body.check()
     given_up = Event()
     try:

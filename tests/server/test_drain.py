@@ -1,9 +1,12 @@
 """Shutdown: running requests finish within the grace period, waiting and new ones get 503."""
 
 import asyncio
+import threading
 
 from slr_core.engine import Engine
 from slr_server.app import create_app
+from slr_server.protocol.grade import GradeResponse
+from slr_server.routes import common, grade
 from slr_server.settings import ServerSettings
 from tests import tiny
 from tests.server import events
@@ -124,3 +127,45 @@ def test_end_while_loading(monkeypatch, reasoner, gate):
         await until(lambda: not engine.alive)
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_grading_and_encoding_have_the_grace_period(engine, monkeypatch):
+    gate, begun = threading.Event(), []
+
+    def grade_slowly(body, given_up):
+        begun.append(body)
+        gate.wait(10)
+        return GradeResponse(task="text", correct=[True])
+
+    def encode_slowly(formatter, answers):
+        begun.append(answers)
+        gate.wait(10)
+        return b"{}"
+
+    monkeypatch.setattr(grade, "_grade", grade_slowly)
+    monkeypatch.setattr(common, "_encode", encode_slowly)
+    monkeypatch.setattr(common, "_SMALL_RESPONSE", 0)
+    question = {"questions": [{"question": "w", "answer": "w"}], "texts": ["w"]}
+
+    async def scenario():
+        app, life = await served(engine)
+        async with life:
+            service = app.state.service
+            callers = [Caller(app, "/grade", question), Caller(app, "/grade", question), Caller(app, "/trace", BODY)]
+            tasks = [asyncio.create_task(caller.call()) for caller in callers]
+            await until(lambda: len(begun) == 2 and service.grader.awaited == 2)
+            service.drain()
+            late = Caller(app, "/grade", question)
+            await late.call()
+            assert code(late) == 503
+            await asyncio.sleep(0.05)
+            assert not service.draining.done()
+            tasks[1].cancel()  # as uvicorn does in the end
+            await tasks[1]
+            assert code(callers[1]) == 503
+            assert "shutting down" in callers[1].text
+            gate.set()
+            await asyncio.gather(*tasks, service.draining)
+            assert [code(caller) for caller in callers] == [200, 503, 200]
+
+    asyncio.run(scenario())
