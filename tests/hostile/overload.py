@@ -3,10 +3,11 @@
 import asyncio
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from tests.hostile.wire import Liveness, request
+from tests.hostile.wire import Liveness, connect, head, opened, read_response, request
 
 
 class Overload(NamedTuple):
@@ -64,3 +65,34 @@ def overload(
     with Liveness(url) as liveness:
         asyncio.run(flood())
     return Overload(statuses, max(refusals, default=0.0), retry_after, liveness.worst_s)
+
+
+def gradings(url: str, key: str | None = None, clients: int = 60) -> float:
+    """Ask for gradings that take long, and leave; the time of a short one after that, in seconds."""
+    long = {"questions": [{"question": "w", "answer": "1"}] * 50, "texts": ["1/" * 5000] * 50, "task": "gsm8k"}
+    short = {"questions": [{"question": "w", "answer": "1"}], "texts": ["1"]}
+    with opened(url, clients) as sockets:
+        for connection in sockets:
+            with suppress(OSError):  # refused before its body was read
+                connection.sendall(request("/grade", long, key=key))
+        time.sleep(0.2)
+    started = time.monotonic()
+    while True:
+        with connect(url, timeout=120) as connection:
+            connection.sendall(request("/grade", short, key=key))
+            if read_response(connection)[0] == 200:
+                return time.monotonic() - started
+        time.sleep(0.05)
+
+
+def scrapes(url: str, key: str | None = None, clients: int = 16, seconds: float = 3.0) -> float:
+    """Scrape the metrics without a pause; the longest time of a probe meanwhile, in seconds."""
+    keys = [f"authorization: Bearer {key}"] if key else []
+    with opened(url, clients) as sockets, Liveness(url) as liveness:
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            for connection in sockets:
+                connection.sendall(head("/metrics", *keys, method="GET"))
+            for connection in sockets:
+                read_response(connection)
+    return liveness.worst_s

@@ -164,3 +164,10 @@ def test_overload(tiny_checkpoint):
         assert seen.liveness_s < 4
     finally:
         server.kill()
+
+
+@pytest.mark.slow
+def test_gradings_and_scrapes(guarded):
+    """Before there were limits, a short grading waited for those of clients that had left, two minutes."""
+    assert attacks.gradings(guarded.url, KEY) < 5
+    assert attacks.scrapes(guarded.url, KEY) < 1
