@@ -2,10 +2,10 @@
 
     python -m benchmarks.scaling [--seconds 40] [--out benchmarks/results/scaling]
 
-Closed loads of one server measure what a step costs by rows and prompts. Then requests arrive at random at three rates,
-and the simulator gets the same arrivals. The model is that of `benchmarks.overload`, one engine thread; loops run as
-many iterations as `EXITS` draws. A second part needs no server: it predicts the replicas for up to a million questions
-a minute, from the measured cost of a CPU and from assumed GPUs.
+Closed loads of one server measure what a step costs by rows and prompts, before and after each open load: requests that
+arrive at random, at three rates. The simulator gets the same arrivals. The model is that of `benchmarks.overload`, one
+engine thread; loops run as many iterations as `EXITS` draws. A second part needs no server: it predicts the replicas
+for up to a million questions a minute, from the measured cost of a CPU and from assumed GPUs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -41,8 +41,8 @@ LOADS = (0.3, 0.6, 0.85)
 CALIBRATION = tuple(product((1, 2, 4, 8, 16, 24), ((1, 6), (8, 24))))
 """Closed loads: clients, and the fewest and most iterations, between which each request draws: its answers then begin
 and end at any time, as in open loads."""
-RAMP_S = 0.5
-"""Seconds of a closed load before it counts."""
+RAMP_S, CALIBRATION_S = 0.5, 1.5
+"""Seconds of a closed load before it counts, and in which it counts."""
 TOLERANCE = 0.2
 PROMPT = (
     "Every rorpus is a lempus. Tom is a rorpus. Every wumpus is a impus. Fae is a wumpus. Is Fae a impus or yumpus?"
@@ -236,36 +236,45 @@ def figures(latencies: Sequence[float], seconds: float) -> dict[str, float]:
 
 
 def validate(seconds: float) -> dict[str, Any]:
-    """Measure a server, and predict the same loads."""
+    """Measure a server, and predict the same loads.
+
+    The cost of a step is measured before and after each load, because the speed of a machine changes within minutes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
         process, url = start_server(model=folder, slots=SLOTS, elastic_floor=1, prefix_gib=0)
         try:
             asyncio.run(closed_load(url, SLOTS, (1, BUDGET), min(5.0, seconds), seed=2))
-            calibration = calibrate(url, seconds / 20, seed=0)
-            rate = saturating_rate(fit(calibration))
+            calibrations = [calibrate(url, CALIBRATION_S, seed=0)]
+            rate = saturating_rate(fit(calibrations[0]))
             sent = {}
-            for load in LOADS:
+            for seed, load in enumerate(LOADS, start=1):
                 arrivals = list(poisson(load * rate, seconds, EXITS, TOKENS, seed=round(100 * load)))
                 sent[load] = arrivals, asyncio.run(open_load(url, arrivals))
-            # Again, so that a change of the machine's speed in between counts half.
-            calibration += calibrate(url, seconds / 20, seed=1)
+                calibrations.append(calibrate(url, CALIBRATION_S, seed))
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
             if process.stdout is not None:
                 process.stdout.close()
-    cost, loads = fit(calibration), {}
-    for load, (arrivals, answers) in sent.items():
+    loads = {}
+    for (load, (arrivals, answers)), (before, after) in zip(sent.items(), pairwise(calibrations), strict=True):
         # As many tokens as the model wrote.
         tokens = round(fmean(a.tokens for a in answers))
-        predicted = simulate([Arrival(a.at, a.iterations, tokens) for a in arrivals], Fleet(1, SLOTS), cost)
+        same = [Arrival(a.at, a.iterations, tokens) for a in arrivals]
+        predicted = simulate(same, Fleet(1, SLOTS), fit(before + after))
         loads[f"{load:g}"] = {
             "requests": len(arrivals),
             "measured": figures([a.latency_s for a in answers], seconds),
             "predicted": figures(predicted.latencies, seconds),
         }
-    return {"cost": asdict(cost), "rate": rate, "calibration": [asdict(c) for c in calibration], "loads": loads}
+    measured = [load for calibration in calibrations for load in calibration]
+    return {
+        "cost": asdict(fit(measured)),
+        "rate": rate,
+        "calibration": [asdict(load) for load in measured],
+        "loads": loads,
+    }
 
 
 def saturating_rate(cost: StepCost, slots: int = SLOTS) -> float:
