@@ -288,7 +288,7 @@ def test_eval(cluster, tmp_path):
     assert sum(spread[key]["text"] == alone[key]["text"] for key in alone) >= 58
     lines = results.read_text().splitlines(keepends=True)
     results.write_text("".join(lines[:24]))
-    again, continued, _ = run("there", "--ray=2")
+    again, continued, _ = run("there", "--ray=1")
     assert (list(continued), again["questions"]) == (list(spread), 60)
 
 
