@@ -5,16 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 LARGE = 50_000_000
 """Number of parameters from which matrix products take most of a training step."""
+
+MIN_REORDERED = 1 << 16
+"""Fewest weights of a layer that is reordered."""
 
 
 def prefers_bfloat16(base: nn.Module) -> bool:
@@ -29,32 +34,88 @@ def prefers_bfloat16(base: nn.Module) -> bool:
 class FrozenCopies:
     """Copies in bfloat16 of the frozen weights of a model's linear layers.
 
+    On a CPU that computes bfloat16 natively, large layers without a bias get two copies in oneDNN's own order of
+    weights, for the forward and the backward pass: ``torch`` would reorder them in every pass.
+
     Args:
         model: its linear layers whose weights are frozen and in fp32 get a copy. The layers must stay frozen.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._adapted = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-        self._copies = [
-            (layer, nn.Parameter(layer.weight.detach().to(torch.bfloat16), requires_grad=False))
-            for layer in model.modules()
-            if isinstance(layer, nn.Linear | Conv1D)
-            and not layer.weight.requires_grad
-            and layer.weight.dtype == torch.float32
-        ]
+        self._rotary = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+        self._copies: list[tuple[nn.Linear | Conv1D, nn.Parameter]] = []
+        self._products: list[tuple[nn.Linear, Callable[[Tensor], Tensor]]] = []
+        for layer in model.modules():
+            if (
+                not isinstance(layer, nn.Linear | Conv1D)
+                or layer.weight.requires_grad
+                or layer.weight.dtype != torch.float32
+            ):
+                continue
+            weight = layer.weight.detach().to(torch.bfloat16)
+            if _can_reorder(layer):
+                self._products.append((layer, partial(_multiply, _reorder(weight), _reorder(weight.t()))))
+            else:
+                self._copies.append((layer, nn.Parameter(weight, requires_grad=False)))
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Inside, the layers have their copies for weights, and PEFT leaves the dtype of inputs to autocast."""
+        """Inside, the layers compute with their copies, and PEFT leaves the dtype of inputs to autocast.
+
+        Rotary embeddings are in bfloat16, as the queries and keys are that they turn.
+        """
         originals = [(layer, layer.weight) for layer, _ in self._copies]
+        hooks = [module.register_forward_hook(_half) for module in self._rotary]
         try:
             for adapted in self._adapted:
                 adapted.cast_input_dtype_enabled = False  # else the backward pass keeps a further copy of each input
             for layer, copy in self._copies:
                 layer.weight = copy
+            for linear, product in self._products:
+                linear.forward = product  # type: ignore[method-assign, assignment]
             yield
         finally:
             for adapted in self._adapted:
                 adapted.cast_input_dtype_enabled = True
             for layer, weight in originals:
                 layer.weight = weight
+            for linear, _ in self._products:
+                del linear.forward
+            for hook in hooks:
+                hook.remove()
+
+
+def _can_reorder(layer: nn.Linear | Conv1D) -> TypeGuard[nn.Linear]:
+    if type(layer) is not nn.Linear or layer.bias is not None or layer.weight.numel() < MIN_REORDERED:
+        return False
+    return layer.weight.device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _reorder(weight: Tensor) -> Tensor:
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return reordered
+
+
+def _multiply(weight: Tensor, transposed: Tensor, x: Tensor) -> Tensor:
+    product: Tensor = _Product.apply(x.to(torch.bfloat16), weight, transposed)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _Product(torch.autograd.Function):
+    """``x W^T`` in bfloat16, of reordered weights W ``[out, in]`` and W^T, which get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, transposed: Tensor) -> Tensor:
+        ctx.transposed = transposed
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0].to(torch.bfloat16)
+        return torch.ops.mkldnn._linear_pointwise(grad, ctx.transposed, None, "none", [], ""), None, None
+
+
+def _half(module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.to(torch.bfloat16) for x in output)

@@ -23,6 +23,9 @@ from slr_core.loop.context import Context
 NAME = "slr_split"
 """Name of :func:`attend_split` in ``transformers``."""
 
+MAX_SCORES = 1 << 24
+"""Attention scores that a pass without gradients may hold at once, in fp32."""
+
 
 class Parts(NamedTuple):
     """Keys, or values, of the prompt and of the positions after it: ``[B, key heads, P or S - P, head_dim]``."""
@@ -120,9 +123,10 @@ def attend_split(
     """
     if isinstance(key, Tensor):
         assert isinstance(value, Tensor)
-        # The backward pass of the fused attention takes a CPU four times as long in bfloat16 as in fp32.
-        slow = query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu"
-        if attention_mask is None or not slow:
+        # In bfloat16 on a CPU, fused attention takes three times as long over short texts, its backward pass always.
+        slow = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+        short = query.shape[:-1].numel() * key.shape[-2] <= MAX_SCORES
+        if attention_mask is None or not (slow and (short or query.requires_grad)):
             output, _ = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
             )

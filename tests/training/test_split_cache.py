@@ -1,12 +1,16 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from slr_core.training.data import LoopPlan
 from slr_core.training.frozen import FrozenCopies, prefers_bfloat16
 from slr_core.training.loss_module import LossModule
 from slr_core.training.objectives import Rollout, losses
 from slr_core.training.objectives.token_loss import state_loss, token_loss
-from slr_core.training.split_cache import is_split, split_attention
+from slr_core.training.split_cache import attend_split, is_split, split_attention
 from tests import tiny
 from tests.training.recipe import recipe
 
@@ -85,6 +89,36 @@ def test_head_loss():
         found.append((mean.total.detach(), mean.divisor, x.grad, made.base.get_output_embeddings().weight.grad.clone()))
     torch.testing.assert_close(found[0], found[1])
     assert found[0][2][::3].abs().sum() == 0
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU with bf16")
+def test_frozen_weights_are_reordered():
+    """Products of large frozen layers, and the gradients of their inputs, are those of the weights in bfloat16."""
+    model = torch.nn.Sequential(torch.nn.Linear(256, 320, bias=False), torch.nn.Linear(320, 8, bias=False))
+    model.requires_grad_(False)
+    copies, found = FrozenCopies(model), []
+    for reordered, context in ((True, copies.use()), (False, nullcontext())):
+        x = torch.randn(5, 3, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16), context:
+            assert ("forward" in vars(model[0])) == reordered
+            assert "forward" not in vars(model[1]), "a small layer"
+            y = model(x)
+        y.float().square().sum().backward()
+        found.append((y.detach(), x.grad))
+    assert "forward" not in vars(model[0])
+    torch.testing.assert_close(*found, rtol=0.03, atol=0.03)
+
+
+def test_attention_in_bfloat16():
+    """Without gradients, short texts take the path in parts; its result is that of fused attention."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 5, 16, generator=generator).bfloat16() for heads in (6, 2, 2))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5)
+    module = SimpleNamespace(num_key_value_groups=3, training=True, is_causal=True)
+    with torch.no_grad():
+        found, _ = attend_split(module, query, key, value, mask)
+        expected, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask)
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
 
 
 def test_frozen_weights_in_bfloat16():
