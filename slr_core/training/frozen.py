@@ -44,6 +44,7 @@ class FrozenCopies:
     def __init__(self, model: nn.Module) -> None:
         self._adapted = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         self._rotary = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+        self._input: tuple[Tensor, Tensor, bool] | None = None
         self._copies: list[tuple[nn.Linear | Conv1D, nn.Parameter]] = []
         self._products: list[tuple[nn.Linear, Callable[[Tensor], Tensor]]] = []
         for layer in model.modules():
@@ -55,7 +56,7 @@ class FrozenCopies:
                 continue
             weight = layer.weight.detach().to(torch.bfloat16)
             if _can_reorder(layer):
-                self._products.append((layer, partial(_multiply, _reorder(weight), _reorder(weight.t()))))
+                self._products.append((layer, partial(self._multiply, _reorder(weight), _reorder(weight.t()))))
             else:
                 self._copies.append((layer, nn.Parameter(weight, requires_grad=False)))
 
@@ -84,6 +85,15 @@ class FrozenCopies:
                 del linear.forward
             for hook in hooks:
                 hook.remove()
+            self._input = None
+
+    def _multiply(self, weight: Tensor, transposed: Tensor, x: Tensor) -> Tensor:
+        # Queries, keys and values have one input, and so have the gate and what it gates: it is converted once.
+        tracked = torch.is_grad_enabled()
+        if self._input is None or self._input[0] is not x or self._input[2] != tracked:
+            self._input = x, x.to(torch.bfloat16), tracked
+        product: Tensor = _Product.apply(self._input[1], weight, transposed)  # type: ignore[no-untyped-call]
+        return product
 
 
 def _can_reorder(layer: nn.Linear | Conv1D) -> TypeGuard[nn.Linear]:
@@ -95,11 +105,6 @@ def _can_reorder(layer: nn.Linear | Conv1D) -> TypeGuard[nn.Linear]:
 def _reorder(weight: Tensor) -> Tensor:
     reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     return reordered
-
-
-def _multiply(weight: Tensor, transposed: Tensor, x: Tensor) -> Tensor:
-    product: Tensor = _Product.apply(x.to(torch.bfloat16), weight, transposed)  # type: ignore[no-untyped-call]
-    return product
 
 
 class _Product(torch.autograd.Function):
