@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write <out>.md and <out>.json")
     parser.add_argument("--turns", type=int, default=3, help="number of measurements of each side of a ratio")
     parser.add_argument("--threads", type=int, help="maximum number of torch threads (default: torch's default)")
-    parser.add_argument("--only", choices=("bundled", "135M"), help="measure one model only")
+    parser.add_argument("--only", choices=("bundled", "135M", "token"), help="measure one part only")
     parser.add_argument("--layers", type=int, default=30, help="number of layers of the random model")
     options = parser.parse_args()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -75,7 +75,13 @@ def main() -> None:
             for figure in measure(name, make(), options.turns, shares, used):
                 figures.append(figure)
                 print(_line(figure), flush=True)
-    print(*_shares(shares), sep="\n")
+    if options.only in (None, "token"):
+        torch.set_num_threads(used.get("135M", threads))
+        for figure in token_figures("135M", llama(options.layers), options.turns):
+            figures.append(figure)
+            print(_line(figure), flush=True)
+    if shares:
+        print(*_shares(shares), sep="\n")
     if options.out:
         write(options.out, figures, shares, used)
 
@@ -100,7 +106,6 @@ def measure(
         torch.set_num_threads(used[name])
         yield from adapters(name, reasoner, turns)
         yield prefix(name, reasoner, turns)
-        yield from token_figures(name, reasoner, turns)
 
 
 # -- the figures -----------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def record_passes(engine: Engine) -> Iterator[RecordedPasses]:
 
     hooks = [
         engine.model.base_model.register_forward_pre_hook(record, with_kwargs=True),
-        engine.model.get_output_embeddings().register_forward_pre_hook(record_head),  # type: ignore[no-untyped-call]
+        engine._core.runner.head.register_forward_pre_hook(record_head),
     ]
     try:
         yield passes
@@ -78,7 +78,7 @@ def run_bare(engine: Engine, shapes: list[tuple[int, int, int]], heads: list[int
     engine._lora_batch.index = None  # the engine is idle: its model runs without adapters
     for rows, queries, width in shapes:
         forward(engine.model, cache, rows, queries, width)
-    head = engine.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = engine._core.runner.head
     for rows in heads:
         head(torch.zeros(rows, hidden_size(engine.model)))
 
@@ -132,7 +132,7 @@ def time_parts(engine: Engine, run: Callable[[], object]) -> dict[str, float]:
         *_add_timers(spent, "model", [model.base_model]),
         *_add_timers(spent, "layers", layers),
         *_add_timers(spent, "base", [layer.base_layer for layer in layers]),
-        *_add_timers(spent, "head", [model.get_output_embeddings()]),  # type: ignore[no-untyped-call]
+        *_add_timers(spent, "head", [engine._core.runner.head]),
     ]
     began = time.perf_counter()
     try:
