@@ -4,25 +4,28 @@
     python -m benchmarks.recursive --page           build the page from the committed rows alone
 
 A plain model of four layers (`configs/recursive/plain.yaml`) is trained on p-hop induction. Every other model is made
-of it or trained beside it, on the same task. Rows are kept in benchmarks/results/recursive.json, one per model and
-seed; finished ones are not run again.
+of it or trained beside it, on the same task. Some are trained on state tracking and on plain text too. Rows are kept in
+benchmarks/results/recursive.json, one per task, model and seed; finished ones are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import exp
+from operator import attrgetter
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import yaml
+from torch.nn.utils.rnn import pad_sequence
 
 from slr_core import LatentReasoner, LoopParams
 from slr_core.checkpoint.info import describe_model
@@ -31,22 +34,87 @@ from slr_core.config import Criterion, validated
 from slr_core.evaluation.plots import CurvePoint, draw_curves
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
-from slr_core.tasks import get_task
+from slr_core.model.reasoner import IGNORE
+from slr_core.tasks import Example, get_task
 from slr_core.training.config import TrainConfig
+from slr_core.training.sources import CONTINUES, open_source
+from slr_core.training.stages import DataConfig
 from slr_core.training.trainer import MANIFEST, train
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs/recursive/plain.yaml"
 ROWS = ROOT / "benchmarks/results/recursive.json"
 PAGE = ROOT / "docs/recursive.md"
-QUESTIONS, EXIT_QUESTIONS, SEED = 1024, 256, 20261128
+QUESTIONS, EXIT_QUESTIONS, EVALUATION_BATCH, SEED = 1024, 256, 128, 20261128
 CRITERIA: dict[Criterion, tuple[float, ...]] = {
     "relative_change": (0.1, 0.3),
     "cosine": (0.01, 0.05),
     "kl": (0.01, 0.1),
     "argmax_stable": (0.5,),
+    "entropy_change": (0.03, 0.1, 0.3),
+    "survival": (0.3, 0.5, 0.7, 0.9),
 }
+TEXT_CHARACTERS, TEXT_QUESTIONS = 160, 20_000
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A task to train on.
+
+    Attributes:
+        data: a stage's data in the recipe.
+        every: train all models; otherwise those of :data:`FEW`.
+        seeds: largest number of training seeds.
+    """
+
+    data: dict[str, Any]
+    every: bool = False
+    seeds: int = 1
+
+    def recipe(self, out: Path, seed: int) -> Row:
+        """The plain model's recipe on this task."""
+        recipe: Row = yaml.safe_load(RECIPE.read_text(encoding="utf-8")) | {"seed": seed}
+        data = dict(self.data)
+        if "text" in data:
+            data["text"] = str(write_text(out / "word_problems.txt", 0))
+            recipe["objectives"] = {"answer": 1.0, "text": 1.0}
+        recipe["stages"][0]["data"] = [data]
+        return recipe
+
+    def examples(self, out: Path, count: int) -> list[Example]:
+        """Examples that no model was trained on."""
+        if "text" in self.data:
+            held_out = DataConfig(
+                text=str(write_text(out / "word_problems_held_out.txt", SEED)), characters=TEXT_CHARACTERS
+            )
+            return list(open_source(held_out, SEED).draw(0, count, random.Random(SEED)))
+        options = self.data.get("generator_options", {})
+        return list(islice(get_task(self.data["task"]).generate(SEED, **options), count))
+
+
+STUDIES = {
+    "p_hop": Study(yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["stages"][0]["data"][0], every=True, seeds=3),
+    "state_tracking": Study({"task": "state_tracking", "generator_options": {"elements": 3, "length": 4}}),
+    "text": Study({"text": "", "characters": TEXT_CHARACTERS}),
+}
+FEW = (
+    "4 layers, trained on",
+    "2 layers x 2, rank 8",
+    "2 layers x 2, rank 8, random adapters",
+    "2 layers x 2, no adapters",
+    "2 layers from scratch",
+    "2 layers x 2 from scratch",
+)
+
+
+def write_text(path: Path, seed: int) -> Path:
+    """Write plain text: the questions of generated word problems, one after another."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        examples = islice(get_task("word_problems").generate(seed), TEXT_QUESTIONS)
+        path.write_text(" ".join(example.question for example in examples), encoding="utf-8")
+    return path
 
 
 @dataclass(frozen=True)
@@ -111,31 +179,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="build the page and run nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/recursive", help="folder for the models")
-    parser.add_argument("--seeds", type=int, default=1, help="training seeds: 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds of p-hop induction: 0, 1, ...")
     parser.add_argument("--steps", type=int, default=100, help="steps after those of the plain model")
     options = parser.parse_args()
     if not options.page:
         for seed in range(options.seeds):
-            run_seed(options.out, seed, options.steps)
+            for task, study in STUDIES.items():
+                if seed < study.seeds:
+                    run_seed(options.out, task, seed, options.steps)
     build_page(read_rows())
 
 
-def run_seed(out: Path, seed: int, steps: int) -> None:
-    """Train and evaluate the models of one seed that have no row yet."""
-    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8")) | {"seed": seed}
+def run_seed(out: Path, task: str, seed: int, steps: int) -> None:
+    """Train and evaluate the models of one task and seed that have no row yet."""
+    study, end = STUDIES[task], f"{seed}" if task == "p_hop" else f"{task}_{seed}"
+    recipe = study.recipe(out, seed)
     plain_steps = recipe["stages"][0]["steps"]
-    plain = out / f"plain_{seed}"
+    plain = out / f"plain_{end}"
     run(recipe | {"output_dir": str(plain)})
     original = LatentReasoner.from_pretrained(str(plain))
     original.tokenizer.save_pretrained(plain / "base")  # a language model of its own
-    plan = models(plain_steps, steps)
-    done = {(row["model"], row["seed"]) for row in read_rows()}
-    if ("4 layers", seed) not in done:
-        add_row(evaluate("4 layers", seed, plain_steps, original, 0))
+    plan = [model for model in models(plain_steps, steps) if study.every or model.name in FEW]
+    done = {(row["task"], row["model"], row["seed"]) for row in read_rows()}
+    examples = study.examples(out, QUESTIONS)
+    if (task, "4 layers", seed) not in done:
+        add_row(
+            {"task": task, "model": "4 layers", "seed": seed, "steps": plain_steps} | evaluate(original, examples, 0)
+        )
     for number, model in enumerate(plan):
-        if (model.name, seed) in done:
+        if (task, model.name, seed) in done:
             continue
-        folder = out / f"{number:02d}_{seed}"
+        folder = out / f"{number:02d}_{end}"
         before: Row = {}
         changes: Row = {"output_dir": str(folder), "log_steps": 10}
         stage = recipe["stages"][0] | {"steps": model.steps}
@@ -148,22 +222,31 @@ def run_seed(out: Path, seed: int, steps: int) -> None:
         elif model.recursive is None:
             changes["base"] = {"from": str(plain)}
         else:
-            start = out / f"start_{number:02d}_{seed}"
+            start = out / f"start_{number:02d}_{end}"
             if not start.exists():
-                init_checkpoint(str(plain / "base"), start, recursive=model.recursive)
+                settings = out / "halting_head.yaml"
+                settings.write_text("halting_head: true\n", encoding="utf-8")
+                config = settings if model.loops > 2 else None
+                init_checkpoint(str(plain / "base"), start, config, recursive=model.recursive)
             if model.fresh is None:
-                before = evaluate("", seed, 0, LatentReasoner.from_pretrained(str(start)), model.loops)
+                before = evaluate(LatentReasoner.from_pretrained(str(start)), examples, model.loops)
             changes |= {"base": {"from": str(start)}, "teacher": str(plain / "base")}
-            changes["objectives"] = {"answer": 1.0, "teacher_logits": 1.0}
+            # The halting head learns from states and losses that it does not change.
+            halting = {"halting": 1.0} if model.loops > 2 else {}
+            changes["objectives"] = recipe["objectives"] | {"teacher_logits": 1.0} | halting
         if model.base is None:
             changes["loop"] = model.fresh
             changes["optimizer"] = recipe["optimizer"] | {"warmup_steps": 10}
         elif model.fresh is not None:
             changes["loop"] = model.fresh
         run(recipe | changes | {"stages": [stage], "save_steps": model.steps})
-        row = evaluate(model.name, seed, model.steps, LatentReasoner.from_pretrained(str(folder)), model.loops)
+        trained = LatentReasoner.from_pretrained(str(folder))
+        row = {"task": task, "model": model.name, "seed": seed, "steps": model.steps}
+        row |= evaluate(trained, examples, model.loops)
         if before:
             row["before"] = before["by_iteration"]
+        if model.loops > 2:
+            row["exits"] = list(exits(trained, examples[:EXIT_QUESTIONS], model.loops))
         add_row(row | {"training_loss": losses(folder)})
 
 
@@ -183,36 +266,37 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 @torch.inference_mode()
-def evaluate(name: str, seed: int, steps: int, reasoner: LatentReasoner, loops: int) -> Row:
-    """Loss and accuracy of the letter by iterations, also past the trained depth; and early exit by criterion."""
-    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
-    data, task = recipe["stages"][0]["data"][0], get_task("p_hop")
-    examples = list(islice(task.generate(SEED, **data["generator_options"]), QUESTIONS))
+def evaluate(reasoner: LatentReasoner, examples: list[Example], loops: int) -> Row:
+    """Loss per answer token, and the share of answers that are right, by iterations, also past the trained depth.
+
+    Answers are read teacher-forced: an answer is right if all of its tokens are the likeliest ones, as in greedy
+    decoding. Of plain text, which has no right answer, it is the share of tokens.
+    """
     tokenizer = reasoner.tokenizer
-    prompts = tokenizer([example.question for example in examples], padding=True, return_tensors="pt")
-    labels = torch.tensor([tokenizer(example.answer, add_special_tokens=False).input_ids[:1] for example in examples])
     sizes = describe_model(reasoner)
     layers = int(reasoner.base.config.num_hidden_layers)
+    is_text = any(example.extra.get(CONTINUES) for example in examples)
     by_iteration = []
     for t in (0,) if loops == 0 else range(1, 2 * loops + 1):
-        logits = reasoner(prompts.input_ids, prompts.attention_mask, iterations=t).logits[:, 0]
+        total, tokens, right, count = 0.0, 0, 0, 0
+        for start in range(0, len(examples), EVALUATION_BATCH):
+            batch = examples[start : start + EVALUATION_BATCH]
+            prompts = tokenizer([example.question for example in batch], padding=True, return_tensors="pt")
+            answers = [torch.tensor(tokenizer(x.answer, add_special_tokens=False).input_ids) for x in batch]
+            labels = pad_sequence(answers, batch_first=True, padding_value=IGNORE)
+            logits = reasoner(prompts.input_ids, prompts.attention_mask, labels=labels, iterations=t).logits
+            present = labels != IGNORE
+            total += float(
+                F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+            )
+            tokens += int(present.sum())
+            hits = (logits.argmax(-1) == labels) | ~present
+            right += int(hits[present].sum()) if is_text else int(hits.all(-1).sum())
+            count += int(present.sum()) if is_text else len(batch)
         by_iteration.append(
-            {
-                "t": t,
-                "loss": float(F.cross_entropy(logits, labels[:, 0])),
-                "accuracy": float((logits.argmax(-1) == labels[:, 0]).float().mean()),
-                "layer_passes": layers * max(1, t),
-            }
+            {"t": t, "loss": total / tokens, "accuracy": right / count, "layer_passes": layers * max(1, t)}
         )
-    return {
-        "model": name,
-        "seed": seed,
-        "steps": steps,
-        "loops": loops,
-        "parameters": sizes.base_parameters + sizes.added_parameters,
-        "by_iteration": by_iteration,
-        "exits": list(exits(reasoner, examples[:EXIT_QUESTIONS], loops)) if loops > 2 and name else [],
-    }
+    return {"loops": loops, "parameters": sizes.base_parameters + sizes.added_parameters, "by_iteration": by_iteration}
 
 
 def exits(reasoner: LatentReasoner, examples: list[Any], loops: int) -> Iterator[Row]:
@@ -250,7 +334,13 @@ def add_row(row: Row) -> None:
 def build_page(rows: list[Row]) -> None:
     """Replace the tables of the page, and draw its plots."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, lines in (("models", table(rows)), ("start", starts(rows)), ("exits", exit_table(rows))):
+    p_hop = [row for row in rows if row["task"] == "p_hop"]
+    for name, lines in (
+        ("models", table(p_hop)),
+        ("others", others(row for row in rows if row["task"] != "p_hop")),
+        ("start", starts(rows)),
+        ("exits", exit_table(p_hop)),
+    ):
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         head, _, rest = text.partition(begin)
         _, _, tail = rest.partition(end)
@@ -258,13 +348,39 @@ def build_page(rows: list[Row]) -> None:
     PAGE.write_text(text, encoding="utf-8")
     curves = {
         row["model"]: [CurvePoint(step, exp(-loss), (exp(-loss),) * 2) for step, loss in row["training_loss"]]
-        for row in rows
+        for row in p_hop
         if row["seed"] == 0 and row["model"].startswith("2 layers x 2, rank 8")
     }
+    title = "Answer in training, rank 8: from the decomposition, and from random adapters"
+    save_plot("recursive", curves, title, "step", "exp(-loss), mean probability of a token")
+    curves = {same[0]["model"]: [point(same, i, "layer_passes") for i in used(same[0])] for same in by_model(p_hop)}
+    save_plot("recursive_compute", curves, "p-hop: accuracy against compute", "layer passes a token", "accuracy")
+    curves = {}
+    for same in by_model(p_hop):
+        name = same[0]["model"]
+        family = "2 x 2, by rank" if same[0].get("before") and name.startswith("2") else name
+        curves.setdefault(family, []).append(point(same, used(same[0])[-1], "parameters"))
+    curves = {name: sorted(points, key=attrgetter("x")) for name, points in curves.items()}
+    save_plot("recursive_parameters", curves, "p-hop: accuracy against parameters", "parameters", "accuracy")
+
+
+def save_plot(name: str, curves: dict[str, list[CurvePoint]], title: str, x_label: str, y_label: str) -> None:
+    """Draw curves beside the page."""
     if curves:
-        title = "Answer in training, rank 8: from the decomposition, and from random adapters"
-        drawn = draw_curves(curves, title=title, x_label="step", y_label="exp(-loss), mean probability of a token")
-        (PAGE.parent / "recursive.svg").write_text(drawn, encoding="utf-8")
+        drawn = draw_curves(curves, title=title, x_label=x_label, y_label=y_label)
+        (PAGE.parent / f"{name}.svg").write_text(drawn, encoding="utf-8")
+
+
+def used(row: Row) -> range:
+    """Places in ``by_iteration`` of the iterations that the model was trained for."""
+    return range(max(1, row["loops"]))
+
+
+def point(same: list[Row], i: int, x: str) -> CurvePoint:
+    """Mean accuracy of one model's seeds after some iterations, with the lowest and the highest."""
+    values = [row["by_iteration"][i]["accuracy"] for row in same]
+    first = same[0]
+    return CurvePoint(first.get(x) or first["by_iteration"][i][x], fmean(values), (min(values), max(values)))
 
 
 def table(rows: list[Row]) -> Iterator[str]:
@@ -273,20 +389,36 @@ def table(rows: list[Row]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for same in by_model(rows):
         first = same[0]
-        for i, point in enumerate(first["by_iteration"]):
-            loss, accuracy = (fmean(row["by_iteration"][i][key] for row in same) for key in ("loss", "accuracy"))
+        for i, at in enumerate(first["by_iteration"]):
             name = (
                 f"{first['model']} | {len(same)} | {first['parameters']:,} | {first['steps']}" if i == 0 else " | | | "
             )
-            past = " (past its depth)" if first["loops"] and point["t"] > first["loops"] else ""
-            t = "–" if first["loops"] == 0 else f"{point['t']}{past}"
-            yield f"| {name} | {t} | {point['layer_passes']} | {loss:.3f} | {accuracy:.3f} |"
+            past = " (past its depth)" if first["loops"] and at["t"] > first["loops"] else ""
+            t = "–" if first["loops"] == 0 else f"{at['t']}{past}"
+            yield f"| {name} | {t} | {at['layer_passes']} | {spread(same, i, 'loss')} | {spread(same, i, 'accuracy')} |"
+
+
+def spread(same: list[Row], i: int, key: str) -> str:
+    """Mean of the seeds, and the standard deviation between them."""
+    values = [row["by_iteration"][i][key] for row in same]
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def others(rows: Iterable[Row]) -> Iterator[str]:
+    """The other tasks, at the trained depth."""
+    yield "| task | model | parameters | steps | layer passes a token | loss | accuracy | at t = 1 |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for same in by_model(rows):
+        first, i = same[0], used(same[0])[-1]
+        cells = [first["task"], first["model"], f"{first['parameters']:,}", str(first["steps"])]
+        cells += [str(first["by_iteration"][i]["layer_passes"]), spread(same, i, "loss"), spread(same, i, "accuracy")]
+        yield f"| {' | '.join(cells)} | {spread(same, 0, 'accuracy') if first['loops'] else '–'} |"
 
 
 def starts(rows: list[Row]) -> Iterator[str]:
     """Recursive models before any training."""
-    yield "| model | loss before training | after | accuracy before | after |"
-    yield "|---|---|---|---|---|"
+    yield "| task | model | loss before training | after | accuracy before | after |"
+    yield "|---|---|---|---|---|---|"
     for same in by_model(row for row in rows if "before" in row):
         t = same[0]["loops"] - 1
         cells = [
@@ -294,25 +426,25 @@ def starts(rows: list[Row]) -> Iterator[str]:
             for key in ("loss", "accuracy")
             for when in ("before", "by_iteration")
         ]
-        yield f"| {same[0]['model']} | {' | '.join(cells)} |"
+        yield f"| {same[0]['task']} | {same[0]['model']} | {' | '.join(cells)} |"
 
 
 def exit_table(rows: list[Row]) -> Iterator[str]:
     """Accuracy against mean iterations, by criterion."""
     yield "| model | criterion | threshold | mean iterations | accuracy |"
     yield "|---|---|---|---|---|"
-    for same in by_model(row for row in rows if row["exits"]):
+    for same in by_model(row for row in rows if "exits" in row):
         for i, point in enumerate(same[0]["exits"]):
             iterations, accuracy = (fmean(row["exits"][i][key] for row in same) for key in ("iterations", "accuracy"))
             named = f"{same[0]['model']} | `{point['criterion']}` | {point['threshold']:g}"
             yield f"| {named} | {iterations:.2f} | {accuracy:.3f} |"
 
 
-def by_model(rows: Any) -> Iterator[list[Row]]:
+def by_model(rows: Iterable[Row]) -> Iterator[list[Row]]:
     """The rows of each model, in the order of their first."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault(row["model"], []).append(row)
+        groups.setdefault((row["task"], row["model"]), []).append(row)
     yield from groups.values()
 
 
