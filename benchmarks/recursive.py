@@ -95,8 +95,8 @@ class Study:
 
 STUDIES = {
     "p_hop": Study(yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["stages"][0]["data"][0], every=True, seeds=3),
-    "state_tracking": Study({"task": "state_tracking", "generator_options": {"elements": 3, "length": 4}}),
     "text": Study({"text": "", "characters": TEXT_CHARACTERS}),
+    "state_tracking": Study({"task": "state_tracking", "generator_options": {"elements": 3, "length": 3}}),
 }
 FEW = (
     "4 layers, trained on",
