@@ -63,7 +63,9 @@ class ModelDescription:
 
 def describe_model(reasoner: LatentReasoner) -> ModelDescription:
     """Sizes of a model's parts, the share that the loop adds to the base, and its cache memory."""
-    adapters = {key: p for key, p in reasoner.base.named_parameters() if ".lora_" in key}
+    # Adapters that add nothing share a pair of layers once they are loaded for inference: each counts.
+    named = reasoner.base.named_parameters(remove_duplicate=False)
+    adapters = {key: p for key, p in named if ".lora_" in key}
     return ModelDescription(
         architecture=type(reasoner.base).__name__,
         base_parameters=sum(p.numel() for key, p in reasoner.base.named_parameters() if ".lora_" not in key),

@@ -28,7 +28,8 @@ class Cost:
         self.per_token = 2 * head.numel()
         self.per_adapter: dict[str | None, int] = {None: 0}
         for name in reasoner.adapters.names:
-            weights = (p for key, p in base.named_parameters() if ".lora_" in key and f".{name}." in key)
+            named = base.named_parameters(remove_duplicate=False)  # see describe_model
+            weights = (p for key, p in named if ".lora_" in key and f".{name}." in key)
             self.per_adapter[name] = 2 * sum(p.numel() for p in weights)
         decoder = reasoner.decoder
         self.per_decoded = 0 if decoder is None else 2 * sum(p.numel() for p in decoder.parameters())
