@@ -164,7 +164,14 @@ def models(plain_steps: int, steps: int) -> list[Model]:
         Model("2 layers x 2, rank 32", steps, Recursive(2, 32)),
         Model("2 layers x 2, full rank", steps, Recursive(2)),
         Model("1 layer x 4, rank 32", steps, Recursive(4, 32), loops=4),
-        Model("2 layers from scratch", plain_steps + steps, base={"num_hidden_layers": 2}, loops=0),
+        # One iteration without an adapter is the plain model, trained for the same objectives as loops are.
+        Model(
+            "2 layers from scratch",
+            plain_steps + steps,
+            base={"num_hidden_layers": 2},
+            fresh=loop(1, {"kind": "none"}),
+            loops=1,
+        ),
         Model(
             "2 layers x 2 from scratch",
             plain_steps + steps,
