@@ -28,7 +28,8 @@ function App() {
   const [settings, setSettings] = useState<Settings>(linked?.settings ?? {});
   const [run, setRun] = useState<Run | null>(null);
   const [running, setRunning] = useState(false);
-  const [selected, setSelected] = useState(0);
+  /** The iteration that the reader has picked; null: the last one, also while more arrive. */
+  const [picked, setPicked] = useState<number | null>(null);
   const [error, setError] = useState("");
   const [notice, setNotice] = useState("");
   const abort = useRef<AbortController | null>(null);
@@ -55,13 +56,12 @@ function App() {
   };
   useEffect(() => { void connect(); }, []);
 
-  const show = (shown: Run) => { setRun(shown); setSelected(shown.trace.length); };
   const ask = async () => {
     if (!checkpoint || running) return;
     const { signal } = abort.current = new AbortController();
-    fail(null); setNotice(""); setRunning(true);
+    fail(null); setNotice(""); setPicked(null); setRunning(true);
     try {
-      await execute(checkpoint, newRun(checkpoint, prompt, settings), key, signal, show);
+      await execute(checkpoint, newRun(checkpoint, prompt, settings), key, signal, setRun);
     } catch (reason) {
       if (!signal.aborted) fail(reason);
     } finally {
@@ -71,7 +71,7 @@ function App() {
   const openRun = (opened: Run) => {
     abort.current?.abort();
     if (!opened.messages) { setPrompt(opened.prompt); setSettings(opened.settings); }
-    show(opened); setView("Watch");
+    setRun(opened); setPicked(null); setView("Watch");
     // The button that was pressed is hidden now.
     views.current?.querySelector("button")?.focus();
     window.scrollTo({ top: 0 });
@@ -127,7 +127,8 @@ function App() {
       {notice && view === "Watch" && <p role="status">{notice}</p>}
       {view === "Watch" && !run && checkpoint && <p class="empty">Ask the question, and the iterations of its loop appear here one by one:
         what the state reads as, how far it moved, and why the loop stopped.</p>}
-      {view === "Watch" && run && <Watch run={run} running={running} selected={selected} select={setSelected} hasKey={!!key} />}
+      {view === "Watch" && run && <Watch run={run} running={running} selected={picked ?? run.trace.length}
+        select={(iteration) => setPicked(iteration < run.trace.length ? iteration : null)} hasKey={!!key} />}
       {checkpoint && <>
         {checkpoint.chat && <div hidden={view !== "Chat"}><Chat checkpoint={checkpoint} apiKey={key} fail={fail} open={openRun}
           linked={linked?.messages ? { messages: linked.messages, settings: linked.settings } : null} /></div>}
