@@ -22,7 +22,7 @@ from slr_core.model.reasoner import LatentReasoner
 from tests import tiny
 from tests.hostile.wire import head, request
 from tests.server import events
-from tests.server.process import Server
+from tests.server.process import Server, default_hangup
 
 KEY, ADMIN = "k" * 20, "a" * 20
 CLIENTS, SLOTS, QUEUE, ITERATIONS, TOKENS = 24, 4, 40, 4, 6
@@ -99,7 +99,7 @@ def churn(requests: int = 20_000, seed: int = 0, out: str = "") -> Churn:
         seed: of all random choices.
         out: a Markdown file for the result.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, default_hangup():
         result = _run(Path(folder), requests, random.Random(seed))
     if out:
         Path(out).write_text(str(result))

@@ -5,10 +5,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+
+
+@contextmanager
+def default_hangup() -> Iterator[None]:
+    """Let servers that are started meanwhile end on SIGHUP: below ``nohup`` they would ignore it. Main thread only."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, inherited)
 
 
 class Server:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.server import events
-from tests.server.process import Server
+from tests.server.process import Server, default_hangup
 
 pytestmark = pytest.mark.slow
 
@@ -96,8 +96,8 @@ def test_hangup_drains_and_loads_stay_offline(tiny_checkpoint):
     config = json.loads((folder / "online" / "slr_config.json").read_text())
     (folder / "online" / "slr_config.json").write_text(json.dumps({**config, "base": "nobody/such-model"}))
     flags = ("--loop-sets", str(folder), "--admin-key", ADMIN)
-    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the server ignores it below nohup
-    server = Server(tiny_checkpoint, tiny_checkpoint.parent / "hangup", *flags)
+    with default_hangup():
+        server = Server(tiny_checkpoint, tiny_checkpoint.parent / "hangup", *flags)
     try:
         started = time.monotonic()
         headers = {"authorization": f"Bearer {ADMIN}"}
@@ -110,5 +110,4 @@ def test_hangup_drains_and_loads_stay_offline(tiny_checkpoint):
             timed_end(server, signal.SIGHUP, 20)
             assert all(each.done() for each in running)
     finally:
-        signal.signal(signal.SIGHUP, inherited)
         server.kill()
