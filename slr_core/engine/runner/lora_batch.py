@@ -5,7 +5,7 @@ compute the same result. :meth:`LoraBatch.tune` measures them and picks the fast
 
 - ``masked``: all adapters side by side, and a mask that leaves each row its own: ``mask(x A) B``. Two dense products.
 - ``grouped``: rows gathered by adapter into blocks of equal size; one batched product (``bmm``) each for A and B.
-- ``segments``: rows sorted by adapter; two products for each adapter present.
+- ``segments``: two products for each adapter present; its rows are gathered, unless they are next to each other.
 
 If all rows use the same adapter, it is two plain products. Base weights are never changed.
 """
@@ -16,6 +16,7 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class AdapterGroups(AdapterIndex):
         shared_id: the adapter, if all rows use the same one.
         covers_all_rows: whether every row uses an adapter.
         sorted_rows: rows that use an adapter ``[m]`` long, sorted by adapter.
-        group_sizes: rows of each adapter.
+        segments: each adapter that is used with its rows: a slice if they are next to each other, else ``[k]`` long.
         block_size: size of the largest group.
         places: ``[m]`` long, place of each of ``sorted_rows`` in ``count`` blocks of equal size.
         sources: ``[count * block_size]`` long, the row at each place; unused places hold row 0.
@@ -82,8 +83,15 @@ class AdapterGroups(AdapterIndex):
         used.sort()
         self.covers_all_rows = len(used) == len(ids)
         self.sorted_rows = torch.tensor([row for _, row in used], device=device)
-        self.group_sizes = Counter(adapter for adapter, _ in used)
-        self.block_size = max(self.group_sizes.values())
+        rows_of = {adapter: [row for _, row in group] for adapter, group in groupby(used, key=lambda pair: pair[0])}
+        self.segments: list[tuple[int, slice | Tensor]] = [
+            (
+                adapter,
+                slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] < len(rows) else torch.tensor(rows, device=device),
+            )
+            for adapter, rows in rows_of.items()
+        ]
+        self.block_size = max(map(len, rows_of.values()))
         places, filled = [], Counter[int]()
         for adapter, _ in used:
             places.append(adapter * self.block_size + filled[adapter])
@@ -272,12 +280,12 @@ def _grouped(weights: LayerWeights, index: AdapterIndex, x: Tensor, y: Tensor) -
 
 def _segments(weights: LayerWeights, index: AdapterIndex, x: Tensor, y: Tensor) -> Tensor:
     assert isinstance(index, AdapterGroups)
-    start = 0
-    for adapter in sorted(index.group_sizes):
-        rows = index.sorted_rows[start : start + index.group_sizes[adapter]]
-        start += len(rows)
+    for adapter, rows in index.segments:
         down, up = weights.pairs[adapter]
-        y.index_add_(0, rows, (x.index_select(0, rows) @ down) @ up)
+        if isinstance(rows, slice):
+            _add_product(y[rows], _flat(x[rows]).mm(down), up)
+        else:
+            y.index_add_(0, rows, (x.index_select(0, rows) @ down) @ up)
     return y
 
 
@@ -356,7 +364,10 @@ class LoraBatch:
         chosen: dict[tuple[int, int], Method] = {}
         if self.count < 2 or rows < 2:
             return chosen
-        mixed = AdapterGroups([row % self.count for row in range(rows)], self.count, self.device)
+        # Sorted, as the runner's rows are. Not every loop reaches later iterations: earlier ones are more frequent.
+        ids = [adapter for adapter in range(self.count) for _ in range(self.count - adapter)]
+        chosen_ids = [ids[row * (len(ids) - 1) // (rows - 1)] for row in range(rows)]
+        mixed = AdapterGroups(chosen_ids, self.count, self.device)
         by_shape: dict[tuple[int, int], list[LoraBatchLinear]] = {}
         for layer in self.layers.values():
             if layer.has_weights:

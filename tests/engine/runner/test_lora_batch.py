@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from slr_core.engine.runner import lora_batch as module
-from slr_core.engine.runner.lora_batch import LoraBatch, LoraBatchLinear, drop_idle_adapters
+from slr_core.engine.runner.lora_batch import AdapterGroups, LoraBatch, LoraBatchLinear, drop_idle_adapters
 from slr_core.loop.lora import attach, lora_layers
 from tests import tiny
 
@@ -84,6 +84,8 @@ MIXES = {
     "rows-without": ["a", None, "b", None, None, "c", "a"],
     "one-and-none": [None, "c"],
     "none-first-and-last": [None, "b", "a", None],
+    "sorted": [None, "a", "a", "b", "c", "c"],
+    "sorted-but-last": ["a", "a", "b", "a"],
 }
 
 
@@ -97,6 +99,13 @@ def test_mixed_batch(pair, mix, method, queries):
     names, embeds = MIXES[mix], inputs(len(MIXES[mix]), queries)
     found = run_batch(lora_batch, embeds, [IDS[name] for name in names])
     torch.testing.assert_close(found, run_peft(base, embeds, names), **TOLERANCE)
+
+
+def test_segments_are_slices_where_rows_are_neighbours():
+    first, second = AdapterGroups([None, 1, 1, 0, 2, 0], 3, torch.device("cpu")).segments[:2]
+    assert first[0] == 0
+    assert first[1].tolist() == [3, 5]
+    assert second == (1, slice(1, 3))
 
 
 @pytest.mark.parametrize("queries", [1, 4])
