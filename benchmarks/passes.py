@@ -49,12 +49,12 @@ def record_passes(engine: Engine) -> Iterator[RecordedPasses]:
             passes.shapes.append((rows, queries, options["attention_mask"].shape[-1]))
             passes.unpacked.append(passes.shapes[-1])
             return
-        passes.shapes.append((rows, 1, max(segment.width for segment in packed.segments)))
+        passes.shapes.append((rows, 1, max(segment.mask.shape[-1] for segment in packed.segments)))
         classes: dict[int, list[PackedSegment]] = {}
         for segment in packed.segments:
             classes.setdefault((segment.mask.shape[2] - 1).bit_length(), []).append(segment)
         for segments in classes.values():
-            length, width = max(x.mask.shape[2] for x in segments), max(x.width for x in segments)
+            length, width = max(x.mask.shape[2] for x in segments), max(x.mask.shape[-1] for x in segments)
             count = sum(x.rows.stop - x.rows.start for x in segments) if length == 1 else len(segments)
             passes.unpacked.append((count, length, width))
 

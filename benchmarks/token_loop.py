@@ -1,7 +1,7 @@
 """Figures of the workspace `token` for `python -m benchmarks.engine`: every token loops.
 
 The model is the random Llama of `benchmarks/workload.py` with T = 4, `feedback: raw` and an adapter of rank 16 per
-iteration. 64 requests have prompts of 4 tokens and answers of 17 to 48: prompts run all 4 iterations, whatever their
+iteration; its weights are packed, as `slr-serve` packs them, for the engine and for what it is compared with. 64 requests have prompts of 4 tokens and answers of 17 to 48: prompts run all 4 iterations, whatever their
 answers do, and writing is measured here. At half depth, a request's tokens exit at 1, 2 or 3 iterations, 2 in the mean;
 tokens per second are those while all 32 slots are taken, of 64 requests at full depth and of 96 at half.
 """
@@ -21,6 +21,7 @@ from slr_core import LatentReasoner
 from slr_core.checkpoint.info import describe_model
 from slr_core.engine import Engine
 from slr_core.engine.runner.kv_cache import KVCache
+from slr_core.engine.runner.linear import pack_linears
 from slr_core.engine.statistics import StepStats
 from slr_core.generation.reference import generate
 from slr_core.params import ResolvedLoopParams
@@ -52,6 +53,7 @@ def token_figures(name: str, plain: LatentReasoner, turns: int) -> Iterator[Figu
     full = [at_depth(request, DEPTH) for request in requests]
     half = [at_depth(request, 1 + i % (DEPTH - 1)) for i, request in enumerate((2 * full)[: 3 * ROWS])]
     reasoner, steps = looped(plain, "copy"), TokenRecorder()
+    pack_linears(reasoner.base)
     with Engine(reasoner, slots=ROWS, capacity=DEPTH * (PROMPT + TOKENS), prefix_gib=0, on_step=steps) as engine:
         answer(engine, full[:1])
         with record_passes(engine) as passes:

@@ -168,6 +168,20 @@ class Sequence:
         return sum(loop.iterations_run for loop in self.token.loops) + (self.t if self.phase is Phase.LOOP else 0)
 
     @property
+    def adapter_id(self) -> int | None:
+        """The adapter of its next pass; ``None``: the base model alone."""
+        match self.phase:
+            case Phase.LOOP:
+                return self.adapter_set.adapter_id(self.t + 1)
+            case Phase.CLOSE if self.token is not None:
+                iteration = self.token.closing_iteration
+                return self.adapter_set.adapter_id(iteration) if iteration else self.adapter_set.default_adapter_id
+            case Phase.CLOSE | Phase.DECODE if self.tracker.kept_iterations:
+                return self.adapter_set.decode_adapter_id
+            case _:
+                return self.adapter_set.default_adapter_id
+
+    @property
     def cache_start(self) -> int:
         """The position of its slot at which the key/value cache of its next pass begins."""
         if self.token is None or self.token.shared_cache or self.phase is not Phase.LOOP:

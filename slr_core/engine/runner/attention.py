@@ -55,8 +55,7 @@ def attend(
             q = q.transpose(0, 2)
         elif segment.active_slots is not None:  # copying queries is cheaper than copying keys and values
             q = q.new_zeros(len(segment.mask), *q.shape[1:]).index_copy_(0, segment.active_slots, q)
-        read = slice(segment.first, segment.width)
-        k, v = key[segment.slots, :, read], value[segment.slots, :, read]
+        k, v = segment.source.read(key, value)
         attended, _ = sdpa_attention_forward(module, q, k, v, segment.mask, **options)
         if queries > 1:
             attended = attended.transpose(0, 1)

@@ -83,20 +83,6 @@ def _iteration(row: Sequence) -> int:
     return row.t + 1 if row.phase is Phase.LOOP else 0
 
 
-def adapter_id(row: Sequence) -> int | None:
-    """The adapter of a row's next pass; ``None``: the base model alone."""
-    match row.phase:
-        case Phase.LOOP:
-            return row.adapter_set.adapter_id(row.t + 1)
-        case Phase.CLOSE if row.token is not None:
-            iteration = row.token.closing_iteration
-            return row.adapter_set.adapter_id(iteration) if iteration else row.adapter_set.default_adapter_id
-        case Phase.CLOSE | Phase.DECODE if row.tracker.kept_iterations:
-            return row.adapter_set.decode_adapter_id
-        case _:
-            return row.adapter_set.default_adapter_id
-
-
 def _loop_inputs(rows: Rows[Sequence]) -> Tensor:
     """``u_t`` ``[n, W, d]`` of the next iteration of rows of one loop adapter set."""
     hidden, _ = stack_states([row.states[-1] for row in rows])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slr_core.engine.runner.attention import enable_packing
 from slr_core.engine.runner.fixed_shapes import FixedShapeRunner
-from slr_core.engine.runner.inputs import adapter_id, build_inputs, remove_position_embeddings
+from slr_core.engine.runner.inputs import build_inputs, remove_position_embeddings
 from slr_core.engine.runner.iteration import IterationBatch, IterationOutput
 from slr_core.engine.runner.kv_cache import KVCache
 from slr_core.engine.runner.linear import packed_head
@@ -264,11 +264,12 @@ class ModelRunner:
         inputs = build_inputs(work, self.embeddings, self.table)
         if self.position_embeddings is not None:
             inputs = remove_position_embeddings(work, inputs, self.position_embeddings)
-        ids = [adapter_id(row.sequence) for row in work]
-        if len(set(map(length_class, work))) > 1:
-            return list(torch.split(self._forward_packed(work, ids, inputs), queries))
+        ids = [row.sequence.adapter_id for row in work]
         slots, starts, width = [s.slot for s, _ in work], [s.filled for s, _ in work], max(queries)
         cache_starts, raw = [s.cache_start for s, _ in work], [s.adapter_set.raw for s, _ in work]
+        mixed_singles = self.packing and width == 1 and len(set(zip(ids, cache_starts, strict=True))) > 1
+        if mixed_singles or len(set(map(length_class, work))) > 1:
+            return list(torch.split(self._forward_packed(work, ids, inputs), queries))
         if self.fixed_shapes is not None and width == 1 and not any(raw):
             return list(self.fixed_shapes.run(slots, starts, cache_starts, ids, inputs[:, None]))
         order = torch.arange(width, device=self.device)
@@ -342,10 +343,11 @@ class ModelRunner:
         position_ids = torch.tensor([s.filled + i for s, queries in work for i in range(queries)], device=self.device)
         positions = position_ids + torch.tensor([work[row].sequence.cache_start for row in rows], device=self.device)
         slots = [work[row].sequence.slot for row in rows]
-        self.cache.bind(slots, positions[:, None], self.cache.capacity, read_all=True)
+        self.cache.bind(slots, positions[:, None], self.cache.capacity + 1, read_all=True)
         self.lora_batch.use([ids[row] for row in rows])
         raw = [work[row].sequence.adapter_set.raw for row in rows]
-        return self._forward(inputs[:, None], position_ids[:, None], raw, packed=pack(work, positions))[:, 0]
+        packed = pack(work, positions, self.cache)
+        return self._forward(inputs[:, None], position_ids[:, None], raw, packed=packed)[:, 0]
 
     def _forward(self, embeds: Tensor, position_ids: Tensor, raw: Rows[bool], **options: Any) -> Tensor:
         with keep_input(find_final_norm(self.model) if any(raw) else None) as before_norm:

@@ -1,4 +1,7 @@
-"""How rows share forward passes: rows of similar length, or rows of any length packed into one batch."""
+"""How rows share forward passes: rows of similar length, or rows of any length packed into one batch.
+
+Single positions are sorted by adapter, so that linear layers find the rows of an adapter next to each other.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from slr_core.engine.runner.kv_cache import KVCache
 from slr_core.engine.scheduler import Work
 from slr_core.engine.sequence import Sequence
 
+_GATHERING_COST = 2
+"""Reading copied keys and values takes as long as reading so many times their positions in the slots."""
 PACKED_POSITIONS = 256
 """Maximum positions of a packed pass. In larger passes, reading the weights once more hardly matters."""
 
@@ -25,8 +31,14 @@ def split_into_passes(work: Iterable[Work], *, packing: bool) -> list[list[Work]
     """
     ordered = sorted((row for row in work if row.queries), key=lambda row: (length_class(row), row.sequence.slot))
     if packing and sum(row.queries for row in ordered) <= PACKED_POSITIONS:
-        return [ordered] if ordered else []
+        singles = [row for row in ordered if row.queries == 1]
+        return [sorted(singles, key=_adapter_order) + ordered[len(singles) :]] if ordered else []
     return [list(rows) for _, rows in groupby(ordered, key=length_class)]
+
+
+def _adapter_order(row: Work) -> int:
+    adapter = row.sequence.adapter_id
+    return -1 if adapter is None else adapter
 
 
 def length_class(row: Work) -> int:
@@ -71,19 +83,57 @@ class PackedSegment:
 
     Attributes:
         rows: the rows of the batch.
-        slots: the slots that are read.
-        first: the first position that is read.
-        width: the end of the positions that are read.
-        mask: ``[n, 1, q, width - first]`` bool, for ``n`` slots.
-        active_slots: ``[m]`` long, which of the slots have a row; ``None``: all.
+        mask: ``[n, 1, q, positions]`` bool.
+        source: what is read of each layer's keys and values, ``[n, heads, positions, head_dim]`` each.
+        active_slots: ``[m]`` long, which of the ``n`` each row is; ``None``: one after another.
     """
 
     rows: slice
+    mask: Tensor
+    source: SlotRange | GatheredVectors
+    active_slots: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SlotRange:
+    """The same positions of neighbouring slots, read without a copy.
+
+    Attributes:
+        slots: the slots.
+        first: the first position.
+        end: the end of the positions.
+    """
+
     slots: slice
     first: int
-    width: int
-    mask: Tensor
-    active_slots: Tensor | None = None
+    end: int
+
+    def read(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A view of the keys and values of all slots."""
+        positions = slice(self.first, self.end)
+        return keys[self.slots, :, positions], values[self.slots, :, positions]
+
+
+@dataclass(frozen=True)
+class GatheredVectors:
+    """Keys or values of rows that begin at different positions of their slots.
+
+    Attributes:
+        index: ``[n * heads * positions]`` long, places in the vectors ``[slots * heads * (capacity + 1), head_dim]``.
+        keys: space for them, ``[n, heads, positions, head_dim]``.
+        values: the same.
+    """
+
+    index: Tensor
+    keys: Tensor
+    values: Tensor
+
+    def read(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy them from the keys and values of all slots; valid until the next call."""
+        for source, target in ((keys, self.keys), (values, self.values)):
+            size = source.shape[-1]
+            torch.index_select(source.view(-1, size), 0, self.index, out=target.view(-1, size))
+        return self.keys, self.values
 
 
 @dataclass
@@ -99,37 +149,58 @@ class PackedBatch:
     reached_attention: bool = False
 
 
-def pack(work: Rows[Work], positions: Tensor) -> PackedBatch:
+def pack(work: Rows[Work], positions: Tensor, cache: KVCache) -> PackedBatch:
     """Describe which rows of a packed batch belong together.
 
     Args:
-        work: single positions first, in order of slots; every other row is a segment of its own.
+        work: single positions first; every other row is a segment of its own.
         positions: ``[m]`` long, the cache position of each row of the batch.
+        cache: the slots.
     """
     segments, order = [], torch.arange(read_width(work), device=positions.device)
     singles = [sequence for sequence, queries in work if queries == 1]
     if singles:
-        segments.append(_pack_singles(singles, positions, order))
+        first = min(sequence.cache_start for sequence in singles)
+        longest = max(sequence.filled for sequence in singles) + 1
+        width = max(sequence.cache_start + sequence.filled for sequence in singles) + 1 - first
+        gathers = _GATHERING_COST * longest < width
+        segments.append(_gather(singles, longest, cache) if gathers else _read_slots(singles, positions, order))
     start = len(singles)
     for sequence, queries in work[len(singles) :]:
         rows, first = slice(start, start + queries), sequence.cache_start
         width = first + sequence.filled + queries
-        mask = order[first:width] <= positions[rows, None]
-        segments.append(PackedSegment(rows, slice(sequence.slot, sequence.slot + 1), first, width, mask[None, None]))
+        mask = (order[first:width] <= positions[rows, None])[None, None]
+        slot = slice(sequence.slot, sequence.slot + 1)
+        segments.append(PackedSegment(rows, mask, SlotRange(slot, first, width)))
         start += queries
     return PackedBatch(segments)
 
 
-def _pack_singles(sequences: list[Sequence], positions: Tensor, order: Tensor) -> PackedSegment:
+def _gather(sequences: list[Sequence], longest: int, cache: KVCache) -> PackedSegment:
+    """A segment that reads the key/value cache of each row alone, with ``longest`` positions for all."""
+    device, (_, _, _, heads, positions, size) = cache.store.device, cache.store.shape
+    table = torch.tensor([(s.slot, s.cache_start, s.filled) for s in sequences], device=device)
+    slot, start, filled = table.t()[..., None]
+    order = torch.arange(longest, device=device)
+    first = (slot * heads + torch.arange(heads, device=device)) * positions + start
+    # What is masked repeats the row's own last position: any other row's may not be finite.
+    index = first[..., None] + torch.minimum(order, filled)[:, None]
+    keys, values = cache.store.new_empty(2, len(sequences), heads, longest, size)
+    mask = (order <= filled)[:, None, None]
+    return PackedSegment(slice(0, len(sequences)), mask, GatheredVectors(index.view(-1), keys, values))
+
+
+def _read_slots(sequences: list[Sequence], positions: Tensor, order: Tensor) -> PackedSegment:
+    """A segment that reads the slots from the first to the last row's without a copy."""
     slots, starts = [sequence.slot for sequence in sequences], [sequence.cache_start for sequence in sequences]
     first, width = min(starts), max(sequence.cache_start + sequence.filled for sequence in sequences) + 1
-    span, rows = slice(slots[0], slots[-1] + 1), slice(0, len(slots))
+    span, rows = slice(min(slots), max(slots) + 1), slice(0, len(slots))
     order = order[first:width]
     mask, active_slots = order <= positions[rows, None], None
     if max(starts) > first:
         mask &= order >= torch.tensor(starts, device=positions.device)[:, None]
-    if span.stop - span.start > len(slots):
+    if slots != list(range(span.start, span.stop)):
         active_slots = torch.tensor(slots, device=positions.device) - span.start
         # Slots without a row attend to the first position, so that no row of the mask is empty.
         mask = (order == first).repeat(span.stop - span.start, 1).index_copy_(0, active_slots, mask)
-    return PackedSegment(rows, span, first, width, mask[:, None, None], active_slots)
+    return PackedSegment(rows, mask[:, None, None], SlotRange(span, first, width), active_slots)

@@ -5,7 +5,8 @@ import torch
 
 from slr_core.engine.runner import packing
 from slr_core.engine.runner.attention import NAME, enable_packing
-from slr_core.engine.runner.packing import split_into_passes
+from slr_core.engine.runner.packing import GatheredVectors, pack, split_into_passes
+from slr_core.engine.scheduler import Work
 from slr_core.generation.reference import generate
 from tests import tiny
 from tests.engine.harness import SteppedCore, facts, is_empty
@@ -73,6 +74,45 @@ def test_single_positions_around_a_prompt():
     assert [s.active_slots.tolist() for s in seen[0][1].segments if s.active_slots is not None] == [[0, 2]]
     stepped.drain()
     assert [facts(f.result()) for f in futures] == [facts(generate(made, [r])[0]) for r in requests]
+
+
+def test_rows_far_apart_in_their_slots_are_gathered():
+    """In the workspace ``token``, rows of different iterations read different key/value caches."""
+    made = tiny.reasoner(loop={"workspace": "token", "max_iterations": 4})
+    requests = [tiny.request(made, prompt, **fixed(1 + i % 4, 6)) for i, prompt in enumerate(tiny.PROMPTS[:4])]
+    stepped = SteppedCore(made, slots=4, capacity=128, prefix_gib=0)
+    seen = watch(stepped)
+    futures = [stepped.submit(request) for request in requests]
+    stepped.drain()
+    gathered = [
+        segment
+        for _, packed in seen
+        for segment in (packed.segments if packed else [])
+        if isinstance(segment.source, GatheredVectors)
+    ]
+    assert gathered
+    longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+    assert max(segment.mask.shape[-1] for segment in gathered) <= longest
+    assert [facts(f.result()) for f in futures] == [facts(generate(made, [r])[0]) for r in requests]
+
+
+def test_gathered_rows_hold_nothing_of_others():
+    """Masked values would still spoil attention if they were not finite."""
+    made = tiny.reasoner(loop={"workspace": "token", "max_iterations": 4})
+    stepped = SteppedCore(made, slots=3, capacity=64, prefix_gib=0)
+    for prompt, iterations in (("w1 w2 w3", 1), ("w4", 4)):
+        stepped.submit(tiny.request(made, prompt, **fixed(iterations, 8)))
+    sequences, cache = stepped.core.scheduler.running, stepped.core.cache
+    while not (len(sequences) == 2 and sequences[1].cache_start > 2 * sequences[0].filled > 0):
+        stepped.step()
+    cache.store.fill_(torch.nan)
+    ends = [sequence.cache_start + sequence.filled for sequence in sequences]
+    for number, (sequence, end) in enumerate(zip(sequences, ends, strict=True)):
+        cache.store[:, :, sequence.slot, :, sequence.cache_start : end + 1] = number
+    segment = pack([Work(s, 1) for s in sequences], torch.tensor(ends), cache).segments[0]
+    for read in segment.source.read(*cache.store[0]):
+        assert [x.unique().tolist() for x in read] == [[0.0], [1.0]]
+    assert segment.mask.sum(-1).flatten().tolist() == [s.filled + 1 for s in sequences]
 
 
 def test_large_step_is_split_into_passes(monkeypatch):
