@@ -20,6 +20,8 @@ from slr_core.engine.sequence import Sequence
 
 _GATHERING_COST = 2
 """Reading copied keys and values takes as long as reading so many times their positions in the slots."""
+_GATHERED_QUERIES = 8
+"""Maximum positions of a row that are copied with single positions of others: each gets a copy of its own."""
 PACKED_POSITIONS = 256
 """Maximum positions of a packed pass. In larger passes, reading the weights once more hardly matters."""
 
@@ -79,7 +81,7 @@ def stack_states(states: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 @dataclass(frozen=True)
 class PackedSegment:
-    """Rows that attend in one call: single positions of several slots, or several positions of one slot.
+    """Positions that attend in one call: single ones of several slots, several of one slot, or any that are gathered.
 
     Attributes:
         rows: the rows of the batch.
@@ -158,15 +160,16 @@ def pack(work: Rows[Work], positions: Tensor, cache: KVCache) -> PackedBatch:
         cache: the slots.
     """
     segments, order = [], torch.arange(read_width(work), device=positions.device)
-    singles = [sequence for sequence, queries in work if queries == 1]
-    if singles:
-        first = min(sequence.cache_start for sequence in singles)
-        longest = max(sequence.filled for sequence in singles) + 1
-        width = max(sequence.cache_start + sequence.filled for sequence in singles) + 1 - first
-        gathers = _GATHERING_COST * longest < width
-        segments.append(_gather(singles, longest, cache) if gathers else _read_slots(singles, positions, order))
-    start = len(singles)
-    for sequence, queries in work[len(singles) :]:
+    joined = [row for row in work if row.queries == 1]
+    if joined:
+        first = min(sequence.cache_start for sequence, _ in joined)
+        if _GATHERING_COST * max(sequence.filled + 1 for sequence, _ in joined) < read_width(joined) - first:
+            joined = [row for row in work if row.queries <= _GATHERED_QUERIES]
+            segments.append(_gather(joined, cache))
+        else:
+            segments.append(_read_slots([row.sequence for row in joined], positions, order))
+    start = sum(row.queries for row in joined)
+    for sequence, queries in work[len(joined) :]:
         rows, first = slice(start, start + queries), sequence.cache_start
         width = first + sequence.filled + queries
         mask = (order[first:width] <= positions[rows, None])[None, None]
@@ -176,18 +179,18 @@ def pack(work: Rows[Work], positions: Tensor, cache: KVCache) -> PackedBatch:
     return PackedBatch(segments)
 
 
-def _gather(sequences: list[Sequence], longest: int, cache: KVCache) -> PackedSegment:
-    """A segment that reads the key/value cache of each row alone, with ``longest`` positions for all."""
+def _gather(work: list[Work], cache: KVCache) -> PackedSegment:
+    """A segment in which each position reads a copy of its own key/value cache alone."""
     device, (_, _, _, heads, positions, size) = cache.store.device, cache.store.shape
-    table = torch.tensor([(s.slot, s.cache_start, s.filled) for s in sequences], device=device)
-    slot, start, filled = table.t()[..., None]
-    order = torch.arange(longest, device=device)
+    rows = [(s.slot, s.cache_start, s.filled + i) for s, queries in work for i in range(queries)]
+    slot, start, last = torch.tensor(rows, device=device).t()[..., None]
+    order = torch.arange(max(last for _, _, last in rows) + 1, device=device)
     first = (slot * heads + torch.arange(heads, device=device)) * positions + start
     # What is masked repeats the row's own last position: any other row's may not be finite.
-    index = first[..., None] + torch.minimum(order, filled)[:, None]
-    keys, values = cache.store.new_empty(2, len(sequences), heads, longest, size)
-    mask = (order <= filled)[:, None, None]
-    return PackedSegment(slice(0, len(sequences)), mask, GatheredVectors(index.view(-1), keys, values))
+    index = first[..., None] + torch.minimum(order, last)[:, None]
+    keys, values = cache.store.new_empty(2, len(rows), heads, len(order), size)
+    mask = (order <= last)[:, None, None]
+    return PackedSegment(slice(0, len(rows)), mask, GatheredVectors(index.view(-1), keys, values))
 
 
 def _read_slots(sequences: list[Sequence], positions: Tensor, order: Tensor) -> PackedSegment:
