@@ -234,8 +234,8 @@ class ModelRunner:
 
     def _read_head(self, rows: list[Work]) -> LogitsOutput:
         sequences = [row.sequence for row in rows]
-        unread = [_normed(s, s.read_state) for s in sequences if s.logits is None and s.read_state is not None]
-        logits: Tensor | None = self.head(torch.stack(unread)) if unread else None
+        unread = [(s, s.read_state) for s in sequences if s.logits is None and s.read_state is not None]
+        logits: Tensor | None = self.head(_normed_rows(unread)) if unread else None
         if logits is None or len(unread) < len(sequences):
             fresh = iter(() if logits is None else logits)
             logits = torch.stack([next(fresh) if s.logits is None else s.logits for s in sequences])
@@ -364,6 +364,13 @@ def _normed(sequence: Sequence, states: Tensor) -> Tensor:
     return sequence.adapter_set.reasoner.normed(states)
 
 
+def _normed_rows(rows: list[tuple[Sequence, Tensor]]) -> Tensor:
+    """What the LM head reads ``[n, d]`` of one state ``[d]`` of each row."""
+    if len({id(sequence.adapter_set) for sequence, _ in rows}) == 1:
+        return _normed(rows[0][0], torch.stack([state for _, state in rows]))
+    return torch.stack([_normed(sequence, state) for sequence, state in rows])
+
+
 def _split_answer_prefixes(rows: list[Work], states: dict[Sequence, Tensor]) -> dict[Sequence, StateOutput]:
     """Move the states of answer prefixes out of the states of iterations that ran them."""
     prefixes = {}
@@ -381,7 +388,8 @@ def request_error(error: BaseException) -> SLRError:
 
 
 def _logits_output(sequences: list[Sequence], logits: Tensor) -> LogitsOutput:
-    table = torch.stack([logits.argmax(-1), logits.isnan().any(-1)], dim=-1).tolist()
+    # NaN is the largest value of a row that has one; this is faster than to look for it.
+    table = torch.stack([logits.argmax(-1), logits.amax(-1).isnan()], dim=-1).tolist()
     if any(s.answer.generator is not None or s.request.logprobs is not None for s in sequences):
         logits = logits.cpu()  # in one transfer, not row by row
     return LogitsOutput(sequences, logits, [index for index, _ in table], [not has_nan for _, has_nan in table])
