@@ -245,7 +245,7 @@ def adapters(name: str, reasoner: LatentReasoner, turns: int) -> Iterator[Figure
     with torch.inference_mode():
         ours, none, theirs, reading = best(
             5 * turns,
-            lambda: step(sorted(row % len(names) for row in range(ROWS))),  # as the runner orders its rows
+            lambda: step([row * len(names) // ROWS for row in range(ROWS)]),  # sorted, as the runner's rows
             lambda: step([None] * ROWS),
             peft,
             lambda: [weight.sum() for weight in weights],
