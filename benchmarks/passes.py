@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from slr_core.engine import Engine
 from slr_core.engine.runner.kv_cache import KVCache
-from slr_core.engine.runner.packing import PackedSegment
+from slr_core.engine.runner.packing import length_class
+from slr_core.engine.scheduler import Work
 from slr_core.model.base_support import hidden_size
 
 
@@ -45,29 +47,31 @@ def record_passes(engine: Engine) -> Iterator[RecordedPasses]:
     def record(_module: Any, _args: Any, options: dict[str, Any]) -> None:
         rows, queries, _ = options["inputs_embeds"].shape
         packed = options.get("packed")
-        if packed is None:
-            passes.shapes.append((rows, queries, options["attention_mask"].shape[-1]))
-            passes.unpacked.append(passes.shapes[-1])
-            return
-        passes.shapes.append((rows, 1, max(segment.mask.shape[-1] for segment in packed.segments)))
-        classes: dict[int, list[PackedSegment]] = {}
-        for segment in packed.segments:
-            classes.setdefault((segment.mask.shape[2] - 1).bit_length(), []).append(segment)
-        for segments in classes.values():
-            length, width = max(x.mask.shape[2] for x in segments), max(x.mask.shape[-1] for x in segments)
-            count = sum(x.rows.stop - x.rows.start for x in segments) if length == 1 else len(segments)
-            passes.unpacked.append((count, length, width))
+        masks = [options["attention_mask"]] if packed is None else [segment.mask for segment in packed.segments]
+        passes.shapes.append((rows, queries, max(mask.shape[-1] for mask in masks)))
+
+    runner = engine._core.runner
+    forward = runner.forward
+
+    def record_rows(work: Sequence[Work]) -> list[torch.Tensor]:
+        for _, group in groupby(sorted(work, key=length_class), key=length_class):
+            rows = list(group)
+            width = max(sequence.filled + queries for sequence, queries in rows)
+            passes.unpacked.append((len(rows), max(row.queries for row in rows), width))
+        return forward(work)
 
     def record_head(_module: Any, args: tuple[torch.Tensor]) -> None:
         passes.heads.append(len(args[0]))
 
     hooks = [
         engine.model.base_model.register_forward_pre_hook(record, with_kwargs=True),
-        engine._core.runner.head.register_forward_pre_hook(record_head),
+        runner.head.register_forward_pre_hook(record_head),
     ]
+    runner.forward = record_rows  # type: ignore[method-assign]
     try:
         yield passes
     finally:
+        del runner.forward
         for hook in hooks:
             hook.remove()
 

@@ -1,10 +1,10 @@
 """Figures of the workspace `token` for `python -m benchmarks.engine`: every token loops.
 
 The model is the random Llama of `benchmarks/workload.py` with T = 4, `feedback: raw` and an adapter of rank 16 per
-iteration; its weights are packed, as `slr-serve` packs them, for the engine and for what it is compared with. 64
+iteration; its weights are packed, as `slr-serve` packs them, for the engine and for what it is compared with. 40
 requests have prompts of 4 tokens and answers of 17 to 48: prompts run all 4 iterations, whatever their answers do, and
 writing is measured here. At half depth, a request's tokens exit at 1, 2 or 3 iterations, 2 in the mean; tokens per
-second are those while all 32 slots are taken, of 64 requests at full depth and of 96 at half.
+second are those while all 32 slots are taken, of 40 requests at full depth and of 48 at half.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from slr_core.generation.reference import generate
 from slr_core.params import ResolvedLoopParams
 from slr_core.types import Request
 
-DEPTH, PROMPT, TOKENS = 4, 4, 48
+DEPTH, PROMPT, TOKENS, REQUESTS = 4, 4, 48, 40
 LOOP = {
     "workspace": "token",
     "feedback": "raw",
@@ -52,9 +52,9 @@ def token_figures(name: str, plain: LatentReasoner, turns: int) -> Iterator[Figu
         turns: measurements of each side of a ratio. Of those at full and half depth, which differ least from each other
             in what they run, the ratio is the median of one after the other.
     """
-    requests = [replace(x, max_new_tokens=x.max_new_tokens + TOKENS - 32) for x in load(2 * ROWS, PROMPT)]
+    requests = [replace(x, max_new_tokens=x.max_new_tokens + TOKENS - 32) for x in load(REQUESTS, PROMPT)]
     full = [at_depth(request, DEPTH) for request in requests]
-    half = [at_depth(request, 1 + i % (DEPTH - 1)) for i, request in enumerate((2 * full)[: 3 * ROWS])]
+    half = [at_depth(request, 1 + i % (DEPTH - 1)) for i, request in enumerate((2 * full)[: 3 * ROWS // 2])]
     reasoner, steps = looped(plain, "copy"), TokenRecorder()
     pack_linears(reasoner.base)
     with Engine(reasoner, slots=ROWS, capacity=DEPTH * (PROMPT + TOKENS), prefix_gib=0, on_step=steps) as engine:
