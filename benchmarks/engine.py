@@ -76,7 +76,8 @@ def main() -> None:
                 figures.append(figure)
                 print(_line(figure), flush=True)
     if options.only in (None, "token"):
-        torch.set_num_threads(used.get("135M", threads))
+        used["token"] = used.get("135M", threads)
+        torch.set_num_threads(used["token"])  # the engine chooses at most as many
         for figure in token_figures("135M", llama(options.layers), options.turns):
             figures.append(figure)
             print(_line(figure), flush=True)
