@@ -227,8 +227,8 @@ class Collator:
         """The batch of one forward pass.
 
         Raises:
-            DataError: a question without tokens, one that is too long for the model, or a graph whose nodes are not
-                single tokens.
+            DataError: a question without tokens, one that is too long for the model, a graph whose nodes are not
+                single tokens, or a tokenizer without the separator of written steps.
         """
         examples, plan = [item.example for item in items], items[0].plan
         prompts = self.tokenizer(
@@ -329,7 +329,13 @@ class Collator:
         return ids
 
     def _mark(self) -> list[int]:
-        return self._ids([f" {MARK}"])[0]
+        ids = self._ids([f" {MARK}"])[0]
+        if not ids or self.tokenizer.unk_token_id in ids:
+            raise DataError(
+                f"the base's tokenizer has no token for `{MARK}`, which separates written steps from the answer: train "
+                "on answers alone, or from another base"
+            )
+        return ids
 
     def _eos(self) -> int:
         eos = self.tokenizer.eos_token_id

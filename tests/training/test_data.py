@@ -234,6 +234,16 @@ def test_tokens_can_leave_one_by_one(removed, left):
     assert batch["answer_ids"][0].tolist() == expected
 
 
+def test_a_tokenizer_without_the_separator_cannot_write_steps():
+    """It would learn to write the unknown token, and no answer after it would be found."""
+    assert collate(items(HAND))["answer_ids"].shape[0] == 1
+    for changes in ({"replaced": 0}, {"removed": 1}):
+        with pytest.raises(DataError, match="no token for `#`"):
+            collate(items(HAND, **changes))
+    with pytest.raises(DataError, match="no token for `#`"):
+        collate(items(HAND), **terms(cot=True))
+
+
 def test_steps_have_tokens_of_their_own():
     batch = collate(items(HAND, SHORT, replaced=2), tokenizer=WORDED, **terms(steps=True))
     assert batch["step_ids"].shape == (2, 3, 2)
