@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from slr_core.checkpoint.folder import CONFIG
 from slr_core.checkpoint.hub import find_file
@@ -17,7 +17,7 @@ from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.config import BaseConfig, TrainConfig
-from slr_core.training.data import MARK
+from slr_core.training.data import MARK, mark_ids
 from slr_core.training.sources import Listed, Source, open_source
 from slr_core.training.tokenizer import prontoqa_tokenizer, prosqa_tokenizer, start_embeddings, word_tokenizer
 
@@ -35,6 +35,8 @@ def build(config: TrainConfig) -> LatentReasoner:
     source = config.base.source
     reasoner = _from_scratch(config) if source is None else _from_source(config, source)
     config.check(reasoner.config.loop)
+    if config.writes_steps and config.train == "full" and not mark_ids(reasoner.tokenizer):
+        _add_mark(reasoner)
     if config.max_iterations != 0:
         reasoner.config = reasoner.config.replace(trained=True)
     set_trainable(reasoner, config.train)
@@ -98,6 +100,19 @@ def _from_source(config: TrainConfig, source: str) -> LatentReasoner:
         str(inside) if inside.is_dir() else loaded.config.base, tokenizer_from=str(found.parent)
     )
     return LatentReasoner(base, loaded.tokenizer, _settings(config.loop, config.text or loaded.config.text))
+
+
+def _add_mark(reasoner: LatentReasoner) -> None:
+    """Give the vocabulary a token for the separator of written steps, which begins as the mean of all others."""
+    reasoner.tokenizer.add_tokens([AddedToken(MARK, lstrip=True, rstrip=True)])
+    token, base = len(reasoner.tokenizer) - 1, reasoner.base
+    table: Any = base.get_input_embeddings()
+    if token >= len(table.weight):  # it may have spare rows
+        base.resize_token_embeddings(token + 1, mean_resizing=False)
+    tables: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for table in tables:
+            table.weight[token] = table.weight[:token].mean(0)
 
 
 def _settings(loop: LoopConfig | None, text: TextConfig | None) -> SLRConfig:

@@ -329,11 +329,11 @@ class Collator:
         return ids
 
     def _mark(self) -> list[int]:
-        ids = self._ids([f" {MARK}"])[0]
-        if not ids or self.tokenizer.unk_token_id in ids:
+        ids = mark_ids(self.tokenizer)
+        if not ids:
             raise DataError(
                 f"the base's tokenizer has no token for `{MARK}`, which separates written steps from the answer: train "
-                "on answers alone, or from another base"
+                "`full`, which adds one, on answers alone, or from another base"
             )
         return ids
 
@@ -341,6 +341,12 @@ class Collator:
         eos = self.tokenizer.eos_token_id
         assert isinstance(eos, int)
         return eos
+
+
+def mark_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of the separator between written steps and answer; empty: the tokenizer has none for it."""
+    ids: list[int] = tokenizer(f" {MARK}", add_special_tokens=False).input_ids
+    return [] if tokenizer.unk_token_id in ids else ids
 
 
 def pad(nested: list[Any]) -> Tensor:
