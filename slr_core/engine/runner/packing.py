@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 
 import torch
 from torch import Tensor
@@ -163,8 +163,9 @@ def pack(work: Rows[Work], positions: Tensor, cache: KVCache) -> PackedBatch:
     joined = [row for row in work if row.queries == 1]
     if joined:
         first = min(sequence.cache_start for sequence, _ in joined)
-        if _GATHERING_COST * max(sequence.filled + 1 for sequence, _ in joined) < read_width(joined) - first:
-            joined = [row for row in work if row.queries <= _GATHERED_QUERIES]
+        longest = max(sequence.filled + 1 for sequence, _ in joined)
+        if _GATHERING_COST * longest < read_width(joined) - first:
+            joined = _rows_to_gather(work, longest)
             segments.append(_gather(joined, cache))
         else:
             segments.append(_read_slots([row.sequence for row in joined], positions, order))
@@ -177,6 +178,17 @@ def pack(work: Rows[Work], positions: Tensor, cache: KVCache) -> PackedBatch:
         segments.append(PackedSegment(rows, mask, SlotRange(slot, first, width)))
         start += queries
     return PackedBatch(segments)
+
+
+def _rows_to_gather(work: Rows[Work], longest: int) -> list[Work]:
+    """The first rows that are copied together: single positions, and short rows that do not lengthen every copy.
+
+    Args:
+        work: single positions first.
+        longest: maximum number of positions that a single position reads.
+    """
+    longest = max(longest, _GATHERED_QUERIES)  # a whole prompt that short always joins
+    return list(takewhile(lambda w: w.queries <= _GATHERED_QUERIES and w.sequence.filled + w.queries <= longest, work))
 
 
 def _gather(work: list[Work], cache: KVCache) -> PackedSegment:

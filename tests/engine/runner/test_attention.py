@@ -1,10 +1,13 @@
 """Packed passes: single positions and whole prompts in one batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from slr_core.engine.runner import packing
 from slr_core.engine.runner.attention import NAME, enable_packing
+from slr_core.engine.runner.kv_cache import KVCache
 from slr_core.engine.runner.packing import GatheredVectors, pack, split_into_passes
 from slr_core.engine.scheduler import Work
 from slr_core.generation.reference import generate
@@ -113,6 +116,23 @@ def test_gathered_rows_hold_nothing_of_others():
     for read in segment.source.read(*cache.store[0]):
         assert [x.unique().tolist() for x in read] == [[0.0], [1.0]]
     assert segment.mask.sum(-1).flatten().tolist() == [s.filled + 1 for s in sequences]
+
+
+@pytest.mark.parametrize(("filled", "queries", "joins"), [(0, 8, True), (0, 9, False), (18, 3, True), (19, 3, False)])
+def test_short_rows_are_gathered_unless_they_lengthen_every_copy(filled, queries, joins):
+    """The end of a long prompt whose beginning comes from the prefix cache has few positions, but reads many."""
+    cache = KVCache(tiny.base(), slots=3, capacity=120)
+    rows = [
+        Work(SimpleNamespace(slot=0, cache_start=0, filled=4), 1),
+        Work(SimpleNamespace(slot=1, cache_start=80, filled=20), 1),
+        Work(SimpleNamespace(slot=2, cache_start=40, filled=filled), queries),
+    ]
+    last = [s.cache_start + s.filled + i for s, count in rows for i in range(count)]
+    first, *others = pack(rows, torch.tensor(last), cache).segments
+    assert isinstance(first.source, GatheredVectors)
+    assert first.mask.shape[-1] == 21
+    assert first.rows == slice(0, 2 + queries * joins)
+    assert [segment.rows for segment in others] == ([] if joins else [slice(2, 2 + queries)])
 
 
 def test_large_step_is_split_into_passes(monkeypatch):
