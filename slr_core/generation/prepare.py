@@ -80,7 +80,7 @@ def prepare(
     if len(ids) + reserved + 1 > limit:
         raise RequestError(
             f"prompt has {len(ids)} tokens; with {loop.max_iterations} iterations and an answer at most "
-            f"{max(0, limit - reserved - 1)} fit this model{_window_note(reasoner, limit)}",
+            f"{max(0, limit - reserved - 1)} fit {_place(reasoner, limit, copies)}{_window_note(reasoner, limit)}",
             param=_param_name(prompt),
         )
     if len(ids) + reserved + answer_limit > limit:
@@ -107,6 +107,13 @@ def prepare(
         forced_ids=forced_ids,
         trace_tokens=trace_tokens,
     )
+
+
+def _place(reasoner: LatentReasoner, limit: int, copies: int) -> str:
+    """What ``limit`` positions are the room of."""
+    if limit == reasoner.max_positions:
+        return "this model"
+    return "a slot" if copies == 1 else f"a slot, which holds {copies} key/value caches of {limit} positions"
 
 
 def _window_note(reasoner: LatentReasoner, limit: int) -> str:

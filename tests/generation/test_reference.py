@@ -100,8 +100,12 @@ def test_what_fits_a_slot_is_less_than_what_fits_the_model(made):
     assert prepare(made, prompt, settings, max_new_tokens=6, limit=20).max_new_tokens == 6
     with pytest.raises(RequestError, match=r"max_new_tokens must be at most 6 .* got 7"):
         prepare(made, prompt, settings, max_new_tokens=7, limit=20)
-    with pytest.raises(RequestError, match=r"prompt has 10 tokens; .* at most 9 fit"):
+    with pytest.raises(RequestError, match=r"prompt has 10 tokens; .* at most 9 fit a slot$"):
         prepare(made, prompt, settings, limit=14)
+    every_token = tiny.reasoner(loop={"workspace": "token"})
+    message = r"at most 9 fit a slot, which holds 4 key/value caches of 10 positions$"
+    with pytest.raises(RequestError, match=message):
+        prepare(every_token, prompt, settings, limit=43)
 
 
 def test_a_slot_longer_than_the_model_changes_nothing(made):
