@@ -70,7 +70,9 @@ def print_description(reasoner: LatentReasoner) -> None:
         "workspace": loop.workspace + (f" of {loop.block_size}" if loop.workspace == "block" else ""),
         "iterations": ("0 until the loop is trained; then " if sizes.untrained else "")
         + f"{loop.min_iterations} to {loop.max_iterations}",
-        "stops when": f"{loop.convergence.criterion} < {loop.convergence.effective_threshold:g}"
+        "stops when": "all iterations have run (fixed)"
+        if loop.convergence.criterion == "fixed"
+        else f"{loop.convergence.criterion} < {loop.convergence.effective_threshold:g}"
         f" for {loop.convergence.patience} iteration(s)",
         "projection": loop.projection.kind,
         "timestep": f"{loop.timestep.kind}, {loop.timestep.combine}"

@@ -15,6 +15,7 @@ def test_info(run, made, folder):
     assert rows["workspace"] == "append"
     assert rows["weights"] == "float32 on cpu"
     assert rows["iterations"] == "1 to 4"
+    assert rows["stops when"].endswith("for 1 iteration(s)")
     assert rows["loop LoRA"] == "per_iteration, rank 2, trained for 4 iterations, then last"
     assert rows["cache"].startswith("128 bytes per position; 33.2 KiB for a prompt of 256 tokens and an answer of 6")
     assert rows["cache"].endswith("of which the loop takes 512 bytes")

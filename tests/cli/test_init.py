@@ -68,6 +68,7 @@ def test_recursive(run, plain, tmp_path):
     code, out, err = run("init", plain, *options, "--rank", 4, "--share", "lower")
     assert (code, err) == (0, "")
     assert "per_iteration, rank 4" in out
+    assert "stops when  all iterations have run (fixed)" in out
     assert "docs/recursive.md has a recipe" in out
     assert run("info", "--model", tmp_path / "out")[1] == out.partition("\nNext, ")[0]
     answered = json.loads(run("generate", "--model", tmp_path / "out", "--json", "w1 w2")[1])
