@@ -307,8 +307,7 @@ def write(out: Path, figures: list[Figure], shares: dict[str, dict[str, float]],
         "|---|---|---|---|---|",
         *map(_line, figures),
         "",
-        *_shares(shares),
-        "",
+        *([*_shares(shares), ""] if shares else []),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
