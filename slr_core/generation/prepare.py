@@ -62,6 +62,9 @@ def prepare(
         loop = (loop or LoopParams()).resolve(reasoner.config)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise RequestError(f"max_new_tokens must be at least 1, got {max_new_tokens}", param="max_new_tokens")
+    for name, count in (("top_tokens", top_tokens), ("logprobs", logprobs or 0), ("trace_tokens", trace_tokens)):
+        if count < 0:
+            raise RequestError(f"{name} must not be negative, got {count}", param=name)
     stop = (stop,) if isinstance(stop, str) else stop
     if "" in stop:
         raise RequestError("stop must not hold an empty string", param="stop")

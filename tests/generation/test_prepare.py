@@ -16,3 +16,11 @@ def test_panic_of_the_tokenizer_is_a_request_error():
     made.tokenizer = PreTrainedTokenizerFast(tokenizer_object=encoding, unk_token="<unk>")
     with pytest.raises(RequestError, match=r"the tokenizer cannot process this prompt: .*retry-limit"):
         prepare(made, "a" * 40 + "b")
+
+
+@pytest.mark.parametrize("name", ["top_tokens", "logprobs", "trace_tokens"])
+def test_negative_counts_are_refused(name):
+    made = tiny.reasoner(loop={"workspace": "token"})
+    with pytest.raises(RequestError, match=f"{name} must not be negative, got -1") as caught:
+        prepare(made, "w1", **{name: -1})
+    assert caught.value.param == name
