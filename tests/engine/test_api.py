@@ -212,8 +212,12 @@ def test_error_in_the_context_cancels(made):
 
     def fail():
         with Engine(made, slots=2, threads=1) as engine:
+
+            def hold(_):  # not while the first runs alone: the step that it would hold admits nobody else
+                wait_until(lambda: stopped or engine.in_flight < 2)
+
             request = engine.prepare(PROMPT, None, LONG)
-            futures.extend(engine.submit(request, on_event=lambda _: wait_until(lambda: stopped)) for _ in range(4))
+            futures.extend(engine.submit(request, on_event=hold) for _ in range(4))
             wait_until(lambda: engine.in_flight == 2)
             stopped.append(True)
             raise KeyError("inside")
