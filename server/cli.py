@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 
 _BACKLOG = 1024
 """Connections that wait for the event loop to accept them."""
-_ACCEPTED_AT_ONCE = 64
-"""Connections that are accepted before other events are handled."""
+_ACCEPTED_AT_ONCE = 8
+"""Connections that are accepted before other events are handled. The first bytes of a connection are read three turns
+of the event loop later: if more than RESERVED_CONNECTIONS were accepted meanwhile, a health check would give way."""
 _KEEP_ALIVE_S = 75
 """Longer than load balancers keep idle connections (often 60 s). If the server closed them first, requests that are
 being sent would be lost."""

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from slr_core.errors import ConfigError
+from slr_server import cli
 from slr_server.connection_limit import RESERVED_CONNECTIONS, Admitted, ConnectionLimit, max_connections
 from slr_server.observability.loop_errors import LoopErrorLog
 from tests.hostile import connections as attacks
@@ -85,6 +86,10 @@ def test_errors_of_the_loop_are_counted(caplog):
     assert first == "event loop: accept: [Errno 24] Too many open files"
     assert second == f"{first} (999 more in the last 11 s)"
     assert "Traceback" not in caplog.text
+
+
+def test_probe_is_read_before_it_gives_way():
+    assert 3 * cli._ACCEPTED_AT_ONCE < RESERVED_CONNECTIONS
 
 
 @pytest.mark.slow
