@@ -12,6 +12,7 @@ weights are copies.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 from typing import TypeVar
@@ -44,6 +45,10 @@ from slr_core.model.reasoner import LatentReasoner
 
 R = TypeVar("R", bound="LatentReasoner")
 
+_LOADING = threading.Lock()
+"""transformers replaces torch's initialization globally while it loads: if loads of two threads overlapped, it could
+stay replaced, and later weights would hold whatever was in memory."""
+
 
 def load_checkpoint(
     cls: type[R], path_or_id: str | Path | None = None, *, dtype: torch.dtype | None = None, device: str = "cpu"
@@ -65,16 +70,17 @@ def load_checkpoint(
         if read_by_libraries.is_dir():
             check_files(read_by_libraries)
     adapters = _adapters(folder, config)
-    base = load_base_model(folder, config, dtype)
-    embeddings = base.get_input_embeddings().weight.shape[0]  # type: ignore[index]
-    tokenizer = load_tokenizer(folder, int(embeddings))
-    try:
-        # On the meta device: a config that asks for absurd sizes must not get them before the files were looked at.
-        # There, initial values take time all the same.
-        with torch.device("meta"), no_init_weights():
-            reasoner = cls(base, tokenizer, config, adapters)
-    except (ConfigError, RecursionError) as error:
-        raise checkpoint_error(folder, error) from error
+    with _LOADING:
+        base = load_base_model(folder, config, dtype)
+        embeddings = base.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+        tokenizer = load_tokenizer(folder, int(embeddings))
+        try:
+            # On the meta device: a config that asks for absurd sizes must not get them before the files were looked
+            # at. There, initial values take time all the same.
+            with torch.device("meta"), no_init_weights():
+                reasoner = cls(base, tokenizer, config, adapters)
+        except (ConfigError, RecursionError) as error:
+            raise checkpoint_error(folder, error) from error
     _load_loop(reasoner, folder, assign=True)
     return reasoner.to(device).eval()
 
