@@ -2,7 +2,9 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -471,3 +473,17 @@ def test_code_in_the_base_folder_is_not_run(folder):
 def test_saving_into_a_new_folder_makes_it(tmp_path, made):
     save_checkpoint(made, tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b" / "slr_config.json").is_file()
+
+
+def test_loads_of_several_threads_leave_initializers_alone(tmp_path):
+    """transformers replaces them while it loads; if loads overlapped, later weights would not be initialized."""
+    tiny.reasoner().save_pretrained(str(tmp_path / "made"))
+    before = torch.nn.init.kaiming_uniform_
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(LatentReasoner.from_pretrained, [str(tmp_path / "made")] * 12))
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.nn.init.kaiming_uniform_ is before
