@@ -14,6 +14,12 @@ from tests import tiny
 
 
 @pytest.fixture(autouse=True)
+def no_threads_of_other_tests(monkeypatch):
+    """While a daemon thread of an earlier test runs, the command would end this process."""
+    monkeypatch.setattr(cli, "unfinished", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def _untouched_signals():
     handler = signal.getsignal(signal.SIGTERM)
     yield
