@@ -162,13 +162,13 @@ def pack(work: Rows[Work], positions: Tensor, cache: KVCache) -> PackedBatch:
     segments, order = [], torch.arange(read_width(work), device=positions.device)
     joined = [row for row in work if row.queries == 1]
     if joined:
-        first = min(sequence.cache_start for sequence, _ in joined)
+        first, end = min(sequence.cache_start for sequence, _ in joined), read_width(joined)
         longest = max(sequence.filled + 1 for sequence, _ in joined)
-        if _GATHERING_COST * longest < read_width(joined) - first:
+        if _GATHERING_COST * longest < end - first:
             joined = _rows_to_gather(work, longest)
             segments.append(_gather(joined, cache))
         else:
-            segments.append(_read_slots([row.sequence for row in joined], positions, order))
+            segments.append(_read_slots([row.sequence for row in joined], positions, first, order[first:end]))
     start = sum(row.queries for row in joined)
     for sequence, queries in work[len(joined) :]:
         rows, first = slice(start, start + queries), sequence.cache_start
@@ -205,12 +205,17 @@ def _gather(work: list[Work], cache: KVCache) -> PackedSegment:
     return PackedSegment(slice(0, len(rows)), mask, GatheredVectors(index.view(-1), keys, values))
 
 
-def _read_slots(sequences: list[Sequence], positions: Tensor, order: Tensor) -> PackedSegment:
-    """A segment that reads the slots from the first to the last row's without a copy."""
+def _read_slots(sequences: list[Sequence], positions: Tensor, first: int, order: Tensor) -> PackedSegment:
+    """A segment that reads the slots from the first to the last row's without a copy.
+
+    Args:
+        sequences: a single position each.
+        positions: ``[m]`` long, the cache position of each row of the batch.
+        first: the first position that is read.
+        order: ``[positions]`` long, those that are read.
+    """
     slots, starts = [sequence.slot for sequence in sequences], [sequence.cache_start for sequence in sequences]
-    first, width = min(starts), max(sequence.cache_start + sequence.filled for sequence in sequences) + 1
     span, rows = slice(min(slots), max(slots) + 1), slice(0, len(slots))
-    order = order[first:width]
     mask, active_slots = order <= positions[rows, None], None
     if max(starts) > first:
         mask &= order >= torch.tensor(starts, device=positions.device)[:, None]
@@ -218,4 +223,4 @@ def _read_slots(sequences: list[Sequence], positions: Tensor, order: Tensor) -> 
         active_slots = torch.tensor(slots, device=positions.device) - span.start
         # Slots without a row attend to the first position, so that no row of the mask is empty.
         mask = (order == first).repeat(span.stop - span.start, 1).index_copy_(0, active_slots, mask)
-    return PackedSegment(rows, mask[:, None, None], SlotRange(span, first, width), active_slots)
+    return PackedSegment(rows, mask[:, None, None], SlotRange(span, first, first + len(order)), active_slots)
