@@ -49,8 +49,7 @@ def token_figures(name: str, plain: LatentReasoner, turns: int) -> Iterator[Figu
     Args:
         name: of the model, for the table.
         plain: its base model is used; the loop is another one.
-        turns: measurements of each side of a ratio. Of those at full and half depth, which differ least from each other
-            in what they run, the ratio is the median of one after the other.
+        turns: measurements of each side of a ratio. The ratio of half to full depth is the median of the turns' ratios.
     """
     requests = [replace(x, max_new_tokens=x.max_new_tokens + TOKENS - 32) for x in load(REQUESTS, PROMPT)]
     full = [at_depth(request, DEPTH) for request in requests]
