@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AddedToken, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from slr_core.checkpoint.folder import CONFIG
 from slr_core.checkpoint.hub import find_file
@@ -18,6 +25,7 @@ from slr_core.errors import CheckpointError, ConfigError
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.config import BaseConfig, TrainConfig
 from slr_core.training.data import MARK, mark_ids
+from slr_core.training.prune import prune
 from slr_core.training.sources import Listed, Source, open_source
 from slr_core.training.tokenizer import prontoqa_tokenizer, prosqa_tokenizer, start_embeddings, word_tokenizer
 
@@ -87,6 +95,7 @@ def _from_source(config: TrainConfig, source: str) -> LatentReasoner:
     found = None if source.endswith(".gguf") else find_file(source, CONFIG)
     if found is None:
         base, tokenizer = load_model_and_tokenizer(source)
+        base = _pruned(base, config.base)
         return LatentReasoner(base, _with_padding(tokenizer), _settings(config.loop, config.text))
     loaded = LatentReasoner.from_pretrained(source)
     _with_padding(loaded.tokenizer)  # it may be that of a base model, as after `slr init`
@@ -99,7 +108,12 @@ def _from_source(config: TrainConfig, source: str) -> LatentReasoner:
     base, _ = load_model_and_tokenizer(
         str(inside) if inside.is_dir() else loaded.config.base, tokenizer_from=str(found.parent)
     )
+    base = _pruned(base, config.base)
     return LatentReasoner(base, loaded.tokenizer, _settings(config.loop, config.text or loaded.config.text))
+
+
+def _pruned(base: PreTrainedModel, sizes: BaseConfig) -> PreTrainedModel:
+    return prune(base, sizes.num_attention_heads, sizes.intermediate_size) if sizes.is_pruned else base
 
 
 def _add_mark(reasoner: LatentReasoner) -> None:

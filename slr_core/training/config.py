@@ -15,7 +15,7 @@ from slr_core.training.stages import CurriculumConfig, RecipeModel, StageConfig
 
 
 class BaseConfig(RecipeModel):
-    """The base model: an existing one, or a Llama model from random weights."""
+    """The base model: an existing one, whole or pruned, or a Llama model from random weights."""
 
     source: str | None = Field(
         None,
@@ -28,18 +28,30 @@ class BaseConfig(RecipeModel):
         "word of the training data), or a folder or hub id",
     )
     hidden_size: int = Field(128, ge=8)
-    intermediate_size: int = Field(384, ge=8)
+    intermediate_size: int = Field(
+        384, ge=8, description="with `from`: inner units of each MLP to keep of that base, with layers like Llama's"
+    )
     num_hidden_layers: int = Field(2, ge=1)
-    num_attention_heads: int = Field(4, ge=1)
+    num_attention_heads: int = Field(
+        4, ge=1, description="with `from`: attention heads of each layer to keep of that base"
+    )
     max_position_embeddings: int = Field(256, ge=16)
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError("hidden_size must be a multiple of 2 * num_attention_heads")
-        if self.source is not None and (extra := sorted(self.model_fields_set - {"source"})):
+        pruned = {"num_attention_heads", "intermediate_size"}
+        if self.source is not None and (extra := sorted(self.model_fields_set - {"source"} - pruned)):
             raise ValueError(f"base.from sets tokenizer and sizes: remove {', '.join(extra)}")
+        if self.source is not None and self.model_fields_set & pruned not in (set(), pruned):
+            raise ValueError("with base.from, give both num_attention_heads and intermediate_size, or neither")
+        if self.source is None and self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError("hidden_size must be a multiple of 2 * num_attention_heads")
         return self
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether only some of the heads and units of the base in ``source`` are kept."""
+        return self.source is not None and "num_attention_heads" in self.model_fields_set
 
 
 class OptimizerConfig(RecipeModel):
@@ -206,6 +218,8 @@ class TrainConfig(RecipeModel):
         sources = [source for stage in self.schedule for source in stage.data]
         if not all(source.graphs for source in sources) and (terms.frontier or (terms.chains and self.chains)):
             raise ValueError("objectives.frontier and chains need graphs: use only data of the task prosqa")
+        if self.base.is_pruned and self.loop is None:
+            raise ValueError("loop is needed for a pruned base: a loop made for the whole base does not fit")
         if self.loop is not None or self.base.source is None:
             self.check(self.loop or LoopConfig())
         return self
