@@ -16,9 +16,9 @@ from benchmarks import findings, patching
 from slr_core import cli
 from slr_core.errors import DataError
 from slr_core.evaluation.sweep import SweepConfig, expand_variants, run_sweep
-from slr_core.training.build import build
+from slr_core.training.build import build, load_teacher
 from slr_core.training.data import Collator, StageStream
-from slr_core.training.objectives import Rollout, losses
+from slr_core.training.loss_module import LossModule
 
 ROOT = Path(__file__).parents[1]
 SPECS = ROOT / "configs/findings"
@@ -136,10 +136,11 @@ def test_every_variant_starts(name):
         config = variant.config
         config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"batch_size": 2})})
         reasoner = build(config)
+        module = LossModule(reasoner, config, load_teacher(config, reasoner))
         for first_step in (0, config.total_steps - 1):
             items = next(iter(StageStream(config, first_step)))
-            rollout = Rollout(reasoner, Collator(reasoner.tokenizer, config, reasoner.config.text)(items), config)
-            total = torch.stack([term.value for term in losses(rollout).values()]).sum()
+            terms, _ = module(Collator(reasoner.tokenizer, config, reasoner.config.text)(items))
+            total = torch.stack([term.value for term in terms.values()]).sum()
             if total.requires_grad:
                 total.backward()
             assert total.isfinite()
