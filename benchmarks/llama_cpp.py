@@ -33,7 +33,8 @@ from transformers.utils import logging
 from benchmarks.engine import _processor as processor
 from benchmarks.workload import EndlessReasoner
 from slr_core import LatentReasoner
-from slr_core.checkpoint.init import find_base, init_checkpoint
+from slr_core.checkpoint.init import init_checkpoint
+from slr_core.checkpoint.pretrained import packaged_file
 from slr_core.engine import Engine
 from slr_core.engine.runner.device import load_reasoner
 from slr_core.params import ResolvedLoopParams, SamplingParams
@@ -141,7 +142,7 @@ def load(
     checkpoint: str, names: Iterable[str], threads: int, most: int
 ) -> tuple[dict[str, Side], list[tuple[int, ...]]]:
     """All sides, and prompts for the largest number of requests."""
-    sides, text = {LLAMA: Side(llama_cpp(find_base("smollm2"), threads, most))}, texts()
+    sides, text = {LLAMA: Side(llama_cpp(str(packaged_file("smollm2")), threads, most))}, texts()
     prompts: list[tuple[int, ...]] = []
     for name in names:
         configuration = CONFIGURATIONS[name]

@@ -52,9 +52,10 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained checkpoint of SmolLM2-135M-Instruct, from the package that brings it."""
     from importlib.util import find_spec
 
-    from slr_core.checkpoint.init import PACKAGED, init_checkpoint
+    from slr_core.checkpoint.init import init_checkpoint
+    from slr_core.checkpoint.pretrained import PACKAGED
 
-    if find_spec(PACKAGED["smollm2"][0]) is None:
+    if find_spec(PACKAGED["smollm2"].module) is None:
         pytest.skip("the extra smollm2 is not installed")
     folder = tmp_path_factory.mktemp("smollm2") / "fresh"
     init_checkpoint("smollm2", folder)

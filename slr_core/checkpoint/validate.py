@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 from collections.abc import Callable, Iterable
@@ -37,6 +38,20 @@ def file_size(path: Path) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise checkpoint_error(path, "not a regular file")
     return found.st_size
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a regular file, in hexadecimal digits.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no such file.
+    """
+    try:
+        file_size(path)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise checkpoint_error(path, f"not readable ({line(error)})") from error
 
 
 def check_files(folder: Path) -> None:

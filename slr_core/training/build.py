@@ -19,7 +19,7 @@ from transformers import (
 
 from slr_core.checkpoint.folder import CONFIG
 from slr_core.checkpoint.hub import find_file
-from slr_core.checkpoint.init import find_base, load_model_and_tokenizer
+from slr_core.checkpoint.pretrained import is_packaged, load_model_and_tokenizer
 from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.model.reasoner import LatentReasoner
@@ -91,8 +91,7 @@ def _load_teacher(source: str) -> LatentReasoner:
 
 
 def _from_source(config: TrainConfig, source: str) -> LatentReasoner:
-    source = find_base(source)
-    found = None if source.endswith(".gguf") else find_file(source, CONFIG)
+    found = None if is_packaged(source) or source.endswith(".gguf") else find_file(source, CONFIG)
     if found is None:
         base, tokenizer = load_model_and_tokenizer(source)
         base = _pruned(base, config.base)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
 from slr_core.checkpoint.info import describe_model
-from slr_core.checkpoint.init import PACKAGED, InitConfig, init_checkpoint
+from slr_core.checkpoint.init import InitConfig, init_checkpoint
+from slr_core.checkpoint.pretrained import PACKAGED, cache_folder, dequantized_folder
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.generation.reference import generate
@@ -376,22 +378,45 @@ def test_a_gguf_file(tmp_path, monkeypatch):
 
 def test_gguf_is_refused_by_its_metadata(tmp_path, monkeypatch):
     write_gguf(tmp_path / "plain.gguf", "gemma2")  # caps its logits
-    monkeypatch.setattr("slr_core.checkpoint.init.AutoModelForCausalLM.from_pretrained", None)
+    monkeypatch.setattr("slr_core.checkpoint.pretrained.AutoModelForCausalLM.from_pretrained", None)
     with pytest.raises(ConfigError, match=r"plain\.gguf \(gemma2\): .* not supported"):
         init_checkpoint(str(tmp_path / "plain.gguf"), tmp_path / "out")
 
 
 def test_packaged_base(tmp_path, monkeypatch):
-    package, file = PACKAGED["smollm2"]
-    monkeypatch.setattr("slr_core.checkpoint.init.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=f"base model smollm2 needs the extra `smollm2` .no module {package}"):
+    """Its file is dequantized once; the folder of the cache appears when it is complete."""
+    packaged, cache = PACKAGED["smollm2"], tmp_path / "cache"
+    monkeypatch.setenv("SLR_CACHE_DIR", str(cache))
+    monkeypatch.setattr("slr_core.checkpoint.pretrained.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"base model smollm2 needs the extra `smollm2` .no module {packaged.module}"):
         init_checkpoint("smollm2", tmp_path / "out")
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr("slr_core.checkpoint.init.find_spec", lambda name: spec)
-    write_gguf(tmp_path / file)
+    monkeypatch.setattr("slr_core.checkpoint.pretrained.find_spec", lambda name: spec)
+    write_gguf(tmp_path / packaged.file)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            init_checkpoint("smollm2", tmp_path / "out")
+    assert {path.suffix for path in (cache / "bases").iterdir()} <= {".part", ".lock"}
     made = init_checkpoint("smollm2", tmp_path / "out")
     assert made.base.dtype == torch.float32
-    assert f"`{file}`" in (tmp_path / "out" / "README.md").read_text()
+    assert f"`{packaged.file}`" in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.setattr("gguf.GGUFReader", Mock(side_effect=AssertionError))
+    again = init_checkpoint("smollm2", tmp_path / "again")
+    assert all(torch.equal(x, again.base.state_dict()[key]) for key, x in made.base.state_dict().items())
+
+
+def test_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("SLR_CACHE_DIR", raising=False)
+    assert cache_folder() == Path("/home/someone/.cache/slr")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
+    assert cache_folder() == Path("/var/cache/slr")
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("SLR_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match="set SLR_CACHE_DIR to a folder that can be written"):
+        dequantized_folder(tmp_path / "file")
 
 
 def test_dtype(tmp_path):
@@ -411,7 +436,7 @@ def test_dtype(tmp_path):
 
 def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
     (tmp_path / "plain.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("slr_core.checkpoint.init.find_spec", lambda name: None)
+    monkeypatch.setattr("slr_core.checkpoint.pretrained.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="extra `gguf`"):
         init_checkpoint(str(tmp_path / "plain.gguf"), tmp_path / "out")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from slr_core.checkpoint import validate
-from slr_core.checkpoint.init import load_model_and_tokenizer
+from slr_core.checkpoint.pretrained import load_model_and_tokenizer
 from slr_core.checkpoint.read import load_checkpoint, load_weights
 from slr_core.errors import CheckpointError
 from slr_core.model.reasoner import LatentReasoner
