@@ -48,43 +48,45 @@ def state_loss(reasoner: LatentReasoner, states: Tensor, labels: Tensor) -> Mean
     head: nn.Module = reasoner.base.get_output_embeddings()  # type: ignore[no-untyped-call]
     if type(head) is not nn.Linear or head.bias is not None:
         return token_loss(head(states), labels)
-    total: Tensor = _HeadCrossEntropy.apply(states, head.weight, labels)
+    total: Tensor = _HeadCrossEntropy.apply(states, head.weight, labels, head)
     return Mean(total, counted.sum())
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of states ``[N, d]``, a linear head ``[V, d]`` and labels ``[N]``.
+    """Sum of cross-entropies of states ``[N, d]``, the weight ``[V, d]`` of a linear head, labels ``[N]`` and the head.
 
-    The gradients are computed in the forward pass, for a few states at a time.
+    The gradients are computed in the forward pass, for a few states at a time. The head is called as a module, so that
+    a frozen one multiplies by its copies in bfloat16.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        kind = states.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=states.device)
-        needs_states, needs_weight = ctx.needs_input_grad[:2]
-        state_grads = torch.empty_like(states) if needs_states else None
-        weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        with torch.autocast(kind, enabled=False):
-            matrix = weight.to(dtype)
-            for start in range(0, len(states), _ROWS):
-                some, wanted = states[start : start + _ROWS].to(dtype), labels[start : start + _ROWS, None]
-                log_probs = (some @ matrix.t()).to(wide).log_softmax(-1)
-                total -= log_probs.gather(1, wanted).sum()
-                if needs_states or needs_weight:
-                    grads = log_probs.exp_()
-                    grads.scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=wide))
-                    grads = grads.to(dtype)
-                    if state_grads is not None:
-                        state_grads[start : start + _ROWS] = grads @ matrix
-                    if weight_grad is not None:
-                        weight_grad += grads.t() @ some
+    def forward(ctx: Any, states: Tensor, weight: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
+        total = states.new_zeros((), dtype=torch.promote_types(states.dtype, torch.float32))
+        needed = [i for i in (0, 1) if ctx.needs_input_grad[i]]
+        state_grads = torch.empty_like(states) if 0 in needed else None
+        weight_grad = torch.zeros_like(weight, dtype=total.dtype) if 1 in needed else None
+        for start in range(0, len(states), _ROWS):
+            rows = slice(start, start + _ROWS)
+            with torch.enable_grad():
+                some = states[rows].detach().requires_grad_(0 in needed)
+                logits = head(some)
+            wanted = labels[rows, None]
+            log_probs = logits.detach().to(total.dtype).log_softmax(-1)
+            total -= log_probs.gather(1, wanted).sum()
+            if not needed:
+                continue
+            grads = log_probs.exp_()
+            grads.scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=grads.dtype))
+            inputs = [(some, weight)[i] for i in needed]
+            found = dict(zip(needed, torch.autograd.grad(logits, inputs, grads.to(logits.dtype)), strict=True))
+            if state_grads is not None:
+                state_grads[rows] = found[0]
+            if weight_grad is not None:
+                weight_grad += found[1]
         ctx.gradients = state_grads, None if weight_grad is None else weight_grad.to(weight.dtype)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         states, weight = (None if x is None else x * grads[0].to(x.dtype) for x in ctx.gradients)
-        return states, weight, None
+        return states, weight, None, None
