@@ -92,13 +92,11 @@ class LoopTrainer(Trainer):
         weights, processes = self.recipe.objectives, self.args.world_size
         # Each process divides by the total count: the average of the gradients is then that of the whole batch.
         counts = self.accelerator.reduce(torch.stack([term.divisor for term in terms.values()]).float(), "sum")
-        # Without a loop the answer's first token is read at h_0: `start` gets the weight of `answer`.
-        scale = {"start": weights.answer} if inputs["plan"].iterations == 0 else {}
         loss = torch.zeros((), device=counts.device)
         for (name, term), count in zip(terms.items(), counts, strict=True):
             value = term.total * processes / count.clamp_min(1)
             self._add_to_log(name, value)
-            loss = loss + scale.get(name, getattr(weights, name)) * value
+            loss = loss + getattr(weights, name) * value
         for name, value in log_values.items():
             self._add_to_log(name, value)
         mean = self.accelerator.reduce(loss.detach(), "mean")

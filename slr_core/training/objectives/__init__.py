@@ -28,7 +28,7 @@ __all__ = ["OBJECTIVES", "Mean", "Rollout", "losses"]
 
 OBJECTIVES: Final[dict[str, tuple[Callable[[Rollout], Mean], int]]] = {
     "answer": (answer, 0),
-    "start": (start, 0),
+    "start": (start, 1),  # without a loop, `answer` has the first token at h_0: it may be that of a written step
     "frontier": (frontier, 1),
     "chains": (chains, 1),
     "steps": (steps, 1),
@@ -50,7 +50,7 @@ OBJECTIVES: Final[dict[str, tuple[Callable[[Rollout], Mean], int]]] = {
 def losses(rollout: Rollout) -> dict[str, Mean]:
     """The unweighted loss terms whose weight is above 0."""
     weights = rollout.config.objectives
-    terms = {
+    return {
         name: objective(rollout)
         for name, (objective, min_iterations) in OBJECTIVES.items()
         if getattr(weights, name)
@@ -58,6 +58,3 @@ def losses(rollout: Rollout) -> dict[str, Mean]:
         and rollout.iterations >= min_iterations
         and not (name == "chains" and "chain_starts" not in rollout.batch)
     }
-    if rollout.iterations == 0 and weights.answer and "start" not in terms:
-        terms["start"] = start(rollout)
-    return terms

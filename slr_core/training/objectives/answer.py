@@ -29,6 +29,6 @@ def answer(rollout: Rollout) -> Mean:
 
 
 def start(rollout: Rollout) -> Mean:
-    """Cross-entropy of the answer's first token at h_0: keeps the un-looped model usable."""
+    """Cross-entropy of the answer's first token at h_0, before a loop: keeps the un-looped model usable."""
     first = rollout.batch["first"]
     return mean_of(F.cross_entropy(rollout.reasoner.head(rollout.start).float(), first, reduction="none"), first >= 0)

@@ -88,7 +88,7 @@ def test_without_a_loop_the_terms_are_the_base_models(workspace):
             logits = made.reasoner.base(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
             total += float(F.cross_entropy(logits, tokens, reduction="sum"))
             count += len(tokens)
-    assert set(terms) == {"start", "answer"}
+    assert set(terms) == {"answer"}
     assert float(terms["answer"].detach()) == pytest.approx(total / count, rel=1e-4)
     terms["answer"].backward()
     touched = {name for name, p in made.reasoner.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
@@ -161,3 +161,10 @@ def test_the_latent_decoder_learns_to_write_the_answers():
         made = Setup({"answer": 1.0}, {**workspace, "decoder": decoder}, shake=False)
         history = made.learn()
         assert history[-1]["answer"] < 0.5 * history[0]["answer"]
+
+
+def test_written_steps_have_no_second_first_token():
+    """Without a loop, no term asks for the answer's first token where the chain's first token stands."""
+    made = Setup({"answer": 1.0, "start": 1.0}, WORKSPACES["append"])
+    assert set(made.terms(**made.plan(0))) == {"answer"}
+    assert set(made.terms()) == {"answer", "start"}

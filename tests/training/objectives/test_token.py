@@ -49,7 +49,7 @@ def test_without_gradients_exits_are_left_out(made):
 
 def test_without_a_loop_it_is_the_base(made):
     terms = made.terms(**made.plan(0))
-    assert set(terms) == {"answer", "start", "text"}
+    assert set(terms) == {"answer", "text"}
     batch = made.batch
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     with torch.no_grad(), made.reasoner.adapters.use(None):
