@@ -64,7 +64,7 @@ class ServerSettings(BaseSettings):
     model: str | None = Field(
         None,
         min_length=1,
-        description="Checkpoint folder, hub id, or name of a bundled checkpoint (prosqa, prontoqa). Default: prosqa.",
+        description="Checkpoint folder, hub id, or name of a bundled checkpoint, such as prontoqa. Default: prosqa.",
     )
     served_model_name: str | None = Field(
         None,

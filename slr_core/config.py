@@ -348,7 +348,19 @@ class SLRConfig(_Model):
         FORMAT_VERSION, ge=1, le=FORMAT_VERSION, description="version of the checkpoint folder's format"
     )
     slr_version: str = Field("", description="version of the library that wrote the folder")
-    base: str = Field("base", description="the base model: a folder inside the checkpoint, or a hub id")
+    base: str = Field(
+        "base",
+        description="the base model: a folder inside the checkpoint, a hub id, or, with base_sha256, a base that a "
+        "package brings (`smollm2`)",
+    )
+    base_revision: Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}$")] | None = Field(
+        None, description="with base_sha256: commit of the hub id (40 hexadecimal digits), or version of the package"
+    )
+    base_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None,
+        description="SHA-256 of the file with the base's weights, compared when the checkpoint is loaded; of several "
+        "files, that of the output of `sha256sum *.safetensors`; None: a base inside the checkpoint, or any revision",
+    )
     trained: bool = Field(
         True,
         description="whether the loop runs by default: it has been trained, or made of a trained model's own layers. "
@@ -356,6 +368,14 @@ class SLRConfig(_Model):
     )
     loop: LoopConfig = LoopConfig()
     text: TextConfig = TextConfig()
+
+    @model_validator(mode="after")
+    def _reference_is_exact(self) -> Self:
+        if (self.base_revision is None) != (self.base_sha256 is None):
+            raise ValueError("base_revision and base_sha256 must be set together")
+        if self.base_sha256 is not None and self.base == "base":
+            raise ValueError("base_sha256 needs a base outside of the checkpoint")
+        return self
 
     @model_validator(mode="after")
     def _texts_fit_the_loop(self) -> Self:

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from slr_core.checkpoint.folder import ADAPTER_CONFIG, BASE, CONFIG
+from slr_core.checkpoint.folder import ADAPTER_CONFIG
 from slr_core.checkpoint.tokenizer_growth import check_growth
 from slr_core.checkpoint.tokenizer_patterns import check_patterns
 from slr_core.checkpoint.validate import (
@@ -29,13 +29,11 @@ from slr_core.checkpoint.validate import (
     check_files,
     checkpoint_error,
     is_finite,
-    line,
     read_headers,
     read_index,
     read_json,
     short,
 )
-from slr_core.config import SLRConfig
 from slr_core.errors import CheckpointError
 from slr_core.panics import panics_as_errors
 
@@ -46,32 +44,18 @@ MAX_BUFFER_VALUES = 2**26  # values that a base model computes for itself, such 
 MAX_PACKED = 16  # parameters that one stored number may hold in a quantized base model
 
 
-def base_source(folder: Path, config: SLRConfig) -> tuple[str, bool]:
-    """Where the base model is, and whether that is a folder inside the checkpoint."""
-    try:
-        local = (folder / config.base).resolve()
-        inside = folder.resolve() in local.parents and local.is_dir()
-        # A relative name that exists beside the process would be taken for the hub id.
-        named = Path(config.base)
-        elsewhere = named.is_absolute() or ".." in named.parts or named.exists()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise checkpoint_error(folder / CONFIG, f"base is not a usable name ({line(error)})") from error
-    if config.base == BASE and not inside:
-        raise checkpoint_error(folder, f"the base model's folder {BASE}/ is missing, or a link out of the checkpoint")
-    if not inside and elsewhere:
-        raise checkpoint_error(
-            folder / CONFIG, f"base must be a folder inside the checkpoint or a hub id, got {config.base}"
-        )
-    return str(local) if inside else config.base, inside
-
-
-def load_base_model(folder: Path, config: SLRConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_base_model(folder: Path, source: str, inside: bool, dtype: torch.dtype | None) -> PreTrainedModel:
     """The base model of a checkpoint.
+
+    Args:
+        folder: the checkpoint, for messages.
+        source: a folder or a hub id.
+        inside: whether ``source`` is a folder of the checkpoint, which holds this base model alone.
+        dtype: of its weights; ``None``: as saved.
 
     Raises:
         CheckpointError: it is missing, damaged, too large for its files, or does not run.
     """
-    source, inside = base_source(folder, config)
     if inside:
         check_base_files(Path(source))
     try:

@@ -18,14 +18,13 @@ _RESEMBLES = 0.8
 
 def bundled_names() -> list[str]:
     """Names of the checkpoints inside the package."""
-    return sorted(folder.name for folder in BUNDLED_FOLDER.iterdir())
+    return sorted(folder.name for folder in BUNDLED_FOLDER.iterdir() if (folder / CONFIG).is_file())
 
 
 def local_path(path_or_id: str | Path | None) -> Path:
     """The local path of a checkpoint. ``None`` is the bundled ``prosqa``; a folder comes before a bundled name."""
     path = DEFAULT_CHECKPOINT if path_or_id is None else Path(path_or_id)
-    bundled = {folder.name: folder for folder in BUNDLED_FOLDER.iterdir()}.get(str(path))
-    return path if bundled is None or path.is_dir() else bundled
+    return BUNDLED_FOLDER / path if str(path) in bundled_names() and not path.is_dir() else path
 
 
 def missing_folder(path_or_id: str | Path) -> str | None:

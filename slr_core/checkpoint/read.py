@@ -1,7 +1,7 @@
 """The checkpoint folder: saving, loading, and one clear error for each way in which a folder can be wrong.
 
-    slr_config.json          the loop, the base model (a folder inside this one, or a hub id), versions
-    base/                    optional: the base model in transformers' own format
+    slr_config.json          the loop, the base model (a folder inside this one, or a reference), versions
+    base/                    the base model in transformers' own format, unless the config refers to one outside
     loops/loop_01/ ...       PEFT adapters; loops/decode/ where there is one
     slr_modules.safetensors  timestep embedding, gates, projections, latent vectors, halting head, latent decoder
     tokenizer files
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from slr_core.checkpoint.base_model import load_base_model, load_tokenizer
+from slr_core.checkpoint.base_reference import base_source
 from slr_core.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CONFIG, LOOPS, MODULES
 from slr_core.checkpoint.hub import checkpoint_folder
 from slr_core.checkpoint.validate import (
@@ -62,7 +63,8 @@ def load_checkpoint(
         device: where to put it.
 
     Raises:
-        CheckpointError: anything is missing, damaged, of a newer format, or does not fit together.
+        CheckpointError: anything is missing, damaged, of a newer format, or does not fit together; the base that the
+            config refers to is not installed or has other weights.
     """
     folder = checkpoint_folder(path_or_id)
     config = _config(folder)
@@ -71,7 +73,7 @@ def load_checkpoint(
             check_files(read_by_libraries)
     adapters = _adapters(folder, config)
     with _LOADING:
-        base = load_base_model(folder, config, dtype)
+        base = load_base_model(folder, *base_source(folder, config), dtype)
         embeddings = base.get_input_embeddings().weight.shape[0]  # type: ignore[index]
         tokenizer = load_tokenizer(folder, int(embeddings))
         try:

@@ -58,13 +58,15 @@ def print_description(reasoner: LatentReasoner) -> None:
     from slr_core.checkpoint.info import describe_model
     from slr_core.model.base_support import attention_window
 
-    sizes, loop, text = describe_model(reasoner), reasoner.config.loop, reasoner.config.text
+    sizes, config = describe_model(reasoner), reasoner.config
+    loop, text = config.loop, config.text
     window = attention_window(reasoner.base.config)
     per_position, latent = sizes.cache_bytes_per_position, loop.decoder.latent_decoder
     example = sizes.cache_bytes(EXAMPLE_PROMPT_TOKENS, text.max_new_tokens)
     unlooped = per_position * (EXAMPLE_PROMPT_TOKENS + text.max_new_tokens)
     rows = {
-        "base": f"{sizes.architecture}, {sizes.base_parameters:,} parameters",
+        "base": f"{sizes.architecture}, {sizes.base_parameters:,} parameters"
+        + (f", {config.base} {config.base_revision}" if config.base_sha256 is not None else ""),
         "weights": f"{str(reasoner.base.dtype).removeprefix('torch.')} on {reasoner.device}",
         "loop adds": f"{sizes.added_parameters:,} parameters, {sizes.added_share:.1%} of the base",
         "workspace": loop.workspace + (f" of {loop.block_size}" if loop.workspace == "block" else ""),

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from slr_core.checkpoint.base_reference import base_source
 from slr_core.checkpoint.folder import CONFIG
 from slr_core.checkpoint.hub import find_file
 from slr_core.checkpoint.pretrained import is_packaged, load_model_and_tokenizer
@@ -103,10 +104,7 @@ def _from_source(config: TrainConfig, source: str) -> LatentReasoner:
             loaded.config = loaded.config.replace(text=config.text.model_dump(mode="json"))
         return loaded
     # Only its base: the recipe defines a new loop.
-    inside = found.parent / loaded.config.base
-    base, _ = load_model_and_tokenizer(
-        str(inside) if inside.is_dir() else loaded.config.base, tokenizer_from=str(found.parent)
-    )
+    base, _ = load_model_and_tokenizer(base_source(found.parent, loaded.config)[0], tokenizer_from=str(found.parent))
     base = _pruned(base, config.base)
     return LatentReasoner(base, loaded.tokenizer, _settings(config.loop, config.text or loaded.config.text))
 

@@ -1,8 +1,9 @@
-"""The checkpoint that ships: what its model card claims, measured."""
+"""The checkpoints that ship: what its model card claims, measured."""
 
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from slr_core.checkpoint.folder import BUNDLED_FOLDER, DEFAULT_CHECKPOINT
+from slr_core.checkpoint.folder import BASE, BUNDLED_FOLDER, CONFIG, DEFAULT_CHECKPOINT, bundled_names
+from slr_core.checkpoint.pretrained import PACKAGED
+from slr_core.config import SLRConfig
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import METHODS, MethodSettings
 from slr_core.evaluation.outcomes import Outcome
@@ -131,11 +134,23 @@ def test_first_iteration_is_pefts_own_adapter(reasoner: LatentReasoner, question
     torch.testing.assert_close(expected, logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shipped", sorted(BUNDLED_FOLDER.iterdir()), ids=lambda folder: folder.name)
-def test_is_small_and_holds_nothing_that_can_run_code(shipped: Path) -> None:
+@pytest.mark.parametrize("name", bundled_names())
+def test_is_small_and_holds_nothing_that_can_run_code(name: str) -> None:
+    shipped = BUNDLED_FOLDER / name
     files = [path for path in shipped.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 10 * 2**20
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+    own_base = (shipped / BASE).is_dir()
+    assert sum(path.stat().st_size for path in files) < (10e6 if own_base else 40e6)
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".md", ".jinja"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", bundled_names())
+def test_loads(name: str) -> None:
+    """Also one whose base comes from a package, if that is installed."""
+    base = SLRConfig.from_json(BUNDLED_FOLDER / name / CONFIG).base
+    if base in PACKAGED and find_spec(PACKAGED[base].module) is None:
+        pytest.skip(f"the extra {base} is not installed")
+    LatentReasoner.from_pretrained(name)
 
 
 def test_card_quotes_the_committed_figures() -> None:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,6 +21,7 @@ from slr_core.errors import CheckpointError, ConfigError
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
 from tests import tiny
+from tests.checkpoint.gguf_file import write_gguf
 
 
 def write_base(folder, kind="llama"):
@@ -294,71 +294,6 @@ def test_a_base_with_gaps_is_refused(case, tmp_path):
 
 
 # -- GGUF ------------------------------------------------------------------------------------------------
-
-GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-def gguf_name(name):
-    known = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    if name in known:
-        return known[name]
-    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-    return f"blk.{layer}.{GGUF_NAMES[part]}.weight"
-
-
-def permuted(weight, heads):
-    """GGUF stores the two halves of each rotary pair side by side."""
-    return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(path, architecture="llama"):
-    plain = tiny.base()
-    config = plain.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(8)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_vocab_size(len(tiny.WORDS))
-    writer.add_tokenizer_model("llama")
-    # transformers adds these three where they are not there.
-    writer.add_token_list(["<unk>", "<s>", "</s>", *tiny.WORDS[3:]])
-    writer.add_token_scores([0.0] * len(tiny.WORDS))
-    writer.add_token_types([2, 3, 3, *[1] * (len(tiny.WORDS) - 3)])
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, weight in plain.state_dict().items():
-        array = weight.numpy().astype(np.float32)
-        for part, count in heads.items():
-            if part in name:
-                array = permuted(array, count)
-        writer.add_tensor(gguf_name(name), array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return plain
 
 
 def test_a_gguf_file(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slr_core.checkpoint.folder import BUNDLED_FOLDER, DEFAULT_CHECKPOINT, local_path
+from slr_core.checkpoint.folder import BUNDLED_FOLDER, DEFAULT_CHECKPOINT, bundled_names, local_path
 from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.read import load_checkpoint, load_weights
 from slr_core.checkpoint.write import base_state, save_checkpoint
@@ -37,7 +37,7 @@ def states(made):
 def test_folder_named_as_bundled_comes_first(good, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert local_path("prosqa") == local_path(None) == DEFAULT_CHECKPOINT
-    assert {local_path(folder.name) for folder in BUNDLED_FOLDER.iterdir()} == set(BUNDLED_FOLDER.iterdir())
+    assert {local_path(name) for name in bundled_names()} == set(BUNDLED_FOLDER.iterdir())
     assert local_path("") == Path()
     assert local_path("checkpoints/prosqa") == Path("checkpoints/prosqa")
     assert describe_model(LatentReasoner.from_pretrained("prosqa")) == describe_model(LatentReasoner.from_pretrained())
