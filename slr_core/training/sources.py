@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from hashlib import sha256
 from itertools import islice
@@ -73,6 +74,8 @@ class Generated(Source):
 class Listed(Source):
     """A finite list, shuffled anew in every epoch; a batch holds questions of like length."""
 
+    sha256: str
+
     def __init__(self, examples: Sequence[Example], seed: int, description: str, digest: str) -> None:
         self.examples, self.seed, self.description, self.sha256 = examples, seed, description, digest
         self._order = lru_cache(maxsize=2)(self._shuffled)
@@ -94,6 +97,21 @@ class Listed(Source):
             batches += [window[i : i + count] for i in range(0, len(window), count)]
         rng.shuffle(batches)
         return batches
+
+
+class WithSteps(Source):
+    """The questions of a generator, whose steps follow each question as part of it."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.description = source, f"{source.description}, steps written"
+
+    def draw(self, step: int, count: int, rng: random.Random) -> Iterator[Example]:
+        """The same questions in the same order."""
+        return map(_with_steps, self.source.draw(step, count, rng))
+
+
+def _with_steps(example: Example) -> Example:
+    return replace(example, question=" ".join((example.question, *example.steps)), steps=())
 
 
 class PlainText(Source):
@@ -171,6 +189,12 @@ def open_source(config: DataConfig, seed: int, held_out: int = 0) -> Source:
         DataError: the file or split cannot be read, or keeps nothing to train on.
         ConfigError: the task does not exist, or has no such split or generator.
     """
+    if config.write_steps:
+        source = open_source(config.model_copy(update={"write_steps": False}), seed, held_out)
+        if isinstance(source, Listed):
+            described = f"{source.description}, steps written"
+            return Listed([*map(_with_steps, source.examples)], seed, described, source.sha256)
+        return WithSteps(source)
     if config.text is not None:
         return PlainText(config.text, config.characters)
     assert config.task is not None  # checked by the config

@@ -34,6 +34,10 @@ class DataConfig(RecipeModel):
         ge=1,
         description="number of questions to generate and repeat, from the recipe's seed; None: new ones in every batch",
     )
+    write_steps: bool = Field(
+        False,
+        description="make the steps a part of the question: plain text, which the objective `text` learns",
+    )
     text: str | None = Field(None, description="a UTF-8 text file for pre-training, in place of a task's questions")
     characters: int = Field(512, ge=16, description="length of the pieces drawn from `text`")
 
@@ -58,6 +62,8 @@ class DataConfig(RecipeModel):
             raise ValueError("generator_options apply to generated questions only")
         if self.questions is not None and not self.generated:
             raise ValueError("questions applies to generated questions only")
+        if self.write_steps and self.text is not None:
+            raise ValueError("write_steps applies to questions, which a text has none of")
         if self.text is None:
             task = tasks.resolve_task(self.task, None)
             if self.generated:
@@ -72,7 +78,7 @@ class DataConfig(RecipeModel):
     @property
     def graphs(self) -> bool:
         """Whether every question has a graph, which the objectives `frontier` and `chains` need."""
-        return self.task == "prosqa" and self.text is None
+        return self.task == "prosqa" and self.text is None and not self.write_steps
 
 
 class SampledIterations(RecipeModel):

@@ -144,6 +144,28 @@ def test_generated_questions_repeat():
     assert not asked[0] & asked[2]
 
 
+@pytest.mark.parametrize("more", [{}, {"questions": 5}])
+def test_steps_are_written_as_text(more):
+    data = {"task": "p_hop", "generator_options": {"letters": 3, "length": 9, "max_hops": 2}} | more
+    objectives = {"answer": 1.0, "text": 1.0}
+    loop = {"workspace": "token"}
+    whole, written = (
+        [
+            item.example
+            for step in batches(recipe(stages=[stage(data=[source])], loop=loop, objectives=objectives))
+            for item in step
+        ]
+        for source in (data, data | {"write_steps": True})
+    )
+    assert {(f"{x.question} {' '.join(x.steps)}", (), x.answer) for x in whole} == {
+        (x.question, x.steps, x.answer) for x in written
+    }
+    with pytest.raises(ConfigError, match="write_steps"):
+        recipe(stages=[stage(data=[{"text": "file.txt", "write_steps": True}])], objectives={"answer": 1.0}, chains=0)
+    with pytest.raises(ConfigError, match="need graphs"):
+        recipe(stages=[stage(data=[{"task": "prosqa", "write_steps": True}])])
+
+
 def test_stage_without_objectives():
     stages = [stage(steps=1), stage(steps=1, without=["frontier", "chains"])]
     assert [step[0].plan.without for step in batches(recipe(stages=stages))] == [(), ("frontier", "chains")]
