@@ -15,13 +15,12 @@ from pathlib import Path
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 
 from slr_core._install import exact_install_command
-from slr_core.checkpoint.folder import BASE, BASE_CONFIG, CONFIG
+from slr_core.checkpoint.folder import BASE, BASE_CONFIG, CONFIG, READ_FROM_HUB
 from slr_core.checkpoint.pretrained import PACKAGED, dequantized_folder, packaged_file
 from slr_core.checkpoint.validate import WEIGHTS_INDEX, checkpoint_error, file_sha256, line, read_index
 from slr_core.config import SLRConfig
 from slr_core.errors import CheckpointError, ConfigError
 
-_FROM_HUB = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -91,7 +90,8 @@ def find_reference(name: str, revision: str | None = None) -> BaseReference:
     """
     if name in PACKAGED:
         file = packaged_file(name)
-        return BaseReference(name, _installed_version(name), file_sha256(file), dequantized_folder(file))
+        sha256 = file_sha256(file)
+        return BaseReference(name, _installed_version(name), sha256, dequantized_folder(file, sha256))
     folder = _download(name, revision)
     return BaseReference(name, folder.name, _weights_sha256(folder), folder)
 
@@ -104,10 +104,10 @@ def _compared(where: Path, config: SLRConfig) -> Path:
             file = packaged_file(name)
         except ConfigError as error:
             raise checkpoint_error(where, f"base: {error}") from error
-        package = PACKAGED[name].distribution
+        package, sha256 = PACKAGED[name].distribution, file_sha256(file)
         held = f"{package} {_installed_version(name)}"
-        _compare(where, config, file_sha256(file), f"{name} ({held})", exact_install_command(package, revision))
-        return dequantized_folder(file)
+        _compare(where, config, sha256, f"{name} ({held})", exact_install_command(package, revision))
+        return dequantized_folder(file, sha256)
     if not _COMMIT.fullmatch(revision):
         raise checkpoint_error(
             where, f"base_revision must be the commit of the hub id {name}, 40 hexadecimal digits, got {revision}"
@@ -144,7 +144,7 @@ def _download(name: str, revision: str | None) -> Path:
             if isinstance(cached, str) and _weight_files(Path(cached).parent):
                 return Path(cached).parent
         # Without the folders of a repository: these hold the same weights in other formats.
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_FROM_HUB, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=READ_FROM_HUB, ignore_patterns=["*/*"]))
         if not _weight_files(folder):
             raise FileNotFoundError("its safetensors are missing or incomplete")
         return folder

@@ -128,8 +128,7 @@ def init_checkpoint(
 
     Args:
         base: a causal language model: a local folder, a hub id, a GGUF file (dequantized), or the name of one that a
-            package brings, a key of
-            :data:`~slr_core.checkpoint.pretrained.PACKAGED`.
+            package brings, a key of :data:`~slr_core.checkpoint.pretrained.PACKAGED`.
         out: the folder to write; it must be new or empty.
         config: a ``loop.yaml``; ``None``: the defaults.
         recursive: make the loop of the base's own layers; it is then on from the start.

@@ -81,18 +81,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slr"
 
 
-def dequantized_folder(file: Path) -> Path:
+def dequantized_folder(file: Path, sha256: str) -> Path:
     """A folder in transformers' format with the weights (fp32) and the tokenizer of a GGUF file.
 
     It is made at the first call and kept in :func:`cache_folder`, under the file's SHA-256 and the version of
     transformers, whose reader dequantizes. It appears under its name when it is complete; of several processes one
     makes it, and the others wait.
 
+    Args:
+        file: the GGUF file.
+        sha256: its SHA-256, in hexadecimal digits.
+
     Raises:
         ConfigError: an extra is not installed, or the loop does not support this base.
         CheckpointError: the file cannot be read, or the cache folder cannot be written.
     """
-    folder = cache_folder() / "bases" / f"{file_sha256(file)}-transformers-{transformers_version}"
+    folder = cache_folder() / "bases" / f"{sha256}-transformers-{transformers_version}"
     if folder.is_dir():
         return folder
     part = folder.with_name(f"{folder.name}.part")
@@ -147,7 +151,8 @@ def load_model_and_tokenizer(
             weights are incomplete or too large for ``dtype``; or model and tokenizer do not fit together.
     """
     if is_packaged(base):
-        base = str(dequantized_folder(packaged_file(base)))
+        file = packaged_file(base)
+        base = str(dequantized_folder(file, file_sha256(file)))
     source, options = base, {}
     weights: dict[str, Any] = {"dtype": dtype or "auto", "attn_implementation": "sdpa", "trust_remote_code": False}
     if base.endswith(".gguf"):

@@ -351,7 +351,7 @@ def test_cache_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("SLR_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(CheckpointError, match="set SLR_CACHE_DIR to a folder that can be written"):
-        dequantized_folder(tmp_path / "file")
+        dequantized_folder(tmp_path / "file", "0" * 64)
 
 
 def test_dtype(tmp_path):
