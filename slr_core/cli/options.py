@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from slr_core.checkpoint.folder import bundled_names
 from slr_core.config import Criterion
 from slr_core.errors import ConfigError, DataError
 
@@ -25,13 +24,15 @@ console = Console() if sys.stdout.isatty() else Console(width=160)
 
 def complete_model(incomplete: str) -> Iterator[str]:
     """Offer the bundled checkpoints; the shell adds files by itself."""
+    from slr_core.checkpoint.folder import bundled_names
+
     return (name for name in bundled_names() if name.startswith(incomplete))
 
 
 Model = Annotated[
     str | None,
     typer.Option(
-        help=f"Checkpoint: a folder, a hub id, or a bundled one ({', '.join(bundled_names())}). Default: prosqa.",
+        help="Checkpoint: a folder, a hub id, or a bundled one, such as prontoqa. Default: prosqa.",
         autocompletion=complete_model,
     ),
 ]
