@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from slr_core.errors import ConfigError
 
-_LAYER = re.compile(r"(.*)\.down_proj\.weight")
+_MLP = re.compile(r"(.*)\.down_proj\.weight")
 _ATTENTION = re.compile(r"(.*)\.o_proj\.weight")
 
 
@@ -38,10 +38,10 @@ def prune(base: PreTrainedModel, heads: int, inner: int) -> PreTrainedModel:
             divide the hidden size.
     """
     weights, config = base.state_dict(), copy.deepcopy(base.config)
-    attentions, layers = ([m[1] for name in weights if (m := kind.fullmatch(name))] for kind in (_ATTENTION, _LAYER))
-    whole = [f"{at}.{part}_proj.weight" for at in attentions for part in "qkv"]
-    whole += [f"{at}.{part}_proj.weight" for at in layers for part in ("gate", "up")]
-    if not attentions or not layers or any(name not in weights for name in whole):
+    attentions, mlps = ([m[1] for name in weights if (m := kind.fullmatch(name))] for kind in (_ATTENTION, _MLP))
+    expected = [f"{at}.{part}_proj.weight" for at in attentions for part in "qkv"]
+    expected += [f"{at}.{part}_proj.weight" for at in mlps for part in ("gate", "up")]
+    if not attentions or not mlps or any(name not in weights for name in expected):
         raise ConfigError(f"base: {type(base).__name__} cannot be pruned, its layers are not like those of Llama")
     groups = config.num_key_value_heads
     queries = config.num_attention_heads // groups
@@ -60,7 +60,7 @@ def prune(base: PreTrainedModel, heads: int, inner: int) -> PreTrainedModel:
         for part, per_group in (("q", queries), ("k", 1), ("v", 1), ("o", queries)):
             rows = _spread(kept, per_group * width)
             _select(weights, f"{at}.{part}_proj", rows, columns=part == "o")
-    for at in layers:
+    for at in mlps:
         size = weights[f"{at}.down_proj.weight"].norm(dim=0)
         for part in ("gate", "up"):
             size = size * weights[f"{at}.{part}_proj.weight"].norm(dim=1)
