@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from slr_core.checkpoint.folder import BASE, BUNDLED_FOLDER, CONFIG, DEFAULT_CHECKPOINT, bundled_names
+from slr_core.checkpoint.folder import BUNDLED_FOLDER, CONFIG, DEFAULT_CHECKPOINT, bundled_names
 from slr_core.checkpoint.pretrained import PACKAGED
 from slr_core.config import SLRConfig
 from slr_core.evaluation.backends import Local
@@ -138,9 +138,8 @@ def test_first_iteration_is_pefts_own_adapter(reasoner: LatentReasoner, question
 def test_is_small_and_holds_nothing_that_can_run_code(name: str) -> None:
     shipped = BUNDLED_FOLDER / name
     files = [path for path in shipped.rglob("*") if path.is_file()]
-    own_base = (shipped / BASE).is_dir()
-    assert sum(path.stat().st_size for path in files) < (10e6 if own_base else 40e6)
-    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".md", ".jinja"}
+    assert sum(path.stat().st_size for path in files) < 10e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
 
 
 @pytest.mark.slow
