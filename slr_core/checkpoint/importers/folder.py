@@ -59,27 +59,36 @@ def check_new(out: Path) -> None:
 
 
 @contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that becomes ``out`` at the end. After an error nothing is left of it.
+def written_whole(out: Path, *, folder: bool = True) -> Iterator[Path]:
+    """A temporary path beside ``out`` that becomes ``out`` at the end. After an error nothing is left of it.
+
+    Args:
+        out: what to write.
+        folder: whether it is a folder, which then exists inside the block, or a file.
 
     Raises:
         ConfigError: a folder or file cannot be written.
     """
-    missing = [folder for folder in (out.absolute(), *out.absolute().parents) if not folder.exists()]
+    missing = [path for path in (out.absolute(), *out.absolute().parents) if not path.exists()]
     part = out.absolute().with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        part.mkdir(parents=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if folder:
+            part.mkdir()
         yield part
         os.replace(part, out)
     except OSError as error:
-        raise ConfigError(f"{out}: the folder cannot be written ({error})") from error
+        kind = "folder" if folder else "file"
+        raise ConfigError(f"{out}: the {kind} cannot be written ({error})") from error
     finally:
-        if part.exists():
+        if part.is_dir():
             shutil.rmtree(part)
+        elif part.exists():
+            part.unlink()
         if not out.exists():
-            for folder in missing[1:]:
-                if folder.exists():
-                    folder.rmdir()
+            for path in missing[1:]:
+                if path.exists():
+                    path.rmdir()
 
 
 def write_folder(conversion: Conversion, folder: Path, dtype: torch.dtype | None) -> None:

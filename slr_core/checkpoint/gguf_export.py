@@ -1,0 +1,164 @@
+"""``slr export --to gguf``: a checkpoint that answers without a loop as a file that llama.cpp runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from slr_core.checkpoint.gguf_layout import BaseFile, TensorType
+from slr_core.checkpoint.importers.folder import written_whole
+from slr_core.checkpoint.pretrained import PACKAGED, is_packaged, packaged_file
+from slr_core.checkpoint.read import load_checkpoint
+from slr_core.checkpoint.write import base_state
+from slr_core.config import SLRConfig, TextConfig
+from slr_core.errors import ConfigError
+from slr_core.loop.lora import lora_layers
+from slr_core.model.reasoner import LatentReasoner
+
+NOT_IN_FILE = (
+    "prompt_strip",
+    "prompt_replace",
+    "prompt_prefix",
+    "prompt_suffix",
+    "answer_prefix",
+    "stop",
+    "suppressed_token_ids",
+)
+"""Settings of a checkpoint's texts that a GGUF file has no place for."""
+OF_THE_BASE = ("general.finetune", "general.description", "general.url", "general.repo_url", "general.doi")
+"""Metadata that says which weights a file holds, and would be wrong of others."""
+
+
+def export_gguf(
+    model: str | None, out: str | Path, base: str | None = None, tensor_type: TensorType | None = None
+) -> list[str]:
+    """Write a checkpoint as a GGUF file, its adapter merged into the weights.
+
+    Metadata and tokens are those of the base's own GGUF file; name, chat template and end token are the checkpoint's.
+
+    Args:
+        model: a folder, a hub id or a bundled name.
+        out: the file to write; it must not exist.
+        base: the GGUF file of the base model that the checkpoint was made of, or a key of :data:`PACKAGED`; ``None``:
+            the one that its config refers to.
+        tensor_type: format of the matrices; ``None``: that which each has in the base's file. Vectors always keep it.
+
+    Returns:
+        What the file has no place for, a setting and its value each: the client of llama.cpp has to apply it.
+
+    Raises:
+        ConfigError: the checkpoint's answers need a loop, or adapters that cannot be merged; the base's file is no
+            GGUF file, or one of another model; a tensor cannot be written in its format; or the file cannot be
+            written.
+        CheckpointError: the checkpoint cannot be loaded.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ConfigError(f"{out}: expected a new file")
+    if base is not None:
+        _base_path(base)  # before weights are loaded
+    reasoner = load_checkpoint(LatentReasoner, model)
+    _check_expressible(reasoner)
+    file = BaseFile(_base_path(base or _named_base(reasoner.config)))
+    file.check_config(reasoner.base.config)
+    state, layers, adapter = base_state(reasoner.base), lora_layers(reasoner.base), reasoner.adapters.default
+    head: nn.Module = reasoner.base.get_output_embeddings()  # type: ignore[no-untyped-call]
+    table = reasoner.base.get_input_embeddings()
+    keys = file.names(list(state), torch.equal(head.weight, table.weight))  # type: ignore[arg-type]
+    for name, key in keys.items():
+        if file.shape(name) != tuple(state[key].shape):
+            raise file.refuse(
+                f"its {name} has shape {list(file.shape(name))}, {key} of the checkpoint {list(state[key].shape)}"
+            )
+    file.check_vocabulary(reasoner.tokenizer)
+    types = file.types(tensor_type)
+
+    def weight(name: str) -> Tensor:
+        key = keys[name]
+        stem = key.removesuffix(".weight")
+        values = state[key].float()
+        if stem in layers and adapter is not None and adapter in layers[stem].lora_A:
+            down, up = layers[stem].lora_A[adapter], layers[stem].lora_B[adapter]
+            assert isinstance(down, nn.Linear)
+            assert isinstance(up, nn.Linear)
+            values = values + layers[stem].scaling[adapter] * (up.weight.float() @ down.weight.float())
+        return file.arranged(name, values)
+
+    with written_whole(out, folder=False) as written, torch.no_grad():
+        file.write(written, types, _changes(reasoner, file, out.stem, tensor_type), weight)
+    return _not_in_file(reasoner)
+
+
+def _named_base(config: SLRConfig) -> str:
+    if config.base in PACKAGED and config.base_sha256 is not None:
+        return config.base
+    raise ConfigError(f"--base: name the GGUF file of this checkpoint's base model, a path or {', '.join(PACKAGED)}")
+
+
+def _base_path(base: str) -> Path:
+    if is_packaged(base):
+        return packaged_file(base)
+    if not Path(base).is_file():
+        raise ConfigError(f"--base: {base}: expected a GGUF file or {', '.join(PACKAGED)}")
+    return Path(base)
+
+
+def _check_expressible(reasoner: LatentReasoner) -> None:
+    """Check that a plain forward pass of the base and at most one adapter is what answers."""
+    config = reasoner.config
+    if config.default_iterations != 0:
+        raise ConfigError(
+            f"loop.max_iterations is {config.loop.max_iterations}: llama.cpp runs no loop; it must be 0, as a recipe "
+            "with `max_iterations: 0` trains it"
+        )
+    if config.loop.workspace == "token":
+        raise ConfigError("loop.workspace `token` cannot be expressed: it must be append, block or prompt")
+    if config.loop.decoder.answers != "lm_head":
+        raise ConfigError(
+            f"loop.decoder.answers `{config.loop.decoder.answers}` cannot be expressed: it must be lm_head"
+        )
+    if others := sorted(reasoner.adapters.names - {reasoner.adapters.default}):
+        raise ConfigError(
+            f"loop.lora: the adapter {others[0]} acts in some passes alone and cannot be merged; accepted are "
+            "{kind: shared, covers: all} and {kind: none}"
+        )
+    if any(adapter.lora_bias for adapter in reasoner.adapter_configs.values()):
+        raise ConfigError("an adapter with lora_bias cannot be merged into weights")
+
+
+def _changes(
+    reasoner: LatentReasoner, file: BaseFile, name: str, tensor_type: TensorType | None
+) -> dict[str, bool | int | str | None]:
+    """Metadata that is not the base's."""
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+
+    tokenizer = reasoner.tokenizer
+    changes: dict[str, bool | int | str | None] = dict.fromkeys(OF_THE_BASE)
+    changes |= {"general.name": name, "general.organization": None}
+    if (of := file.field("general.name")) is not None:
+        changes |= {"general.base_model.count": 1, "general.base_model.0.name": of}
+        changes["general.base_model.0.organization"] = file.field("general.organization")
+    if tensor_type is not None:
+        kind = LlamaFileType[f"{'ALL' if tensor_type == 'F32' else 'MOSTLY'}_{tensor_type}"]
+        changes |= {"general.file_type": int(kind), "general.quantization_version": GGML_QUANT_VERSION}
+    begin = tokenizer.bos_token_id
+    begins = isinstance(begin, int) and tokenizer("a").input_ids[:1] == [begin]
+    changes["tokenizer.ggml.add_bos_token"] = begins
+    if begins:
+        changes["tokenizer.ggml.bos_token_id"] = begin
+    if isinstance(tokenizer.eos_token_id, int):
+        changes["tokenizer.ggml.eos_token_id"] = tokenizer.eos_token_id
+    template = reasoner.config.text.chat_template or None
+    if template is not None or tokenizer.chat_template:
+        changes["tokenizer.chat_template"] = tokenizer.get_chat_template(template)
+    return changes
+
+
+def _not_in_file(reasoner: LatentReasoner) -> list[str]:
+    text, plain = reasoner.config.text, TextConfig()
+    found = [f"text.{key} {getattr(text, key)!r}" for key in NOT_IN_FILE if getattr(text, key) != getattr(plain, key)]
+    if others := sorted(reasoner.end_tokens - {reasoner.tokenizer.eos_token_id}):
+        found.append(f"end tokens {', '.join(map(str, others))}")
+    return found
