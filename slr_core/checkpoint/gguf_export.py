@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +33,22 @@ OF_THE_BASE = ("general.finetune", "general.description", "general.url", "genera
 """Metadata that says which weights a file holds, and would be wrong of others."""
 
 
+class GgufExport(NamedTuple):
+    """What a written file does not hold of its checkpoint.
+
+    Attributes:
+        left_out: settings of the texts and their values, for the client of llama.cpp to apply.
+        rounding: norm of what rounding changed of the adapted weights, in norms of what the adapter changed. Weights
+            that came from a file of the same format are on its grid, so that a small change may be rounded away whole.
+    """
+
+    left_out: list[str]
+    rounding: float
+
+
 def export_gguf(
-    model: str | None, out: str | Path, base: str | None = None, tensor_type: TensorType | None = None
-) -> list[str]:
+    model: str | None, out: str | Path, base: str | None = None, tensor_type: TensorType = "F16"
+) -> GgufExport:
     """Write a checkpoint as a GGUF file, its adapter merged into the weights.
 
     Metadata and tokens are those of the base's own GGUF file; name, chat template and end token are the checkpoint's.
@@ -43,10 +58,7 @@ def export_gguf(
         out: the file to write; it must not exist.
         base: the GGUF file of the base model that the checkpoint was made of, or a key of :data:`PACKAGED`; ``None``:
             the one that its config refers to.
-        tensor_type: format of the matrices; ``None``: that which each has in the base's file. Vectors always keep it.
-
-    Returns:
-        What the file has no place for, a setting and its value each: the client of llama.cpp has to apply it.
+        tensor_type: number format of the matrices.
 
     Raises:
         ConfigError: the checkpoint's answers need a loop, or adapters that cannot be merged; the base's file is no
@@ -73,7 +85,7 @@ def export_gguf(
                 f"its {name} has shape {list(file.shape(name))}, {key} of the checkpoint {list(state[key].shape)}"
             )
     file.check_vocabulary(reasoner.tokenizer)
-    types = file.types(tensor_type)
+    types, adapted = file.types(tensor_type), dict[str, float]()
 
     def weight(name: str) -> Tensor:
         key = keys[name]
@@ -83,12 +95,16 @@ def export_gguf(
             down, up = layers[stem].lora_A[adapter], layers[stem].lora_B[adapter]
             assert isinstance(down, nn.Linear)
             assert isinstance(up, nn.Linear)
-            values = values + layers[stem].scaling[adapter] * (up.weight.float() @ down.weight.float())
+            added = layers[stem].scaling[adapter] * (up.weight.float() @ down.weight.float())
+            adapted[name] = float(added.square().sum())
+            values = values + added
         return file.arranged(name, values)
 
     with written_whole(out, folder=False) as written, torch.no_grad():
-        file.write(written, types, _changes(reasoner, file, out.stem, tensor_type), weight)
-    return _not_in_file(reasoner)
+        rounding = file.write(written, types, _changes(reasoner, file, out.stem, tensor_type), weight)
+    change = sum(adapted.values())
+    lost = math.sqrt(sum(rounding[name] for name in adapted) / change) if change else 0.0
+    return GgufExport(_not_in_file(reasoner), lost)
 
 
 def _named_base(config: SLRConfig) -> str:
@@ -129,7 +145,7 @@ def _check_expressible(reasoner: LatentReasoner) -> None:
 
 
 def _changes(
-    reasoner: LatentReasoner, file: BaseFile, name: str, tensor_type: TensorType | None
+    reasoner: LatentReasoner, file: BaseFile, name: str, tensor_type: TensorType
 ) -> dict[str, bool | int | str | None]:
     """Metadata that is not the base's."""
     from gguf import GGML_QUANT_VERSION, LlamaFileType
@@ -140,9 +156,8 @@ def _changes(
     if (of := file.field("general.name")) is not None:
         changes |= {"general.base_model.count": 1, "general.base_model.0.name": of}
         changes["general.base_model.0.organization"] = file.field("general.organization")
-    if tensor_type is not None:
-        kind = LlamaFileType[f"{'ALL' if tensor_type == 'F32' else 'MOSTLY'}_{tensor_type}"]
-        changes |= {"general.file_type": int(kind), "general.quantization_version": GGML_QUANT_VERSION}
+    kind = LlamaFileType[f"{'ALL' if tensor_type == 'F32' else 'MOSTLY'}_{tensor_type}"]
+    changes |= {"general.file_type": int(kind), "general.quantization_version": GGML_QUANT_VERSION}
     begin = tokenizer.bos_token_id
     begins = isinstance(begin, int) and tokenizer("a").input_ids[:1] == [begin]
     changes["tokenizer.ggml.add_bos_token"] = begins

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -158,26 +158,17 @@ class BaseFile:
             heads = self.field("llama.attention.head_count_kv", heads)
         return values.reshape(heads, 2, -1, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
 
-    def types(self, chosen: TensorType | None) -> dict[str, GGMLQuantizationType]:
-        """Number formats to write the tensors in: matrices in ``chosen``, vectors in that of the file.
-
-        Args:
-            chosen: ``None``: matrices, too, in that of the file.
+    def types(self, chosen: TensorType) -> dict[str, GGMLQuantizationType]:
+        """Number formats to write the tensors in: matrices in ``chosen``, vectors in fp32, as llama.cpp needs them.
 
         Raises:
-            ConfigError: the format cannot be written, or its blocks do not divide the rows.
+            ConfigError: the blocks of the format do not divide the rows of a matrix.
         """
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         types = {}
         for name, tensor in self._tensors.items():
-            kept = chosen is None or len(tensor.shape) < 2
-            kind = tensor.tensor_type if kept else GGMLQuantizationType[str(chosen)]
-            if kind.name not in get_args(TensorType):
-                raise ConfigError(
-                    f"--gguf-type: {name} of {self.path} is {kind.name}, which cannot be written: choose one "
-                    f"of {', '.join(get_args(TensorType))}"
-                )
+            kind = GGMLQuantizationType.F32 if len(tensor.shape) < 2 else GGMLQuantizationType[chosen]
             row, block = int(tensor.shape[0]), GGML_QUANT_SIZES[kind][0]
             if row % block:
                 raise ConfigError(
@@ -193,7 +184,7 @@ class BaseFile:
         types: Mapping[str, GGMLQuantizationType],
         changes: Mapping[str, bool | int | str | None],
         weight: Callable[[str], Tensor],
-    ) -> None:
+    ) -> dict[str, float]:
         """Write a file with this one's metadata and other weights.
 
         Args:
@@ -202,13 +193,17 @@ class BaseFile:
             changes: values of the metadata to set, and keys to leave out, whose value is ``None``.
             weight: the values of a tensor in fp32, by its name. It is called once for each, to hold one in memory.
 
+        Returns:
+            The sum of the squares of what rounding changed, by tensor.
+
         Raises:
             ConfigError: a value is too large for its format.
             OSError: the file cannot be written.
         """
         from gguf import GGML_QUANT_SIZES, GGUFValueType, GGUFWriter
-        from gguf.quants import quantize
+        from gguf.quants import dequantize, quantize
 
+        rounding = {}
         value_types = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, str: GGUFValueType.STRING}
         with closing(GGUFWriter(out, self.architecture)) as writer:
             writer.data_alignment = int(self._reader.alignment)
@@ -236,4 +231,7 @@ class BaseFile:
                         f"--gguf-type: {name} holds values up to {largest:.3g}, too large for {kind.name}: choose F32 "
                         "or BF16"
                     )
-                writer.write_tensor_data(quantize(values.contiguous().numpy(), kind))
+                written = quantize(values.contiguous().numpy(), kind)
+                writer.write_tensor_data(written)
+                rounding[name] = float(np.square(dequantize(written, kind) - values.numpy()).sum())
+        return rounding

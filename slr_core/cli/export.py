@@ -37,7 +37,7 @@ def export(
     ] = None,
     gguf_type: Annotated[
         GgufType | None,
-        typer.Option(help="With --to gguf: format of the weight matrices; by default each keeps that of the base."),
+        typer.Option(help="With --to gguf: number format of the weight matrices; F16 by default."),
     ] = None,
 ) -> None:
     """Write a checkpoint in a published form.
@@ -54,7 +54,7 @@ def export(
         _export_adapters(model, out, base, base_revision)
         return
     if to == "gguf":
-        _export_gguf(model, out, base, gguf_type)
+        _export_gguf(model, out, base, gguf_type or "F16")
         return
     if base is not None:
         raise typer.BadParameter("--base belongs to --to adapters and --to gguf")
@@ -76,8 +76,13 @@ def _export_adapters(model: str | None, out: Path, base: str | None, base_revisi
 def _export_gguf(model: str | None, out: Path, base: str | None, gguf_type: GgufType | None) -> None:
     from slr_core.checkpoint.gguf_export import export_gguf
 
-    not_in_file = export_gguf(model, out, base, gguf_type)
+    exported = export_gguf(model, out, base, gguf_type or "F16")
     print(f"Wrote {out}, {out.stat().st_size / 1e6:.1f} MB.")
-    for setting in not_in_file:
+    for setting in exported.left_out:
         print(f"Not in the file, for its client to apply: {setting}")
+    if exported.rounding > 1:
+        print(
+            f"Rounding to {gguf_type} changed the weights {exported.rounding:.1f} times as much as the adapter did: "
+            "answers will be those of the base. Choose Q8_0 or F16."
+        )
     print(f"    llama-server -m {shlex.quote(str(out))}")

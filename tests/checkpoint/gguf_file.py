@@ -1,4 +1,4 @@
-"""A GGUF file of the tiny Llama, written without the code under test."""
+"""GGUF files of tiny models, written without the code under test."""
 
 import gguf
 import numpy as np
@@ -10,6 +10,8 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -26,19 +28,23 @@ def gguf_name(name):
     }
     if name in known:
         return known[name]
-    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-    return f"blk.{layer}.{GGUF_NAMES[part]}.weight"
+    stem, _, kind = name.rpartition(".")
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{GGUF_NAMES[part]}.{kind}"
 
 
 def permuted(weight, heads):
     """GGUF stores the two halves of each rotary pair side by side."""
-    return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, architecture="llama", seed=0):
-    plain = tiny.base(seed=seed)
+def write_gguf(path, architecture="llama", seed=0, plain=None, tokens=None, dtype=np.float32, **fields):
+    """Write the tiny Llama of this seed, or ``plain``, with its tokens; ``fields`` replace numbers of the metadata."""
+    plain = plain or tiny.base(seed=seed)
     config = plain.config
     writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("Tiny")
+    writer.add_organization("Someone")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -48,20 +54,25 @@ def write_gguf(path, architecture="llama", seed=0):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(8)
     writer.add_rope_freq_base(10_000.0)
+    writer.add_key_length(8)
     writer.add_vocab_size(len(tiny.WORDS))
     writer.add_tokenizer_model("llama")
     # transformers adds these three where they are not there.
-    writer.add_token_list(["<unk>", "<s>", "</s>", *tiny.WORDS[3:]])
+    writer.add_token_list(tokens or ["<unk>", "<s>", "</s>", *tiny.WORDS[3:]])
     writer.add_token_scores([0.0] * len(tiny.WORDS))
     writer.add_token_types([2, 3, 3, *[1] * (len(tiny.WORDS) - 3)])
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    for key, value in fields.items():
+        writer.kv_data[0][f"{architecture}.{key.replace('__', '.')}"].value = value
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, weight in plain.state_dict().items():
-        array = weight.numpy().astype(np.float32)
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = weight.numpy().astype(np.float32 if weight.dim() == 1 else dtype)
         for part, count in heads.items():
-            if part in name:
+            if part in name and architecture == "llama":
                 array = permuted(array, count)
         writer.add_tensor(gguf_name(name), array)
     writer.write_header_to_file()
