@@ -70,9 +70,9 @@ class GeneratedWordProblems(WordProblem):
             )
         if options["distractors"] < 0:
             raise ConfigError(f"word_problems: distractors must be at least 0, got {options['distractors']}")
-        for name, values in (("steps", ("equations", "words")), ("templates", ("train", "held_out"))):
+        for name, values in (("steps", ("equations", "words", "results")), ("templates", ("train", "held_out"))):
             if options[name] not in values:
-                raise ConfigError(f"word_problems: {name} must be {' or '.join(values)}, got {options[name]}")
+                raise ConfigError(f"word_problems: {name} must be {', '.join(values)}, got {options[name]}")
         return _stream(options, random.Random(seed))
 
 
@@ -97,6 +97,7 @@ class _Story:
         self.sentences: list[str] = []
         self.equations: list[str] = []
         self.words: list[str] = []
+        self.results: list[str] = []
         self.person = self.names[0]
         self.apart: set[str] = set()  # people whose difference from this person does not depend on the start
 
@@ -124,7 +125,7 @@ class _Story:
             return None
         for _ in range(rng.randint(0, self.options["distractors"])):
             self._distract()
-        steps = self.equations if self.options["steps"] == "equations" else self.words
+        steps = {"equations": self.equations, "words": self.words, "results": self.results}[self.options["steps"]]
         return Example(" ".join(self.sentences), tuple(steps), str(answer), {"eq_steps": list(self.equations)})
 
     def _numbers(self, kind: str) -> list[tuple[int, int]]:
@@ -206,6 +207,7 @@ class _Story:
     def _compute(self, kind: str, left: int, sign: str, right: int, **fields: str) -> int:
         result = _SIGNS[sign](left, right)
         self.equations.append(f"<<{left}{sign}{right}={result}>>")
+        self.results.append(f"={result:0{len(str(self.limit))}d}")  # aligned: a position of a block is one digit
         known = {"a": self.person, "x": self.thing} | fields
         self.words.append(STEP_WORDS[kind].format(l=left, r=right, v=result, **known))
         return result

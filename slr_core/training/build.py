@@ -94,6 +94,8 @@ def _load_teacher(source: str) -> LatentReasoner:
 def _from_source(config: TrainConfig, source: str) -> LatentReasoner:
     found = None if is_packaged(source) or source.endswith(".gguf") else find_file(source, CONFIG)
     if found is None:
+        if config.base.keep_adapters:
+            raise ConfigError(f"base.keep_adapters needs a latent reasoner in base.from, and {source} is none")
         base, tokenizer = load_model_and_tokenizer(source)
         base = _pruned(base, config.base)
         return LatentReasoner(base, _with_padding(tokenizer), _settings(config.loop, config.text))
@@ -103,10 +105,33 @@ def _from_source(config: TrainConfig, source: str) -> LatentReasoner:
         if config.text is not None:
             loaded.config = loaded.config.replace(text=config.text.model_dump(mode="json"))
         return loaded
-    # Only its base: the recipe defines a new loop.
+    # Only its base, and its adapters if the recipe keeps them: the recipe defines a new loop.
     base, _ = load_model_and_tokenizer(base_source(found.parent, loaded.config)[0], tokenizer_from=str(found.parent))
     base = _pruned(base, config.base)
-    return LatentReasoner(base, loaded.tokenizer, _settings(config.loop, config.text or loaded.config.text))
+    reasoner = LatentReasoner(base, loaded.tokenizer, _settings(config.loop, config.text or loaded.config.text))
+    if config.base.keep_adapters:
+        _copy_adapters(loaded, reasoner)
+    return reasoner
+
+
+def _copy_adapters(source: LatentReasoner, target: LatentReasoner) -> None:
+    """Give ``target`` the adapters' weights of ``source``, which must have the same adapters."""
+    weights, wanted = (
+        {name: x for name, x in model.base.named_parameters() if ".lora_" in name} for model in (source, target)
+    )
+    same = source.config.loop.lora == target.config.loop.lora
+    if (
+        not wanted
+        or not same
+        or any(name not in weights or weights[name].shape != x.shape for name, x in wanted.items())
+    ):
+        raise ConfigError(
+            f"base.keep_adapters: loop.lora must be that of the checkpoint in base.from, "
+            f"{source.config.loop.lora.model_dump(mode='json', exclude_defaults=True)}"
+        )
+    with torch.no_grad():
+        for name, x in wanted.items():
+            x.copy_(weights[name])
 
 
 def _pruned(base: PreTrainedModel, sizes: BaseConfig) -> PreTrainedModel:

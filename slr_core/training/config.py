@@ -22,6 +22,10 @@ class BaseConfig(RecipeModel):
         alias="from",
         description="a folder or hub id of a causal language model, or a latent reasoner's checkpoint",
     )
+    keep_adapters: bool = Field(
+        False,
+        description="with `loop`: start from the adapters of the latent reasoner in `from`; loop.lora must be its own",
+    )
     tokenizer: str = Field(
         "prosqa",
         description="for a model from random weights: prosqa, prontoqa (few tokens per fact), words (one token per "
@@ -40,7 +44,9 @@ class BaseConfig(RecipeModel):
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
         pruned = {"num_attention_heads", "intermediate_size"}
-        if self.source is not None and (extra := sorted(self.model_fields_set - {"source"} - pruned)):
+        if self.keep_adapters and (self.source is None or self.is_pruned):
+            raise ValueError("base.keep_adapters needs base.from, a latent reasoner that is not pruned")
+        if self.source is not None and (extra := sorted(self.model_fields_set - {"source", "keep_adapters"} - pruned)):
             raise ValueError(f"base.from sets tokenizer and sizes: remove {', '.join(extra)}")
         if self.source is not None and self.model_fields_set & pruned not in (set(), pruned):
             raise ValueError("with base.from, give both num_attention_heads and intermediate_size, or neither")
@@ -155,6 +161,11 @@ class TrainConfig(RecipeModel):
     thoughts_per_step: int = Field(
         1, ge=1, description="c: iterations (workspace block: positions) per step of a chain"
     )
+    supervised: Literal["last", "every"] = Field(
+        "last",
+        description="iterations after which the objective `steps` reads a block: the last one (LOTUS), or every one, "
+        "step k from iteration k on",
+    )
     chains: int = Field(6, ge=0, description="other start nodes per graph for the objective `chains`")
     chain_length: int = Field(4, ge=1, description="iterations of these chains, at most those of the stage")
     chain_spread: int = Field(
@@ -218,6 +229,8 @@ class TrainConfig(RecipeModel):
         sources = [source for stage in self.schedule for source in stage.data]
         if not all(source.graphs for source in sources) and (terms.frontier or (terms.chains and self.chains)):
             raise ValueError("objectives.frontier and chains need graphs: use only data of the task prosqa")
+        if self.base.keep_adapters and self.loop is None:
+            raise ValueError("base.keep_adapters needs loop: without it, a latent reasoner keeps all its weights")
         if self.base.is_pruned and self.loop is None:
             raise ValueError("loop is needed for a pruned base: a loop made for the whole base does not fit")
         if self.loop is not None or self.base.source is None:
@@ -268,6 +281,11 @@ class TrainConfig(RecipeModel):
                 "loop.deeper_cache must be `copy` in training: to answer with `shared`, set it in the trained "
                 "checkpoint's slr_config.json",
             ),
+            (
+                self.supervised == "every" and loop.workspace != "block",
+                "supervised must be `last` but in the workspace `block`, whose positions stand for steps in every "
+                "iteration",
+            ),
             (terms.halting and not loop.halting_head, "objectives.halting needs loop.halting_head"),
             (
                 terms.thoughts and loop.decoder.latent_decoder is None,
@@ -304,6 +322,11 @@ class TrainConfig(RecipeModel):
     def schedule(self) -> tuple[StageConfig, ...]:
         """The stages: those given, or those of the curriculum."""
         return self.stages if self.curriculum is None else self.curriculum.expand(self.thoughts_per_step)
+
+    @property
+    def iterations_per_step(self) -> int:
+        """Iterations that a step of a chain needs: c thoughts, but one where a block's positions are all supervised."""
+        return 1 if self.supervised == "every" else self.thoughts_per_step
 
     @property
     def total_steps(self) -> int:

@@ -139,7 +139,7 @@ class StageStream(IterableDataset[list[Item]]):
                     example,
                     plan,
                     chains,
-                    exit=_exit(stage, plan, min(replaced, len(example.steps)) * config.thoughts_per_step, position),
+                    exit=_exit(stage, plan, min(replaced, len(example.steps)) * config.iterations_per_step, position),
                     replaced=replaced,
                     removed=replacing.removed_tokens,
                     short=exits.randint(1, plan.iterations - 1) if plan.iterations > 1 else 0,
@@ -191,7 +191,7 @@ class Collator:
     - ``answer_ids`` ``[B, A]``: the text after the loop: answer prefix, remaining steps, answer, end token.
     - ``labels`` ``[B, A]``: ``answer_ids`` with -100 at the prefix.
     - ``first`` ``[B]``: the first token of the answer itself.
-    - ``work`` ``[B]``: iterations that the question needs, ``thoughts_per_step`` times its steps.
+    - ``work`` ``[B]``: iterations that the question needs, ``iterations_per_step`` times its steps.
     - ``exits`` ``[B]``: the iteration after which the text is written.
     - ``short`` ``[B]``: see :class:`Item`.
     - ``plan``: a :class:`LoopPlan`.
@@ -219,7 +219,7 @@ class Collator:
         room: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.text, self.room = tokenizer, text or TextConfig(), room
-        self.per_step, self.terms = config.thoughts_per_step, config.objectives
+        self.per_step, self.terms = config.iterations_per_step, config.objectives
         self.writes_chain = bool(self.terms.cot or self.terms.cot_states or self.terms.codi)
         self.node = NodeTokens(tokenizer)
 

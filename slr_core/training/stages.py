@@ -128,7 +128,8 @@ class StageConfig(RecipeModel):
     exit: Literal["late", "own", "last"] = Field(
         "late",
         description="iteration after which the text is written. late: drawn from those after the last needed one; "
-        "own: the last needed one, thoughts_per_step times the question's replaced steps; last: the last one",
+        "own: the last needed one, thoughts_per_step times the question's replaced steps (supervised `every`: once); "
+        "last: the last one",
     )
     reset_optimizer: bool = Field(False, description="clear the moments of AdamW when the stage begins")
     without: tuple[str, ...] = Field((), description="objectives that this stage leaves out")

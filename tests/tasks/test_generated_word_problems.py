@@ -82,6 +82,14 @@ def test_steps_in_words_have_the_same_equations():
         assert not any("{" in text for text in (worded.question, *worded.steps))
 
 
+def test_steps_as_results_are_aligned():
+    """Every result has as many digits as the largest possible one: a position of a block is always the same digit."""
+    for plain, short in zip(take(50), take(50, steps="results"), strict=True):
+        assert (plain.question, plain.answer) == (short.question, short.answer)
+        assert short.steps == tuple(f"={int(value):03d}" for *_, value in equations(plain))
+    assert all(re.fullmatch(r"=\d{4}", step) for step in take(1, steps="results", most=100)[0].steps)
+
+
 def test_distractors_are_not_computed_with():
     """Without distractors every number of a question is an operand; with them, many questions have others."""
 

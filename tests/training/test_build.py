@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+from slr_core.errors import ConfigError
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build
 from slr_core.training.data import mark_ids
+from tests import tiny
 from tests.training.recipe import recipe
 
 COT = {"base": {"from": "prosqa"}, "loop": None, "max_iterations": 0, "chain_of_thought": True}
@@ -43,3 +45,45 @@ def test_vocabulary_stays(bundled, changes):
     made = build(recipe(**{**COT, **ANSWERS, **changes}))
     assert len(made.tokenizer) == len(bundled.tokenizer)
     assert made.base.config.vocab_size == bundled.base.config.vocab_size
+
+
+ADAPTER = {"kind": "shared", "covers": "all", "rank": 3, "alpha": 6}
+BLOCK = {"workspace": "block", "block_size": 6}
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory):
+    """A latent reasoner without a loop whose one adapter is trained."""
+    folder = tmp_path_factory.mktemp("made") / "cot"
+    made = build(recipe(base={"from": "prosqa"}, loop={"lora": ADAPTER}, max_iterations=0, train="adapters", **ANSWERS))
+    tiny.shake(made)
+    made.save_pretrained(str(folder))
+    return folder
+
+
+def keeping(folder, lora=ADAPTER, **changes):
+    base = {"from": str(folder), "keep_adapters": True}
+    return build(recipe(base=base, loop={**BLOCK, "lora": lora}, objectives={"steps": 1.0}, **changes))
+
+
+def test_a_new_loop_keeps_adapters(fine_tuned):
+    source, made = LatentReasoner.from_pretrained(str(fine_tuned)), keeping(fine_tuned)
+    assert made.config.loop.workspace == "block"
+    theirs = {name: x for name, x in source.base.named_parameters() if ".lora_" in name}
+    ours = {name: x for name, x in made.base.named_parameters() if ".lora_" in name}
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(x, ours[name]) for name, x in theirs.items())
+    assert any(x.any() for name, x in ours.items() if ".lora_B" in name)
+    other = build(recipe(base={"from": str(fine_tuned)}, loop={**BLOCK, "lora": ADAPTER}, objectives={"steps": 1.0}))
+    assert not any(x.any() for name, x in other.base.named_parameters() if ".lora_B" in name)
+
+
+@pytest.mark.parametrize("lora", [{**ADAPTER, "rank": 4}, {**ADAPTER, "alpha": 3}, {"rank": 3}, {"kind": "none"}])
+def test_other_adapters_cannot_be_kept(fine_tuned, lora):
+    with pytest.raises(ConfigError, match=r"base.keep_adapters: loop.lora must be .*'rank': 3"):
+        keeping(fine_tuned, lora)
+
+
+def test_a_language_model_has_no_adapters_to_keep(fine_tuned):
+    with pytest.raises(ConfigError, match=r"base.keep_adapters needs a latent reasoner in base.from"):
+        keeping(fine_tuned / "base")

@@ -49,6 +49,26 @@ def test_a_block_position_is_scored_on_its_own_token_of_the_chain():
     assert float(made.terms()["steps"].detach()) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
+def test_a_step_is_scored_in_every_iteration_from_its_own_on():
+    made = Setup({"steps": 1.0}, BLOCK, thoughts_per_step=2, supervised="every")
+    states, losses = last_states(made), []
+    for row, item in enumerate(made.items):
+        for k, step in enumerate(item.example.steps):
+            for j, token in enumerate(made.reasoner.tokenizer(step).input_ids):
+                for t in range(k + 1, 5):
+                    logits = made.reasoner.head(states[row, t, 2 * k + j])
+                    losses.append(float(-logits.log_softmax(-1)[token].detach()))
+    assert float(made.terms()["steps"].detach()) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_supervised_in_every_iteration_a_step_needs_one():
+    made = Setup({"steps": 1.0}, BLOCK, thoughts_per_step=2, supervised="every")
+    assert made.batch["work"].tolist() == [len(item.example.steps) for item in made.items]
+    assert Setup({"steps": 1.0}, BLOCK, thoughts_per_step=2).batch["work"].tolist() == [
+        2 * len(item.example.steps) for item in made.items
+    ]
+
+
 def test_longer_steps_are_cut():
     made = Setup({"steps": 1.0}, thoughts_per_step=1)
     states, losses = last_states(made)[:, 1:, 0], []
