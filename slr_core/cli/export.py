@@ -83,6 +83,6 @@ def _export_gguf(model: str | None, out: Path, base: str | None, gguf_type: Gguf
     if exported.rounding > 1:
         print(
             f"Rounding to {gguf_type} changed the weights {exported.rounding:.1f} times as much as the adapter did: "
-            "answers will be those of the base. Choose Q8_0 or F16."
+            "answers can be far from the checkpoint's. Choose Q8_0 or F16."
         )
     print(f"    llama-server -m {shlex.quote(str(out))}")
