@@ -54,11 +54,17 @@ class _Model(BaseModel):
 class ProjectionConfig(_Model):
     """``project``: the input of an iteration from the state before it."""
 
-    kind: Literal["identity", "rms_match", "linear", "mlp", "pause"] = Field(
+    kind: Literal["identity", "rms_match", "linear", "mlp", "expected_embedding", "pause"] = Field(
         "rms_match",
         description="identity: the state itself; rms_match: rescaled to the RMS of the embedding table; linear, mlp: "
-        "learned maps; pause: a learned vector in place of the state, a control without feedback for the workspace "
-        "`append`",
+        "learned maps; expected_embedding: the mean embedding of the tokens that the LM head reads at the state; "
+        "pause: a learned vector in place of the state, a control without feedback for the workspace `append`",
+    )
+    top_tokens: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="number of tokens in the mean of `expected_embedding`, the most likely ones; other kinds ignore it",
     )
     inner_size: int | None = Field(
         None,

@@ -39,7 +39,9 @@ loops = st.fixed_dictionaries(
         ),
         "trained_iterations": st.integers(1, 64),
         "max_iterations": st.integers(0, 256),
-        "projection": st.fixed_dictionaries({"kind": st.sampled_from(["identity", "rms_match", "linear", "mlp"])}),
+        "projection": st.fixed_dictionaries(
+            {"kind": st.sampled_from(["identity", "rms_match", "linear", "mlp", "expected_embedding"])}
+        ),
         "timestep": st.fixed_dictionaries(
             {"kind": st.sampled_from(["none", "sinusoidal", "learned"]), "combine": st.sampled_from(["add", "concat"])},
             optional={"noise_level": st.booleans()},

@@ -14,7 +14,8 @@ class Projection(nn.Module):
     The output of the final norm is much larger than a token embedding (embedding tables are initialised near 0.02),
     so feeding it back unscaled gives the model inputs outside its training range. ``rms_match`` rescales each state
     to the RMS of the embedding table. ``pause`` is the control of Goyal et al. (2023, arXiv 2310.02226) and Hao et
-    al. (2024): a learned vector in place of the state, so no feedback.
+    al. (2024): a learned vector in place of the state, so no feedback. ``expected_embedding`` needs the base model's
+    head and embeddings: see :meth:`slr_core.model.adapted.AdaptedModel.expected_embedding`.
     """
 
     def __init__(self, config: ProjectionConfig, hidden_size: int) -> None:

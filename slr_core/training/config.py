@@ -166,6 +166,12 @@ class TrainConfig(RecipeModel):
         description="iterations after which the objective `steps` reads a block: the last one (LOTUS), or every one, "
         "step k from iteration k on",
     )
+    aligned: bool = Field(
+        True,
+        description="whether the objective `steps` gives every step c positions of a block. false: position p is fed "
+        "token p of the chain as it is written and is asked for token p + 1, so that a model that writes it needs less "
+        "training",
+    )
     chains: int = Field(6, ge=0, description="other start nodes per graph for the objective `chains`")
     chain_length: int = Field(4, ge=1, description="iterations of these chains, at most those of the stage")
     chain_spread: int = Field(
@@ -286,6 +292,11 @@ class TrainConfig(RecipeModel):
                 "supervised must be `last` but in the workspace `block`, whose positions stand for steps in every "
                 "iteration",
             ),
+            (
+                not self.aligned and loop.feedback != "shifted",
+                "aligned must be true but in the workspace `block` with feedback `shifted`: other positions are not "
+                "fed what the ones before them read as",
+            ),
             (terms.halting and not loop.halting_head, "objectives.halting needs loop.halting_head"),
             (
                 terms.thoughts and loop.decoder.latent_decoder is None,
@@ -345,9 +356,13 @@ class TrainConfig(RecipeModel):
     @property
     def writes_steps(self) -> bool:
         """Whether any target text contains steps, which are followed by the separator ``#``."""
+        return self.chain_of_thought or self.reads_chain or any(stage.replaced != "all" for stage in self.schedule)
+
+    @property
+    def reads_chain(self) -> bool:
+        """Whether an objective reads the whole chain, beside the loop that replaces it."""
         terms = self.objectives
-        cot = self.chain_of_thought or bool(terms.cot or terms.cot_states or terms.codi)
-        return cot or any(stage.replaced != "all" for stage in self.schedule)
+        return bool(terms.cot or terms.cot_states or terms.codi or (terms.steps and not self.aligned))
 
     def iterations(self, stage: StageConfig, rng: random.Random) -> int:
         """Draw the loop length of a batch, at most ``max_iterations``."""

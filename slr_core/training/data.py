@@ -220,7 +220,7 @@ class Collator:
     ) -> None:
         self.tokenizer, self.text, self.room = tokenizer, text or TextConfig(), room
         self.per_step, self.terms = config.iterations_per_step, config.objectives
-        self.writes_chain = bool(self.terms.cot or self.terms.cot_states or self.terms.codi)
+        self.reads_chain = config.reads_chain
         self.node = NodeTokens(tokenizer)
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class Collator:
             order = torch.arange(batch["step_ids"].shape[1])
             replaced = [min(item.replaced, len(ids)) for item, ids in zip(items, steps, strict=True)]
             batch["in_loop"] = order < torch.tensor(replaced)[:, None]
-        if self.writes_chain:
+        if self.reads_chain:
             batch |= self._chain_of_thought(steps, spaced_answers, ends)
         if self.terms.frontier and plan.iterations:
             batch["targets"] = pad(

@@ -279,6 +279,11 @@ class Parts:
                 return h
             case "rms_match":
                 return rms_normalize(h) * (self.table**2).mean().sqrt()
+            case "expected_embedding":
+                logits = self.head(h)
+                count = self.loop["projection"]["top_tokens"]
+                kept = logits >= logits.sort(-1, descending=True).values[..., count - 1 : count]
+                return logits.masked_fill(~kept, float("-inf")).softmax(-1) @ self.table
             case "linear":
                 return self.linear("project.layers", h)
             case "mlp":

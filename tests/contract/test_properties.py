@@ -50,7 +50,7 @@ def loops(draw, *, workspace: str | None = None, policies: tuple[str, ...] = ("l
         "trained_iterations": iterations,
         "max_iterations": longest,
         "min_iterations": draw(st.integers(0, 3)),
-        "projection": {"kind": draw(st.sampled_from(["identity", "rms_match", "linear", "mlp"]))},
+        "projection": {"kind": draw(st.sampled_from(["identity", "rms_match", "linear", "mlp", "expected_embedding"]))},
         "timestep": {
             "kind": draw(st.sampled_from(["none", "sinusoidal", "learned"])),
             "combine": draw(st.sampled_from(["add", "concat"])),

@@ -64,7 +64,7 @@ def models(draw):
     """Keyword arguments of :func:`tests.tiny.reasoner`."""
     workspace = draw(st.sampled_from(sorted(ALL_WORKSPACES)))
     token = workspace == "token"
-    projections = ["identity", "rms_match", "linear", "mlp", *["pause"] * (workspace == "append")]
+    projections = ["identity", "rms_match", "linear", "mlp", "expected_embedding", *["pause"] * (workspace == "append")]
     projection = {
         "kind": draw(st.sampled_from(projections)),
         "inner_size": draw(st.sampled_from([None, 20])),

@@ -408,3 +408,43 @@ def test_overlong_left_padding():
     long = tiny.words(*range(30), *range(28))
     output = run(made, [tiny.PROMPTS[0], long], {"max_iterations": 3, "criterion": "fixed"}, {"max_iterations": 0})
     assert output.iterations == [3, 0]
+
+
+JACOBI = {
+    "workspace": "block",
+    "block_size": 6,
+    "feedback": "shifted",
+    "projection": {"kind": "expected_embedding", "top_tokens": 1},
+    "lora": {"kind": "none"},
+    "timestep": {"kind": "none"},
+    "residual": {"source": "none"},
+    "trained_iterations": 8,
+    "max_iterations": 8,
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_fixed_point_of_expected_embeddings_is_greedy_decoding(kind):
+    """Iteration t has the first t tokens right at the latest, the prompt's own among them: Jacobi decoding."""
+    made = tiny.reasoner(kind, JACOBI)
+    ids = torch.tensor([[5, 9, 4, 11]])
+    written = made.base.generate(ids, max_new_tokens=7, min_new_tokens=7, do_sample=False)[0, 4:]
+    with torch.no_grad():
+        context = made.encode(ids, torch.ones_like(ids))
+        first = made.head(context.state).argmax(-1)
+        states = made.unroll(context, 8)[0, 1:]
+    assert first == written[0]
+    read = made.head(states).argmax(-1)  # position p is fed token p, and reads token p + 1
+    for t in range(1, 8):  # the input of position 0 is right from the second iteration on
+        assert read[t - 1, : t - 1].tolist() == written[1:t].tolist()
+    torch.testing.assert_close(states[7], states[6])
+
+
+def test_an_expected_embedding_is_the_mean_of_the_most_likely_tokens():
+    made = tiny.reasoner()
+    hidden = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(2)) / 4
+    table, probs = made.base.get_input_embeddings().weight, made.head(hidden).softmax(-1)
+    every = made.expected_embedding(hidden, 10_000)
+    torch.testing.assert_close(every, probs @ table)
+    kept = probs.masked_fill(probs < probs.sort(-1, descending=True).values[..., 2:3], 0)
+    torch.testing.assert_close(made.expected_embedding(hidden, 3), kept / kept.sum(-1, keepdim=True) @ table)

@@ -183,6 +183,10 @@ MISFITS = {
     "steps-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"steps": 1}}, NO_STEPS),
     "cot-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"codi": 1}}, "objectives.cot and codi must be 0"),
     "every-append": ({"supervised": "every"}, "supervised must be `last` but in the workspace `block`"),
+    "unaligned": (
+        {"aligned": False, "chains": 0, "loop": {"workspace": "block"}},
+        "aligned must be true but in the workspace `block` with feedback `shifted`",
+    ),
     "no-head": ({"objectives": {"halting": 1}}, "objectives.halting needs loop.halting_head"),
     "no-decoder": ({"objectives": {"thoughts": 1}}, "objectives.thoughts needs loop.decoder.latent_decoder"),
     "text-append": ({"objectives": {"text": 1}}, "objectives.text needs the workspace `prompt`"),

@@ -7,6 +7,7 @@ thought. In the workspace ``append``, thoughts are used instead of positions.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from slr_core.training.data import IGNORE
 from slr_core.training.objectives.rollout import Rollout
@@ -17,19 +18,32 @@ def steps(rollout: Rollout) -> Mean:
     """Cross-entropy of token j of step k at position c·(k-1) + j, for j = 1 ... c; further tokens are ignored.
 
     With ``supervised: every``, the mean over all iterations, where step k counts from iteration k on: before, the steps
-    that it needs are not there yet.
+    that it needs are not there yet. With ``aligned: false``, position p is asked for token p + 1 of the written chain,
+    in every iteration: a state learns what the loop will end with, as in consistency language models (Kou et al., 2024,
+    arXiv 2403.00835).
     """
+    config = rollout.config
+    if not config.aligned:
+        written = rollout.batch["cot_ids"][:, 1:]
+        ends = rollout.batch["mark_at"][:, None]  # an index into cot_ids: position p is asked for p + 1
+        order = torch.arange(written.shape[1], device=written.device)
+        return _at_every_iteration(rollout, written.masked_fill(order >= ends, IGNORE)[:, None])
     states, first = rollout.states_by_position()
-    ids, per_step = rollout.batch["step_ids"], rollout.config.thoughts_per_step
+    ids, per_step = rollout.batch["step_ids"], config.thoughts_per_step
     labels = ids.new_full((*ids.shape[:2], per_step), IGNORE)
     labels[..., : min(per_step, ids.shape[2])] = ids[..., :per_step]
     labels = labels.masked_fill(~rollout.batch["in_loop"][..., None], IGNORE).flatten(1)
+    if config.supervised == "every":
+        iterations = torch.arange(rollout.detached + 1, rollout.iterations + 1, device=labels.device)
+        step = torch.arange(labels.shape[1], device=labels.device) // per_step + 1
+        return _at_every_iteration(rollout, labels[:, None].masked_fill(step > iterations[:, None], IGNORE))
     shared = min(labels.shape[1], states.shape[1])
-    if rollout.config.supervised == "last":
-        return state_loss(rollout.reasoner, states[:, first:shared], labels[:, first:shared])
-    # Iterations [B, T, W]: step k is position c·(k-1) ... c·k - 1.
-    iterations = torch.arange(rollout.detached + 1, rollout.iterations + 1, device=labels.device)
-    step = torch.arange(shared, device=labels.device) // per_step + 1
-    early = step > iterations[:, None]
-    labels = labels[:, None, :shared].masked_fill(early, IGNORE)
-    return state_loss(rollout.reasoner, rollout.workspace[:, rollout.detached + 1 :, :shared], labels)
+    return state_loss(rollout.reasoner, states[:, first:shared], labels[:, first:shared])
+
+
+def _at_every_iteration(rollout: Rollout, labels: Tensor) -> Mean:
+    """Cross-entropy at a block's positions after every iteration with gradients: labels ``[B, T or 1, P]``."""
+    states = rollout.workspace[:, rollout.detached + 1 :]
+    shared = min(labels.shape[-1], states.shape[2])
+    labels = labels[..., :shared].expand(-1, states.shape[1], -1)
+    return state_loss(rollout.reasoner, states[:, :, :shared], labels)

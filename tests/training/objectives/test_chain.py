@@ -69,6 +69,28 @@ def test_supervised_in_every_iteration_a_step_needs_one():
     ]
 
 
+JACOBI = {**BLOCK, "block_size": 12, "feedback": "shifted", "projection": {"kind": "expected_embedding"}}
+
+
+def test_unaligned_positions_are_asked_for_the_next_token_of_the_chain():
+    made = Setup({"steps": 1.0}, JACOBI, aligned=False)
+    states, losses = last_states(made), []
+    for row, item in enumerate(made.items):
+        steps = [made.reasoner.tokenizer(step).input_ids for step in item.example.steps]
+        written = [*(token for step in steps for token in step), *made.reasoner.tokenizer("#").input_ids]
+        for t in range(1, 5):
+            for p, token in enumerate(written[1:13]):
+                losses.append(float(-made.reasoner.head(states[row, t, p]).log_softmax(-1)[token].detach()))
+    assert float(made.terms()["steps"].detach()) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_only_iterations_with_gradients_are_supervised():
+    made = Setup({"steps": 1.0}, JACOBI, aligned=False)
+    all_four, last = (float(made.terms(**made.plan(4, backprop))["steps"].detach()) for backprop in (None, 1))
+    assert all_four != pytest.approx(last, rel=1e-3)
+    assert float(made.terms(**made.plan(1))["steps"].detach()) != pytest.approx(last, rel=1e-3)
+
+
 def test_longer_steps_are_cut():
     made = Setup({"steps": 1.0}, thoughts_per_step=1)
     states, losses = last_states(made)[:, 1:, 0], []
