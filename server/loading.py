@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import linecache
 
 from slr_core.engine import Engine
@@ -43,6 +44,7 @@ def build_engine(settings: ServerSettings, metrics: Metrics) -> Engine:
         engine.close()
         raise
     linecache.clearcache()  # source code that libraries read while they were imported
+    gc.collect()
     return_free_memory()
     return engine
 

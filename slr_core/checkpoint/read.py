@@ -52,7 +52,12 @@ stay replaced, and later weights would hold whatever was in memory."""
 
 
 def load_checkpoint(
-    cls: type[R], path_or_id: str | Path | None = None, *, dtype: torch.dtype | None = None, device: str = "cpu"
+    cls: type[R],
+    path_or_id: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    idle_adapters: bool = True,
 ) -> R:
     """Load a checkpoint, in eval mode.
 
@@ -61,6 +66,8 @@ def load_checkpoint(
         path_or_id: a folder, a hub id, or ``None`` for the bundled one: see :func:`local_path`.
         dtype: of the base model and its adapters; ``None``: as saved.
         device: where to put it.
+        idle_adapters: attach adapters that add nothing, whose B is zero, as before training. Without them, the model
+            computes the same in less memory, and cannot be trained or saved.
 
     Raises:
         CheckpointError: anything is missing, damaged, of a newer format, or does not fit together; the base that the
@@ -72,6 +79,7 @@ def load_checkpoint(
         if read_by_libraries.is_dir():
             check_files(read_by_libraries)
     adapters = _adapters(folder, config)
+    idle = {} if idle_adapters else {name: x for name, x in adapters.items() if _is_idle(folder / LOOPS / name)}
     with _LOADING:
         base = load_base_model(folder, *base_source(folder, config), dtype)
         embeddings = base.get_input_embeddings().weight.shape[0]  # type: ignore[index]
@@ -80,10 +88,11 @@ def load_checkpoint(
             # On the meta device: a config that asks for absurd sizes must not get them before the files were looked
             # at. There, initial values take time all the same.
             with torch.device("meta"), no_init_weights():
-                reasoner = cls(base, tokenizer, config, adapters)
+                reasoner = cls(base, tokenizer, config, {name: x for name, x in adapters.items() if name not in idle})
         except (ConfigError, RecursionError) as error:
             raise checkpoint_error(folder, error) from error
     _load_loop(reasoner, folder, assign=True)
+    reasoner.adapters.names.update(idle)
     return reasoner.to(device).eval()
 
 
@@ -173,6 +182,11 @@ def _adapter_config(folder: Path) -> LoraConfig:
         raise checkpoint_error(path, f"not a readable PEFT config ({short(error)})") from error
     config.init_lora_weights = start
     return config
+
+
+def _is_idle(folder: Path) -> bool:
+    tensors = read_tensors(folder / ADAPTER_WEIGHTS)
+    return not any(x.any() for key, x in tensors.items() if ".lora_A." not in key)
 
 
 def _load_adapter(base: PreTrainedModel, layers: dict[str, LoraLayer], folder: Path, assign: bool) -> None:

@@ -17,6 +17,7 @@ from slr_core.checkpoint.read import load_checkpoint, load_weights
 from slr_core.checkpoint.write import base_state, save_checkpoint
 from slr_core.errors import CheckpointError
 from slr_core.generation.reference import generate
+from slr_core.loop.lora import lora_layers
 from slr_core.model.exits import loop_until_exit
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
@@ -487,3 +488,29 @@ def test_loads_of_several_threads_leave_initializers_alone(tmp_path):
     finally:
         sys.setswitchinterval(interval)
     assert torch.nn.init.kaiming_uniform_ is before
+
+
+# -- idle adapters ---------------------------------------------------------------------------------------
+
+
+def test_idle_adapters_are_left_out(tmp_path):
+    """Adapters that add nothing take no memory where a model only answers; names and states stay."""
+    made = tiny.reasoner("llama", {"trained_iterations": 3, "max_iterations": 3})
+    with torch.no_grad():
+        for layer in lora_layers(made.base).values():
+            layer.lora_B["loop_02"].weight.zero_()
+    save_checkpoint(made, tmp_path / "one")
+    whole = load_checkpoint(LatentReasoner, tmp_path / "one")
+    served = load_checkpoint(LatentReasoner, tmp_path / "one", idle_adapters=False)
+    assert served.adapters.names == whole.adapters.names == {"loop_01", "loop_02", "loop_03"}
+    assert {name for layer in lora_layers(served.base).values() for name in layer.lora_A} == {"loop_01", "loop_03"}
+    torch.testing.assert_close(states(served), states(whole))
+    with torch.no_grad():
+        for layer in lora_layers(made.base).values():
+            for up in layer.lora_B.values():
+                up.weight.zero_()
+    save_checkpoint(made, tmp_path / "all")
+    served = load_checkpoint(LatentReasoner, tmp_path / "all", idle_adapters=False)
+    assert lora_layers(served.base) == {}
+    assert served.adapters.names == whole.adapters.names
+    torch.testing.assert_close(states(served), states(load_checkpoint(LatentReasoner, tmp_path / "all")))

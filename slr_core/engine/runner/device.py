@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 
 from slr_core.engine.runner.linear import check_quantization, pack_linears
-from slr_core.engine.runner.lora_batch import drop_idle_adapters
 from slr_core.errors import ConfigError
 from slr_core.model.reasoner import LatentReasoner
 
@@ -72,7 +71,7 @@ def load_reasoner(
     """Load a checkpoint onto a device, in eval mode, for inference alone: not to be trained or saved.
 
     On a CPU its linear layers become :class:`~slr_core.engine.runner.linear.PackedLinear`, which have no gradients.
-    Adapters that add nothing keep no weights, see :func:`~slr_core.engine.runner.lora_batch.drop_idle_adapters`.
+    Adapters that add nothing are left out.
 
     Args:
         path_or_id: a folder, a hub id or the name of a bundled checkpoint; ``None``: the default one.
@@ -88,10 +87,9 @@ def load_reasoner(
     """
     chosen, place = resolve_dtype(dtype), resolve_device(device)
     check_quantization(quantization, torch.device(place), chosen or torch.float32)
-    reasoner = LatentReasoner.from_pretrained(path_or_id, dtype=chosen, device=place)
+    reasoner = LatentReasoner.from_pretrained(path_or_id, dtype=chosen, device=place, idle_adapters=False)
     if chosen is None:
         cast_for_device(reasoner)
-    drop_idle_adapters(reasoner.base)
     pack_linears(reasoner.base, check_quantization(quantization, reasoner.device, reasoner.base.dtype))
     return_free_memory()
     return reasoner

@@ -213,30 +213,6 @@ def check_finite(base: PreTrainedModel) -> None:
                 raise ConfigError(f"adapter {name} at {path}: its weights are not finite once they are scaled")
 
 
-def drop_idle_adapters(base: PreTrainedModel) -> None:
-    """Free the memory of adapters whose B is zero, as before training: they add nothing, whatever A is.
-
-    All of one shape share a pair of layers with a single stored zero, so that they can no longer be trained.
-    """
-    shared: dict[tuple[int, int, torch.dtype], nn.Linear] = {}
-    identity = nn.Identity()
-
-    def zeros(linear: nn.Linear) -> nn.Linear:
-        key = linear.in_features, linear.out_features, linear.weight.dtype
-        if key not in shared:
-            shared[key] = nn.Linear(*key[:2], bias=False, device="meta")
-            shared[key].weight = nn.Parameter(linear.weight.new_zeros(1, 1).expand(linear.weight.shape))
-        return shared[key]
-
-    for layer in lora_layers(base).values():
-        for name in layer.lora_B:
-            up = layer.lora_B[name]
-            assert isinstance(up, nn.Linear)
-            if up.bias is None and not up.weight.any():
-                layer.lora_A[name], layer.lora_B[name] = zeros(layer.lora_A[name]), zeros(up)
-                layer.lora_dropout[name] = identity
-
-
 def _scaled_weights(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     assert isinstance(down, Tensor)

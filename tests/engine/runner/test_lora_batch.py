@@ -8,8 +8,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from slr_core.engine.runner import lora_batch as module
-from slr_core.engine.runner.lora_batch import AdapterGroups, LoraBatch, LoraBatchLinear, drop_idle_adapters
-from slr_core.loop.lora import attach, lora_layers
+from slr_core.engine.runner.lora_batch import AdapterGroups, LoraBatch, LoraBatchLinear
+from slr_core.loop.lora import attach
 from tests import tiny
 
 METHODS = ("masked", "grouped", "segments")
@@ -180,25 +180,6 @@ def test_reasoner_and_batch_do_not_affect_each_other():
     lora_batch.use([2, 1])
     assert torch.equal(run_peft(base, embeds, ["a", "b"]), expected)
     torch.testing.assert_close(run_batch(lora_batch, embeds, [0, 1]), expected, **TOLERANCE)
-
-
-def test_idle_adapters_use_no_memory():
-    base = adapted()
-    layers = [layer for layer in lora_layers(base).values() if "b" in layer.lora_B]
-    with torch.no_grad():
-        for layer in layers:
-            layer.lora_B["b"].weight.zero_()
-    embeds, names = inputs(3), ["a", "b", None]
-    expected = run_peft(base, embeds, names)
-    drop_idle_adapters(base)
-    assert torch.equal(run_peft(base, embeds, names), expected)
-    for layer in layers:
-        for part in (layer.lora_A, layer.lora_B):
-            sizes = {name: part[name].weight.untyped_storage().nbytes() for name in part}
-            assert all((size == 4) == (name == "b") for name, size in sizes.items())
-    lora_batch = LoraBatch(base)
-    lora_batch.set_adapters([(base, name) for name in "abc"])
-    torch.testing.assert_close(run_batch(lora_batch, embeds, [0, 1, None]), expected, **TOLERANCE)
 
 
 # -- replacing adapters------------------------------------------------------------------------------------
