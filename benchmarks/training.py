@@ -6,8 +6,9 @@
 The first compares a cached prompt with a direct loop, which trains continuous thoughts without a cache: every pass runs
 the prompt and all thoughts so far. The second, with ``--base``, trains the adapters of a loop on a frozen language
 model: the plain loss of ``LatentReasoner.forward``, in fp32 over an ordinary cache, against what ``slr train`` runs, in
-fp32 and in bfloat16. All sides train the same weights on the same batch and take turns in one process. Before timing,
-the benchmark checks that their losses and gradients agree. Seconds are processor time of one thread.
+fp32 and in bfloat16. All sides train the same weights on the same batch and take turns: in one process, with ``--base``
+in one each, since ``slr train`` also keeps freed memory. Before timing, the benchmark checks that their losses and
+gradients agree. Seconds are processor time of one thread.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -33,6 +35,7 @@ from slr_core.training.build import build
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import LoopPlan
 from slr_core.training.loss_module import LossModule
+from slr_core.training.memory import keep_freed_memory
 from slr_core.training.objectives import Rollout, losses
 
 # As in Coconut: the state is the next input, without loop modules. A direct loop can run this, too.
@@ -134,24 +137,27 @@ SIDES = ("plain, fp32", "slr train, fp32", "slr train, bf16")
 
 def _language_model(base: str, batch: int, rounds: int) -> None:
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(1, maxtasksperchild=1) as pool:  # a process for each: its peak is of its side alone
-        memory = [pool.apply(_peak_memory, (base, batch, side)) for side in SIDES]
-    print("memory in GB:", dict(zip(SIDES, memory, strict=True)), file=sys.stderr, flush=True)
-    steps, reasoner = _sides(base, batch)
-    _agree_closely(reasoner, steps[SIDES[0]], steps[SIDES[1]])
-    spent: dict[str, list[float]] = {side: [] for side in SIDES}
-    for _ in range(rounds):
-        for side, seconds in spent.items():
-            seconds.append(_step(reasoner, steps[side]))
+    with spawn.Pool(1) as pool:
+        pool.apply(_check, (base, batch))
+    with ExitStack() as stack:
+        pools = {side: stack.enter_context(spawn.Pool(1)) for side in SIDES}  # a process for each, for all its steps
+        memory = [pool.apply(_first_step, (base, batch, side)) for side, pool in pools.items()]
+        print("memory in GB:", dict(zip(SIDES, memory, strict=True)), file=sys.stderr, flush=True)
+        spent: dict[str, list[float]] = {side: [] for side in SIDES}
+        for turn in range(rounds):
+            for side, pool in pools.items():
+                spent[side].append(pool.apply(_next_step))
+                print(f"round {turn + 1}, {side}: {spent[side][-1]:.2f} s", file=sys.stderr, flush=True)
     typical = {side: median(times) for side, times in spent.items()}
+    _, reasoner = _sides(base, batch)
     multiply_s = _multiply_seconds()
     operations = _operations(reasoner, batch)
     print(
         f"# Training throughput of a language model\n\ntorch {torch.__version__}, CPU, one thread; the frozen base "
         f"`{Path(base).name}`, adapters of rank {RANK}, workspace `append`, {THOUGHTS} iterations, {batch} questions "
         f"of {PROMPT} tokens with {ANSWER} answer tokens;\nforward and backward, median of {rounds} steps each, in "
-        f"turn in one process; processor time. Memory is what a first step adds to the loaded model at its peak, in a "
-        f"process of its own.\n"
+        f"turn in a process of its own; processor time. Memory is what a first step adds to the loaded model at its "
+        f"peak.\n"
     )
     print("| | prompt tokens/s | questions/s | of the plain loss | memory, GB | share of the fp32 matrix rate |")
     print("|---|---|---|---|---|---|")
@@ -188,14 +194,31 @@ def _sides(base: str, batch: int) -> tuple[dict[str, Callable[[], Tensor]], Late
     return dict(zip(SIDES, (plain, *map(trained, modules)), strict=True)), reasoner
 
 
-def _peak_memory(base: str, batch: int, side: str) -> float:
-    """Memory in GB that a step takes at its peak beside the loaded model. Linux only."""
+def _check(base: str, batch: int) -> None:
     torch.set_num_threads(1)
     steps, reasoner = _sides(base, batch)
+    _agree_closely(reasoner, steps[SIDES[0]], steps[SIDES[1]])
+
+
+_worker: list[tuple[LatentReasoner, Callable[[], Tensor]]] = []
+"""In the process of a side: its model and its step."""
+
+
+def _first_step(base: str, batch: int, side: str) -> float:
+    """Memory in GB that a first step takes at its peak beside the loaded model. Linux only."""
+    torch.set_num_threads(1)
+    if side != SIDES[0]:
+        keep_freed_memory()
+    steps, reasoner = _sides(base, batch)
+    _worker.append((reasoner, steps[side]))
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is now the present size
     before = _status("VmRSS")
-    _step(reasoner, steps[side])
+    _next_step()
     return _status("VmHWM") - before
+
+
+def _next_step() -> float:
+    return _step(*_worker[0])
 
 
 def _status(name: str) -> float:

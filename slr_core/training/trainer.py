@@ -35,6 +35,7 @@ from slr_core.training.data import IGNORE, Collator, Share, StageStream, check_l
 from slr_core.training.guard import TrainingGuard
 from slr_core.training.held_out import HeldOutSet, answer_held_out, held_out_sets, write_held_out
 from slr_core.training.loss_module import LossModule
+from slr_core.training.memory import keep_freed_memory
 from slr_core.training.progress import ProgressReport
 from slr_core.training.sharded import WholeCopy, is_sharded_run
 
@@ -221,6 +222,7 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
     """
     if config.threads:
         torch.set_num_threads(config.threads)
+    keep_freed_memory()
     output, optimizer = Path(config.output_dir), config.optimizer
     steps = output / "steps"
     if resume and is_sharded_run():
