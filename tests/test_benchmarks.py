@@ -1,13 +1,15 @@
 """Benchmarks: all of them import, those of the engine record its passes, and the long one shows its progress."""
 
+import json
 import pkgutil
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 import benchmarks
-from benchmarks import llama_cpp, overload, passes, prosqa
+from benchmarks import llama_cpp, overload, passes, prosqa, word_problems
 from slr_core.engine import Engine
 from slr_core.engine.runner.kv_cache import KVCache
 from tests import tiny
@@ -115,3 +117,31 @@ def test_llama_cpp_table():
     ]
     sides[llama_cpp.EXACT].run([(1,), (2,)])
     assert sides[llama_cpp.EXACT].rates[2] > 90, "the best round counts"
+
+
+def test_word_problems_table(tmp_path, monkeypatch, capsys):
+    """Two checkpoints of the recipes' folder, and a row for each that is there."""
+    made = tiny.reasoner(loop={"workspace": "block", "block_size": 3})
+    for name in ("no_cot", "block"):
+        made.save_pretrained(str(tmp_path / name))
+    arguments = ["--models", str(tmp_path), "--data", str(tmp_path), "--questions", "5", "--alone", "1", "--only"]
+    chosen = ["answer at once", "loop `block`, 4 iterations", "written steps"]
+    monkeypatch.setattr(sys, "argv", ["word_problems", *arguments, *chosen, "--out", str(tmp_path / "table")])
+    word_problems.main()
+    assert f"written steps: no checkpoint {tmp_path / 'cot'}" in capsys.readouterr().out
+    record = json.loads((tmp_path / "table.json").read_text())
+    assert list(record) == chosen[:2]
+    assert all(row["right"]["held out"][1] == 5 for row in record.values())
+    assert record[chosen[1]]["passes"] - record[chosen[1]]["tokens"] >= 5  # prompt, 4 iterations, the closing pass
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 6 + 2
+
+
+def test_word_problems_shares():
+    sets = word_problems.question_sets(Path("nowhere"), 5, 0)
+    rows = {
+        "loop": word_problems.Row({"held out": (3, 5)}, 2.0, 5.0, 10.0),
+        word_problems.WRITES: word_problems.Row({"held out": (4, 5)}, 20.0, 21.0, 40.0),
+    }
+    *_, loop, writes = word_problems.table(rows, sets, 1)
+    assert loop == "| loop | 0.600 (0.231 to 0.882) | 2.0 | 5.0 | 10 | 0.25 |"
+    assert writes.endswith("| 40 | 1.00 |")
