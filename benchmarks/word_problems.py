@@ -65,7 +65,7 @@ METHODS = {
     "pause, 6 vectors": Method("pause", _fixed(6)),
     "pause as thought, 6 vectors": Method("pause_as_thought", _fixed(6)),
     "loop `append`, 6 thoughts": Method("append", _fixed(6)),
-    **{f"loop `block`, {t} iterations": Method("block", _fixed(t)) for t in (4, 6, 8, 12, 16, 24)},
+    **{f"loop `block`, {t} iterations": Method("block", _fixed(t)) for t in (4, 8)},
     WRITES: Method("cot", _fixed(0), STEP_TOKENS),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from slr_core.loop.workspace import readout
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import IGNORE, LoopPlan
+from slr_core.training.last_layer import last_positions_alone
 from slr_core.training.objectives.token_loss import Mean, state_loss
 from slr_core.training.split_cache import is_split, split
 
@@ -71,7 +73,10 @@ class Rollout:
         plan: LoopPlan = batch["plan"]
         self.plan, self.iterations, self.exits = plan, plan.iterations, batch["exits"]
         terms = config.objectives
-        context = reasoner.encode(batch["input_ids"], batch["attention_mask"])
+        with ExitStack() as stack:
+            if reasoner.workspace.prefills:
+                stack.enter_context(last_positions_alone(reasoner.base, batch["attention_mask"].bool()))
+            context = reasoner.encode(batch["input_ids"], batch["attention_mask"])
         if reasoner.workspace.prefills and is_split(reasoner.base):
             split(context)
         self.prompt = context.fork()
