@@ -63,13 +63,11 @@ class ModelDescription:
 
 def describe_model(reasoner: LatentReasoner) -> ModelDescription:
     """Sizes of a model's parts, the share that the loop adds to the base, and its cache memory."""
-    # Adapters that add nothing share a pair of layers once they are loaded for inference: each counts.
-    named = reasoner.base.named_parameters(remove_duplicate=False)
-    adapters = {key: p for key, p in named if ".lora_" in key}
+    adapters = {key: p for key, p in reasoner.base.named_parameters() if ".lora_" in key}
     return ModelDescription(
         architecture=type(reasoner.base).__name__,
         base_parameters=sum(p.numel() for key, p in reasoner.base.named_parameters() if ".lora_" not in key),
-        adapter_parameters=sum(p.numel() for p in adapters.values()),
+        adapter_parameters=sum(p.numel() for p in adapters.values()) + reasoner.idle_parameters,
         module_parameters=sum(x.numel() for x in modules_state(reasoner).values()),
         max_positions=reasoner.max_positions,
         vocabulary=len(reasoner.tokenizer),

@@ -79,7 +79,7 @@ def load_checkpoint(
         if read_by_libraries.is_dir():
             check_files(read_by_libraries)
     adapters = _adapters(folder, config)
-    idle = {} if idle_adapters else {name: x for name, x in adapters.items() if _is_idle(folder / LOOPS / name)}
+    idle = {} if idle_adapters else {name: n for name in adapters if (n := _idle_parameters(folder / LOOPS / name))}
     with _LOADING:
         base = load_base_model(folder, *base_source(folder, config), dtype)
         embeddings = base.get_input_embeddings().weight.shape[0]  # type: ignore[index]
@@ -93,6 +93,7 @@ def load_checkpoint(
             raise checkpoint_error(folder, error) from error
     _load_loop(reasoner, folder, assign=True)
     reasoner.adapters.names.update(idle)
+    reasoner.idle_parameters = sum(idle.values())
     return reasoner.to(device).eval()
 
 
@@ -184,9 +185,11 @@ def _adapter_config(folder: Path) -> LoraConfig:
     return config
 
 
-def _is_idle(folder: Path) -> bool:
+def _idle_parameters(folder: Path) -> int:
+    """Number of parameters of an adapter that adds nothing; 0: it adds something."""
     tensors = read_tensors(folder / ADAPTER_WEIGHTS)
-    return not any(x.any() for key, x in tensors.items() if ".lora_A." not in key)
+    idle = not any(x.any() for key, x in tensors.items() if ".lora_A." not in key)
+    return sum(x.numel() for x in tensors.values()) if idle else 0
 
 
 def _load_adapter(base: PreTrainedModel, layers: dict[str, LoraLayer], folder: Path, assign: bool) -> None:

@@ -28,7 +28,7 @@ class Cost:
         self.per_token = 2 * head.numel()
         self.per_adapter: dict[str | None, int] = {None: 0}
         for name in reasoner.adapters.names:
-            named = base.named_parameters(remove_duplicate=False)  # see describe_model
+            named = base.named_parameters()
             weights = (p for key, p in named if ".lora_" in key and f".{name}." in key)
             self.per_adapter[name] = 2 * sum(p.numel() for p in weights)
         decoder = reasoner.decoder

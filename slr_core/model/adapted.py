@@ -33,6 +33,9 @@ class AdaptedModel(nn.Module):
     """A base model with its loop adapters, of which at most one is active.
 
     Args: see :class:`slr_core.model.reasoner.LatentReasoner`.
+
+    Attributes:
+        idle_parameters: number of parameters of adapters that add nothing and were left out when it was loaded.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class AdaptedModel(nn.Module):
             raise ConfigError(f"text.suppressed_token_ids must be below {self.vocab_size}, the number of embeddings")
         self.final_norm = find_final_norm(base) if config.loop.feedback == "raw" else None
         self.position_embeddings = find_position_embeddings(base) if config.loop.feedback == "raw" else None
+        self.idle_parameters = 0
         self._token_texts: dict[int, str] = {}
         self._embedding_rms: tuple[object, Tensor] | None = None
 

@@ -72,7 +72,8 @@ class GeneratedWordProblems(WordProblem):
             raise ConfigError(f"word_problems: distractors must be at least 0, got {options['distractors']}")
         for name, values in (("steps", ("equations", "words", "results")), ("templates", ("train", "held_out"))):
             if options[name] not in values:
-                raise ConfigError(f"word_problems: {name} must be {', '.join(values)}, got {options[name]}")
+                named = f"{', '.join(values[:-1])} or {values[-1]}"
+                raise ConfigError(f"word_problems: {name} must be {named}, got {options[name]}")
         return _stream(options, random.Random(seed))
 
 

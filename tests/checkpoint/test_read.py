@@ -512,5 +512,6 @@ def test_idle_adapters_are_left_out(tmp_path):
     save_checkpoint(made, tmp_path / "all")
     served = load_checkpoint(LatentReasoner, tmp_path / "all", idle_adapters=False)
     assert lora_layers(served.base) == {}
+    assert describe_model(served) == describe_model(made)
     assert served.adapters.names == whole.adapters.names
     torch.testing.assert_close(states(served), states(load_checkpoint(LatentReasoner, tmp_path / "all")))
