@@ -28,6 +28,7 @@ from slr_core.checkpoint.gguf_export import export_gguf
 from slr_core.checkpoint.gguf_layout import TensorType
 from slr_core.engine.runner.device import load_reasoner
 from slr_core.evaluation.backends import GenerationOptions, Local
+from slr_core.evaluation.outcomes import MethodAnswer
 from slr_core.evaluation.statistics import wilson_interval
 from slr_core.tasks.base import OptionValue
 from slr_core.tasks.registry import get_task
@@ -93,7 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     sets = question_sets(options.data, options.questions, options.transfer)
-    sides: dict[str, Callable[[str], None]] = {}
+    sides: dict[str, Callable[[str], object]] = {}
     rows: dict[str, Row] = {}
     backends: dict[str, Local] = {}
     for name in options.only:
@@ -139,7 +140,7 @@ def question_sets(data: Path, held_out: int, transfer: int) -> dict[str, tuple[A
 
 def grade(row: Row, title: str, task: Any, questions: Questions, backend: Local, method: Method) -> None:
     """Answer a set of questions, many at once, and count the right answers."""
-    options, right, answers = GenerationOptions(method.loop, method.tokens), 0, []
+    options, answers = GenerationOptions(method.loop, method.tokens), list[MethodAnswer]()
     for start in track(
         range(0, len(questions.examples), BATCH),
         f"{method.folder}, {method.loop['max_iterations']} iterations, {title}",
@@ -154,16 +155,12 @@ def grade(row: Row, title: str, task: Any, questions: Questions, backend: Local,
         row.passes = sum(a.forward_passes for a in answers) / len(answers)
 
 
-def _alone(backend: Local, method: Method) -> Callable[[str], None]:
+def _alone(backend: Local, method: Method) -> Callable[[str], object]:
     options = GenerationOptions(method.loop, method.tokens)
-    return lambda prompt: void(backend.answer([prompt], options, [0]))
+    return lambda prompt: backend.answer([prompt], options, [0])
 
 
-def void(_: object) -> None:
-    """Nothing: the time counts, not the answer."""
-
-
-def llama_cpp(file: Path, ours: Local, held_out: tuple[Any, Questions], row: Row) -> Callable[[str], None]:
+def llama_cpp(file: Path, ours: Local, held_out: tuple[Any, Questions], row: Row) -> Callable[[str], object]:
     """Answers by llama.cpp's server, without its HTTP; grades the held-out questions first."""
     import xllamacpp  # type: ignore[import-untyped]
 
@@ -185,10 +182,10 @@ def llama_cpp(file: Path, ours: Local, held_out: tuple[Any, Questions], row: Row
     right = sum(task.grade(example, text) for example, text in zip(questions.examples, texts, strict=True))
     row.right["held out"] = right, len(texts)
     row.tokens = row.passes = sum(answer["usage"]["completion_tokens"] for answer in found) / len(found)
-    return lambda prompt: void(complete(prompt))
+    return complete
 
 
-def time_alone(rows: dict[str, Row], sides: dict[str, Callable[[str], None]], prompts: list[str]) -> None:
+def time_alone(rows: dict[str, Row], sides: dict[str, Callable[[str], object]], prompts: list[str]) -> None:
     """Mean processor time of an answer, each question alone; the sides take turns."""
     spent = dict.fromkeys(sides, 0.0)
     for answer in sides.values():
