@@ -58,6 +58,10 @@ class GeneratedWordProblems(WordProblem):
         numbers = [int(word) for word in "".join(c if c.isdigit() else " " for c in example.question).split()]
         return {"sum": float(str(sum(numbers)) == example.answer)}
 
+    def difficulty(self, example: Example) -> int:
+        """The number of steps of the story."""
+        return len(example.extra["eq_steps"])
+
     def _generate(self, seed: int, options: Mapping[str, Any]) -> Iterator[Example]:
         low, high, least, most = (options[name] for name in ("min_steps", "max_steps", "least", "most"))
         if not 2 <= low <= high <= _MOST_STEPS:
@@ -126,7 +130,7 @@ class _Story:
             return None
         for _ in range(rng.randint(0, self.options["distractors"])):
             self._distract()
-        steps = {"equations": self.equations, "words": self.words, "results": self.results}[self.options["steps"]]
+        steps = {"equations": self.equations, "words": self.words, "results": self.results[:-1]}[self.options["steps"]]
         return Example(" ".join(self.sentences), tuple(steps), str(answer), {"eq_steps": list(self.equations)})
 
     def _numbers(self, kind: str) -> list[tuple[int, int]]:
@@ -208,7 +212,7 @@ class _Story:
     def _compute(self, kind: str, left: int, sign: str, right: int, **fields: str) -> int:
         result = _SIGNS[sign](left, right)
         self.equations.append(f"<<{left}{sign}{right}={result}>>")
-        self.results.append(f"={result:0{len(str(self.limit))}d}")  # aligned: a position of a block is one digit
+        self.results.append(str(result))
         known = {"a": self.person, "x": self.thing} | fields
         self.words.append(STEP_WORDS[kind].format(l=left, r=right, v=result, **known))
         return result

@@ -116,16 +116,13 @@ class TrainConfig(RecipeModel):
     thoughts_per_step: int = Field(
         1, ge=1, description="c: iterations (workspace block: positions) per step of a chain"
     )
-    supervised: Literal["last", "every"] = Field(
+    supervised: Literal["last", "every", "chain"] = Field(
         "last",
-        description="iterations after which the objective `steps` reads a block: the last one (LOTUS), or every one, "
-        "step k from iteration k on",
-    )
-    aligned: bool = Field(
-        True,
-        description="whether the objective `steps` gives every step c positions of a block. false: position p is fed "
-        "token p of the chain as it is written and is asked for token p + 1, so that a model that writes it needs less "
-        "training",
+        description="what the objective `steps` asks of which states. last: step k of its own positions of a block, or "
+        "thoughts, after the last iteration (LOTUS); every: the same of a block after every iteration, step k from "
+        "iteration k on. chain: position p of a block, or thought p, is fed token p of the chain as written and is "
+        "asked for token p + 1 after every iteration, so that a model that writes the chain needs less training; "
+        "thoughts after the chain are asked for its separator again, so that the loop settles where the chain ends",
     )
     chains: int = Field(6, ge=0, description="other start nodes per graph for the objective `chains`")
     chain_length: int = Field(4, ge=1, description="iterations of these chains, at most those of the stage")
@@ -244,13 +241,15 @@ class TrainConfig(RecipeModel):
             ),
             (
                 self.supervised == "every" and loop.workspace != "block",
-                "supervised must be `last` but in the workspace `block`, whose positions stand for steps in every "
+                "supervised must not be `every` but in the workspace `block`, whose positions stand for steps in every "
                 "iteration",
             ),
             (
-                not self.aligned and loop.feedback != "shifted",
-                "aligned must be true but in the workspace `block` with feedback `shifted`: other positions are not "
-                "fed what the ones before them read as",
+                self.supervised == "chain"
+                and loop.feedback != "shifted"
+                and (loop.workspace, loop.projection.kind) != ("append", "expected_embedding"),
+                "supervised must not be `chain` but in the workspaces `block` with feedback `shifted` and `append` "
+                "with the projection `expected_embedding`: others are not fed what the ones before them read as",
             ),
             (terms.halting and not loop.halting_head, "objectives.halting needs loop.halting_head"),
             (
@@ -292,7 +291,7 @@ class TrainConfig(RecipeModel):
     @property
     def iterations_per_step(self) -> int:
         """Iterations that a step of a chain needs: c thoughts, but one where a block's positions are all supervised."""
-        return 1 if self.supervised == "every" else self.thoughts_per_step
+        return self.thoughts_per_step if self.supervised == "last" else 1
 
     @property
     def total_steps(self) -> int:
@@ -314,10 +313,15 @@ class TrainConfig(RecipeModel):
         return self.chain_of_thought or self.reads_chain or any(stage.replaced != "all" for stage in self.schedule)
 
     @property
+    def thinks_by_token(self) -> bool:
+        """Whether each thought of a loop in the workspace ``append`` stands for a token of the chain."""
+        return self.supervised == "chain" and self.loop is not None and self.loop.workspace == "append"
+
+    @property
     def reads_chain(self) -> bool:
         """Whether an objective reads the whole chain, beside the loop that replaces it."""
         terms = self.objectives
-        return bool(terms.cot or terms.cot_states or terms.codi or (terms.steps and not self.aligned))
+        return bool(terms.cot or terms.cot_states or terms.codi or (terms.steps and self.supervised == "chain"))
 
     def iterations(self, stage: StageConfig, rng: random.Random) -> int:
         """Draw the loop length of a batch, at most ``max_iterations``."""

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,12 +36,14 @@ class LoopPlan:
     Attributes:
         iterations: loop length of every row.
         backprop: number of last iterations that get gradients; ``None``: all.
+        exit: the iteration after which a row's text is written, see :class:`~slr_core.training.stages.StageConfig`.
         chains_after: the chains of the objective `chains` begin at iteration ``chains_after + 1``.
         without: objectives that the stage leaves out.
     """
 
     iterations: int
     backprop: int | None = None
+    exit: Literal["late", "own", "last"] = "late"
     chains_after: int = 0
     without: tuple[str, ...] = ()
 
@@ -54,7 +56,7 @@ class Item:
         example: the question.
         plan: the loop of the whole batch.
         chains: other start nodes in its graph, for the objective `chains`.
-        exit: the iteration after which the text is written.
+        position: where a late exit lies among the iterations after the last needed one, 0 to 1.
         replaced: number of leading steps that the loop replaces.
         removed: number of leading tokens of the chain to leave out, instead of whole steps; ``None``: none.
         short: length of the shorter loop of the objective `shortcut`; 0: there is none.
@@ -63,10 +65,17 @@ class Item:
     example: Example
     plan: LoopPlan
     chains: tuple[Chain, ...] = ()
-    exit: int = 0
+    position: float = 0.0
     replaced: int = 10**6
     removed: int | None = None
     short: int = 0
+
+    def exit_after(self, work: int) -> int:
+        """The iteration after which the text is written, if the question needs ``work`` iterations."""
+        last = self.plan.iterations
+        if self.plan.exit == "last":
+            return last
+        return min(last, work if self.plan.exit == "own" else work + 1 + int(self.position * max(0, last - work)))
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ class StageStream(IterableDataset[list[Item]]):
         # One source per batch, to need little padding.
         chosen = rng.randrange(len(stage.data))
         chains_after = rng.randint(0, config.chain_spread)
-        plan = LoopPlan(config.iterations(stage, rng), stage.backprop, chains_after, stage.without)
+        plan = LoopPlan(config.iterations(stage, rng), stage.backprop, stage.exit, chains_after, stage.without)
         length = min(config.chain_length, stage.longest) if stage.data[chosen].graphs else 0
         items = []
         for example in self.sources[number][chosen].draw(step, config.optimizer.batch_size, rng):
@@ -139,7 +148,7 @@ class StageStream(IterableDataset[list[Item]]):
                     example,
                     plan,
                     chains,
-                    exit=_exit(stage, plan, min(replaced, len(example.steps)) * config.iterations_per_step, position),
+                    position=position,
                     replaced=replaced,
                     removed=replacing.removed_tokens,
                     short=exits.randint(1, plan.iterations - 1) if plan.iterations > 1 else 0,
@@ -174,14 +183,6 @@ def _characters(example: Example) -> int:
     return len(example.question) + len(example.answer) + sum(map(len, example.steps))
 
 
-def _exit(stage: StageConfig, plan: LoopPlan, work: int, position: float) -> int:
-    if stage.exit == "last":
-        return plan.iterations
-    if stage.exit == "own":
-        return min(plan.iterations, work)
-    return min(plan.iterations, work + 1 + int(position * max(0, plan.iterations - work)))
-
-
 class Collator:
     """Turns items into a batch of tensors: int64, padded on the right, prompts with the pad token, the rest with -100.
 
@@ -191,7 +192,8 @@ class Collator:
     - ``answer_ids`` ``[B, A]``: the text after the loop: answer prefix, remaining steps, answer, end token.
     - ``labels`` ``[B, A]``: ``answer_ids`` with -100 at the prefix.
     - ``first`` ``[B]``: the first token of the answer itself.
-    - ``work`` ``[B]``: iterations that the question needs, ``iterations_per_step`` times its steps.
+    - ``work`` ``[B]``: iterations that the question needs: ``iterations_per_step`` times its steps; where each thought
+      is a token (``supervised: chain`` in the workspace ``append``), the first one that reads as the mark.
     - ``exits`` ``[B]``: the iteration after which the text is written.
     - ``short`` ``[B]``: see :class:`Item`.
     - ``plan``: a :class:`LoopPlan`.
@@ -220,7 +222,7 @@ class Collator:
     ) -> None:
         self.tokenizer, self.text, self.room = tokenizer, text or TextConfig(), room
         self.per_step, self.terms = config.iterations_per_step, config.objectives
-        self.reads_chain = config.reads_chain
+        self.reads_chain, self.by_token = config.reads_chain, config.thinks_by_token
         self.node = NodeTokens(tokenizer)
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
@@ -242,6 +244,7 @@ class Collator:
         answers = self._ids([example.answer for example in examples])
         spaced_answers = self._ids([f" {example.answer}" for example in examples])
         ends = [[] if example.extra.get(CONTINUES) else [self._eos()] for example in examples]
+        replaced = [ids[: item.replaced] for item, ids in zip(items, steps, strict=True)]
         chains = [self._remaining_steps(item, ids) for item, ids in zip(items, steps, strict=True)]
         mark = self._mark() if any(chains) else []
         written = [
@@ -257,16 +260,17 @@ class Collator:
             "answer_ids": pad([[*prefix, *row] for row in written]),
             "labels": pad([[IGNORE] * len(prefix) + row for row in written]),
             "first": torch.tensor([row[0] for row in answers]),
-            "work": torch.tensor([len(ids) * self.per_step for ids in steps]),
-            "exits": torch.tensor([item.exit for item in items]),
+            "work": torch.tensor(self._work(steps)),
+            "exits": torch.tensor(
+                [item.exit_after(work) for item, work in zip(items, self._work(replaced), strict=True)]
+            ),
             "short": torch.tensor([item.short for item in items]),
             "plan": plan,
         }
         if self.terms.steps or self.terms.thoughts or self.terms.cot_states:
             batch["step_ids"] = pad(steps) if any(steps) else torch.full((len(items), 1, 1), IGNORE)
             order = torch.arange(batch["step_ids"].shape[1])
-            replaced = [min(item.replaced, len(ids)) for item, ids in zip(items, steps, strict=True)]
-            batch["in_loop"] = order < torch.tensor(replaced)[:, None]
+            batch["in_loop"] = order < torch.tensor([len(ids) for ids in replaced])[:, None]
         if self.reads_chain:
             batch |= self._chain_of_thought(steps, spaced_answers, ends)
         if self.terms.frontier and plan.iterations:
@@ -295,6 +299,12 @@ class Collator:
         texts = [f" {step}" if i else step for example in examples for i, step in enumerate(example.steps)]
         ids = iter(self._ids(texts))
         return [[next(ids) for _ in example.steps] for example in examples]
+
+    def _work(self, steps: list[list[list[int]]]) -> list[int]:
+        """Iterations that each question needs to go through these steps."""
+        if self.by_token:
+            return [sum(map(len, ids)) + len(self._mark()) - 1 for ids in steps]
+        return [len(ids) * self.per_step for ids in steps]
 
     def _remaining_steps(self, item: Item, steps: list[list[int]]) -> list[int]:
         if item.removed is not None:

@@ -128,7 +128,8 @@ class StageConfig(RecipeModel):
     exit: Literal["late", "own", "last"] = Field(
         "late",
         description="iteration after which the text is written. late: drawn from those after the last needed one; "
-        "own: the last needed one, thoughts_per_step times the question's replaced steps (supervised `every`: once); "
+        "own: the last needed one, thoughts_per_step times the question's replaced steps (supervised `every`: once; "
+        "`chain` in the workspace `append`: the tokens of the steps); "
         "last: the last one",
     )
     reset_optimizer: bool = Field(False, description="clear the moments of AdamW when the stage begins")

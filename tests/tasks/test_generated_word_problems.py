@@ -82,12 +82,17 @@ def test_steps_in_words_have_the_same_equations():
         assert not any("{" in text for text in (worded.question, *worded.steps))
 
 
-def test_steps_as_results_are_aligned():
-    """Every result has as many digits as the largest possible one: a position of a block is always the same digit."""
+def test_steps_as_results_leave_out_the_answer():
     for plain, short in zip(take(50), take(50, steps="results"), strict=True):
         assert (plain.question, plain.answer) == (short.question, short.answer)
-        assert short.steps == tuple(f"={int(value):03d}" for *_, value in equations(plain))
-    assert all(re.fullmatch(r"=\d{4}", step) for step in take(1, steps="results", most=100)[0].steps)
+        results = [str(value) for *_, value in equations(plain)]
+        assert (*short.steps, short.answer) == tuple(results)
+
+
+def test_difficulty_is_the_number_of_steps_however_they_are_written():
+    for written in ("equations", "words", "results"):
+        example = take(1, min_steps=3, max_steps=3, steps=written)[0]
+        assert TASK.difficulty(example) == 3
 
 
 def test_distractors_are_not_computed_with():

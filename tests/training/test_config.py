@@ -182,10 +182,10 @@ MISFITS = {
     "chains-pause": ({"loop": {"projection": {"kind": "pause"}}}, NO_CHAINS),
     "steps-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"steps": 1}}, NO_STEPS),
     "cot-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"codi": 1}}, "objectives.cot and codi must be 0"),
-    "every-append": ({"supervised": "every"}, "supervised must be `last` but in the workspace `block`"),
-    "unaligned": (
-        {"aligned": False, "chains": 0, "loop": {"workspace": "block"}},
-        "aligned must be true but in the workspace `block` with feedback `shifted`",
+    "every-append": ({"supervised": "every"}, "supervised must not be `every` but in the workspace `block`"),
+    "chain-block": (
+        {"supervised": "chain", "chains": 0, "loop": {"workspace": "block"}},
+        "supervised must not be `chain` but in the workspaces `block` with feedback `shifted`",
     ),
     "no-head": ({"objectives": {"halting": 1}}, "objectives.halting needs loop.halting_head"),
     "no-decoder": ({"objectives": {"thoughts": 1}}, "objectives.thoughts needs loop.decoder.latent_decoder"),

@@ -71,7 +71,7 @@ def items(*examples, iterations=4, **fields):
 def collate(made=None, iterations=4, chains=CHAINS, tokenizer=TOKENIZER, text=None, **changes):
     collator = Collator(tokenizer, recipe(**changes), validated(TextConfig, text or {}))
     plan = LoopPlan(iterations)
-    return collator(made or [Item(e, plan, own, exit=3) for e, own in zip((HAND, SHORT), chains, strict=True)])
+    return collator(made or [Item(e, plan, own) for e, own in zip((HAND, SHORT), chains, strict=True)])
 
 
 def terms(**weights):
@@ -112,7 +112,7 @@ def test_prompts_and_answers():
     assert batch["labels"].tolist() == batch["answer_ids"].tolist()
     assert batch["first"].tolist() == [token("Tom"), token("Sam")]
     assert batch["work"].tolist() == [3, 1]
-    assert batch["exits"].tolist() == [3, 3]
+    assert batch["exits"].tolist() == [4, 2]
     assert batch["plan"] == LoopPlan(4)
 
 

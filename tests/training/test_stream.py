@@ -74,21 +74,19 @@ def test_loop_lengths_per_batch():
 
 def test_late_exit_range():
     drawn = [item for step in batches(recipe(stages=[stage(steps=150, iterations=6)])) for item in step]
-    after = {work: Counter(i.exit for i in drawn if len(i.example.steps) == work) for work in (1, 2, 3)}
+    after = {work: Counter(i.exit_after(work) for i in drawn if len(i.example.steps) == work) for work in (1, 2, 3)}
     for work, exits in after.items():
         assert set(exits) == set(range(work + 1, 7))
         assert max(exits.values()) < 3 * min(exits.values())
     short = [item for step in batches(recipe(stages=[stage(iterations=2)])) for item in step]
-    assert {item.exit for item in short} == {2}
+    assert {item.exit_after(len(item.example.steps)) for item in short} == {2}
 
 
 def test_other_exits_are_the_questions_own_or_the_last():
-    own = [
-        item for step in batches(recipe(stages=[stage(exit="own", replaced=2)], thoughts_per_step=2)) for item in step
-    ]
-    assert {(len(i.example.steps), i.exit) for i in own} == {(1, 2), (2, 4), (3, 4)}
+    own = [item for step in batches(recipe(stages=[stage(exit="own")])) for item in step]
+    assert {(work, i.exit_after(work)) for i in own for work in (2, 4, 6)} == {(2, 2), (4, 4), (6, 4)}
     last = [item for step in batches(recipe(stages=[stage(exit="last")])) for item in step]
-    assert {item.exit for item in last} == {4}
+    assert {item.exit_after(work) for item in last for work in (1, 4, 6)} == {4}
 
 
 def test_a_share_of_questions_is_put_as_in_an_earlier_stage():

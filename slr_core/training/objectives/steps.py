@@ -18,12 +18,17 @@ def steps(rollout: Rollout) -> Mean:
     """Cross-entropy of token j of step k at position c·(k-1) + j, for j = 1 ... c; further tokens are ignored.
 
     With ``supervised: every``, the mean over all iterations, where step k counts from iteration k on: before, the steps
-    that it needs are not there yet. With ``aligned: false``, position p is asked for token p + 1 of the written chain,
-    in every iteration: a state learns what the loop will end with, as in consistency language models (Kou et al., 2024,
-    arXiv 2403.00835).
+    that it needs are not there yet. With ``supervised: chain``, position p is asked for token p + 1 of the written
+    chain, in every iteration: a state learns what the loop will end with, as in consistency language models (Kou et
+    al., 2024, arXiv 2403.00835).
+
+    With ``supervised: chain`` in the workspace ``append``, thought t is asked for token t + 1 of the chain; after
+    the mark that ends it, for the mark.
     """
     config = rollout.config
-    if not config.aligned:
+    if config.thinks_by_token:
+        return _token_by_token(rollout)
+    if config.supervised == "chain":
         written = rollout.batch["cot_ids"][:, 1:]
         ends = rollout.batch["mark_at"][:, None]  # an index into cot_ids: position p is asked for p + 1
         order = torch.arange(written.shape[1], device=written.device)
@@ -39,6 +44,13 @@ def steps(rollout: Rollout) -> Mean:
         return _at_every_iteration(rollout, labels[:, None].masked_fill(step > iterations[:, None], IGNORE))
     shared = min(labels.shape[1], states.shape[1])
     return state_loss(rollout.reasoner, states[:, first:shared], labels[:, first:shared])
+
+
+def _token_by_token(rollout: Rollout) -> Mean:
+    ids, end = rollout.batch["cot_ids"], rollout.batch["mark_at"][:, None]
+    order = torch.arange(rollout.detached + 1, rollout.iterations + 1, device=ids.device)
+    labels = ids.gather(1, order.clamp_max(end))
+    return state_loss(rollout.reasoner, rollout.states[:, rollout.detached + 1 :], labels)
 
 
 def _at_every_iteration(rollout: Rollout, labels: Tensor) -> Mean:

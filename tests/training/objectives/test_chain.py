@@ -72,8 +72,8 @@ def test_supervised_in_every_iteration_a_step_needs_one():
 JACOBI = {**BLOCK, "block_size": 12, "feedback": "shifted", "projection": {"kind": "expected_embedding"}}
 
 
-def test_unaligned_positions_are_asked_for_the_next_token_of_the_chain():
-    made = Setup({"steps": 1.0}, JACOBI, aligned=False)
+def test_positions_of_a_chain_are_asked_for_the_next_token_of_the_chain():
+    made = Setup({"steps": 1.0}, JACOBI, supervised="chain")
     states, losses = last_states(made), []
     for row, item in enumerate(made.items):
         steps = [made.reasoner.tokenizer(step).input_ids for step in item.example.steps]
@@ -85,10 +85,28 @@ def test_unaligned_positions_are_asked_for_the_next_token_of_the_chain():
 
 
 def test_only_iterations_with_gradients_are_supervised():
-    made = Setup({"steps": 1.0}, JACOBI, aligned=False)
+    made = Setup({"steps": 1.0}, JACOBI, supervised="chain")
     all_four, last = (float(made.terms(**made.plan(4, backprop))["steps"].detach()) for backprop in (None, 1))
     assert all_four != pytest.approx(last, rel=1e-3)
     assert float(made.terms(**made.plan(1))["steps"].detach()) != pytest.approx(last, rel=1e-3)
+
+
+SOFT = {"projection": {"kind": "expected_embedding"}}
+
+
+def test_thoughts_of_a_chain_are_asked_for_the_next_token_of_the_chain_and_then_for_its_end():
+    made = Setup({"steps": 1.0}, SOFT, supervised="chain")
+    states, losses = last_states(made)[:, 1:, 0], []
+    for row, item in enumerate(made.items):
+        steps = [made.reasoner.tokenizer(step).input_ids for step in item.example.steps]
+        chain = [token for step in steps for token in step]
+        (mark,) = made.reasoner.tokenizer("#").input_ids
+        written = [*chain, mark, mark, mark, mark][1:5]
+        for t, token in enumerate(written):
+            losses.append(float(-made.reasoner.head(states[row, t]).log_softmax(-1)[token].detach()))
+        assert made.batch["work"][row] == len(chain)
+        assert min(4, len(chain) + 1) <= made.batch["exits"][row] <= 4
+    assert float(made.terms()["steps"].detach()) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_longer_steps_are_cut():
