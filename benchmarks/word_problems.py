@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ import torch
 from rich.progress import track
 
 from benchmarks.engine import _processor as processor
+from slr_core.checkpoint.folder import CONFIG
 from slr_core.checkpoint.gguf_export import export_gguf
 from slr_core.checkpoint.gguf_layout import TensorType
 from slr_core.engine.runner.device import load_reasoner
 from slr_core.evaluation.backends import GenerationOptions, Local
 from slr_core.evaluation.outcomes import MethodAnswer
 from slr_core.evaluation.statistics import wilson_interval
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import OptionValue
 from slr_core.tasks.registry import get_task
 from slr_core.tasks.sources import Questions, load_questions
@@ -47,18 +50,28 @@ class Method:
 
     Attributes:
         folder: below ``--models``.
-        loop: loop parameters; empty: the checkpoint's own.
+        loop: loop parameters of its requests; empty: the checkpoint's own.
         tokens: longest answer; ``None``: the checkpoint's own.
+        changes: of the checkpoint's config, by dotted name: its weights are run in another way.
     """
 
     folder: str
     loop: dict[str, Any] = field(default_factory=dict)
     tokens: int | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str:
+        """The same for methods that can share a loaded model."""
+        return f"{self.folder} {self.changes}"
 
 
 def _fixed(iterations: int) -> dict[str, Any]:
     return {"criterion": "fixed", "max_iterations": iterations, "min_iterations": iterations}
 
+
+WRITTEN = {"text.answer_prefix": ""}
+BLOCK = {"loop.workspace": "block", "loop.block_size": 10, "loop.feedback": "shifted"}
 
 METHODS = {
     "base, zero-shot": Method("fresh", _fixed(0), STEP_TOKENS),
@@ -67,6 +80,10 @@ METHODS = {
     "pause as thought, 6 vectors": Method("pause_as_thought", _fixed(6)),
     "loop `append`, 6 thoughts": Method("append", _fixed(6)),
     **{f"loop `block`, {t} iterations": Method("block", _fixed(t)) for t in (4, 8)},
+    **{f"loop `soft`, {t} thoughts": Method("soft", _fixed(t)) for t in (3, 6, 9)},
+    "loop `soft`, own exit": Method("soft"),
+    "`soft` as a block of 10, own exit": Method("soft", changes=BLOCK),
+    "`soft`, its chain written": Method("soft", _fixed(0), STEP_TOKENS, WRITTEN),
     WRITES: Method("cot", _fixed(0), STEP_TOKENS),
 }
 
@@ -99,16 +116,15 @@ def main() -> None:
     backends: dict[str, Local] = {}
     for name in options.only:
         method = METHODS[name]
-        if not (options.models / method.folder / "slr_config.json").exists():
+        if not (options.models / method.folder / CONFIG).exists():
             print(f"{name}: no checkpoint {options.models / method.folder}", flush=True)
             continue
-        if method.folder not in backends:
-            reasoner = load_reasoner(str(options.models / method.folder), dtype="bfloat16")
-            backends[method.folder] = Local(reasoner, threads=1)
+        if method.model not in backends:
+            backends[method.model] = Local(load(options.models / method.folder, method.changes), threads=1)
         rows[name] = Row()
-        sides[name] = _alone(backends[method.folder], method)
+        sides[name] = _alone(backends[method.model], method)
         for title, (task, questions) in sets.items():
-            grade(rows[name], title, task, questions, backends[method.folder], method)
+            grade(rows[name], f"{name}, {title}", title, task, questions, backends[method.model], method)
         print(name, rows[name], flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if WRITES in rows:
@@ -118,7 +134,7 @@ def main() -> None:
                 export_gguf(str(options.models / METHODS[WRITES].folder), file, "smollm2", kind)
                 name = f"{WRITES}, llama.cpp {kind}"
                 rows[name] = Row()
-                sides[name] = llama_cpp(file, backends[METHODS[WRITES].folder], sets["held out"], rows[name])
+                sides[name] = llama_cpp(file, backends[METHODS[WRITES].model], sets["held out"], rows[name])
         time_alone(rows, sides, [example.question for example in sets["held out"][1].examples[: options.alone]])
     lines = table(rows, sets, options.alone)
     print(*lines, sep="\n")
@@ -138,13 +154,26 @@ def question_sets(data: Path, held_out: int, transfer: int) -> dict[str, tuple[A
     return sets
 
 
-def grade(row: Row, title: str, task: Any, questions: Questions, backend: Local, method: Method) -> None:
+def load(folder: Path, changes: dict[str, Any]) -> LatentReasoner:
+    """A checkpoint in bfloat16, with changes of its config."""
+    with tempfile.TemporaryDirectory() as temporary:
+        changed = Path(temporary) / folder.name
+        changed.mkdir()
+        for entry in folder.iterdir():
+            (changed / entry.name).symlink_to(entry.resolve())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        for name, value in changes.items():
+            *groups, last = name.split(".")
+            reduce(lambda group, key: group[key], groups, config)[last] = value
+        (changed / CONFIG).unlink()
+        (changed / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        return load_reasoner(str(changed), dtype="bfloat16")
+
+
+def grade(row: Row, about: str, title: str, task: Any, questions: Questions, backend: Local, method: Method) -> None:
     """Answer a set of questions, many at once, and count the right answers."""
     options, answers = GenerationOptions(method.loop, method.tokens), list[MethodAnswer]()
-    for start in track(
-        range(0, len(questions.examples), BATCH),
-        f"{method.folder}, {method.loop['max_iterations']} iterations, {title}",
-    ):
+    for start in track(range(0, len(questions.examples), BATCH), about):
         some = questions.examples[start : start + BATCH]
         found = backend.answer([example.question for example in some], options, range(start, start + len(some)))
         answers += [samples[0] for samples in found]
