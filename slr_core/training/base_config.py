@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from slr_core.training.stages import RecipeModel
 
@@ -48,6 +48,15 @@ class BaseConfig(RecipeModel):
         if self.source is None and self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError("hidden_size must be a multiple of 2 * num_attention_heads")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused_sizes(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the defaults that ``from`` replaces: a written recipe can be read again."""
+        fields: dict[str, Any] = dump(self)
+        if self.source is None:
+            return fields
+        names = {info.alias or name: name for name, info in type(self).model_fields.items()}
+        return {key: value for key, value in fields.items() if names.get(key, key) in self.model_fields_set}
 
     @property
     def is_pruned(self) -> bool:

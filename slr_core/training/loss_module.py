@@ -13,7 +13,7 @@ from slr_core.model.base_support import hidden_size
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
 from slr_core.training.frozen import FrozenCopies, prefers_bfloat16
-from slr_core.training.objectives import Mean, Rollout, losses
+from slr_core.training.objectives import Mean, Rollout, check_defined, losses
 from slr_core.training.sharded import zero_of_all
 from slr_core.training.split_cache import split_attention
 
@@ -25,15 +25,16 @@ class LossModule(nn.Module):
         reasoner: the model to train.
         config: the recipe.
         teacher: a frozen model, for the objectives ``teacher_*``.
+
+    Raises:
+        ConfigError: a batch would have no loss term.
     """
 
     def __init__(self, reasoner: LatentReasoner, config: TrainConfig, teacher: LatentReasoner | None = None) -> None:
         super().__init__()
-        self.reasoner, self.recipe, self.teacher = (
-            reasoner,
-            config,
-            teacher,
-        )  # not `config`: the Trainer reads that name
+        check_defined(config)
+        self.reasoner, self.teacher = reasoner, teacher
+        self.recipe = config  # not `config`: the Trainer reads that name
         self.bridge: nn.Module | None = None
         self.bf16 = prefers_bfloat16(reasoner.base) if config.bf16 is None else config.bf16
         self._frozen: FrozenCopies | None = None

@@ -136,6 +136,11 @@ class StageConfig(RecipeModel):
     without: tuple[str, ...] = Field((), description="objectives that this stage leaves out")
 
     @property
+    def shortest(self) -> int:
+        """Smallest number of iterations of a batch."""
+        return self.iterations if isinstance(self.iterations, int) else self.iterations.least
+
+    @property
     def longest(self) -> int:
         """Largest number of iterations of a batch."""
         return self.iterations if isinstance(self.iterations, int) else self.iterations.most

@@ -1,3 +1,4 @@
+import json
 import math
 import random
 import statistics
@@ -337,3 +338,18 @@ def test_a_wrong_override_is_named(override, named, path):
     with pytest.raises(ConfigError) as caught:
         TrainConfig.from_yaml(path, (override,))
     assert named in str(caught.value)
+
+
+BASES = {
+    "random": {"hidden_size": 64},
+    "from": {"from": "x"},
+    "adapters": {"from": "x", "keep_adapters": True},
+    "pruned": {"from": "x", "num_attention_heads": 2, "intermediate_size": 96},
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_written_recipe_can_be_read_again(name):
+    made = recipe(base=BASES[name])
+    written = made.model_dump(mode="json", by_alias=True, exclude_none=True)
+    assert validated(TrainConfig, json.loads(json.dumps(written))) == made

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from slr_core.errors import ConfigError
+from slr_core.training.config import TrainConfig
 from slr_core.training.objectives.answer import answer, start
 from slr_core.training.objectives.chain import cot, cot_states
 from slr_core.training.objectives.codi import codi
@@ -24,7 +26,7 @@ from slr_core.training.objectives.text import text
 from slr_core.training.objectives.thoughts import thoughts
 from slr_core.training.objectives.token_loss import Mean
 
-__all__ = ["OBJECTIVES", "Mean", "Rollout", "losses"]
+__all__ = ["OBJECTIVES", "Mean", "Rollout", "check_defined", "losses"]
 
 OBJECTIVES: Final[dict[str, tuple[Callable[[Rollout], Mean], int]]] = {
     "answer": (answer, 0),
@@ -45,6 +47,24 @@ OBJECTIVES: Final[dict[str, tuple[Callable[[Rollout], Mean], int]]] = {
     "halting": (halting, 1),
 }
 """Every objective by its name in a recipe, with the fewest iterations for which it is defined."""
+
+
+def check_defined(config: TrainConfig) -> None:
+    """Check that every batch has a loss term.
+
+    Raises:
+        ConfigError: a stage has batches of so few iterations that none of its objectives is defined.
+    """
+    active = {name for name, weight in config.objectives if weight}
+    for number, stage in enumerate(config.schedule):
+        shortest = stage.shortest if config.max_iterations is None else min(stage.shortest, config.max_iterations)
+        needs = {name: OBJECTIVES[name][1] for name in active - set(stage.without)}
+        if min(needs.values()) > shortest:
+            needed = ", ".join(f"{name} {least}" for name, least in sorted(needs.items()))
+            raise ConfigError(
+                f"stages.{number} has batches of {shortest} iterations, for which no objective is defined; at least: "
+                f"{needed}"
+            )
 
 
 def losses(rollout: Rollout) -> dict[str, Mean]:

@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from slr_core.errors import ConfigError
 from slr_core.training.config import ObjectiveWeights
 from slr_core.training.data import IGNORE, LoopPlan
-from slr_core.training.objectives import OBJECTIVES, losses
+from slr_core.training.objectives import OBJECTIVES, check_defined, losses
 from slr_core.training.objectives.token_loss import mean_of, token_loss
 from tests import tiny
 from tests.training.objectives.conftest import GRAPHS, Setup
+from tests.training.recipe import DATA, recipe
 
 WORKSPACES = {"append": {}, "block": {"workspace": "block", "block_size": 3}, "prompt": {"workspace": "prompt"}}
 
@@ -168,3 +170,23 @@ def test_written_steps_have_no_second_first_token():
     made = Setup({"answer": 1.0, "start": 1.0}, WORKSPACES["append"])
     assert set(made.terms(**made.plan(0))) == {"answer"}
     assert set(made.terms()) == {"answer", "start"}
+
+
+STAGE = DATA["stages"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_iterations": 0}, r"stages\.0 has batches of 0 iterations, .*: start 1$"),
+        ({"stages": [STAGE, {**STAGE, "iterations": 0}]}, r"stages\.1 has batches of 0 iterations"),
+        ({"objectives": {"answer": 0, "fixed_point": 1}, "stages": [{**STAGE, "iterations": 1}]}, "fixed_point 2"),
+        (
+            {"objectives": {"answer": 1, "start": 1}, "stages": [{**STAGE, "iterations": 0, "without": ["answer"]}]},
+            "start 1",
+        ),
+    ],
+)
+def test_a_batch_without_a_loss_term_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_defined(recipe(**{"objectives": {"answer": 0, "start": 1}, **changes}))
