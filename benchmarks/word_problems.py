@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -156,11 +158,9 @@ def question_sets(data: Path, held_out: int, transfer: int) -> dict[str, tuple[A
 
 def load(folder: Path, changes: dict[str, Any]) -> LatentReasoner:
     """A checkpoint in bfloat16, with changes of its config."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         changed = Path(temporary) / folder.name
-        changed.mkdir()
-        for entry in folder.iterdir():
-            (changed / entry.name).symlink_to(entry.resolve())
+        shutil.copytree(folder, changed, copy_function=os.link, ignore=shutil.ignore_patterns("steps"))
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         for name, value in changes.items():
             *groups, last = name.split(".")

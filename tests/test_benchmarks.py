@@ -122,18 +122,19 @@ def test_llama_cpp_table():
 def test_word_problems_table(tmp_path, monkeypatch, capsys):
     """Two checkpoints of the recipes' folder, and a row for each that is there."""
     made = tiny.reasoner(loop={"workspace": "block", "block_size": 3})
-    for name in ("no_cot", "block"):
+    for name in ("no_cot", "block", "soft"):
         made.save_pretrained(str(tmp_path / name))
     arguments = ["--models", str(tmp_path), "--data", str(tmp_path), "--questions", "5", "--alone", "1", "--only"]
-    chosen = ["answer at once", "loop `block`, 4 iterations", "written steps"]
+    chosen = ["answer at once", "loop `block`, 4 iterations", "`soft`, its chain written", "written steps"]
     monkeypatch.setattr(sys, "argv", ["word_problems", *arguments, *chosen, "--out", str(tmp_path / "table")])
     word_problems.main()
     assert f"written steps: no checkpoint {tmp_path / 'cot'}" in capsys.readouterr().out
     record = json.loads((tmp_path / "table.json").read_text())
-    assert list(record) == chosen[:2]
+    assert list(record) == chosen[:3]
+    assert record[chosen[2]]["passes"] == record[chosen[2]]["tokens"], "the same weights, without a loop"
     assert all(row["right"]["held out"][1] == 5 for row in record.values())
     assert record[chosen[1]]["passes"] - record[chosen[1]]["tokens"] >= 5  # prompt, 4 iterations, the closing pass
-    assert len((tmp_path / "table.md").read_text().splitlines()) == 6 + 2
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 6 + 3
 
 
 def test_word_problems_shares():
