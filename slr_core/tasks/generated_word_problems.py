@@ -74,7 +74,7 @@ class GeneratedWordProblems(WordProblem):
             )
         if options["distractors"] < 0:
             raise ConfigError(f"word_problems: distractors must be at least 0, got {options['distractors']}")
-        for name, values in (("steps", ("equations", "words", "results")), ("templates", ("train", "held_out"))):
+        for name, values in (("steps", ("equations", "words", "running")), ("templates", ("train", "held_out"))):
             if options[name] not in values:
                 named = f"{', '.join(values[:-1])} or {values[-1]}"
                 raise ConfigError(f"word_problems: {name} must be {named}, got {options[name]}")
@@ -102,7 +102,8 @@ class _Story:
         self.sentences: list[str] = []
         self.equations: list[str] = []
         self.words: list[str] = []
-        self.results: list[str] = []
+        self.running: list[str] = []
+        self.result = ""
         self.person = self.names[0]
         self.apart: set[str] = set()  # people whose difference from this person does not depend on the start
 
@@ -130,7 +131,8 @@ class _Story:
             return None
         for _ in range(rng.randint(0, self.options["distractors"])):
             self._distract()
-        steps = {"equations": self.equations, "words": self.words, "results": self.results[:-1]}[self.options["steps"]]
+        self.running[-1] = self.running[-1].partition("=")[0]  # the answer follows
+        steps = {"equations": self.equations, "words": self.words, "running": self.running}[self.options["steps"]]
         return Example(" ".join(self.sentences), tuple(steps), str(answer), {"eq_steps": list(self.equations)})
 
     def _numbers(self, kind: str) -> list[tuple[int, int]]:
@@ -212,10 +214,17 @@ class _Story:
     def _compute(self, kind: str, left: int, sign: str, right: int, **fields: str) -> int:
         result = _SIGNS[sign](left, right)
         self.equations.append(f"<<{left}{sign}{right}={result}>>")
-        self.results.append(str(result))
+        self.running.append(f"{self._continued(str(left), sign, str(right))}={result}")
+        self.result = str(result)
         known = {"a": self.person, "x": self.thing} | fields
         self.words.append(STEP_WORDS[kind].format(l=left, r=right, v=result, **known))
         return result
+
+    def _continued(self, left: str, sign: str, right: str) -> str:
+        """The calculation, going on from the result of the step before where it can."""
+        if left == self.result:
+            return f"{sign}{right}"
+        return f"{sign}{left}" if right == self.result and sign in "+*" else f"{left}{sign}{right}"
 
     def _say(self, kind: str, **fields: object) -> None:
         self.sentences.append(self._sentence(kind, **fields))

@@ -82,15 +82,28 @@ def test_steps_in_words_have_the_same_equations():
         assert not any("{" in text for text in (worded.question, *worded.steps))
 
 
-def test_steps_as_results_leave_out_the_answer():
-    for plain, short in zip(take(50), take(50, steps="results"), strict=True):
-        assert (plain.question, plain.answer) == (short.question, short.answer)
-        results = [str(value) for *_, value in equations(plain)]
-        assert (*short.steps, short.answer) == tuple(results)
+def test_a_running_calculation_goes_on_from_its_last_result():
+    """Read from left to right as a calculator does; a step that starts anew has both of its operands."""
+    short = 0
+    for plain, running in zip(take(300), take(300, steps="running"), strict=True):
+        assert (plain.question, plain.answer) == (running.question, running.answer)
+        value = None
+        for step, (left, sign, right, result) in zip(running.steps, equations(plain), strict=True):
+            first, second = re.fullmatch(r"(\d*)[-+*/](\d+)", step.partition("=")[0]).groups()
+            assert sign in step
+            short += not first
+            assert SIGNS[sign](int(first) if first else value, int(second)) == result
+            assert first or value in (left, right)
+            value = result
+        assert [step.partition("=")[2] for step in running.steps] == [
+            *(str(result) for *_, result in list(equations(plain))[:-1]),
+            "",
+        ]
+    assert short > 600
 
 
 def test_difficulty_is_the_number_of_steps_however_they_are_written():
-    for written in ("equations", "words", "results"):
+    for written in ("equations", "words", "running"):
         example = take(1, min_steps=3, max_steps=3, steps=written)[0]
         assert TASK.difficulty(example) == 3
 
