@@ -6,7 +6,7 @@ Reads the checkpoints that the recipes of ``configs/word_problems`` leave in one
 no row. All answer the same questions, greedily: held-out wordings of the generated task, and the first questions of
 SVAMP, ASDiv and GSM-Hard where the folder ``--data`` has them. Then each answers the first questions alone, one after
 another, on one thread, all sides in turn: processor time of an answer. There, llama.cpp runs the model that writes its
-steps, too, merged and exported to GGUF in F16 and rounded to 8 bits. Intervals are Wilson's, 95 %.
+steps as equations, too, merged and exported to GGUF in F16 and rounded to 8 bits. Intervals are Wilson's, 95 %.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ SEED, BATCH, STEP_TOKENS = 20261129, 16, 64
 HELD_OUT: dict[str, OptionValue] = {"max_steps": 3, "templates": "held_out"}
 TRANSFER = ("svamp", "asdiv", "gsm_hard")
 DATA = Path(__file__).parents[2] / "shared" / "data"
-WRITES = "written steps"
+WRITES = "steps as equations"
+IN_WORDS = "steps in words"
+CHAINS = (WRITES, IN_WORDS)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def _fixed(iterations: int) -> dict[str, Any]:
 
 
 WRITTEN = {"text.answer_prefix": ""}
-BLOCK = {"loop.workspace": "block", "loop.block_size": 10, "loop.feedback": "shifted"}
+BLOCK = {"loop.workspace": "block", "loop.block_size": 16, "loop.feedback": "shifted"}
 
 METHODS = {
     "base, zero-shot": Method("fresh", _fixed(0), STEP_TOKENS),
@@ -82,11 +84,12 @@ METHODS = {
     "pause as thought, 6 vectors": Method("pause_as_thought", _fixed(6)),
     "loop `append`, 6 thoughts": Method("append", _fixed(6)),
     **{f"loop `block`, {t} iterations": Method("block", _fixed(t)) for t in (4, 8)},
-    **{f"loop `soft`, {t} thoughts": Method("soft", _fixed(t)) for t in (3, 6, 9)},
+    **{f"loop `soft`, {t} thoughts": Method("soft", _fixed(t)) for t in (4, 8, 16)},
     "loop `soft`, own exit": Method("soft"),
-    "`soft` as a block of 10, own exit": Method("soft", changes=BLOCK),
+    "`soft` as a block of 16, own exit": Method("soft", changes=BLOCK),
     "`soft`, its chain written": Method("soft", _fixed(0), STEP_TOKENS, WRITTEN),
     WRITES: Method("cot", _fixed(0), STEP_TOKENS),
+    IN_WORDS: Method("cot_words", _fixed(0), 2 * STEP_TOKENS),
 }
 
 
@@ -238,10 +241,9 @@ def table(rows: dict[str, Row], sets: dict[str, tuple[Any, Questions]], alone: i
         f"`{held_out.sha256[:16]}`); time: processor time of an answer, {alone} questions alone; passes: forward "
         "passes of an answer, that over the prompt included.",
         "",
-        f"| | {' | '.join(sets)} | tokens | passes | ms | ms, to written steps |",
-        "|---" * (5 + len(sets)) + "|",
+        f"| | {' | '.join(sets)} | tokens | passes | ms | {' | '.join(f'to {name}' for name in CHAINS)} |",
+        "|---" * (4 + len(CHAINS) + len(sets)) + "|",
     ]
-    base = rows[WRITES].milliseconds if WRITES in rows else None
     for name, row in rows.items():
         cells = []
         for title in sets:
@@ -251,9 +253,12 @@ def table(rows: dict[str, Row], sets: dict[str, tuple[Any, Questions]], alone: i
             right, count = row.right[title]
             low, high = wilson_interval(right, count)
             cells.append(f"{right / count:.3f} ({low:.3f} to {high:.3f})")
-        share = "-" if base is None or row.milliseconds is None else f"{row.milliseconds / base:.2f}"
         time_ms = "-" if row.milliseconds is None else f"{row.milliseconds:.0f}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {row.tokens:.1f} | {row.passes:.1f} | {time_ms} | {share} |")
+        cells += [f"{row.tokens:.1f}", f"{row.passes:.1f}", time_ms]
+        for chain in CHAINS:
+            base = rows[chain].milliseconds if chain in rows else None
+            cells.append("-" if base is None or row.milliseconds is None else f"{row.milliseconds / base:.2f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

@@ -125,10 +125,10 @@ def test_word_problems_table(tmp_path, monkeypatch, capsys):
     for name in ("no_cot", "block", "soft"):
         made.save_pretrained(str(tmp_path / name))
     arguments = ["--models", str(tmp_path), "--data", str(tmp_path), "--questions", "5", "--alone", "1", "--only"]
-    chosen = ["answer at once", "loop `block`, 4 iterations", "`soft`, its chain written", "written steps"]
+    chosen = ["answer at once", "loop `block`, 4 iterations", "`soft`, its chain written", "steps as equations"]
     monkeypatch.setattr(sys, "argv", ["word_problems", *arguments, *chosen, "--out", str(tmp_path / "table")])
     word_problems.main()
-    assert f"written steps: no checkpoint {tmp_path / 'cot'}" in capsys.readouterr().out
+    assert f"steps as equations: no checkpoint {tmp_path / 'cot'}" in capsys.readouterr().out
     record = json.loads((tmp_path / "table.json").read_text())
     assert list(record) == chosen[:3]
     assert record[chosen[2]]["passes"] == record[chosen[2]]["tokens"], "the same weights, without a loop"
@@ -144,5 +144,5 @@ def test_word_problems_shares():
         word_problems.WRITES: word_problems.Row({"held out": (4, 5)}, 20.0, 21.0, 40.0),
     }
     *_, loop, writes = word_problems.table(rows, sets, 1)
-    assert loop == "| loop | 0.600 (0.231 to 0.882) | 2.0 | 5.0 | 10 | 0.25 |"
-    assert writes.endswith("| 40 | 1.00 |")
+    assert loop == "| loop | 0.600 (0.231 to 0.882) | 2.0 | 5.0 | 10 | 0.25 | - |"
+    assert writes.endswith("| 40 | 1.00 | - |")
