@@ -22,8 +22,8 @@ def steps(rollout: Rollout) -> Mean:
     chain, in every iteration: a state learns what the loop will end with, as in consistency language models (Kou et
     al., 2024, arXiv 2403.00835).
 
-    With ``supervised: chain`` in the workspace ``append``, thought t is asked for token t + 1 of the chain; after
-    the mark that ends it, for the mark.
+    With ``supervised: chain`` in the workspace ``append``, thought t is asked for token t + 1 of the chain and the two
+    marks after it.
     """
     config = rollout.config
     if config.thinks_by_token:
@@ -49,7 +49,7 @@ def steps(rollout: Rollout) -> Mean:
 def _token_by_token(rollout: Rollout) -> Mean:
     ids, end = rollout.batch["cot_ids"], rollout.batch["mark_at"][:, None]
     order = torch.arange(rollout.detached + 1, rollout.iterations + 1, device=ids.device)
-    labels = ids.gather(1, order.clamp_max(end))
+    labels = ids.gather(1, order.clamp_max(end)).masked_fill(order > end, IGNORE)
     return state_loss(rollout.reasoner, rollout.states[:, rollout.detached + 1 :], labels)
 
 
