@@ -292,6 +292,14 @@ class LoopConfig(_Model):
         return self
 
     @property
+    def feeds_positions(self) -> bool:
+        """Whether what is fed back holds the base's learned position embeddings, which it must not get again.
+
+        They are in a state before the final norm. A mean token embedding has none.
+        """
+        return self.feedback == "raw" and self.projection.kind != "expected_embedding"
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the loop adapters, which are their folders in ``loops/``."""
         count = {"per_iteration": self.trained_iterations, "shared": 1, "none": 0}[self.lora.kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +30,18 @@ NOT_IN_FILE = (
     "suppressed_token_ids",
 )
 """Settings of a checkpoint's texts that a GGUF file has no place for."""
-OF_THE_BASE = ("general.finetune", "general.description", "general.url", "general.repo_url", "general.doi")
-"""Metadata that says which weights a file holds, and would be wrong of others."""
+OF_THE_BASE = (
+    "general.base_model.",
+    "general.description",
+    "general.doi",
+    "general.finetune",
+    "general.quantized_by",
+    "general.repo_url",
+    "general.url",
+    "general.uuid",
+    "quantize.imatrix.",
+)
+"""Metadata, or beginnings of its keys, that say which weights a file holds, and would be wrong of others."""
 
 
 class GgufExport(NamedTuple):
@@ -67,7 +78,7 @@ def export_gguf(
         CheckpointError: the checkpoint cannot be loaded.
     """
     out = Path(out)
-    if out.exists():
+    if os.path.exists(out):  # Path.exists raises if the name is too long
         raise ConfigError(f"{out}: expected a new file")
     if base is not None:
         _base_path(base)  # before weights are loaded
@@ -151,7 +162,9 @@ def _changes(
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     tokenizer = reasoner.tokenizer
-    changes: dict[str, bool | int | str | None] = dict.fromkeys(OF_THE_BASE)
+    changes: dict[str, bool | int | str | None] = dict.fromkeys(
+        k for k in file.metadata_keys if k.startswith(OF_THE_BASE)
+    )
     changes |= {"general.name": name, "general.organization": None}
     if (of := file.field("general.name")) is not None:
         changes |= {"general.base_model.count": 1, "general.base_model.0.name": of}
@@ -163,12 +176,18 @@ def _changes(
     changes["tokenizer.ggml.add_bos_token"] = begins
     if begins:
         changes["tokenizer.ggml.bos_token_id"] = begin
+    changes["tokenizer.ggml.add_eos_token"] = tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]
     if isinstance(tokenizer.eos_token_id, int):
         changes["tokenizer.ggml.eos_token_id"] = tokenizer.eos_token_id
-    template = reasoner.config.text.chat_template or None
-    if template is not None or tokenizer.chat_template:
-        changes["tokenizer.chat_template"] = tokenizer.get_chat_template(template)
+    changes["tokenizer.chat_template"] = _chat_template(reasoner)
     return changes
+
+
+def _chat_template(reasoner: LatentReasoner) -> str | None:
+    try:
+        return reasoner.tokenizer.get_chat_template(reasoner.config.text.chat_template or None)
+    except ValueError:  # it has none, or several with names and no default
+        return None
 
 
 def _not_in_file(reasoner: LatentReasoner) -> list[str]:

@@ -61,6 +61,11 @@ class BaseFile:
         found = self._reader.get_field(key)
         return default if found is None else found.contents()
 
+    @property
+    def metadata_keys(self) -> list[str]:
+        """Keys of the metadata."""
+        return list(self._reader.fields)
+
     def refuse(self, what: str) -> ConfigError:
         """The error of a file that does not fit the checkpoint."""
         return ConfigError(f"--base: {self.path}: {what}")
@@ -86,11 +91,17 @@ class BaseFile:
         if settings.hidden_act != "silu":
             raise self.refuse(f"{wanted} computes hidden_act silu, the checkpoint's base {settings.hidden_act}")
         heads, width = settings.num_attention_heads, settings.hidden_size
+        head = getattr(settings, "head_dim", None) or width // heads
         for key, own, default in (
             ("block_count", settings.num_hidden_layers, None),
             ("attention.head_count", heads, None),
             ("attention.head_count_kv", settings.num_key_value_heads, heads),
-            ("attention.key_length", getattr(settings, "head_dim", None) or width // heads, width // heads),
+            ("attention.key_length", head, width // heads),
+            ("attention.value_length", head, width // heads),
+            ("attention.scale", head**-0.5, head**-0.5),
+            ("attention.causal", True, True),
+            ("rope.dimension_count", head, head),
+            ("expert_count", 0, 0),
             ("attention.layer_norm_rms_epsilon", settings.rms_norm_eps, None),
             ("rope.freq_base", rope.get("rope_theta", 10000.0), 10000.0),
         ):

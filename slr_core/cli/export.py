@@ -12,6 +12,8 @@ from slr_core.cli.options import Model, hide_loading_bars
 
 GgufType = Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 """Number formats of :data:`slr_core.checkpoint.gguf_layout.TensorType`, whose module takes seconds to import."""
+FINER: dict[GgufType, str] = {"F32": "", "F16": " Choose F32."}
+"""Advice where one of these formats rounds too much."""
 
 
 def export(
@@ -73,16 +75,17 @@ def _export_adapters(model: str | None, out: Path, base: str | None, base_revisi
     print(f"    slr serve --model {shlex.quote(str(out))}")
 
 
-def _export_gguf(model: str | None, out: Path, base: str | None, gguf_type: GgufType | None) -> None:
+def _export_gguf(model: str | None, out: Path, base: str | None, gguf_type: GgufType) -> None:
     from slr_core.checkpoint.gguf_export import export_gguf
 
-    exported = export_gguf(model, out, base, gguf_type or "F16")
+    exported = export_gguf(model, out, base, gguf_type)
     print(f"Wrote {out}, {out.stat().st_size / 1e6:.1f} MB.")
     for setting in exported.left_out:
         print(f"Not in the file, for its client to apply: {setting}")
     if exported.rounding > 1:
+        advice = FINER.get(gguf_type, " Choose F16 or F32.")
         print(
             f"Rounding to {gguf_type} changed the weights {exported.rounding:.1f} times as much as the adapter did: "
-            "answers can be far from the checkpoint's. Choose Q8_0 or F16."
+            f"answers can be far from the checkpoint's.{advice}"
         )
     print(f"    llama-server -m {shlex.quote(str(out))}")

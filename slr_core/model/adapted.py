@@ -60,7 +60,7 @@ class AdaptedModel(nn.Module):
         if any(token >= self.vocab_size for token in config.text.suppressed_token_ids):
             raise ConfigError(f"text.suppressed_token_ids must be below {self.vocab_size}, the number of embeddings")
         self.final_norm = find_final_norm(base) if config.loop.feedback == "raw" else None
-        self.position_embeddings = find_position_embeddings(base) if config.loop.feedback == "raw" else None
+        self.position_embeddings = find_position_embeddings(base) if config.loop.feeds_positions else None
         self.idle_parameters = 0
         self._token_texts: dict[int, str] = {}
         self._embedding_rms: tuple[object, Tensor] | None = None

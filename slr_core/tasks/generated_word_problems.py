@@ -116,7 +116,6 @@ class _Story:
         """A question of ``length`` steps; ``None`` if the numbers leave no way to reach that length."""
         rng = self.rng
         self.has[self.person] = start = rng.randint(self.options["least"], self.options["most"])
-        self.result = str(start)
         self._say("start", n=start)
         end = rng.choice(_ENDS)
         left = length - (end != "ask")
@@ -222,7 +221,7 @@ class _Story:
         return result
 
     def _continued(self, left: str, sign: str, right: str) -> str:
-        """The calculation, going on from the result of the step before, or from the start, where it can."""
+        """The calculation, going on from the result of the step before where it can."""
         if left == self.result:
             return f"{sign}{right}"
         return f"{sign}{left}" if right == self.result and sign in "+*" else f"{left}{sign}{right}"

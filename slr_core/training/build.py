@@ -23,6 +23,7 @@ from slr_core.checkpoint.hub import find_file
 from slr_core.checkpoint.pretrained import is_packaged, load_model_and_tokenizer
 from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import CheckpointError, ConfigError
+from slr_core.loop.lora import new_adapter_configs
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.base_config import BaseConfig
 from slr_core.training.config import TrainConfig
@@ -44,7 +45,7 @@ def build(config: TrainConfig) -> LatentReasoner:
     torch.manual_seed(config.seed)
     source = config.base.source
     reasoner = _from_scratch(config) if source is None else _from_source(config, source)
-    config.check(reasoner.config.loop)
+    config.check(reasoner.config.loop, reasoner.config.text)
     if config.writes_steps and config.train == "full" and not mark_ids(reasoner.tokenizer):
         _add_mark(reasoner)
     if config.max_iterations != 0:
@@ -109,30 +110,30 @@ def _from_source(config: TrainConfig, source: str) -> LatentReasoner:
     # Only its base, and its adapters if the recipe keeps them: the recipe defines a new loop.
     base, _ = load_model_and_tokenizer(base_source(found.parent, loaded.config)[0], tokenizer_from=str(found.parent))
     base = _pruned(base, config.base)
-    reasoner = LatentReasoner(base, loaded.tokenizer, _settings(config.loop, config.text or loaded.config.text))
-    if config.base.keep_adapters:
-        _copy_adapters(loaded, reasoner)
+    settings = _settings(config.loop, config.text or loaded.config.text)
+    if not config.base.keep_adapters:
+        return LatentReasoner(base, loaded.tokenizer, settings)
+    _check_adapters(loaded, settings.loop)
+    reasoner = LatentReasoner(base, loaded.tokenizer, settings, loaded.adapter_configs)
+    weights = {name: x for name, x in loaded.base.state_dict().items() if ".lora_" in name}
+    reasoner.base.load_state_dict(weights, strict=False)
     return reasoner
 
 
-def _copy_adapters(source: LatentReasoner, target: LatentReasoner) -> None:
-    """Give ``target`` the adapters' weights of ``source``, which must have the same adapters."""
-    weights, wanted = (
-        {name: x for name, x in model.base.named_parameters() if ".lora_" in name} for model in (source, target)
-    )
-    same = source.config.loop.lora == target.config.loop.lora
-    if (
-        not wanted
-        or not same
-        or any(name not in weights or weights[name].shape != x.shape for name, x in wanted.items())
-    ):
+def _check_adapters(source: LatentReasoner, loop: LoopConfig) -> None:
+    """Check that a loop has the adapters of ``source``."""
+    own = source.config.loop.lora
+    if loop.lora != own or own.kind == "none":
         raise ConfigError(
             f"base.keep_adapters: loop.lora must be that of the checkpoint in base.from, "
-            f"{source.config.loop.lora.model_dump(mode='json', exclude_defaults=True)}"
+            f"{own.model_dump(mode='json', exclude_defaults=True)}"
         )
-    with torch.no_grad():
-        for name, x in wanted.items():
-            x.copy_(weights[name])
+    if new_adapter_configs(loop).keys() != source.adapter_configs.keys():
+        raise ConfigError(
+            f"base.keep_adapters: the checkpoint in base.from has the adapters {', '.join(source.adapter_configs)}, "
+            f"the recipe's loop {', '.join(new_adapter_configs(loop))}: loop.trained_iterations must be its own, "
+            f"{source.config.loop.trained_iterations}, and an adapter `decode` needs loop.lora.decode_rank"
+        )
 
 
 def _pruned(base: PreTrainedModel, sizes: BaseConfig) -> PreTrainedModel:

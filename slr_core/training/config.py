@@ -122,7 +122,7 @@ class TrainConfig(RecipeModel):
         "thoughts, after the last iteration (LOTUS); every: the same of a block after every iteration, step k from "
         "iteration k on. chain: position p of a block, or thought p, is fed token p of the chain as written and is "
         "asked for token p + 1 after every iteration, so that a model that writes the chain needs less training; "
-        "of a chain that thoughts stand for, the separator comes twice, so that the loop settles where it ends",
+        "of a chain that thoughts stand for, the separator comes three times, so that the loop settles where it ends",
     )
     chains: int = Field(6, ge=0, description="other start nodes per graph for the objective `chains`")
     chain_length: int = Field(4, ge=1, description="iterations of these chains, at most those of the stage")
@@ -171,12 +171,6 @@ class TrainConfig(RecipeModel):
             raise ValueError(
                 "max_iterations must be 0 with chain_of_thought: a model writes its steps or loops, not both"
             )
-        covers_all = self.loop is not None and self.loop.lora.covers == "all"
-        if self.train == "adapters" and not loops and not covers_all:
-            raise ValueError(
-                "max_iterations 0 with train `adapters` leaves nothing to train: no adapter is ever active, unless "
-                "loop.lora.covers is `all`"
-            )
         if self.teacher is None and (terms.teacher_states or terms.teacher_logits):
             raise ValueError("objectives.teacher_states and teacher_logits need a teacher")
         named = {name for stage in self.schedule for name in stage.without}
@@ -192,11 +186,11 @@ class TrainConfig(RecipeModel):
         if self.base.is_pruned and self.loop is None:
             raise ValueError("loop is needed for a pruned base: a loop made for the whole base does not fit")
         if self.loop is not None or self.base.source is None:
-            self.check(self.loop or LoopConfig())
+            self.check(self.loop or LoopConfig(), None if self.text is None and self.base.source else self.text)
         return self
 
-    def check(self, loop: LoopConfig) -> None:
-        """Check that the objectives work with this loop.
+    def check(self, loop: LoopConfig, text: TextConfig | None) -> None:
+        """Check that the objectives work with this loop and, if they are known, these texts.
 
         Raises:
             ConfigError: an objective needs another loop; the message names it.
@@ -205,9 +199,15 @@ class TrainConfig(RecipeModel):
         token = loop.workspace == "token"
         others = [name for name, weight in terms if weight and name not in TOKEN_OBJECTIVES]
         no_chains = loop.workspace != "append" or loop.timestep.noise_level or loop.projection.kind == "pause"
-        prompt = loop.workspace == "prompt"
+        prompt, chain = loop.workspace == "prompt", self.supervised == "chain"
+        by_token = self.thinks_by_token(loop)
         aligned = [name for name in ("steps", "cot_states") if getattr(terms, name)]
         for is_wrong, message in (
+            (
+                self.train == "adapters" and not loops and loop.lora.covers != "all",
+                "max_iterations 0 with train `adapters` leaves nothing to train: no adapter is ever active, unless "
+                "loop.lora.covers is `all`",
+            ),
             (
                 terms.chains and self.chains and loops and no_chains,
                 "objectives.chains must be 0 unless loop.workspace is `append`, loop.timestep.noise_level false and "
@@ -245,7 +245,26 @@ class TrainConfig(RecipeModel):
                 "iteration",
             ),
             (
-                self.supervised == "chain"
+                self.supervised != "last" and not terms.steps and not (by_token and terms.cot),
+                f"supervised `{self.supervised}` needs objectives.steps"
+                + (" or cot" if loop.workspace == "append" else ""),
+            ),
+            (
+                chain and any(s.replaced != "all" or s.removed_tokens is not None for s in self.schedule),
+                "supervised `chain` needs stages that replace all steps, and no curriculum",
+            ),
+            (
+                chain and (terms.cot_states or (terms.thoughts and by_token)),
+                "objectives.cot_states and thoughts must be 0 with supervised `chain`: thoughts are tokens, not steps",
+            ),
+            (chain and self.thoughts_per_step != 1, "thoughts_per_step must be 1 with supervised `chain`"),
+            (
+                by_token and terms.answer and text is not None and not text.answer_prefix,
+                "supervised `chain` in the workspace `append` needs text.answer_prefix: the last thought reads as the "
+                "separator, so that the answer needs a token of its own to begin after",
+            ),
+            (
+                chain
                 and loop.feedback != "shifted"
                 and (loop.workspace, loop.projection.kind) != ("append", "expected_embedding"),
                 "supervised must not be `chain` but in the workspaces `block` with feedback `shifted` and `append` "
@@ -312,10 +331,9 @@ class TrainConfig(RecipeModel):
         """Whether any target text contains steps, which are followed by the separator ``#``."""
         return self.chain_of_thought or self.reads_chain or any(stage.replaced != "all" for stage in self.schedule)
 
-    @property
-    def thinks_by_token(self) -> bool:
-        """Whether each thought of a loop in the workspace ``append`` stands for a token of the chain."""
-        return self.supervised == "chain" and self.loop is not None and self.loop.workspace == "append"
+    def thinks_by_token(self, loop: LoopConfig) -> bool:
+        """Whether each thought of a loop stands for a token of the chain."""
+        return self.supervised == "chain" and loop.workspace == "append"
 
     @property
     def reads_chain(self) -> bool:

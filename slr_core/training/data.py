@@ -29,6 +29,10 @@ MARK = "#"
 """Separates written steps from the answer, as in the published evaluation of ProsQA."""
 
 
+MARKS = 3
+"""Separators after a chain that thoughts stand for. The loop settles at them: two equal tokens can be those of 11."""
+
+
 @dataclass(frozen=True)
 class LoopPlan:
     """The loop of a batch.
@@ -193,7 +197,7 @@ class Collator:
     - ``labels`` ``[B, A]``: ``answer_ids`` with -100 at the prefix.
     - ``first`` ``[B]``: the first token of the answer itself.
     - ``work`` ``[B]``: iterations that the question needs: ``iterations_per_step`` times its steps; where each thought
-      is a token (``supervised: chain`` in the workspace ``append``), the one that reads as the second mark.
+      is a token (``supervised: chain`` in the workspace ``append``), the one that reads as the last mark.
     - ``exits`` ``[B]``: the iteration after which the text is written.
     - ``short`` ``[B]``: see :class:`Item`.
     - ``plan``: a :class:`LoopPlan`.
@@ -201,7 +205,7 @@ class Collator:
     If an objective needs them:
 
     - ``step_ids`` ``[B, K, S]``: the chain's steps; ``in_loop`` ``[B, K]`` bool: those that the loop replaces.
-    - ``cot_ids`` ``[B, C]``: all steps, mark (twice where each thought is a token), answer, end token; ``step_ends``
+    - ``cot_ids`` ``[B, C]``: all steps, mark (several where each thought is a token), answer, end token; ``step_ends``
       ``[B, K]`` and ``mark_at`` ``[B]``: indices into it of each step's last token and of the (last) mark's.
     - ``targets`` ``[B, T, K]``: the set of tokens at distance t in the question's graph.
     - ``chain_starts`` ``[B, Q, 2]``, ``chain_targets`` ``[B, Q, S, K]``: the same for other start nodes.
@@ -211,6 +215,7 @@ class Collator:
         config: the recipe.
         text: prefixes and suffixes; by default none.
         room: positions for prompt and answer together, by number of iterations; by default any number.
+        by_token: whether each thought stands for a token of the chain.
     """
 
     def __init__(
@@ -219,10 +224,12 @@ class Collator:
         config: TrainConfig,
         text: TextConfig | None = None,
         room: Sequence[int] = (),
+        *,
+        by_token: bool = False,
     ) -> None:
         self.tokenizer, self.text, self.room = tokenizer, text or TextConfig(), room
         self.per_step, self.terms = config.iterations_per_step, config.objectives
-        self.reads_chain, self.by_token = config.reads_chain, config.thinks_by_token
+        self.reads_chain, self.by_token = config.reads_chain, by_token
         self.node = NodeTokens(tokenizer)
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
@@ -348,8 +355,7 @@ class Collator:
         return ids
 
     def _end_of_chain(self) -> list[int]:
-        # Twice, so that the state of the loop settles at the second one.
-        return 2 * self._mark() if self.by_token else self._mark()
+        return MARKS * self._mark() if self.by_token else self._mark()
 
     def _eos(self) -> int:
         eos = self.tokenizer.eos_token_id

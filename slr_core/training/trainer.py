@@ -264,7 +264,13 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
     stream = StageStream(config, first_step)  # before the model: it is quicker to read
     held_out = held_out_sets(config)
     reasoner = build(config)
-    collator = Collator(reasoner.tokenizer, config, reasoner.config.text, _room(reasoner, config))
+    collator = Collator(
+        reasoner.tokenizer,
+        config,
+        reasoner.config.text,
+        _room(reasoner, config),
+        by_token=config.thinks_by_token(reasoner.config.loop),
+    )
     check_longest(stream, collator)
     try:
         steps.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, architecture="llama", seed=0, plain=None, tokens=None, dtype=np.float32, **fields):
+def write_gguf(path, architecture="llama", seed=0, plain=None, tokens=None, dtype=np.float32, strings=None, **fields):
     """Write the tiny Llama of this seed, or ``plain``, with its tokens; ``fields`` replace numbers of the metadata."""
     plain = plain or tiny.base(seed=seed)
     config = plain.config
@@ -64,8 +64,14 @@ def write_gguf(path, architecture="llama", seed=0, plain=None, tokens=None, dtyp
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    for key, text in (strings or {}).items():
+        writer.add_string(key, text)
     for key, value in fields.items():
-        writer.kv_data[0][f"{architecture}.{key.replace('__', '.')}"].value = value
+        name = f"{architecture}.{key.replace('__', '.')}"
+        if name in writer.kv_data[0]:
+            writer.kv_data[0][name].value = value
+        else:
+            writer.add_uint32(name, value)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, weight in plain.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -111,6 +111,7 @@ def test_import_of_the_file(tmp_path, run):
         "general.file_type": gguf.LlamaFileType.ALL_F32,
         "general.quantization_version": 2,
         "tokenizer.ggml.add_bos_token": True,  # as llama.cpp does by default
+        "tokenizer.ggml.add_eos_token": False,
         "tokenizer.chat_template": template,
     }
     for key in ("blk.0.attn_norm.weight", "token_embd.weight"):
@@ -184,7 +185,8 @@ def test_adapter_that_is_rounded_away(tmp_path, run):
     code, printed, _ = run(*common, "--gguf-type", "Q4_1", "--out", tmp_path / "4.gguf")
     assert code == 0
     assert re.search(
-        r"Rounding to Q4_1 changed the weights [\d.]+ times as much as the adapter did: .* F16\.\n", printed
+        r"Rounding to Q4_1 changed the weights [\d.]+ times as much as the adapter did: .* Choose F16 or F32\.\n",
+        printed,
     )
     code, printed, _ = run(*common, "--out", tmp_path / "16.gguf")
     assert (code, len(printed.splitlines())) == (0, 2)
@@ -233,6 +235,9 @@ BASES = {
     "norm": ({"attention__layer_norm_rms_epsilon": 1e-5}, "layer_norm_rms_epsilon is .*e-0[56], .* 1e-06"),
     "rope": ({"rope__freq_base": 5e5}, r"rope\.freq_base is 500000\.0, .* 10000\.0"),
     "architecture": ({"architecture": "qwen3"}, "its architecture is qwen3, that of the checkpoint's base llama"),
+    "values": ({"attention__value_length": 16}, r"attention\.value_length is 16, that of the .* base 8"),
+    "rotated": ({"rope__dimension_count": 4}, r"rope\.dimension_count is 4, .* 8"),
+    "experts": ({"expert_count": 4}, r"llama\.expert_count is 4, .* 0"),
     "tokens": ({"tokens": ["<pad>", "<eos>", "<unk>", "other", *tiny.WORDS[4:]]}, "its token 3 is 'other', .* 'w0'"),
     "fewer tokens": ({"tokens": list(tiny.WORDS[:-1])}, "its token 39 is None, .* 'w36'"),
 }
@@ -282,6 +287,24 @@ def test_scaled_positions(tmp_path):
         export_gguf(str(tmp_path / "run"), tmp_path / "out.gguf", str(tmp_path / "base.gguf"))
 
 
+def test_what_the_base_file_says_of_its_own_weights_is_left_out(tmp_path):
+    """And a chat template that the checkpoint has not, or has under a name alone, is none of the file."""
+    said = {
+        "general.uuid": "a",
+        "general.quantized_by": "b",
+        "general.base_model.1.name": "c",
+        "quantize.imatrix.file": "d",
+    }
+    write_base(tmp_path / "base.gguf", strings={**said, "tokenizer.chat_template": "{{ base }}"})
+    made = saved(tmp_path / "run")
+    for number, template in enumerate((None, {"rag": "{{ x }}", "tool_use": "{{ y }}"})):
+        made.tokenizer.chat_template = template
+        made.save_pretrained(str(tmp_path / "run"))
+        out = tmp_path / f"{number}.gguf"
+        export_gguf(str(tmp_path / "run"), out, str(tmp_path / "base.gguf"))
+        assert not read(out)[1].keys() & {*said, "tokenizer.chat_template"}
+
+
 def test_nothing_is_left(tmp_path):
     """An existing file stays, and of one that cannot be written whole nothing is left."""
     base, run, out = tmp_path / "base.gguf", str(tmp_path / "run"), tmp_path / "new" / "out.gguf"
@@ -301,6 +324,9 @@ def test_nothing_is_left(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="the file cannot be written"):
         export_gguf(run, tmp_path / "file" / "out.gguf", str(base))
+    for length in (254, 300):
+        with pytest.raises(ConfigError, match="the file cannot be written"):
+            export_gguf(run, tmp_path / ("a" * length), str(base))
     assert not out.parent.exists()
     export_gguf(run, out, str(base), "BF16")
     assert [file.name for file in out.parent.iterdir()] == ["out.gguf"]

@@ -448,3 +448,27 @@ def test_an_expected_embedding_is_the_mean_of_the_most_likely_tokens():
     torch.testing.assert_close(every, probs @ table)
     kept = probs.masked_fill(probs < probs.sort(-1, descending=True).values[..., 2:3], 0)
     torch.testing.assert_close(made.expected_embedding(hidden, 3), kept / kept.sum(-1, keepdim=True) @ table)
+
+
+def test_token_embeddings_fed_back_raw_get_their_positions():
+    """A raw state holds the base's learned position embeddings, a mean token embedding does not."""
+    made = tiny.reasoner(
+        "gpt2",
+        {
+            "workspace": "token",
+            "feedback": "raw",
+            "projection": {"kind": "expected_embedding", "top_tokens": 1},
+            "timestep": {"kind": "none"},
+            "lora": {"kind": "none"},
+            "residual": {"source": "none"},
+        },
+    )
+    fed, gpt2 = [], made.base.transformer
+    gpt2.h[0].register_forward_pre_hook(lambda module, inputs: fed.append(inputs[0]))
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        context = made.encode(prompt, torch.ones_like(prompt))
+        _, states = made.iterate(context, 1)
+        made.iterate(context, 2)
+        expected = gpt2.wte(made.head(states).argmax(-1)) + gpt2.wpe(torch.arange(4))
+    torch.testing.assert_close(fed[-1], expected, rtol=1e-5, atol=1e-5)

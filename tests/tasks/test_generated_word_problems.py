@@ -83,11 +83,11 @@ def test_steps_in_words_have_the_same_equations():
 
 
 def test_a_running_calculation_goes_on_from_its_last_result():
-    """Read from left to right as a calculator does, from the first number of the story; or with both operands."""
+    """Read from left to right as a calculator does, or with both operands."""
     short = 0
     for plain, running in zip(take(300), take(300, steps="running"), strict=True):
         assert (plain.question, plain.answer) == (running.question, running.answer)
-        value = int(re.search(r"\d+", running.question).group())
+        value = None
         for step, (left, sign, right, result) in zip(running.steps, equations(plain), strict=True):
             first, second = re.fullmatch(r"(\d*)[-+*/](\d+)", step.partition("=")[0]).groups()
             assert sign in step
@@ -99,7 +99,7 @@ def test_a_running_calculation_goes_on_from_its_last_result():
             *(str(result) for *_, result in list(equations(plain))[:-1]),
             "",
         ]
-    assert short > 900
+    assert short > 600
 
 
 def test_difficulty_is_the_number_of_steps_however_they_are_written():

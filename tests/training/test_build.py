@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from slr_core.errors import ConfigError
 from slr_core.model.reasoner import LatentReasoner
@@ -87,3 +90,26 @@ def test_other_adapters_cannot_be_kept(fine_tuned, lora):
 def test_a_language_model_has_no_adapters_to_keep(fine_tuned):
     with pytest.raises(ConfigError, match=r"base.keep_adapters needs a latent reasoner in base.from"):
         keeping(fine_tuned / "base")
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"use_rslora": True}, {"lora_bias": True}])
+def test_kept_adapters_act_as_they_did(fine_tuned, tmp_path, change):
+    """Also adapters whose PEFT config says more than loop.lora, as imported ones do."""
+    source = LatentReasoner.from_pretrained(str(fine_tuned))
+    config = replace(source.adapter_configs["loop_01"], **change)
+    base = AutoModelForCausalLM.from_pretrained(fine_tuned / "base")
+    other = LatentReasoner(base, source.tokenizer, source.config, {"loop_01": config})
+    tiny.shake(other)
+    other.save_pretrained(str(tmp_path / "other"))
+    made = keeping(tmp_path / "other").eval()
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        torch.testing.assert_close(made.base(prompt).logits, other.eval().base(prompt).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_as_many_adapters_must_be_kept(tmp_path):
+    loop = {"lora": {"rank": 3}, "trained_iterations": 3}
+    build(recipe(loop=loop)).save_pretrained(str(tmp_path / "made"))
+    base = {"from": str(tmp_path / "made"), "keep_adapters": True}
+    with pytest.raises(ConfigError, match=r"adapters loop_01, loop_02, loop_03, the recipe's loop loop_01, loop_02: "):
+        build(recipe(base=base, loop={**loop, "trained_iterations": 2}))

@@ -176,6 +176,9 @@ NO_CHAINS = "objectives.chains must be 0 unless loop.workspace is `append`"
 NO_STEPS = "objectives.steps must be 0 in the workspace `prompt`"
 NO_START = "objectives.start must be 0 in the workspace `prompt`"
 ONLY_ANSWER = {**dict.fromkeys(ObjectiveWeights.model_fields, 0), "answer": 1}
+STEPS = {**dict.fromkeys(ObjectiveWeights.model_fields, 0), "answer": 1, "steps": 1}
+SOFT = {"projection": {"kind": "expected_embedding"}}
+CHAIN = {"supervised": "chain", "objectives": STEPS, "loop": SOFT, "text": {"answer_prefix": " #"}}
 MISFITS = {
     "chains-block": ({"loop": {"workspace": "block"}}, NO_CHAINS),
     "chains-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"chains": 1}}, NO_CHAINS),
@@ -183,11 +186,20 @@ MISFITS = {
     "chains-pause": ({"loop": {"projection": {"kind": "pause"}}}, NO_CHAINS),
     "steps-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"steps": 1}}, NO_STEPS),
     "cot-prompt": ({"loop": {"workspace": "prompt"}, "objectives": {"codi": 1}}, "objectives.cot and codi must be 0"),
-    "every-append": ({"supervised": "every"}, "supervised must not be `every` but in the workspace `block`"),
+    "every-append": (
+        {"supervised": "every", "objectives": STEPS},
+        "supervised must not be `every` but in the workspace `block`",
+    ),
     "chain-block": (
-        {"supervised": "chain", "chains": 0, "loop": {"workspace": "block"}},
+        {"supervised": "chain", "objectives": STEPS, "loop": {"workspace": "block"}},
         "supervised must not be `chain` but in the workspaces `block` with feedback `shifted`",
     ),
+    "chain-without-steps": ({"supervised": "chain", "loop": SOFT}, "supervised `chain` needs objectives.steps or cot"),
+    "chain-replaced": ({**CHAIN, "stages": [{**DATA["stages"][0], "replaced": 1}]}, "stages that replace all steps"),
+    "chain-removed": ({**CHAIN, "stages": [{**DATA["stages"][0], "removed_tokens": 1}]}, "stages that replace all"),
+    "chain-states": ({**CHAIN, "objectives": {**STEPS, "cot_states": 1}}, "objectives.cot_states and thoughts must be"),
+    "chain-per-step": ({**CHAIN, "thoughts_per_step": 2}, "thoughts_per_step must be 1 with supervised `chain`"),
+    "chain-prefix": ({**CHAIN, "text": {"answer_prefix": ""}}, "`append` needs text.answer_prefix"),
     "no-head": ({"objectives": {"halting": 1}}, "objectives.halting needs loop.halting_head"),
     "no-decoder": ({"objectives": {"thoughts": 1}}, "objectives.thoughts needs loop.decoder.latent_decoder"),
     "text-append": ({"objectives": {"text": 1}}, "objectives.text needs the workspace `prompt`"),

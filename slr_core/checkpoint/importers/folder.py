@@ -54,7 +54,7 @@ def check_new(out: Path) -> None:
     Raises:
         ConfigError: it exists and is not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: expected a new or empty folder")
 
 
@@ -69,7 +69,7 @@ def written_whole(out: Path, *, folder: bool = True) -> Iterator[Path]:
     Raises:
         ConfigError: a folder or file cannot be written.
     """
-    missing = [path for path in (out.absolute(), *out.absolute().parents) if not path.exists()]
+    missing = [path for path in (out.absolute(), *out.absolute().parents) if not os.path.exists(path)]
     part = out.absolute().with_name(f".{out.name}.{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -81,11 +81,11 @@ def written_whole(out: Path, *, folder: bool = True) -> Iterator[Path]:
         kind = "folder" if folder else "file"
         raise ConfigError(f"{out}: the {kind} cannot be written ({error})") from error
     finally:
-        if part.is_dir():
+        if os.path.isdir(part):  # not Path.is_dir, which raises if the name is too long
             shutil.rmtree(part)
-        elif part.exists():
+        elif os.path.exists(part):
             part.unlink()
-        if not out.exists():
+        if not os.path.exists(out):
             for path in missing[1:]:
                 if path.exists():
                     path.rmdir()

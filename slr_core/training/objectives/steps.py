@@ -22,11 +22,11 @@ def steps(rollout: Rollout) -> Mean:
     chain, in every iteration: a state learns what the loop will end with, as in consistency language models (Kou et
     al., 2024, arXiv 2403.00835).
 
-    With ``supervised: chain`` in the workspace ``append``, thought t is asked for token t + 1 of the chain and the two
+    With ``supervised: chain`` in the workspace ``append``, thought t is asked for token t + 1 of the chain and the
     marks after it.
     """
     config = rollout.config
-    if config.thinks_by_token:
+    if config.thinks_by_token(rollout.reasoner.config.loop):
         return _token_by_token(rollout)
     if config.supervised == "chain":
         written = rollout.batch["cot_ids"][:, 1:]

@@ -33,7 +33,12 @@ class Setup:
         self.reasoner = build(self.config).eval()
         if shake:
             tiny.shake(self.reasoner)
-        self.collator = Collator(self.reasoner.tokenizer, self.config, self.reasoner.config.text)
+        self.collator = Collator(
+            self.reasoner.tokenizer,
+            self.config,
+            self.reasoner.config.text,
+            by_token=self.config.thinks_by_token(self.reasoner.config.loop),
+        )
         self.items = list(StageStream(self.config))[-1]
         self.batch = self.collator(self.items)
 

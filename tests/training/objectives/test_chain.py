@@ -95,7 +95,7 @@ def test_only_iterations_with_gradients_are_supervised():
 SOFT = {"projection": {"kind": "expected_embedding"}}
 
 
-def test_thoughts_of_a_chain_are_asked_for_its_next_token_and_twice_for_its_end():
+def test_thoughts_of_a_chain_are_asked_for_its_next_token_and_then_for_its_end():
     stages = [{**DATA["stages"][0], "iterations": 4, "exit": "own"}]
     made = Setup({"steps": 1.0}, SOFT, supervised="chain", stages=stages)
     states, losses = last_states(made)[:, 1:, 0], []
@@ -103,12 +103,12 @@ def test_thoughts_of_a_chain_are_asked_for_its_next_token_and_twice_for_its_end(
         steps = [made.reasoner.tokenizer(step).input_ids for step in item.example.steps]
         chain = [token for step in steps for token in step]
         (mark,) = made.reasoner.tokenizer("#").input_ids
-        written = [*chain, mark, mark][1:5]
+        written = [*chain, mark, mark, mark][1:5]
         for t, token in enumerate(written):
             losses.append(float(-made.reasoner.head(states[row, t]).log_softmax(-1)[token].detach()))
-        assert real(made.batch["cot_ids"][row])[: len(chain) + 2] == [*chain, mark, mark]
-        assert made.batch["work"][row] == len(chain) + 1
-        assert made.batch["exits"][row] == min(4, len(chain) + 1)
+        assert real(made.batch["cot_ids"][row])[: len(chain) + 3] == [*chain, mark, mark, mark]
+        assert made.batch["work"][row] == len(chain) + 2
+        assert made.batch["exits"][row] == min(4, len(chain) + 2)
     assert float(made.terms()["steps"].detach()) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
