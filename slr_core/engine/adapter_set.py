@@ -117,6 +117,7 @@ class LoopAdapterSet:
         prompt_states: Tensor | None,
         iterations: Sequence[int],
         last_changes: Sequence[float | None],
+        heads: Sequence[Tensor | None],
     ) -> Tensor:
         """``u_t`` ``[n, W, d]`` of one iteration of each row.
 
@@ -125,8 +126,9 @@ class LoopAdapterSet:
             prompt_states: as in :meth:`LatentReasoner.feed_back`, ``[n, d]``.
             iterations: each row's ``t``.
             last_changes: each row's last relative change.
+            heads: each row's log-probabilities ``[V]`` at h_{t-1}, where the LM head has been read there.
         """
-        timestep, projected = self.reasoner.timestep, self.reasoner.feed_back(hidden, prompt_states)
+        timestep, projected = self.reasoner.timestep, self._feed_back(hidden, prompt_states, heads)
         if self.reasoner.shifted:
             first = torch.tensor([t == 1 for t in iterations], device=hidden.device)
             projected = torch.where(first[:, None, None], hidden, projected)
@@ -142,6 +144,13 @@ class LoopAdapterSet:
         if timestep.noise_level:
             changes = torch.tensor([torch.nan if x is None else x for x in last_changes], device=device)[:, None]
         return timestep.combined(projected, e_t, changes)
+
+    def _feed_back(self, hidden: Tensor, prompt_states: Tensor | None, heads: Sequence[Tensor | None]) -> Tensor:
+        """As :meth:`LatentReasoner.feed_back`; the LM head is not read again where it has been."""
+        projection, known = self.config.projection, [head for head in heads if head is not None]
+        if projection.kind != "expected_embedding" or self.in_place or len(known) < len(heads):
+            return self.reasoner.feed_back(hidden, prompt_states)
+        return self.reasoner.expected_embedding(torch.stack(known), projection.top_tokens)[:, None].to(hidden.dtype)
 
 
 def number_adapters(

@@ -125,14 +125,14 @@ class AdaptedModel(nn.Module):
         """Log-probabilities ``[..., V]`` fp32 of the next token, read by the LM head at states ``[..., d]``."""
         return self.head(hidden).float().log_softmax(-1)
 
-    def expected_embedding(self, hidden: Tensor, count: int) -> Tensor:
-        """The mean embedding ``[..., d]`` of the ``count`` most likely next tokens at states ``[..., d]``.
+    def expected_embedding(self, scores: Tensor, count: int) -> Tensor:
+        """The mean embedding ``[..., d]`` of the ``count`` most likely next tokens, by logits or log-probabilities.
 
-        The weights are the tokens' probabilities, divided by their sum. Soft Thinking (Zhang et al., 2025, arXiv
-        2505.15778). Where a model is sure of its tokens, a loop over a block is Jacobi decoding (Santilli et al., 2023,
-        arXiv 2305.10427): its fixed point is what the model would write.
+        They are given as ``[..., V]`` fp32. The weights are the tokens' probabilities, divided by their sum. Soft
+        Thinking (Zhang et al., 2025, arXiv 2505.15778). Where a model is sure of its tokens, a loop over a block is
+        Jacobi decoding (Santilli et al., 2023, arXiv 2305.10427): its fixed point is what the model would write.
         """
-        top = self.head(hidden).float().topk(min(count, self.vocab_size))
+        top = scores.topk(min(count, self.vocab_size))
         embedded = self.embed(top.indices)
         return (top.values.softmax(-1).to(embedded.dtype)[..., None] * embedded).sum(-2)
 

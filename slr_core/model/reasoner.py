@@ -238,7 +238,7 @@ class LatentReasoner(AdaptedModel):
     def project_in(self, hidden: Tensor) -> Tensor:
         """``project``: inputs ``[..., d]`` from states ``[..., d]``."""
         if self.project.kind == "expected_embedding":
-            return self.expected_embedding(hidden, self.config.loop.projection.top_tokens)
+            return self.expected_embedding(self.head(hidden).float(), self.config.loop.projection.top_tokens)
         projected: Tensor = self.project(hidden, self.embedding_rms())
         return projected
 

@@ -68,6 +68,17 @@ def test_requests_from_many_threads(made, requests, expected, slots):
     assert is_empty(serving._core)
 
 
+def test_an_expected_embedding_does_not_read_the_head_again(monkeypatch):
+    """Where the exit criterion has read it; before the first iteration nothing has."""
+    made = tiny.reasoner(loop={"projection": {"kind": "expected_embedding", "top_tokens": 3}})
+    request = tiny.request(made, tiny.PROMPTS[0], {"max_iterations": 4, "min_iterations": 4, "criterion": "kl"})
+    expected, read, head = facts(generate(made, [request])[0]), [], made.head
+    monkeypatch.setattr(made, "head", lambda states: (read.append(len(states)), head(states))[1])
+    with Engine(made, slots=1) as serving:
+        assert facts(serving.submit(request).result(TIMEOUT)) == expected
+    assert read == [1]
+
+
 def test_generate_samples_and_stops(made):
     loop, prompt = {"max_iterations": 2, "criterion": "fixed"}, tiny.PROMPTS[2]
     seeded = SamplingParams(temperature=1.5, seed=3)

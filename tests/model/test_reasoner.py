@@ -444,10 +444,13 @@ def test_an_expected_embedding_is_the_mean_of_the_most_likely_tokens():
     made = tiny.reasoner()
     hidden = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(2)) / 4
     table, probs = made.base.get_input_embeddings().weight, made.head(hidden).softmax(-1)
-    every = made.expected_embedding(hidden, 10_000)
+    logits = made.head(hidden)
+    every = made.expected_embedding(logits, 10_000)
     torch.testing.assert_close(every, probs @ table)
     kept = probs.masked_fill(probs < probs.sort(-1, descending=True).values[..., 2:3], 0)
-    torch.testing.assert_close(made.expected_embedding(hidden, 3), kept / kept.sum(-1, keepdim=True) @ table)
+    torch.testing.assert_close(
+        made.expected_embedding(logits.log_softmax(-1), 3), kept / kept.sum(-1, keepdim=True) @ table
+    )
 
 
 def test_token_embeddings_fed_back_raw_get_their_positions():

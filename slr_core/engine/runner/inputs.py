@@ -87,7 +87,8 @@ def _loop_inputs(rows: Rows[Sequence]) -> Tensor:
     """``u_t`` ``[n, W, d]`` of the next iteration of rows of one loop adapter set."""
     hidden, _ = stack_states([row.states[-1] for row in rows])
     iterations, changes = [row.t + 1 for row in rows], [row.last_change for row in rows]
-    return rows[0].adapter_set.inputs(hidden, _prompt_states(rows), iterations, changes)
+    heads = [row.head if row.t else None for row in rows]
+    return rows[0].adapter_set.inputs(hidden, _prompt_states(rows), iterations, changes, heads)
 
 
 def _closing_inputs(rows: Rows[Sequence]) -> Tensor:
@@ -95,7 +96,8 @@ def _closing_inputs(rows: Rows[Sequence]) -> Tensor:
     if rows[0].adapter_set.workspace.per_token:
         again = [row.token.closing_iteration or 0 for row in rows if row.token is not None]
         hidden, _ = stack_states([row.states[max(0, t - 1)] for row, t in zip(rows, again, strict=True)])
-        u = rows[0].adapter_set.inputs(hidden, None, [max(1, t) for t in again], [None] * len(rows))
+        none = [None] * len(rows)
+        u = rows[0].adapter_set.inputs(hidden, None, [max(1, t) for t in again], none, none)
         looped = torch.tensor([t > 0 for t in again], device=hidden.device)
         return torch.where(looped[:, None, None], u, hidden)
     hidden, _ = stack_states([_last_state(row) for row in rows])
