@@ -4,7 +4,8 @@
 
 Reads the checkpoints that the recipes of ``configs/word_problems`` leave in one folder; those that are not there have
 no row. All answer the same questions, greedily: held-out wordings of the generated task, and the first questions of
-SVAMP, ASDiv and GSM-Hard where the folder ``--data`` has them. Then each answers the first questions alone, one after
+SVAMP, ASDiv and GSM-Hard where the folder ``--data`` has them; an interrupted run goes on with the rows that it has in
+``--out``, if models and questions are the same. Then each answers the first questions alone, one after
 another, on one thread, all sides in turn: processor time of an answer. There, llama.cpp runs the model that writes its
 steps as equations, too, merged and exported to GGUF in F16 and rounded to 8 bits. Intervals are Wilson's, 95 %.
 """
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from slr_core.checkpoint.gguf_layout import TensorType
 from slr_core.engine.runner.device import load_reasoner
 from slr_core.evaluation.backends import GenerationOptions, Local
 from slr_core.evaluation.outcomes import MethodAnswer
+from slr_core.evaluation.run import identify_model
 from slr_core.evaluation.statistics import wilson_interval
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import OptionValue
@@ -75,7 +78,6 @@ def _fixed(iterations: int) -> dict[str, Any]:
 
 
 WRITTEN = {"text.answer_prefix": ""}
-BLOCK = {"loop.workspace": "block", "loop.block_size": 16, "loop.feedback": "shifted"}
 
 METHODS = {
     "base, zero-shot": Method("fresh", _fixed(0), STEP_TOKENS),
@@ -86,7 +88,6 @@ METHODS = {
     "loop `block`, 8 iterations": Method("block", _fixed(8)),
     "loop `soft`, 8 thoughts": Method("soft", _fixed(8)),
     "loop `soft`, own exit": Method("soft"),
-    "`soft` as a block of 16, own exit": Method("soft", changes=BLOCK),
     "`soft`, its chain written": Method("soft", _fixed(0), STEP_TOKENS, WRITTEN),
     WRITES: Method("cot", _fixed(0), STEP_TOKENS),
     IN_WORDS: Method("cot_words", _fixed(0), 2 * STEP_TOKENS),
@@ -95,8 +96,9 @@ METHODS = {
 
 @dataclass
 class Row:
-    """What was measured of a method."""
+    """What was measured of a method; ``of`` identifies its model, settings and questions."""
 
+    of: str
     right: dict[str, tuple[int, int]] = field(default_factory=dict)
     tokens: float = 0.0
     passes: float = 0.0
@@ -119,6 +121,7 @@ def main() -> None:
     sides: dict[str, Callable[[str], object]] = {}
     rows: dict[str, Row] = {}
     backends: dict[str, Local] = {}
+    known = read_rows(options.out) if options.out is not None else {}
     for name in options.only:
         method = METHODS[name]
         if not (options.models / method.folder / CONFIG).exists():
@@ -126,11 +129,16 @@ def main() -> None:
             continue
         if method.model not in backends:
             backends[method.model] = Local(load(options.models / method.folder, method.changes), threads=1)
-        rows[name] = Row()
         sides[name] = _alone(backends[method.model], method)
+        rows[name] = Row(_identity(options.models, method, sets))
+        if name in known and known[name].of == rows[name].of:
+            rows[name] = known[name]
+            continue
         for title, (task, questions) in sets.items():
             grade(rows[name], f"{name}, {title}", title, task, questions, backends[method.model], method)
         print(name, rows[name], flush=True)
+        if options.out is not None:
+            write_rows(options.out, rows)
     with tempfile.TemporaryDirectory() as folder:
         if WRITES in rows:
             kinds: tuple[TensorType, ...] = ("F16", "Q8_0")
@@ -138,15 +146,33 @@ def main() -> None:
                 file = Path(folder) / f"{kind}.gguf"
                 export_gguf(str(options.models / METHODS[WRITES].folder), file, "smollm2", kind)
                 name = f"{WRITES}, llama.cpp {kind}"
-                rows[name] = Row()
+                rows[name] = Row(kind)
                 sides[name] = llama_cpp(file, backends[METHODS[WRITES].model], sets["held out"], rows[name])
         time_alone(rows, sides, [example.question for example in sets["held out"][1].examples[: options.alone]])
     lines = table(rows, sets, options.alone)
     print(*lines, sep="\n")
     if options.out is not None:
         options.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        record = {name: vars(row) for name, row in rows.items()}
-        options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_rows(options.out, rows)
+
+
+def read_rows(out: Path) -> dict[str, Row]:
+    """The rows of an earlier run; none if there are none."""
+    file = out.with_suffix(".json")
+    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {name: Row(**fields) for name, fields in record.items() if "of" in fields}
+
+
+def write_rows(out: Path, rows: dict[str, Row]) -> None:
+    """Write what has been measured so far."""
+    record = {name: vars(row) for name, row in rows.items()}
+    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _identity(models: Path, method: Method, sets: dict[str, tuple[Any, Questions]]) -> str:
+    model = identify_model(str(models / method.folder))["sha256"]
+    parts = [model, method, *(questions.sha256 for _, questions in sets.values())]
+    return sha256(str(parts).encode()).hexdigest()[:16]
 
 
 def question_sets(data: Path, held_out: int, transfer: int) -> dict[str, tuple[Any, Questions]]:

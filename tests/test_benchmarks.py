@@ -135,13 +135,15 @@ def test_word_problems_table(tmp_path, monkeypatch, capsys):
     assert all(row["right"]["held out"][1] == 5 for row in record.values())
     assert record[chosen[1]]["passes"] - record[chosen[1]]["tokens"] >= 9  # prompt, 8 iterations, the closing pass
     assert len((tmp_path / "table.md").read_text().splitlines()) == 6 + 3
+    monkeypatch.setattr(word_problems, "grade", None)  # another run has nothing left to grade
+    word_problems.main()
 
 
 def test_word_problems_shares():
     sets = word_problems.question_sets(Path("nowhere"), 5, 0)
     rows = {
-        "loop": word_problems.Row({"held out": (3, 5)}, 2.0, 5.0, 10.0),
-        word_problems.WRITES: word_problems.Row({"held out": (4, 5)}, 20.0, 21.0, 40.0),
+        "loop": word_problems.Row("", {"held out": (3, 5)}, 2.0, 5.0, 10.0),
+        word_problems.WRITES: word_problems.Row("", {"held out": (4, 5)}, 20.0, 21.0, 40.0),
     }
     *_, loop, writes = word_problems.table(rows, sets, 1)
     assert loop == "| loop | 0.600 (0.231 to 0.882) | 2.0 | 5.0 | 10 | 0.25 | - |"
