@@ -258,7 +258,7 @@ def test_options_given_as_text_are_read_as_their_kind():
         ("word_problems", {"max_steps": 7}, "2 to 6"),
         ("word_problems", {"least": 20}, "least"),
         ("word_problems", {"distractors": -1}, "distractors"),
-        ("word_problems", {"steps": "spoken"}, "equations, words or results"),
+        ("word_problems", {"steps": "spoken"}, "equations, words or running"),
         ("word_problems", {"templates": "test"}, "train or held_out"),
     ],
     ids=str,
