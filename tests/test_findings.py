@@ -113,7 +113,7 @@ def shrunk(name, tmp_path, **changes):
     ("name", "changes", "rows"),
     [
         ("thinking_longer", {}, 6),
-        ("data", {"vary": {"stages.0.data.0.questions": [4]}}, 4),
+        ("data", {"vary": {"stages.0.data.0.questions": [4]}}, 5),
     ],
 )
 def test_sweeps_run(name, changes, rows, tmp_path):
