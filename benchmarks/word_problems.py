@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import reduce
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -59,7 +56,7 @@ class Method:
         folder: below ``--models``.
         loop: loop parameters of its requests; empty: the checkpoint's own.
         tokens: longest answer; ``None``: the checkpoint's own.
-        changes: of the checkpoint's config, by dotted name: its weights are run in another way.
+        changes: of the checkpoint's config, as for :meth:`SLRConfig.replace`.
     """
 
     folder: str
@@ -77,7 +74,7 @@ def _fixed(iterations: int) -> dict[str, Any]:
     return {"criterion": "fixed", "max_iterations": iterations, "min_iterations": iterations}
 
 
-WRITTEN = {"text.answer_prefix": ""}
+WRITTEN = {"text": {"answer_prefix": ""}}
 
 METHODS = {
     "base, zero-shot": Method("fresh", _fixed(0), STEP_TOKENS),
@@ -187,16 +184,9 @@ def question_sets(data: Path, held_out: int, transfer: int) -> dict[str, tuple[A
 
 def load(folder: Path, changes: dict[str, Any]) -> LatentReasoner:
     """A checkpoint in bfloat16, with changes of its config."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        changed = Path(temporary) / folder.name
-        shutil.copytree(folder, changed, copy_function=os.link, ignore=shutil.ignore_patterns("steps"))
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        for name, value in changes.items():
-            *groups, last = name.split(".")
-            reduce(lambda group, key: group[key], groups, config)[last] = value
-        (changed / CONFIG).unlink()
-        (changed / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-        return load_reasoner(str(changed), dtype="bfloat16")
+    reasoner = load_reasoner(str(folder), dtype="bfloat16")
+    reasoner.config = reasoner.config.replace(**changes)
+    return reasoner
 
 
 def grade(row: Row, about: str, title: str, task: Any, questions: Questions, backend: Local, method: Method) -> None:

@@ -12,8 +12,8 @@ from slr_core.cli.options import Model, hide_loading_bars
 
 GgufType = Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 """Number formats of :data:`slr_core.checkpoint.gguf_layout.TensorType`, whose module takes seconds to import."""
-FINER: dict[GgufType, str] = {"F32": "", "F16": " Choose F32."}
-"""Advice where one of these formats rounds too much."""
+ROUNDING_ADVICE: dict[GgufType, str] = {"F32": "", "F16": " Choose F32."}
+"""What to choose where one of these formats rounds too much; for all others, F16 or F32."""
 
 
 def export(
@@ -83,7 +83,7 @@ def _export_gguf(model: str | None, out: Path, base: str | None, gguf_type: Gguf
     for setting in exported.left_out:
         print(f"Not in the file, for its client to apply: {setting}")
     if exported.rounding > 1:
-        advice = FINER.get(gguf_type, " Choose F16 or F32.")
+        advice = ROUNDING_ADVICE.get(gguf_type, " Choose F16 or F32.")
         print(
             f"Rounding to {gguf_type} changed the weights {exported.rounding:.1f} times as much as the adapter did: "
             f"answers can be far from the checkpoint's.{advice}"

@@ -73,11 +73,6 @@ class LoopAdapterSet:
         """Whether its states are those before the final norm."""
         return self.reasoner.final_norm is not None
 
-    @property
-    def feeds_positions(self) -> bool:
-        """As :attr:`LoopConfig.feeds_positions`."""
-        return self.reasoner.config.loop.feeds_positions
-
     def adapter_name(self, t: int) -> str | None:
         """As :meth:`LatentReasoner.adapter_name`, cached."""
         if t not in self._adapter_names:

@@ -66,7 +66,7 @@ def remove_position_embeddings(work: Rows[Work], inputs: Tensor, embeddings: nn.
     positions: list[int] = []
     start = 0
     for row, queries in work:
-        if row.adapter_set.feeds_positions and _iteration(row) > 1:
+        if row.adapter_set.config.feeds_positions and _iteration(row) > 1:
             places += range(start, start + queries)
             positions += range(row.filled, row.filled + queries)
         start += queries
