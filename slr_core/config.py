@@ -23,7 +23,15 @@ M = TypeVar("M", bound=BaseModel)
 FORMAT_VERSION = 1
 
 Criterion = Literal[
-    "relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "learned", "survival", "fixed"
+    "relative_change",
+    "cosine",
+    "kl",
+    "entropy_change",
+    "argmax_stable",
+    "end_token",
+    "learned",
+    "survival",
+    "fixed",
 ]
 WorkspaceKind = Literal["append", "block", "prompt", "token"]
 
@@ -33,17 +41,20 @@ DEFAULT_THRESHOLDS: dict[str, float] = {
     "kl": 0.01,
     "entropy_change": 0.01,
     "argmax_stable": 0.5,
+    "end_token": 0.5,
     "learned": 0.5,
     "survival": 0.5,
     "fixed": 0.0,
 }
 """Default threshold of each criterion. A criterion is a distance between two iterations that is small when the loop
-has converged: ``argmax_stable`` is 0 or 1, ``learned`` is 1 - p_halt, ``survival`` is the product of
-1 - p_halt over the iterations so far, ``fixed`` never falls below its threshold."""
+has converged: ``argmax_stable`` is 0 or 1, ``end_token`` is 1 minus the probability of a token, ``learned`` is
+1 - p_halt, ``survival`` is the product of 1 - p_halt over the iterations so far, ``fixed`` never falls below its
+threshold."""
 
 READS_HALTING_HEAD: tuple[str, ...] = ("learned", "survival")
 """Criteria that need a halting head."""
 
+TokenId = Annotated[int, Field(ge=0)]
 Threshold = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
 
@@ -154,6 +165,11 @@ class ConvergenceConfig(_Model):
         None, description="stop when the criterion falls below it; None: the criterion's default (DEFAULT_THRESHOLDS)"
     )
     patience: int = Field(1, ge=1, le=64, description="consecutive iterations below the threshold")
+    end_token_id: TokenId | None = Field(
+        None,
+        description="token that ends a loop of the criterion `end_token`, whose distance is 1 minus the probability of "
+        "this token at the state (Soft Thinking, arXiv 2505.15778); None: the criterion cannot be used",
+    )
 
     @property
     def effective_threshold(self) -> float:
@@ -272,8 +288,8 @@ class LoopConfig(_Model):
                     f"lora.rank must be one number or {self.trained_iterations}, one per trained iteration, "
                     f"got {len(self.lora.rank)}"
                 )
-        if self.convergence.criterion in READS_HALTING_HEAD and not self.halting_head:
-            raise ValueError(f"convergence.criterion `{self.convergence.criterion}` needs halting_head to be true")
+        if needed := self.missing_for(self.convergence.criterion):
+            raise ValueError(f"convergence.criterion `{self.convergence.criterion}` needs {needed}")
         return self
 
     @model_validator(mode="after")
@@ -291,6 +307,14 @@ class LoopConfig(_Model):
                 raise ValueError(f"{field} is not supported by workspace `token`: {why}")
         return self
 
+    def missing_for(self, criterion: Criterion) -> str | None:
+        """What an exit criterion needs that this loop does not have; ``None``: nothing."""
+        if criterion in READS_HALTING_HEAD and not self.halting_head:
+            return "halting_head to be true"
+        if criterion == "end_token" and self.convergence.end_token_id is None:
+            return "convergence.end_token_id"
+        return None
+
     @property
     def feeds_positions(self) -> bool:
         """Whether what is fed back holds the base's learned position embeddings, which it must not get again.
@@ -306,7 +330,6 @@ class LoopConfig(_Model):
         return tuple(f"loop_{t:02d}" for t in range(1, count + 1))
 
 
-TokenId = Annotated[int, Field(ge=0)]
 # Every prompt is joined with these texts, and every new token is compared with the strings that end an answer.
 _Text = Annotated[str, Field(max_length=65536)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1024)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
-from slr_core.config import DEFAULT_THRESHOLDS, READS_HALTING_HEAD, Criterion, SLRConfig
+from slr_core.config import DEFAULT_THRESHOLDS, Criterion, SLRConfig
 from slr_core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -108,12 +108,14 @@ class LoopParams:
         parameter is set.
 
         Raises:
-            RequestError: the criterion needs a halting head that the checkpoint does not have, the workspace takes no
-                noise, or the loop would pass the last trained iteration under the policy ``error``.
+            RequestError: the criterion needs a halting head or an end token that the checkpoint does not have, the
+                workspace takes no noise, or the loop would pass the last trained iteration under the policy ``error``.
         """
         loop = config.loop
-        if self.criterion in READS_HALTING_HEAD and not loop.halting_head:
-            raise RequestError(f"criterion {self.criterion} needs a checkpoint with a halting head", param="criterion")
+        if self.criterion is not None and (needed := loop.missing_for(self.criterion)):
+            raise RequestError(
+                f"criterion {self.criterion} needs a checkpoint whose loop config has {needed}", param="criterion"
+            )
         if self.noise_scale and loop.workspace == "token":
             raise RequestError("the workspace token has no initial state that noise could disturb", param="noise_scale")
         most, least = self.max_iterations, self.min_iterations
@@ -149,4 +151,4 @@ class ResolvedLoopParams:
     @property
     def reads_head(self) -> bool:
         """Whether the criterion needs the LM head's logits at every iteration."""
-        return self.criterion in ("kl", "entropy_change", "argmax_stable")
+        return self.criterion in ("kl", "entropy_change", "argmax_stable", "end_token")

@@ -190,6 +190,10 @@ MISFITS = {
         {"convergence": {"criterion": "survival"}},
         "loop: convergence.criterion `survival` needs halting_head to be true",
     ),
+    "no-end-token": (
+        {"convergence": {"criterion": "end_token"}},
+        "loop: convergence.criterion `end_token` needs convergence.end_token_id",
+    ),
     "shared-ranks": (
         {"lora": {"kind": "shared", "rank": [8]}},
         "loop: lora.rank must be one number for lora.kind `shared`",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from fastapi import APIRouter
 from pydantic import Field, TypeAdapter, ValidationError
@@ -15,7 +15,7 @@ from starlette.staticfiles import StaticFiles
 
 from slr_core.checkpoint.folder import local_path
 from slr_core.checkpoint.validate import line, read_json
-from slr_core.config import DEFAULT_THRESHOLDS, READS_HALTING_HEAD
+from slr_core.config import DEFAULT_THRESHOLDS, Criterion
 from slr_core.errors import CheckpointError
 from slr_core.generation.prepare import reads_chats
 from slr_core.model.base_support import hidden_size
@@ -66,11 +66,7 @@ async def checkpoint(service: ServiceDependency) -> CheckpointInfo:
         max_iterations=min(config.default_iterations, settings.max_iterations),
         criterion=loop.convergence.criterion,
         threshold=loop.convergence.effective_threshold,
-        criteria={
-            name: value
-            for name, value in DEFAULT_THRESHOLDS.items()
-            if loop.halting_head or name not in READS_HALTING_HEAD
-        },
+        criteria={name: DEFAULT_THRESHOLDS[name] for name in get_args(Criterion) if loop.missing_for(name) is None},
         max_new_tokens=min(config.text.max_new_tokens, settings.max_new_tokens),
         limits=RequestLimits(
             max_iterations=settings.max_iterations,

@@ -227,6 +227,7 @@ def measure_distances(reasoner: LatentReasoner, prompts: Sequence[str], iteratio
             head_before=before,
             p_halt=None if reasoner.halting is None else reasoner.halting(h, valid_mask),
             survival_before=survival,
+            end_token_id=reasoner.config.loop.convergence.end_token_id,
         )
         survival = measured.survival
         values = {name: None if x is None else x.tolist() for name, x in vars(measured).items()}

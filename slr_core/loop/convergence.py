@@ -23,9 +23,9 @@ class Distances:
     """Per-row measures of one iteration, each ``[B]`` fp32, ``None`` where undefined or not computed.
 
     ``norm`` is the norm of the new state and ``change`` that of the step. Measures that compare two states are
-    undefined where h_{t-1} is an input and not a state; ``kl``, ``entropy``, ``entropy_change`` and
-    ``argmax_stable`` need the LM head's logits, ``learned`` and ``survival`` a halting head. ``survival`` compares no
-    states: it is defined at every iteration.
+    undefined where h_{t-1} is an input and not a state; ``kl``, ``entropy``, ``entropy_change``, ``argmax_stable`` and
+    ``end_token`` need the LM head's logits, ``learned`` and ``survival`` a halting head. ``end_token`` and ``survival``
+    compare no states: they are defined at every iteration.
     """
 
     norm: Tensor
@@ -36,6 +36,7 @@ class Distances:
     entropy: Tensor | None = None
     entropy_change: Tensor | None = None
     argmax_stable: Tensor | None = None
+    end_token: Tensor | None = None
     learned: Tensor | None = None
     survival: Tensor | None = None
 
@@ -63,6 +64,7 @@ def measure(
     head_before: Tensor | None = None,
     p_halt: Tensor | None = None,
     survival_before: Tensor | None = None,
+    end_token_id: int | None = None,
 ) -> Distances:
     """Compute the measures of one iteration.
 
@@ -75,14 +77,16 @@ def measure(
         head_before: the same at h_{t-1}.
         p_halt: ``[B]`` of the halting head; ``None``: there is none.
         survival_before: ``[B]`` fp32, ``survival`` at h_{t-1}; ``None``: this is the first iteration.
+        end_token_id: the token of ``end_token``; ``None``: it is not measured.
     """
     norm = vector_norm(_flat(hidden.float(), valid_mask), dim=-1)
     entropy = None if head is None else _entropy(head)
     survival = None if p_halt is None else 1 - p_halt
     if survival is not None and survival_before is not None:
         survival = survival_before * survival
+    end_token = None if head is None or end_token_id is None else 1 - head[:, end_token_id].exp()
     if previous is None:
-        return Distances(norm, entropy=entropy, survival=survival)
+        return Distances(norm, entropy=entropy, end_token=end_token, survival=survival)
     compared = hidden if compared is None else compared
     change, relative_change = measure_step(compared, previous, valid_mask)
     flat, flat_before = _flat(compared.float(), valid_mask), _flat(previous.float(), valid_mask)
@@ -92,6 +96,7 @@ def measure(
         relative_change=relative_change,
         cosine=1 - torch.nn.functional.cosine_similarity(flat, flat_before, dim=-1),
         entropy=entropy,
+        end_token=end_token,
         learned=None if p_halt is None else 1 - p_halt,
         survival=survival,
     )

@@ -59,6 +59,12 @@ class AdaptedModel(nn.Module):
         self.adapters = LoopAdapters(base, config.loop.adapters[0] if covers_all else None)
         if any(token >= self.vocab_size for token in config.text.suppressed_token_ids):
             raise ConfigError(f"text.suppressed_token_ids must be below {self.vocab_size}, the number of embeddings")
+        end_token = config.loop.convergence.end_token_id
+        if end_token is not None and end_token >= self.vocab_size:
+            raise ConfigError(
+                f"loop.convergence.end_token_id must be below {self.vocab_size}, the number of embeddings, got "
+                f"{end_token}"
+            )
         self.final_norm = find_final_norm(base) if config.loop.feedback == "raw" else None
         self.position_embeddings = find_position_embeddings(base) if config.loop.feeds_positions else None
         self.idle_parameters = 0

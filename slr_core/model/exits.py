@@ -104,6 +104,7 @@ def loop_until_exit(
             head_before=head_before,
             p_halt=None if reasoner.halting is None else reasoner.halting(h, measured),
             survival_before=survival,
+            end_token_id=reasoner.config.loop.convergence.end_token_id,
         )
         survival = distances.survival
         return_ratio = None

@@ -122,7 +122,7 @@ class TrainConfig(RecipeModel):
         "thoughts, after the last iteration (LOTUS); every: the same of a block after every iteration, step k from "
         "iteration k on. chain: position p of a block, or thought p, is fed token p of the chain as written and is "
         "asked for token p + 1 after every iteration, so that a model that writes the chain needs less training; "
-        "of a chain that thoughts stand for, the separator comes three times, so that the loop settles where it ends",
+        "the chain ends with the separator, at which the criterion `end_token` can end a loop of thoughts",
     )
     chains: int = Field(6, ge=0, description="other start nodes per graph for the objective `chains`")
     chain_length: int = Field(4, ge=1, description="iterations of these chains, at most those of the stage")

@@ -29,10 +29,6 @@ MARK = "#"
 """Separates written steps from the answer, as in the published evaluation of ProsQA."""
 
 
-MARKS = 3
-"""Separators after a chain that thoughts stand for. The loop settles at them: two equal tokens can be those of 11."""
-
-
 @dataclass(frozen=True)
 class LoopPlan:
     """The loop of a batch.
@@ -197,7 +193,7 @@ class Collator:
     - ``labels`` ``[B, A]``: ``answer_ids`` with -100 at the prefix.
     - ``first`` ``[B]``: the first token of the answer itself.
     - ``work`` ``[B]``: iterations that the question needs: ``iterations_per_step`` times its steps; where each thought
-      is a token (``supervised: chain`` in the workspace ``append``), the one that reads as the last mark.
+      is a token (``supervised: chain`` in the workspace ``append``), the one that reads as the mark.
     - ``exits`` ``[B]``: the iteration after which the text is written.
     - ``short`` ``[B]``: see :class:`Item`.
     - ``plan``: a :class:`LoopPlan`.
@@ -205,8 +201,8 @@ class Collator:
     If an objective needs them:
 
     - ``step_ids`` ``[B, K, S]``: the chain's steps; ``in_loop`` ``[B, K]`` bool: those that the loop replaces.
-    - ``cot_ids`` ``[B, C]``: all steps, mark (several where each thought is a token), answer, end token; ``step_ends``
-      ``[B, K]`` and ``mark_at`` ``[B]``: indices into it of each step's last token and of the (last) mark's.
+    - ``cot_ids`` ``[B, C]``: all steps, mark, answer, end token; ``step_ends``
+      ``[B, K]`` and ``mark_at`` ``[B]``: indices into it of each step's last token and of the mark's last.
     - ``targets`` ``[B, T, K]``: the set of tokens at distance t in the question's graph.
     - ``chain_starts`` ``[B, Q, 2]``, ``chain_targets`` ``[B, Q, S, K]``: the same for other start nodes.
 
@@ -310,7 +306,7 @@ class Collator:
     def _work(self, steps: list[list[list[int]]]) -> list[int]:
         """Iterations that each question needs to go through these steps."""
         if self.by_token:
-            return [sum(map(len, ids)) + len(self._end_of_chain()) - 1 for ids in steps]
+            return [sum(map(len, ids)) + len(self._mark()) - 1 for ids in steps]
         return [len(ids) * self.per_step for ids in steps]
 
     def _remaining_steps(self, item: Item, steps: list[list[int]]) -> list[int]:
@@ -321,7 +317,7 @@ class Collator:
     def _chain_of_thought(
         self, steps: list[list[list[int]]], answers: list[list[int]], ends: list[list[int]]
     ) -> dict[str, Tensor]:
-        mark, rows, step_ends, mark_at = self._end_of_chain(), [], [], []
+        mark, rows, step_ends, mark_at = self._mark(), [], [], []
         for chain, answer, end in zip(steps, answers, ends, strict=True):
             at, places = -1, []
             for step in chain:
@@ -353,9 +349,6 @@ class Collator:
                 "`full`, which adds one, on answers alone, or from another base"
             )
         return ids
-
-    def _end_of_chain(self) -> list[int]:
-        return MARKS * self._mark() if self.by_token else self._mark()
 
     def _eos(self) -> int:
         eos = self.tokenizer.eos_token_id

@@ -333,16 +333,19 @@ class Parts:
         go_on = 1.0
         if self.loop["halting_head"]:
             go_on -= float(self.linear("halting.probe", h[-1].mean(0)).sigmoid())
+        end_token = self.loop["convergence"]["end_token_id"]
+        distances = {"go_on": go_on}
+        if end_token is not None:
+            distances["end_token"] = 1 - float(log_q[end_token].exp())
         if not is_state:
-            return record, {"go_on": go_on}
+            return record, distances
         record["step"] = float((moved - before).norm())
         record["relative_change"] = record["step"] / float(before.norm())
         record["cosine"] = 1 - float(moved @ before / (moved.norm() * before.norm()))
         record["kl"] = float((log_p.exp() * (log_p - log_q)).sum())
-        distances = {name: record[name] for name in ("relative_change", "cosine", "kl")}
+        distances |= {name: record[name] for name in ("relative_change", "cosine", "kl")}
         distances["entropy_change"] = abs(record["entropy"] - entropy(log_p))
         distances["argmax_stable"] = float(log_p.argmax() != log_q.argmax())
-        distances["go_on"] = go_on
         if self.loop["halting_head"]:
             distances["learned"] = go_on
         return record, distances

@@ -58,6 +58,11 @@ CASES = {
         {"max_iterations": 3, "criterion": "learned", "threshold": 0.9},
         PREFIX,
     ),
+    "expected embedding, until the end token": (
+        {"projection": {"kind": "expected_embedding"}, "convergence": {"end_token_id": 7}},
+        {"max_iterations": 6, "criterion": "end_token", "threshold": 0.97},
+        PREFIX,
+    ),
     "no residual, halting by survival": (
         {"residual": {"source": "none"}, "halting_head": True},
         {"max_iterations": 6, "criterion": "survival", "threshold": 0.1},

@@ -24,7 +24,7 @@ from tests import tiny
 
 NEAR = 1e-3
 """States so near a threshold, relative to it, may leave a loop an iteration earlier or later in a batch."""
-DISTANCES = ("relative_change", "cosine", "kl", "entropy_change", "argmax_stable")
+DISTANCES = ("relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "end_token")
 THRESHOLDS = {"relative_change": (0.05, 1.2), "cosine": (0.001, 0.9), "kl": (0.01, 2), "entropy_change": (0.01, 0.5)}
 
 
@@ -70,7 +70,7 @@ def loops(draw, *, workspace: str | None = None, policies: tuple[str, ...] = ("l
             "alpha": draw(st.sampled_from([0.3, 0.9])),
             "norm": draw(st.booleans()),
         },
-        "convergence": draw(criteria(halting)),
+        "convergence": draw(criteria(halting)) | {"end_token_id": 7},
         "guard": {
             "expanding_iterations": draw(st.integers(1, 3)),
             "norm_factor": draw(st.sampled_from([1.1, 10.0])),

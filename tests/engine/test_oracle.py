@@ -77,6 +77,7 @@ def models(draw):
     loop = {
         **ALL_WORKSPACES[workspace],
         "halting_head": True,
+        "convergence": {"end_token_id": 7},
         "feedback": draw(st.sampled_from(FEEDBACK.get(workspace, ["normed"]))),
         "deeper_cache": draw(st.sampled_from(["copy", "shared"])),
         "projection": projection,
@@ -110,6 +111,7 @@ THRESHOLDS = {
     "kl": st.floats(0.01, 3),
     "entropy_change": st.floats(0.01, 0.8),
     "argmax_stable": st.just(0.5),
+    "end_token": st.floats(0.9, 0.999),
     "learned": st.floats(0.85, 0.95),
     "survival": st.floats(0.05, 0.95),
     "fixed": st.just(0.0),
@@ -261,7 +263,9 @@ def assert_equal(found, expected, *, latent_decoder=False):
     """All fields of a result are equal up to rounding."""
     assert facts(found) == facts(expected)
     assert near(found.final_change, expected.final_change)
-    assert near(found.stability.contraction_rate, expected.stability.contraction_rate, 1e-3)
+    # The rate is a root of the last step's length by the first's: at a fixed point, that is rounding alone.
+    if expected.final_change is None or expected.final_change > 1e-4:
+        assert near(found.stability.contraction_rate, expected.stability.contraction_rate, 1e-3)
     assert_same_records(found.records, expected.records)
     for mine, theirs in zip(found.records_per_token, expected.records_per_token, strict=True):
         assert_same_records(mine, theirs)

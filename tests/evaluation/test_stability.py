@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
-from slr_core.config import READS_HALTING_HEAD, Criterion, GuardConfig
+from slr_core.config import Criterion, GuardConfig
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import METHODS, NOISY_START, MethodSettings
 from slr_core.evaluation.run import run_method
@@ -181,7 +181,11 @@ def test_a_study_goes_through_json(found):
 @pytest.mark.parametrize("workspace", tiny.WORKSPACES)
 @pytest.mark.parametrize(
     "changes",
-    [{"halting_head": True}, {"residual": {"source": "previous", "alpha": 0.3}}, {"timestep": {"noise_level": True}}],
+    [
+        {"halting_head": True, "convergence": {"end_token_id": 7}},
+        {"residual": {"source": "previous", "alpha": 0.3}},
+        {"timestep": {"noise_level": True}},
+    ],
     ids=["halting", "previous", "noise"],
 )
 def test_simulated_exits_are_the_loops_own(workspace, changes):
@@ -197,7 +201,7 @@ def test_simulated_exits_are_the_loops_own(workspace, changes):
             for patience, least in ((1, 1), (2, 3)):
                 settings = ResolvedLoopParams(most, least, criterion, threshold, patience)
                 loop = dict(vars(settings))
-                if criterion in READS_HALTING_HEAD and made.halting is None:
+                if made.config.loop.missing_for(criterion):
                     continue
                 results = generate(made, [tiny.request(made, prompt, loop, max_new_tokens=1) for prompt in prompts])
                 for path, result in zip(paths, results, strict=True):

@@ -168,7 +168,7 @@ def test_requests_override_defaults(t_max, t_min, criterion, threshold, most, le
     loop = LoopConfig(
         max_iterations=t_max,
         min_iterations=t_min,
-        convergence=ConvergenceConfig(criterion=criterion, threshold=threshold, patience=2),
+        convergence=ConvergenceConfig(criterion=criterion, threshold=threshold, patience=2, end_token_id=7),
         halting_head=True,
     )
     options = {"max_iterations": most, "min_iterations": least, "criterion": asked, "threshold": asked_threshold}
@@ -237,16 +237,26 @@ def test_the_policy_error_bounds_the_maximum():
 
 
 def test_the_head_is_read_only_where_it_is_needed():
-    loop = LoopConfig(halting_head=True)
+    loop = LoopConfig(halting_head=True, convergence=ConvergenceConfig(end_token_id=7))
     reading = {c for c in CRITERIA if LoopParams(criterion=c).resolve(SLRConfig(loop=loop)).reads_head}
-    assert reading == {"kl", "entropy_change", "argmax_stable"}
+    assert reading == {"kl", "entropy_change", "argmax_stable", "end_token"}
 
 
-def test_the_learned_criterion_needs_a_head():
-    for criterion in ("learned", "survival"):
-        with pytest.raises(RequestError, match=f"{criterion} needs a checkpoint with a halting head") as caught:
-            LoopParams(criterion=criterion).resolve(SLRConfig())
-        assert caught.value.param == "criterion"
+@pytest.mark.parametrize(
+    ("criterion", "needed"),
+    [
+        ("learned", "halting_head to be true"),
+        ("survival", "halting_head to be true"),
+        ("end_token", "convergence.end_token_id"),
+    ],
+)
+def test_criteria_that_need_more_than_states(criterion, needed):
+    with pytest.raises(RequestError, match=f"{criterion} needs a checkpoint whose loop config has {needed}") as caught:
+        LoopParams(criterion=criterion).resolve(SLRConfig())
+    assert caught.value.param == "criterion"
+
+
+def test_a_halting_head_allows_its_criteria():
     loop = LoopConfig(halting_head=True, convergence=ConvergenceConfig(criterion="learned", threshold=0.2))
     assert LoopParams().resolve(SLRConfig(loop=loop)).threshold == 0.2
     assert LoopParams(criterion="fixed").resolve(SLRConfig(loop=loop)).threshold == DEFAULT_THRESHOLDS["fixed"]
@@ -337,6 +347,16 @@ def test_survival_is_the_product_of_going_on():
     then = measure(h, valid_mask, previous=h, p_halt=torch.tensor([0.5, 0.5]), survival_before=first.survival)
     torch.testing.assert_close(first.survival, torch.tensor([0.1, 0.75]))
     torch.testing.assert_close(then.survival, torch.tensor([0.05, 0.375]))
+
+
+def test_the_end_token_is_a_distance_of_one_state():
+    h, valid_mask = one_each([1.0, 1.0], [0.0, 2.0])
+    head = torch.tensor([[0.9, 0.1], [0.25, 0.75]]).log()
+    for previous in (None, h):
+        d = measure(h, valid_mask, previous=previous, head=head, end_token_id=1)
+        torch.testing.assert_close(d.end_token, torch.tensor([0.9, 0.25]))
+    assert measure(h, valid_mask, previous=h, head=head).end_token is None
+    assert measure(h, valid_mask, previous=h, end_token_id=1).end_token is None
 
 
 def test_without_an_earlier_state_only_the_new_one_is_measured():

@@ -111,10 +111,11 @@ def test_a_contraction_needs_two_steps():
 
 
 @pytest.mark.parametrize(
-    "criterion", ["relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "learned", "survival"]
+    "criterion",
+    ["relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "end_token", "learned", "survival"],
 )
 def test_each_criterion_reads_its_own_measure(criterion):
-    names = ("relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "learned", "survival")
+    names = ("relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "end_token", "learned", "survival")
     measured = {name: 0.05 if name == criterion else 0.5 for name in names}
     settled, other = log(criterion=criterion), log(criterion=criterion)
     tell([settled], 1, norm=1.0, **measured)

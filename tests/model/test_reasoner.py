@@ -12,6 +12,7 @@ from slr_core.params import LoopParams
 from tests import tiny
 
 WORKSPACES = ("append", "block", "prompt")
+END = 7
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +133,14 @@ def test_the_head_is_not_read_unless_asked(made):
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
-@pytest.mark.parametrize("criterion", ["relative_change", "cosine", "kl", "entropy_change", "argmax_stable"])
+@pytest.mark.parametrize(
+    "criterion", ["relative_change", "cosine", "kl", "entropy_change", "argmax_stable", "end_token"]
+)
 def test_the_recorded_criterion_explains_the_exit(workspace, criterion):
-    made = of(workspace)
-    first = 1 if workspace == "append" else 2
+    made = of(workspace, convergence={"end_token_id": END})
+    first = 1 if workspace == "append" or criterion == "end_token" else 2
     threshold = {"relative_change": 0.8, "cosine": 0.3, "kl": 0.3, "entropy_change": 0.2, "argmax_stable": 0.5}
+    threshold["end_token"] = 0.98
     loop = {"max_iterations": 12, "criterion": criterion, "threshold": threshold[criterion]}
     output = run(made, tiny.PROMPTS, *[loop] * len(tiny.PROMPTS), read_head=True)
     reasons = set()
@@ -149,6 +153,7 @@ def test_the_recorded_criterion_explains_the_exit(workspace, criterion):
             "kl": [r.kl for r in records],
             "entropy_change": (entropy[1:] - entropy[:-1]).abs().tolist(),
             "argmax_stable": (log_p.argmax(-1)[1:] != log_p.argmax(-1)[:-1]).float().tolist(),
+            "end_token": (1 - log_p[1:, END].exp()).tolist(),
         }[criterion]
         below = [t >= first and value < threshold[criterion] for t, value in enumerate(values, start=1)]
         assert not any(below[:-1])

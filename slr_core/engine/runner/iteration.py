@@ -13,7 +13,7 @@ from slr_core.engine.sequence import Sequence
 from slr_core.loop.convergence import measure, measure_step
 from slr_core.loop.workspace import readout
 
-_OF_ONE_STATE = ("norm", "entropy", "survival")
+_OF_ONE_STATE = ("norm", "entropy", "end_token", "survival")
 """Measures that need no earlier state."""
 
 
@@ -111,6 +111,7 @@ class IterationBatch:
             head_before=head_before,
             p_halt=None if reasoner.halting is None else reasoner.halting(h, valid_mask),
             survival_before=torch.tensor([row.tracker.survival for row in rows], device=h.device),
+            end_token_id=reasoner.config.loop.convergence.end_token_id,
         )
         measured = {name: x for name, x in vars(distances).items() if x is not None}
         earlier, _ = stack_states([row.states[-2] if row.t else row.states[-1] for row in rows])

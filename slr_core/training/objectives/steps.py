@@ -23,7 +23,7 @@ def steps(rollout: Rollout) -> Mean:
     al., 2024, arXiv 2403.00835).
 
     With ``supervised: chain`` in the workspace ``append``, thought t is asked for token t + 1 of the chain and the
-    marks after it.
+    mark after it.
     """
     config = rollout.config
     if config.thinks_by_token(rollout.reasoner.config.loop):
