@@ -3,11 +3,12 @@
     python -m benchmarks.word_problems --models runs/word_problems --out benchmarks/results/word_problems
 
 Reads the checkpoints that the recipes of ``configs/word_problems`` leave in one folder; those that are not there have
-no row. All answer the same questions, greedily: held-out wordings of the generated task, and the first questions of
-SVAMP, ASDiv and GSM-Hard where the folder ``--data`` has them; an interrupted run goes on with the rows that it has in
-``--out``, if models and questions are the same. Then each answers the first questions alone, one after
-another, on one thread, all sides in turn: processor time of an answer. There, llama.cpp runs the model that writes its
-steps as equations, too, merged and exported to GGUF in F16 and rounded to 8 bits. Intervals are Wilson's, 95 %.
+no row, or that of an earlier run in ``--out``, without its time. All answer the same questions, greedily: held-out
+wordings of the generated task, and the first questions of SVAMP, ASDiv and GSM-Hard where the folder ``--data`` has
+them; an interrupted run goes on with the rows that it has in ``--out``, if models and questions are the same. Then each
+answers the first questions alone, one after another, on one thread, all sides in turn: processor time of an answer.
+There, llama.cpp runs the model that writes its steps as equations, too, merged and exported to GGUF in F16 and rounded
+to 8 bits. Intervals are Wilson's, 95 %.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,8 @@ def main() -> None:
         method = METHODS[name]
         if not (options.models / method.folder / CONFIG).exists():
             print(f"{name}: no checkpoint {options.models / method.folder}", flush=True)
+            if name in known and _counts(known[name]) == [len(questions.examples) for _, questions in sets.values()]:
+                rows[name] = replace(known[name], milliseconds=None)  # it says nothing beside those of this run
             continue
         if method.model not in backends:
             backends[method.model] = Local(load(options.models / method.folder, method.changes), threads=1)
@@ -164,6 +167,10 @@ def write_rows(out: Path, rows: dict[str, Row]) -> None:
     """Write what has been measured so far."""
     record = {name: vars(row) for name, row in rows.items()}
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _counts(row: Row) -> list[int]:
+    return [count for _, count in row.right.values()]
 
 
 def _identity(models: Path, method: Method, sets: dict[str, tuple[Any, Questions]]) -> str:
@@ -255,7 +262,7 @@ def table(rows: dict[str, Row], sets: dict[str, tuple[Any, Questions]], alone: i
         "",
         f"{len(held_out.examples)} held-out questions of two or three steps (seed {SEED}, SHA-256 "
         f"`{held_out.sha256[:16]}`); time: processor time of an answer, {alone} questions alone; passes: forward "
-        "passes of an answer, that over the prompt included.",
+        "passes of an answer, that over the prompt included. Rows without a time are those of an earlier run.",
         "",
         f"| | {' | '.join(sets)} | tokens | passes | ms | {' | '.join(f'to {name}' for name in CHAINS)} |",
         "|---" * (4 + len(CHAINS) + len(sets)) + "|",
