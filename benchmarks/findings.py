@@ -26,10 +26,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from slr_core.config import validated
 from slr_core.errors import DataError
 from slr_core.evaluation.plots import CurvePoint, draw_curves
 from slr_core.evaluation.statistics import wilson_interval
+from slr_core.validation import validated
 
 ROOT = Path(__file__).parents[1]
 CONTENTS = ROOT / "configs/findings/page.yaml"

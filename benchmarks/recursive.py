@@ -29,7 +29,7 @@ from benchmarks.recursive_page import Row, build_page
 from slr_core import LatentReasoner, LoopParams
 from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.init import Recursive, init_checkpoint
-from slr_core.config import Criterion, validated
+from slr_core.config import Criterion
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
 from slr_core.model.reasoner import IGNORE
@@ -38,6 +38,7 @@ from slr_core.training.config import TrainConfig
 from slr_core.training.sources import CONTINUES, open_source
 from slr_core.training.stages import DataConfig
 from slr_core.training.trainer import MANIFEST, train
+from slr_core.validation import validated
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs/recursive/plain.yaml"

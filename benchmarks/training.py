@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slr_core.config import LoopConfig, validated
+from slr_core.config import LoopConfig
 from slr_core.model.base_support import hidden_size
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build
@@ -37,6 +37,7 @@ from slr_core.training.data import LoopPlan
 from slr_core.training.loss_module import LossModule
 from slr_core.training.memory import keep_freed_memory
 from slr_core.training.objectives import Rollout, losses
+from slr_core.validation import validated
 
 # As in Coconut: the state is the next input, without loop modules. A direct loop can run this, too.
 LOOP = validated(

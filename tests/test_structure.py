@@ -21,6 +21,7 @@ LAYERS = (
     "_install",
     "ray_cluster",
     "suggest",
+    "validation",
     "panics",
     "config",
     "params",

@@ -1,9 +1,10 @@
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from slr_core.config import LoopConfig, validated
+from slr_core.config import LoopConfig
 from slr_core.errors import ConfigError
 from slr_core.suggest import did_you_mean, known_fields
+from slr_core.validation import validated
 
 
 class Leaf(BaseModel, extra="forbid"):

@@ -16,9 +16,10 @@ from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.pretrained import is_packaged, load_model_and_tokenizer, packaged_file
 from slr_core.checkpoint.recursive import Start, share_layers
 from slr_core.checkpoint.write import save_checkpoint
-from slr_core.config import LoopConfig, SLRConfig, TextConfig, validated
+from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import ConfigError
 from slr_core.model.reasoner import LatentReasoner
+from slr_core.validation import validated
 
 CARD = """---
 library_name: slr

@@ -14,7 +14,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slr_core import tasks
-from slr_core.config import validated
 from slr_core.engine.runner.device import load_reasoner
 from slr_core.errors import ConfigError
 from slr_core.evaluation.backends import Local
@@ -26,6 +25,7 @@ from slr_core.tasks.base import OptionValue, Task
 from slr_core.tasks.sources import Questions, load_questions
 from slr_core.training.config import TrainConfig
 from slr_core.training.trainer import MANIFEST, train
+from slr_core.validation import validated
 
 
 class _Model(BaseModel):

@@ -9,10 +9,11 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from slr_core.config import LoopConfig, TextConfig, validated
+from slr_core.config import LoopConfig, TextConfig
 from slr_core.errors import ConfigError
 from slr_core.training.base_config import BaseConfig
 from slr_core.training.stages import CurriculumConfig, RecipeModel, StageConfig
+from slr_core.validation import validated
 
 
 class OptimizerConfig(RecipeModel):

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from slr_core.config import validated
 from slr_core.training.config import TrainConfig
+from slr_core.validation import validated
 
 GRAPHS = [
     {"task": "prosqa", "generator_options": {"nodes": 6, "min_hops": 1, "max_hops": 2, "balanced": True}},

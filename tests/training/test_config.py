@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slr_core.config import LoopConfig, validated
+from slr_core.config import LoopConfig
 from slr_core.errors import ConfigError
 from slr_core.training.config import ObjectiveWeights, TrainConfig
 from slr_core.training.stages import SampledIterations
+from slr_core.validation import validated
 from tests.training.recipe import DATA, GRAPHS, recipe
 
 RECIPES = Path(__file__).parents[2] / "configs"

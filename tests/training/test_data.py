@@ -7,7 +7,7 @@ from statistics import mean, pstdev
 import pytest
 import torch
 
-from slr_core.config import TextConfig, validated
+from slr_core.config import TextConfig
 from slr_core.errors import DataError
 from slr_core.tasks import get_task
 from slr_core.tasks.base import Example
@@ -17,6 +17,7 @@ from slr_core.training.graphs import draw_chains
 from slr_core.training.sources import open_source
 from slr_core.training.stages import DataConfig
 from slr_core.training.tokenizer import prosqa_tokenizer
+from slr_core.validation import validated
 from tests import tiny
 from tests.training.recipe import recipe
 

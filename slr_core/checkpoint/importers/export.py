@@ -14,9 +14,10 @@ from slr_core.checkpoint.importers.coconut import END, LATENT, PREFIX, START, TE
 from slr_core.checkpoint.importers.folder import check_new, written_whole
 from slr_core.checkpoint.importers.lotus import block
 from slr_core.checkpoint.read import load_checkpoint
-from slr_core.config import LoopConfig, TextConfig, validated
+from slr_core.config import LoopConfig, TextConfig
 from slr_core.errors import ConfigError
 from slr_core.model.reasoner import LatentReasoner
+from slr_core.validation import validated
 
 Form = Literal["coconut", "hf"]
 STATE = "checkpoint_1"

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from slr_core.config import validated
 from slr_core.training.build import build
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import Collator, LoopPlan, StageStream
 from slr_core.training.objectives import Rollout, losses
+from slr_core.validation import validated
 from tests import tiny
 from tests.training.recipe import DATA
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from slr_core.checkpoint.init import Recursive, init_checkpoint
-from slr_core.config import validated
 from slr_core.errors import ConfigError
 from slr_core.training.build import build, load_teacher
 from slr_core.training.config import ObjectiveWeights, TrainConfig
@@ -16,6 +15,7 @@ from slr_core.training.data import IGNORE, Collator, LoopPlan, StageStream
 from slr_core.training.loss_module import LossModule
 from slr_core.training.objectives import Rollout, losses
 from slr_core.training.objectives.teacher import teacher_logits
+from slr_core.validation import validated
 from tests import tiny
 from tests.training.objectives.conftest import Setup
 from tests.training.recipe import DATA, recipe

@@ -1,0 +1,22 @@
+"""One message for all faults of a setting: see also ``tests/test_suggest.py``."""
+
+import pytest
+
+from slr_core.config import SLRConfig
+from slr_core.errors import ConfigError
+from slr_core.validation import validated
+
+
+@pytest.mark.parametrize("data", [object(), {"a": {1, 2}}, {"loop": {"a": object()}}, {("a", "b"): 1}])
+def test_what_is_not_json_like_is_a_config_error(data):
+    with pytest.raises(ConfigError):
+        validated(SLRConfig, data)
+
+
+@pytest.mark.parametrize("depth", [50, 500, 900, 2_000, 100_000])
+def test_deep_nesting_is_a_config_error(depth):
+    data: dict = {}
+    for _ in range(depth):
+        data = {"loop": data}
+    with pytest.raises(ConfigError):
+        validated(SLRConfig, data)
