@@ -8,9 +8,10 @@ a ``balanced`` form without their depth shortcut: see :func:`depth_rule`.
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import exp
 from typing import Any, ClassVar
 
@@ -99,7 +100,9 @@ def _draw(spec: GraphSpec, rng: random.Random) -> Graph | None:
     for node in range(2, spec.nodes):
         side = chain.get(node)
         if side is None:
-            chosen = _choose(_pool(node, label, ends, rng), _poisson(spec.mean_parents, rng), depth, rng)
+            wanted, count = _wanted_label(rng), _poisson(spec.mean_parents, rng)
+            pool = [n for n in range(node) if wanted in (None, label[n]) and n not in ends] if count else []
+            chosen = _choose(pool, count, depth, rng)
         else:
             # Further parents must neither shorten the chain nor mix the sides.
             pool = [
@@ -150,17 +153,20 @@ def _plant(spec: GraphSpec, rng: random.Random) -> dict[int, int]:
     return dict(zip(sorted(rng.sample(range(2, spec.nodes), 2 * hops)), sides, strict=True))
 
 
-def _pool(node: int, label: list[int], ends: set[int], rng: random.Random) -> list[int]:
+def _wanted_label(rng: random.Random) -> int | None:
     r = rng.random()
-    wanted = _ROOT_LABEL[0] if r <= _POOL_ROOT_0 else _ROOT_LABEL[1] if r <= _POOL_ROOT_1 else None
-    return [n for n in range(node) if wanted in (None, label[n]) and n not in ends]
+    return _ROOT_LABEL[0] if r <= _POOL_ROOT_0 else _ROOT_LABEL[1] if r <= _POOL_ROOT_1 else None
 
 
 def _choose(pool: list[int], count: int, depth: list[int], rng: random.Random) -> list[int]:
+    if count == 0:
+        return []
     weights = [_DEPTH_WEIGHT * depth[n] + 1 for n in pool]
     chosen = []
     for _ in range(min(count, len(pool))):
-        (i,) = rng.choices(range(len(pool)), weights)
+        # As `rng.choices` draws one, which checks its arguments at length: most graphs are drawn in vain.
+        sums = list(accumulate(weights))
+        i = bisect(sums, rng.random() * sums[-1], 0, len(sums) - 1)
         chosen.append(pool.pop(i))
         weights.pop(i)
     return chosen

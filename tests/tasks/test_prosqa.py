@@ -3,6 +3,7 @@ import math
 import random
 import re
 from collections import Counter
+from hashlib import sha256
 from statistics import mean
 
 import pytest
@@ -382,3 +383,17 @@ def test_the_data_files(folder, rule, shared_data):
             assert {symbols[n] for n in nodes} == on_path
             checked += 1
     assert checked > 0 or folder == "prosqa"
+
+
+@pytest.mark.parametrize(
+    ("spec", "digest"),
+    [
+        (GraphSpec(20, 2, 6, balanced=True), "1f2eb51caa319b19"),
+        (GraphSpec(28, 3, 6, balanced=False), "e32468cc76348907"),
+    ],
+    ids=["balanced", "official"],
+)
+def test_a_seed_gives_the_questions_that_it_always_gave(spec, digest):
+    """Published figures name the hash of their questions."""
+    questions = "\n".join(example.question for example in itertools.islice(generate_prosqa(spec, 7), 50))
+    assert sha256(questions.encode()).hexdigest()[:16] == digest
