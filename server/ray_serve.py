@@ -68,7 +68,9 @@ class LatentServer:
         unknown = user_config.keys() - set(LIVE)
         if unknown:
             raise ConfigError(f"user_config may have {', '.join(LIVE)}, got {', '.join(sorted(unknown))}")
-        self.service.check().reasoner.config = self._checkpoint.replace(loop=user_config)
+        config, reasoner = self._checkpoint.replace(loop=user_config), self.service.check().reasoner
+        reasoner.check_token_ids(config)
+        reasoner.config = config
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray for :func:`scale_on_answers`."""

@@ -43,10 +43,10 @@ DEFAULT_THRESHOLDS: dict[str, float] = {
     "survival": 0.5,
     "fixed": 0.0,
 }
-"""Default threshold of each criterion. A criterion is a distance between two iterations that is small when the loop
-has converged: ``argmax_stable`` is 0 or 1, ``end_token`` is 1 minus the probability of a token, ``learned`` is
-1 - p_halt, ``survival`` is the product of 1 - p_halt over the iterations so far, ``fixed`` never falls below its
-threshold."""
+"""Default threshold of each criterion. A criterion is a number that is small when the loop may end, most of them a
+distance between two iterations: ``argmax_stable`` is 0 or 1, ``end_token`` is 1 minus the probability of a token,
+``learned`` is 1 - p_halt, ``survival`` is the product of 1 - p_halt over the iterations so far, ``fixed`` never falls
+below its threshold."""
 
 READS_HALTING_HEAD: tuple[str, ...] = ("learned", "survival")
 """Criteria that need a halting head."""
@@ -164,8 +164,8 @@ class ConvergenceConfig(_Model):
     patience: int = Field(1, ge=1, le=64, description="consecutive iterations below the threshold")
     end_token_id: TokenId | None = Field(
         None,
-        description="token that ends a loop of the criterion `end_token`, whose distance is 1 minus the probability of "
-        "this token at the state (Soft Thinking, arXiv 2505.15778); None: the criterion cannot be used",
+        description="token that ends a loop of the criterion `end_token`, which is 1 minus its probability; None: the "
+        "criterion cannot be used. In `append` a chain of thoughts reads as it once: leave patience at 1",
     )
 
     @property
@@ -307,7 +307,7 @@ class LoopConfig(_Model):
     def missing_for(self, criterion: Criterion) -> str | None:
         """What an exit criterion needs that this loop does not have; ``None``: nothing."""
         if criterion in READS_HALTING_HEAD and not self.halting_head:
-            return "halting_head to be true"
+            return "halting_head: true"
         if criterion == "end_token" and self.convergence.end_token_id is None:
             return "convergence.end_token_id"
         return None

@@ -191,7 +191,7 @@ MISFITS = {
     ),
     "no-survival": (
         {"convergence": {"criterion": "survival"}},
-        "loop: convergence.criterion `survival` needs halting_head to be true",
+        "loop: convergence.criterion `survival` needs halting_head: true",
     ),
     "no-end-token": (
         {"convergence": {"criterion": "end_token"}},
@@ -215,7 +215,7 @@ MISFITS = {
     ),
     "no-head": (
         {"convergence": {"criterion": "learned"}},
-        "loop: convergence.criterion `learned` needs halting_head to be true",
+        "loop: convergence.criterion `learned` needs halting_head: true",
     ),
     "pause-of-a-prompt": (
         {"workspace": "prompt", "projection": {"kind": "pause"}},

@@ -187,7 +187,7 @@ def stability() -> Dashboard:
                 time_series(
                     "Relative change by iteration, median",
                     "Distance that the state moved, divided by its norm. It falls from iteration to iteration if "
-                    "loops converge.",
+                    "loops converge, but not with the criterion end_token.",
                     SHARE,
                     {"t = {{iteration}}": quantile(0.5, "slr_loop_residual_ratio", by="iteration")},
                     log=True,

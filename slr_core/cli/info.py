@@ -74,7 +74,7 @@ def print_description(reasoner: LatentReasoner) -> None:
         + f"{loop.min_iterations} to {loop.max_iterations}",
         "stops when": "all iterations have run (fixed)"
         if loop.convergence.criterion == "fixed"
-        else f"{loop.convergence.criterion} < {loop.convergence.effective_threshold:g}"
+        else f"{_criterion(reasoner)} < {loop.convergence.effective_threshold:g}"
         f" for {loop.convergence.patience} iteration(s)",
         "projection": loop.projection.kind,
         "timestep": f"{loop.timestep.kind}, {loop.timestep.combine}"
@@ -92,6 +92,13 @@ def print_description(reasoner: LatentReasoner) -> None:
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console.print(table)
+
+
+def _criterion(reasoner: LatentReasoner) -> str:
+    exit = reasoner.config.loop.convergence
+    if exit.criterion != "end_token":
+        return exit.criterion
+    return f"{exit.criterion} `{reasoner.tokenizer.decode([exit.end_token_id])}`"
 
 
 def _adapters(loop: LoopConfig, untrained: bool) -> str:

@@ -57,19 +57,28 @@ class AdaptedModel(nn.Module):
         if config.loop.workspace == "token" and DECODE in self.adapter_configs:
             raise ConfigError(f"an adapter `{DECODE}` is not supported by workspace `token`")
         self.adapters = LoopAdapters(base, config.loop.adapters[0] if covers_all else None)
-        if any(token >= self.vocab_size for token in config.text.suppressed_token_ids):
-            raise ConfigError(f"text.suppressed_token_ids must be below {self.vocab_size}, the number of embeddings")
-        end_token = config.loop.convergence.end_token_id
-        if end_token is not None and end_token >= self.vocab_size:
-            raise ConfigError(
-                f"loop.convergence.end_token_id must be below {self.vocab_size}, the number of embeddings, got "
-                f"{end_token}"
-            )
+        self.check_token_ids(config)
         self.final_norm = find_final_norm(base) if config.loop.feedback == "raw" else None
         self.position_embeddings = find_position_embeddings(base) if config.loop.feeds_positions else None
         self.idle_parameters = 0
         self._token_texts: dict[int, str] = {}
         self._embedding_rms: tuple[object, Tensor] | None = None
+
+    def check_token_ids(self, config: SLRConfig) -> None:
+        """Check that a config names tokens of this model.
+
+        Raises:
+            ConfigError: a token id is at least :attr:`vocab_size`.
+        """
+        end_token = config.loop.convergence.end_token_id
+        for field, tokens in (
+            ("text.suppressed_token_ids", config.text.suppressed_token_ids),
+            ("loop.convergence.end_token_id", () if end_token is None else (end_token,)),
+        ):
+            if any(token >= self.vocab_size for token in tokens):
+                raise ConfigError(
+                    f"{field} must be below {self.vocab_size}, the number of embeddings, got {max(tokens)}"
+                )
 
     @property
     def device(self) -> torch.device:

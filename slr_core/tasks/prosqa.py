@@ -164,7 +164,7 @@ def _choose(pool: list[int], count: int, depth: list[int], rng: random.Random) -
     weights = [_DEPTH_WEIGHT * depth[n] + 1 for n in pool]
     chosen = []
     for _ in range(min(count, len(pool))):
-        # As `rng.choices` draws one, which checks its arguments at length: most graphs are drawn in vain.
+        # The draw of `rng.choices`, without its checks of the arguments, which take longer.
         sums = list(accumulate(weights))
         i = bisect(sums, rng.random() * sums[-1], 0, len(sums) - 1)
         chosen.append(pool.pop(i))

@@ -39,7 +39,7 @@ def build(config: TrainConfig) -> LatentReasoner:
     """The latent reasoner that a recipe starts from, reproducible from its seed.
 
     Raises:
-        ConfigError: an objective does not work with the loop of the checkpoint in ``base.from``.
+        ConfigError: an objective or an exit criterion does not work with the loop or the base.
         CheckpointError: the model in ``base.from`` cannot be loaded.
     """
     torch.manual_seed(config.seed)
@@ -48,10 +48,22 @@ def build(config: TrainConfig) -> LatentReasoner:
     config.check(reasoner.config.loop, reasoner.config.text)
     if config.writes_steps and config.train == "full" and not mark_ids(reasoner.tokenizer):
         _add_mark(reasoner)
+    _check_end_token(reasoner, config)
     if config.max_iterations != 0:
         reasoner.config = reasoner.config.replace(trained=True)
     set_trainable(reasoner, config.train)
     return reasoner
+
+
+def _check_end_token(reasoner: LatentReasoner, config: TrainConfig) -> None:
+    """Check that a loop whose thoughts stand for a chain ends at the separator that is written after it."""
+    loop, mark = reasoner.config.loop, mark_ids(reasoner.tokenizer)
+    ends = loop.convergence.criterion == "end_token" and config.thinks_by_token(loop)
+    if ends and mark and loop.convergence.end_token_id != mark[-1]:
+        raise ConfigError(
+            f"loop.convergence.end_token_id must be {mark[-1]}, this base's token of the separator `{MARK}` after a "
+            f"chain, got {loop.convergence.end_token_id}"
+        )
 
 
 def set_trainable(reasoner: LatentReasoner, train: str) -> None:

@@ -201,8 +201,8 @@ class Collator:
     If an objective needs them:
 
     - ``step_ids`` ``[B, K, S]``: the chain's steps; ``in_loop`` ``[B, K]`` bool: those that the loop replaces.
-    - ``cot_ids`` ``[B, C]``: all steps, mark, answer, end token; ``step_ends``
-      ``[B, K]`` and ``mark_at`` ``[B]``: indices into it of each step's last token and of the mark's last.
+    - ``cot_ids`` ``[B, C]``: all steps, mark, answer, end token; ``step_ends`` ``[B, K]`` and ``mark_at`` ``[B]``:
+      indices into it of each step's last token and of the mark's last.
     - ``targets`` ``[B, T, K]``: the set of tokens at distance t in the question's graph.
     - ``chain_starts`` ``[B, Q, 2]``, ``chain_targets`` ``[B, Q, S, K]``: the same for other start nodes.
 

@@ -470,9 +470,11 @@ def test_suppressed_tokens(options):
     assert logits[first.token_ids[0]] == 50
 
 
-def test_suppressed_ids_exist():
-    with pytest.raises(ConfigError, match="must be below 40"):
-        tiny.reasoner(text={"suppressed_token_ids": [40]})
+def test_token_ids_of_a_config_exist():
+    with pytest.raises(ConfigError, match=r"text\.suppressed_token_ids must be below 40, .* got 41"):
+        tiny.reasoner(text={"suppressed_token_ids": [3, 41]})
+    with pytest.raises(ConfigError, match=r"loop\.convergence\.end_token_id must be below 40, .* got 40"):
+        tiny.reasoner(loop={"convergence": {"end_token_id": 40}})
 
 
 # -- the budget ------------------------------------------------------------------------------------------

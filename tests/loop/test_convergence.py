@@ -245,8 +245,8 @@ def test_the_head_is_read_only_where_it_is_needed():
 @pytest.mark.parametrize(
     ("criterion", "needed"),
     [
-        ("learned", "halting_head to be true"),
-        ("survival", "halting_head to be true"),
+        ("learned", "halting_head: true"),
+        ("survival", "halting_head: true"),
         ("end_token", "convergence.end_token_id"),
     ],
 )

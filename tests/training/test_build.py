@@ -50,6 +50,31 @@ def test_vocabulary_stays(bundled, changes):
     assert made.base.config.vocab_size == bundled.base.config.vocab_size
 
 
+SOFT = {"projection": {"kind": "expected_embedding"}, "timestep": {"kind": "none"}, "residual": {"source": "none"}}
+
+
+def test_loop_of_a_chain_ends_at_the_separator(tmp_path):
+    """A recipe names the token by its id, which another base has for another token."""
+    folder = tmp_path / "cot"
+    base = build(recipe(**COT, **ANSWERS))
+    base.save_pretrained(str(folder))
+    (mark,) = mark_ids(base.tokenizer)
+
+    def made(end_token):
+        convergence = {"criterion": "end_token", "end_token_id": end_token}
+        loop = {**SOFT, "convergence": convergence}
+        text = {"answer_prefix": " # "}
+        return build(
+            recipe(
+                base={"from": str(folder)}, supervised="chain", objectives={"cot": 1.0}, chains=0, loop=loop, text=text
+            )
+        )
+
+    assert made(mark).config.loop.convergence.end_token_id == mark
+    with pytest.raises(ConfigError, match=rf"loop\.convergence\.end_token_id must be {mark}, .* `#` .*, got 7"):
+        made(7)
+
+
 ADAPTER = {"kind": "shared", "covers": "all", "rank": 3, "alpha": 6}
 BLOCK = {"workspace": "block", "block_size": 6}
 

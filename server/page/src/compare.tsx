@@ -129,7 +129,7 @@ function Difference({ a, b, states }: { a: Run; b: Run; states: Two<State[] | nu
               })}</tbody>
             </table>
           </div>
-          {picture && <div class="frame">{picture}<p class="hint">Paths of the states on their principal components. Circles: A; squares: B; ring: settled.</p></div>}
+          {picture && <div class="frame">{picture}<p class="hint">Paths of the states on their principal components. Circles: A; squares: B; ring: exit criterion met.</p></div>}
         </div>
         <div class="charts">
           <Chart title="Relative change" note="log scale; solid: A, dashed: B" series={changes} log />

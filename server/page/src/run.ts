@@ -32,8 +32,8 @@ const MOST_POSITIONS = 64;
 const TRACE_TOKENS = 128, TOKEN_TOPS = 12;
 
 export const EXITS: Record<string, string> = {
-  converged: "The state stopped changing, so the loop stopped.",
-  max_iterations: "The loop used its maximum of iterations before the state stopped changing.",
+  converged: "The exit criterion was met, so the loop stopped.",
+  max_iterations: "The loop used its maximum of iterations before the exit criterion was met.",
   diverged: "The state grew instead of settling. The answer comes from the last good state.",
 };
 

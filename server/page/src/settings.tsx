@@ -28,12 +28,12 @@ export function SettingsForm({ checkpoint, settings, change, title = "Settings",
         {field("Maximum iterations", `0 turns the loop off; trained with ${checkpoint.trained_iterations}`,
           <input type="number" min={0} max={checkpoint.limits.max_iterations} placeholder={String(checkpoint.max_iterations)}
             value={settings.max_iterations ?? ""} onInput={(event) => set("max_iterations", event.currentTarget.value)} />)}
-        {field("Criterion", "the distance between two iterations",
+        {field("Criterion", "what is compared with the threshold after every iteration",
           <select value={settings.convergence?.criterion ?? ""} onChange={(event) => setCriterion("criterion", event.currentTarget.value)}>
             <option value="">{checkpoint.criterion} (default)</option>
             {Object.keys(checkpoint.criteria).filter((name) => name !== checkpoint.criterion).map((name) => <option key={name}>{name}</option>)}
           </select>)}
-        {field("Threshold", "the loop stops when the distance is below it",
+        {field("Threshold", "the loop stops when the criterion is below it",
           <input type="number" min={0} step="any" placeholder={String(threshold)} value={settings.convergence?.threshold ?? ""}
             onInput={(event) => setCriterion("threshold", event.currentTarget.value)} />)}
         {checkpoint.workspace !== "token" && field("Initial noise", "in the state from which the loop starts, as a multiple of its RMS",

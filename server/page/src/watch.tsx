@@ -87,7 +87,7 @@ export function Watch({ run, running, selected, select, hasKey }: WatchProps) {
           </div>
           {projection && <div>
             <h2>Path of the state</h2>
-            <p class="hint">All states on their two principal components. {result?.exit_reason === "converged" && "Ring: the state at which the loop settled."}</p>
+            <p class="hint">All states on their two principal components. {result?.exit_reason === "converged" && "Ring: the state at which the exit criterion was met."}</p>
             <div class="frame"><PathPicture shares={projection.shares} selected={selected}
               paths={[{ label: "run", points: projection.points, settled: result?.exit_reason === "converged" }]} /></div>
           </div>}

@@ -131,7 +131,7 @@ def test_ask_and_scrub(visit):
     page = visit()
     ask(page)
     assert re.match(r"\w+ is a \w+\.", page.locator(".answer .text").inner_text())
-    assert "The state stopped changing" in page.locator(".answer").inner_text()
+    assert "The exit criterion was met" in page.locator(".answer").inner_text()
     slider = page.get_by_role("slider")
     last = int(slider.input_value())
     lens = page.get_by_role("img", name="Logit lens")
