@@ -168,6 +168,27 @@ def test_card_quotes_the_committed_figures() -> None:
             assert f"{accuracy:.3f}" in past
 
 
+def test_card_of_prosqa_large_quotes_the_rows_of_its_sweep() -> None:
+    card = (BUNDLED_FOLDER / "prosqa-large" / "README.md").read_text(encoding="utf-8")
+    rows = json.loads((RESULTS.parent / "findings" / "flagship.json").read_text(encoding="utf-8"))["rows"]
+    assert {row["variant"] for row in rows} == {"prosqa", "prosqa-large"}
+    for row in rows:
+        (line,) = [line for line in card.splitlines() if line.startswith(f"| {row['name']} |")]
+        if row["variant"] == "prosqa-large" or not row["loop"]:
+            assert f" {row['accuracy']:.3f} " in line, row["name"]
+
+
+def test_prosqa_large_follows_long_paths_in_large_graphs() -> None:
+    questions = list(islice(generate_prosqa(GraphSpec(40, 7, 8, balanced=True), SEED), 200))
+    accuracy = {}
+    for name in ("prosqa", "prosqa-large"):
+        backend = Local(LatentReasoner.from_pretrained(name))
+        answers = run_method(METHODS["slr"], backend, ProsQA(), questions, MethodSettings({}))
+        accuracy[name] = summarize(answers).accuracy
+        assert summarize(answers).converged > 0.95
+    assert accuracy["prosqa-large"] >= 0.87 > accuracy["prosqa"]
+
+
 def test_prontoqa_proves_step_by_step_and_stays_where_it_is() -> None:
     questions = list(islice(generate_prontoqa(5, False, SEED), 100))
     backend = Local(LatentReasoner.from_pretrained("prontoqa"))
