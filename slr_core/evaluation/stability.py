@@ -273,5 +273,7 @@ def _thresholds(criterion: Criterion, values: Sequence[float | None]) -> list[fl
         return [DEFAULT_THRESHOLDS[criterion], 1.5]
     # Just above a quantile: the distance itself is then below the threshold.
     quantiles = known.quantile(torch.linspace(0, 1, THRESHOLDS)) * (1 + 1e-6) + 1e-9
-    most_are_one = [DEFAULT_THRESHOLDS[criterion]] if criterion == "end_token" else []
-    return sorted({*quantiles.tolist(), *most_are_one})
+    thresholds = set(quantiles.tolist())
+    if criterion == "end_token":  # nearly all values are 1, and so are their quantiles
+        thresholds.add(DEFAULT_THRESHOLDS[criterion])
+    return sorted(thresholds)
