@@ -96,7 +96,7 @@ def print_description(reasoner: LatentReasoner) -> None:
 
 def _criterion(reasoner: LatentReasoner) -> str:
     exit = reasoner.config.loop.convergence
-    if exit.criterion != "end_token":
+    if exit.criterion != "end_token" or exit.end_token_id is None:
         return exit.criterion
     return f"{exit.criterion} `{reasoner.tokenizer.decode([exit.end_token_id])}`"
 

@@ -214,8 +214,8 @@ def completions(line):
 
 
 def test_completion():
-    assert completions("slr generate --model pro") == ["prontoqa", "prosqa"]
-    assert completions("slr generate --criterion en") == ["entropy_change"]
+    assert completions("slr generate --model pro") == ["prontoqa", "prosqa", "prosqa-large"]
+    assert completions("slr generate --criterion en") == ["entropy_change", "end_token"]
     assert completions("slr generate --device c") == ["cpu", "cuda"]
     assert completions("slr eval --task pro") == ["prosqa", "prontoqa"]
     assert completions("slr eval --method slr_") == ["slr_fixed", "slr_vote"]

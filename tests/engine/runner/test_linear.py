@@ -115,7 +115,9 @@ def test_engine_equals_reference(kind, quantization, monkeypatch):
             changes = [[record.relative_change for record in result.records] for result in (ours, theirs)]
             # More rows than a quantized kernel takes are multiplied in fp32, not in bf16.
             exact = slots == 1 or quantization == "none"
-            assert changes[0] == pytest.approx(changes[1], rel=1e-4 if exact else 0.1)
+            # Quantized kernels round their inputs to bf16, where a difference of fp32 rounding may become one of bf16.
+            tolerance = 1e-4 if quantization == "none" else 5e-3 if exact else 0.1
+            assert changes[0] == pytest.approx(changes[1], rel=tolerance)
             assert not exact or ours.token_ids == theirs.token_ids
 
 
