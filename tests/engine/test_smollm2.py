@@ -51,6 +51,7 @@ def tokenizer(smollm2):
 def reasoner(folder, tokenizer, workspace, dtype="float32", quantization="none"):
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, dtype))
     config = SLRConfig.from_dict({"loop": {**tiny.LOOP, **WORKSPACES[workspace]}})
+    torch.manual_seed(0)  # of the adapters' other half
     made = LatentReasoner(base, tokenizer, config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
