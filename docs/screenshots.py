@@ -136,6 +136,9 @@ def save(browser: Browser, name: str, out: Path) -> None:
         page.set_default_timeout(120_000)
         take(page, url)
         page.wait_for_timeout(500)
+        for place in ("document.body.scrollHeight", "0"):  # charts are drawn when they come near the window
+            page.evaluate(f"window.scrollTo(0, {place})")
+            page.wait_for_timeout(500)
         picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
         picture.quantize(COLOURS, dither=Image.Dither.NONE).save(out / name, optimize=True)
         page.close()
