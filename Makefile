@@ -19,7 +19,7 @@ help:  ## List the targets.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
 	touch $@
 
-serve: .venv/.serve  ## Serve the bundled checkpoint. HOST and PORT set the address (127.0.0.1:8000).
+serve: .venv/.serve  ## Serve the bundled checkpoint prosqa. HOST and PORT set the address (127.0.0.1:8000).
 	$(BIN)/slr-serve --host $(HOST) --port $(PORT)
 
 test: .venv/.dev  ## Run the tests (a few minutes).
@@ -49,7 +49,7 @@ bench: .venv/.dev  ## Run the engine benchmarks (ten minutes).
 findings: .venv/.dev  ## Build docs/findings.md from the committed rows of the studies.
 	$(BIN)/python -m benchmarks.findings
 
-train: .venv/.dev  ## Train the bundled checkpoint again, into runs/prosqa_more (seven hours on one core).
+train: .venv/.dev  ## Run the recipes of the bundled checkpoint prosqa (seven hours on one core).
 	$(BIN)/slr train configs/prosqa.yaml
 	$(BIN)/slr train configs/prosqa_more.yaml
 
