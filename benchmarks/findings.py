@@ -175,7 +175,8 @@ def _grouped(rows: Sequence[Row], *keys: Callable[[Row], Any]) -> dict[tuple[Any
 
 
 def _variant(row: Row) -> str:
-    return str(row["variant"]) or "as the recipe"
+    """The name of a variant; of settings that vary, the last part of their dotted names."""
+    return re.sub(r"(?:\w+\.)+(?=\w+=)", "", str(row["variant"])) or "as the recipe"
 
 
 def _accuracy_table(record: dict[str, Any]) -> list[str]:

@@ -72,6 +72,11 @@ def test_cells(contents, tmp_path):
     assert built.plots["one.svg"]().count("<svg") == 1
 
 
+def test_names_of_settings_are_short():
+    assert findings._variant(ROW | {"variant": "a, stages.0.data.0.questions=100"}) == "a, questions=100"
+    assert findings._variant(ROW | {"variant": "loop.lora.rank=4, seed=0.5"}) == "rank=4, seed=0.5"
+
+
 def test_without_rows(contents, tmp_path):
     assert "Not run yet. The command: `slr sweep one.yaml`." in findings.build(contents(), tmp_path).text
 
@@ -101,8 +106,12 @@ def shrunk(name, tmp_path, **changes):
     spec |= {"output_dir": str(tmp_path / "out")} | changes
     if "recipe" in spec:
         spec |= {"recipe": str(SPECS / spec["recipe"]), "seeds": [0]}
-        steps = {"stages.0.steps": 2, "optimizer.batch_size": 2, "save_steps": 1}
-        spec["set"] = steps
+        settings = spec.setdefault("set", {})
+        settings |= {"optimizer.batch_size": 2, "save_steps": 1}
+        settings |= {} if "stages" in settings else {"stages.0.steps": 2}
+        for one in (settings, *spec.get("variants", {}).values()):
+            if "curriculum" in one:
+                one["curriculum"] |= dict.fromkeys(("stages", "first_steps", "stage_steps", "last_steps"), 1)
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(spec, sort_keys=False))
     return path
@@ -114,6 +123,8 @@ def shrunk(name, tmp_path, **changes):
     [
         ("thinking_longer", {}, 6),
         ("data", {"vary": {"stages.0.data.0.questions": [4]}}, 5),
+        ("methods", {}, 15),
+        ("curriculum", {}, 8),
     ],
 )
 def test_sweeps_run(name, changes, rows, tmp_path):
@@ -121,7 +132,8 @@ def test_sweeps_run(name, changes, rows, tmp_path):
     ran = run_sweep(path)
     assert len(ran) == rows
     assert run_sweep(path, finished_only=True) == ran
-    assert findings._SHOWN["accuracy"]({"rows": [row.to_json() for row in ran]})
+    shown = "methods" if name == "methods" else "accuracy"
+    assert findings._SHOWN[shown]({"rows": [row.to_json() for row in ran]})
 
 
 @pytest.mark.slow
