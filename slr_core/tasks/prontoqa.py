@@ -47,7 +47,9 @@ PROPERTIES = tuple(
 # validation questions.
 _NEGATED_ON_PATH, _NEGATED_TARGET, _NEGATED_ELSEWHERE = 0.274, 0.467, 0.331
 _TRUE = 0.49
-MOST_HOPS = (len(PROPERTIES) - 1) // 2  # every level takes two families of properties, the unrelated concept one
+MOST_HOPS = (len(_MORE_CONCEPTS) - 4) // 4
+"""Two chains of two concepts a hop and a root each, and the two of the unrelated rules."""
+_OFFICIAL_HOPS = (len(CONCEPTS) - 4) // 2  # hops for which the official concepts are enough
 
 
 @dataclass(frozen=True)
@@ -63,29 +65,32 @@ class _Property:
 
 
 class _Words:
-    """Concepts and property families, each handed out once."""
+    """Concepts, each handed out once, and property families: the others again, but not the first, when none is left."""
 
     def __init__(self, concepts: tuple[str, ...], rng: random.Random) -> None:
         self._rng = rng
         self._concepts = rng.sample(concepts, len(concepts))
         self._families = rng.sample(PROPERTIES, len(PROPERTIES))
+        self._first = self._families[-1]
 
     def concept(self) -> str:
         return self._concepts.pop()
 
     def property(self, negated: float) -> _Property:
+        if not self._families:
+            self.renew()
         return _Property(self._rng.choice(self._families.pop()), self._rng.random() < negated)
 
-    def without(self, word: str) -> None:
-        """All families again, but the one of ``word``."""
-        families = [family for family in PROPERTIES if word not in family]
+    def renew(self) -> None:
+        """All families again, but the first."""
+        families = [family for family in PROPERTIES if family != self._first]
         self._families = self._rng.sample(families, len(families))
 
 
 def generate_prontoqa(hops: int, balanced: bool, seed: int) -> Iterator[Example]:
     """Endless stream of questions that need ``hops`` rules, the same for the same arguments."""
     if not 1 <= hops <= MOST_HOPS:
-        raise ConfigError(f"prontoqa: hops must be 1 to {MOST_HOPS} (there are no more properties), got {hops}")
+        raise ConfigError(f"prontoqa: hops must be 1 to {MOST_HOPS} (there are no more concepts), got {hops}")
     return _stream(hops, balanced, random.Random(seed))
 
 
@@ -95,7 +100,7 @@ def _stream(hops: int, balanced: bool, rng: random.Random) -> Iterator[Example]:
 
 
 def _question(hops: int, balanced: bool, rng: random.Random) -> Example:
-    words = _Words(_MORE_CONCEPTS if balanced else CONCEPTS, rng)
+    words = _Words(_MORE_CONCEPTS if balanced or hops > _OFFICIAL_HOPS else CONCEPTS, rng)
     rules: list[str] = []
     target = words.property(0.5 if balanced else _NEGATED_TARGET)
     chain, proof = _chain(hops, target, words, rules, rng)
@@ -108,7 +113,7 @@ def _question(hops: int, balanced: bool, rng: random.Random) -> Example:
     # Someone else has the opposite property: a concept that is in no other sentence, or, balanced, one at
     # the same place of a chain of the same build, of which the person is nothing.
     if balanced:
-        words.without(target.word)
+        words.renew()
         _chain(hops, target.opposite(), words, rules, rng)
     else:
         rules.append(_is(words.concept(), target.opposite(), rng))

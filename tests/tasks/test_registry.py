@@ -238,7 +238,7 @@ def test_options_given_as_text_are_read_as_their_kind():
         ("prosqa", {"balanced": 1}, "balanced"),
         ("prosqa", {"balanced": "maybe"}, "balanced"),
         ("prontoqa", {"hops": 0}, "hops"),
-        ("prontoqa", {"hops": 7}, "1 to 6"),
+        ("prontoqa", {"hops": 9}, "1 to 8"),
         ("prontoqa", {"hops": True}, "hops"),
         ("prontoqa", {"hops": 2.0}, "hops"),
         ("reachability", {"hops": 0}, "hops"),
