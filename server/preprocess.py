@@ -311,7 +311,8 @@ def _check_response(job: GenerationJob, requests: list[Request], limit: int) -> 
         )
     if values <= limit and job.logprobs is not None:
         name = "logprobs"
-        scored = sum(r.max_new_tokens + (len(r.prompt_ids) if r.score_prompt else 0) for r in requests)
+        scored = sum(r.max_new_tokens for r in requests)
+        scored += sum(len(r.prompt_ids) + len(r.forced_ids) for r in requests if r.score_prompt)
         values = scored * max(1, job.logprobs)
     if values > limit:
         name = job.names[name]

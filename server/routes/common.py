@@ -172,7 +172,8 @@ def _is_large(job: GenerationJob, answers: Sequence[Answer]) -> bool:
             for request, result, _ in answers
         )
     if job.logprobs is not None:
-        values += sum(len(result.scores) * (1 + job.logprobs) for _, result, _ in answers)
+        scored = sum(len(result.scores) + len(result.prompt_scores) for _, result, _ in answers)
+        values += scored * (1 + job.logprobs)
     return job.include_states or values > _SMALL_RESPONSE
 
 

@@ -129,6 +129,15 @@ def test_echo_with_loop_at(client, reference):
     assert still.logprobs.token_logprobs[4] == pytest.approx(float(base[3, IDS[4]]), abs=1e-4)
 
 
+def test_echoed_log_probabilities_are_limited(engine):
+    """Also those of the part of the prompt that is run after the loop."""
+    with TestClient(create_app(ServerSettings(max_response_values=30), engine)) as client:
+        body = {"prompt": IDS, "max_tokens": 1, "echo": True, "logprobs": 5}
+        for more in ({}, {"slr": {"loop_at": 1, "max_iterations": 1}}):
+            response = client.post("/v1/completions", json=body | more)
+            assert (response.status_code, response.json()["error"]["param"]) == (400, "logprobs"), more
+
+
 def test_echo_of_token_ids_with_loop_at(client):
     answer = complete(client, prompt=IDS, echo=True, slr={"loop_at": 4}, max_tokens=2, logprobs=0)
     (choice,) = answer.choices

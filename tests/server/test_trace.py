@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from fastapi.testclient import TestClient
 
 from slr_core.engine import Engine
 from slr_core.generation.reference import generate
+from slr_core.types import TokenScore
 from slr_server.app import create_app
 from slr_server.protocol import native as schemas
+from slr_server.protocol.schema import Answer
 from slr_server.routes import common
 from slr_server.settings import ServerSettings
 from tests import tiny
@@ -231,3 +234,18 @@ def test_large_responses_are_encoded_one_at_a_time(engine, monkeypatch):
     monkeypatch.setattr(common, "_SMALL_RESPONSE", 0)
     asyncio.run(scenario())
     assert most == 1
+
+
+def test_scores_of_the_prompt_make_a_response_large():
+    job = SimpleNamespace(trace=False, include_states=False, logprobs=9)
+    score = TokenScore(1, -1.0, ())
+
+    def is_large(**scores):
+        return common._is_large(
+            job, [Answer(None, SimpleNamespace(**{"scores": (), "prompt_scores": ()} | scores), False)]
+        )
+
+    many = (score,) * (common._SMALL_RESPONSE // 10 + 1)
+    assert not is_large()
+    assert is_large(scores=many)
+    assert is_large(prompt_scores=many)
