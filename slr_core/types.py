@@ -167,7 +167,7 @@ class Result:
         iterations: iterations that the loop ran.
         exit_reason: why the loop ended.
         final_change: relative change of the last iteration; ``None`` where undefined.
-        prompt_tokens: tokens of the prompt.
+        prompt_tokens: tokens of the prompt, those that the answer begins with included.
         forward_passes: forward passes that the request would take alone.
         timings: duration of each stage.
         first_token_s: seconds from arrival to the first token.
@@ -181,6 +181,7 @@ class Result:
             as the request asks for.
         scores: log-probabilities of ``token_ids``; empty unless requested.
         prompt_scores: log-probabilities of the prompt's tokens by the base model; empty unless requested.
+        forced_tokens: how many of ``token_ids`` the request gave (``Request.forced_ids``).
     """
 
     text: str
@@ -200,11 +201,12 @@ class Result:
     prompt_scores: tuple[TokenScore, ...] = ()
     iterations_per_token: tuple[int, ...] = ()
     records_per_token: tuple[tuple[IterationRecord, ...], ...] = ()
+    forced_tokens: int = 0
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens of the answer, the end token included."""
-        return len(self.token_ids)
+        """Tokens that were chosen, the end token included."""
+        return len(self.token_ids) - self.forced_tokens
 
     def to_dict(self, *, trace: bool = False, states: bool = False) -> dict[str, Any]:
         """The result as JSON-ready values, in the shape of ``POST /generate``.

@@ -290,12 +290,11 @@ class CompletionFormatter:
 
     def _usage(self) -> Usage:
         prompt = completion = 0
-        for index, (request, result, _) in self._finished.items():
-            forced = len(request.forced_ids)
+        for index, (_, result, _) in self._finished.items():
             if index % self.n == 0:
-                prompt += len(request.prompt_ids) + forced
+                prompt += result.prompt_tokens
             if not self.silent:
-                completion += result.completion_tokens - forced
+                completion += result.completion_tokens
         return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 

@@ -100,7 +100,7 @@ def _result(
         iterations=output.iterations[row],
         exit_reason=output.exit_reasons[row],
         final_change=records[-1].relative_change if records else None,
-        prompt_tokens=len(request.prompt_ids),
+        prompt_tokens=len(request.prompt_ids) + len(request.forced_ids),
         forward_passes=count_passes(
             reasoner, request, output.iterations[row], output.kept_iterations[row], len(answer.tokens)
         ),
@@ -114,6 +114,7 @@ def _result(
         stability=output.stability[row],
         states=output.states[row].float().cpu() if request.include_states else None,
         scores=tuple(answer.scores),
+        forced_tokens=len(request.forced_ids),
     )
 
 
