@@ -61,7 +61,8 @@ class RequestGroup:
         stream: yield iterations and tokens too, not only results.
         deadline: ``time.monotonic`` at which the group fails.
         limit_s: the same as a duration in seconds, for the error message.
-        on_done: called once for each request that finished, failed or was cancelled, on the thread that ended it.
+        on_done: called once for each request that finished, failed or was dropped by the client, on the thread that
+            ended it; not for those that end because the group fails.
 
     Raises:
         EngineError: the engine is closed.
@@ -88,6 +89,7 @@ class RequestGroup:
         self._is_waking = False
         """Whether the event loop will look at :attr:`_arrived`."""
         self._unfinished = len(requests)
+        self._failed = False
         self._futures: list[Future[Result]] = []
         try:
             for index, (request, _) in enumerate(requests):
@@ -111,7 +113,8 @@ class RequestGroup:
             self._put(index, event)
 
     def _on_future_done(self, index: int, future: Future[Result]) -> None:
-        self._on_done(self._requests[index].request, future)
+        if not (future.cancelled() and self._failed):
+            self._on_done(self._requests[index].request, future)
         if not future.cancelled():
             self._put(index, future.exception() or FinishedEvent(future.result()))
 
@@ -168,4 +171,6 @@ class RequestGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A client that leaves ends the task: CancelledError and GeneratorExit are no Exceptions.
+        self._failed = isinstance(error, Exception)
         self.close()

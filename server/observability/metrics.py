@@ -117,9 +117,6 @@ class Metrics:
             _CONTRACTION,
         )
         self._norm = by_iteration("slr_hidden_state_norm", "Norm of the state after an iteration", _NORM)
-        self._nonfinite = counter(
-            "slr_nonfinite_total", "Loops with a state that is not finite; each also counts as a diverged exit"
-        )
         self._prompt_tokens = counter("slr_prompt_tokens_total", "Prompt tokens of finished answers")
         self._durations = {
             stage: histogram(
@@ -207,8 +204,6 @@ class Metrics:
                 self._contraction[i].observe(record.contraction)
             if record.norm is not None:
                 self._norm[i].observe(record.norm)
-        if result.exit_reason == "diverged" and result.records[-1].norm is None:
-            self._nonfinite.inc()
         for stage, histogram in self._durations.items():
             histogram.observe(getattr(result.timings, f"{stage}_s"))
         self._first_token.observe(result.first_token_s)
@@ -246,6 +241,11 @@ class _EngineCollector(Collector):
                 "slr_wasted_row_iterations",
                 "Loop iterations without effect: of dropped or failed answers, or past a diverged loop's last state",
                 counters.wasted_iterations,
+            ),
+            (
+                "slr_nonfinite",
+                "Loops with a state that is not finite; their answers count as diverged exits",
+                counters.nonfinite,
             ),
             ("slr_generated_tokens", "Generated tokens", counters.tokens),
             ("slr_prefill_tokens", "Prompt tokens run through the model", counters.prefill_tokens),

@@ -154,6 +154,7 @@ class OutputProcessor:
                 elapsed_s=passed.finished_at - sequence.prefilled_at,
                 top_tokens=output.top_tokens,
             )
+            self.counters.nonfinite += not output.finite
             if token is None or not token.loops:
                 sequence.emit(IterationEvent(tracker.records[-1]))
         if token is not None and not token.loops:  # later positions run as many iterations as were kept here
@@ -238,7 +239,7 @@ class OutputProcessor:
         answer = sequence.answer
         token = answer.choose_token(logits, most_likely)
         sequence.read_state, sequence.logits, sequence.pending_tokens = None, None, [token]
-        self.counters.tokens += 1
+        self.counters.tokens += len(answer.tokens) > len(sequence.request.forced_ids)
         if sequence.on_event is not None:
             iterations = (
                 None if sequence.token is None else len(sequence.tracker.records) if sequence.token.depth else 0
@@ -291,7 +292,7 @@ def build_result(sequence: Sequence) -> Result:
         iterations=len(records),
         exit_reason=reason,
         final_change=records[-1].relative_change if records else None,
-        prompt_tokens=len(request.prompt_ids),
+        prompt_tokens=len(request.prompt_ids) + len(request.forced_ids),
         forward_passes=count_passes(reasoner, request, len(records), tracker.kept_iterations, len(answer.tokens)),
         timings=Timings(
             queue_s=sequence.admitted_at - sequence.arrived_at,
@@ -306,6 +307,7 @@ def build_result(sequence: Sequence) -> Result:
         states=states.float().cpu() if states is not None and request.include_states else None,
         scores=tuple(answer.scores),
         prompt_scores=tuple(sequence.prompt_scores),
+        forced_tokens=len(request.forced_ids),
     )
     if token is None:
         return result

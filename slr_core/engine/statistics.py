@@ -17,7 +17,8 @@ class EngineCounters:
         iterations: iterations, summed over all requests.
         wasted_iterations: iterations without effect on an answer: those of cancelled and failed requests, and those
             after the last good state of a diverged loop.
-        tokens: tokens of answers.
+        nonfinite: loops that ended with a state that is not finite.
+        tokens: tokens that were chosen for answers.
     """
 
     steps: int = 0
@@ -26,6 +27,7 @@ class EngineCounters:
     reused_tokens: int = 0
     iterations: int = 0
     wasted_iterations: int = 0
+    nonfinite: int = 0
     tokens: int = 0
 
 

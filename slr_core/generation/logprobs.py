@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ def score(logits: Tensor, ids: Sequence[int], top: int) -> list[TokenScore]:
     Args:
         logits: ``[n, V]``, read before each token.
         ids: the ``n`` tokens.
-        top: how many of the most likely tokens to add to each.
+        top: how many of the most likely tokens to add to each; fewer if the others are suppressed.
     """
     if not ids:
         return []
@@ -26,7 +27,7 @@ def score(logits: Tensor, ids: Sequence[int], top: int) -> list[TokenScore]:
     chosen = logprobs[range(len(ids)), list(ids)].tolist()
     best = logprobs.topk(min(top, logprobs.shape[-1]))
     return [
-        TokenScore(token, finite_or_none(logprob), tuple(zip(tokens, values, strict=True)))
+        TokenScore(token, finite_or_none(logprob), tuple(x for x in zip(tokens, values, strict=True) if isfinite(x[1])))
         for token, logprob, tokens, values in zip(ids, chosen, best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 

@@ -63,14 +63,17 @@ def test_forced_tokens_are_written_and_scored_where_they_stand(made):
     request = tiny.request(made, PROMPT, logprobs=0, forced_ids=forced, max_new_tokens=2)
     (expected,) = generate(made, [request])
     assert expected.token_ids[:3] == forced
-    assert 4 <= expected.completion_tokens <= 5, "the end token may come first"
+    assert 1 <= expected.completion_tokens <= 2, "the end token may come first"
+    assert expected.prompt_tokens == len(request.prompt_ids) + len(forced)
     # The first is read after the loop, as the first token of any answer is.
     free = tiny.request(made, PROMPT, logprobs=len(tiny.WORDS))
     (chosen,) = generate(made, [free])
     assert expected.scores[0].logprob == pytest.approx(dict(chosen.scores[0].top)[forced[0]], abs=1e-4)
     with Engine(made, threads=1) as engine:
         result = engine.submit(request).result()
+        assert engine.counters.tokens == result.completion_tokens
     assert result.token_ids == expected.token_ids
+    assert (result.prompt_tokens, result.forced_tokens) == (expected.prompt_tokens, expected.forced_tokens)
     assert same(result.scores, expected.scores)
 
 
@@ -125,6 +128,12 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_answer(made):
         future = engine.submit(tiny.request(head, PROMPT))
         with pytest.raises(Exception, match="not finite"):
             future.result()
+
+
+def test_suppressed_tokens_are_not_among_the_likely_ones():
+    (found,) = score(torch.tensor([[1.0, 2.0, -torch.inf]]), [2], 3)
+    assert found.logprob is None
+    assert [token for token, _ in found.top] == [1, 0]
 
 
 def test_parts_are_scored_like_the_whole(monkeypatch):

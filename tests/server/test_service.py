@@ -49,6 +49,7 @@ def test_timeout(gated, gate):
         time.sleep(0.001)
     assert client.post("/generate", json=BODY).status_code == 200
     assert sample(client, "slr_requests_total", endpoint="/generate", status="timeout") == 1
+    assert sample(client, "slr_loop_exits_total", reason="cancelled") == 0, "no client has left"
     assert sample(client, "slr_loop_iterations_count") < 5, "requests that had not started were dropped"
 
 
