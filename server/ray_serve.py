@@ -7,6 +7,7 @@ limits, routing) are set there.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from slr_core.errors import ConfigError, SLRError
 
 from .app import create_app
-from .errors import send_error
+from .errors import Conflict, NotFound, send_error
 from .service import Service
 from .settings import ServerSettings
 
@@ -32,7 +33,7 @@ class LatentServer:
     """One replica: the application of :mod:`slr_server.app` and its engine.
 
     Args:
-        settings: of the server. ``threads`` defaults to the CPUs that Ray assigns to the replica.
+        settings: of the server, see :func:`replica_settings`.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -79,14 +80,18 @@ class LatentServer:
 
     @serve.multiplexed(max_num_models_per_replica=4)  # type: ignore[untyped-decorator]
     async def _load_set(self, name: str) -> LoadedAdapterSet:
-        await self.service.load_loop_set(name)
+        if name not in self.service.model_names():  # the served model, or loaded by an administrator
+            await self.service.load_loop_set(name)
         return LoadedAdapterSet(self.service, name)
 
 
 def replica_settings(settings: dict[str, Any]) -> ServerSettings:
-    """The settings of this process's replica: by default with as many threads as Ray assigns CPUs to it."""
+    """The settings of this process's replica.
+
+    By default with as many threads as Ray assigns CPUs to it, and for any host: Ray's proxies listen, not the replica.
+    """
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
-    return ServerSettings(**{"threads": max(1, int(cpus)), **settings})
+    return ServerSettings(**{"threads": max(1, int(cpus)), "allowed_hosts": "*", **settings})
 
 
 class LoadedAdapterSet:
@@ -96,7 +101,8 @@ class LoadedAdapterSet:
         self._service, self._name = service, name
 
     async def __del__(self) -> None:
-        await self._service.remove_loop_set(self._name)
+        with suppress(Conflict, NotFound):  # the served model; an administrator has removed it
+            await self._service.remove_loop_set(self._name)
 
 
 class AdapterSetLoader:

@@ -197,6 +197,9 @@ def test_loop_set_is_loaded(url):
     # Ray sends later ones to the replica that has it.
     for _ in range(8):
         assert httpx.post(f"{url}/generate", json=body, headers=header, timeout=60).status_code == 200
+    served = {"serve_multiplexed_model_id": httpx.get(f"{url}/v1/models").json()["data"][0]["id"]}
+    own = httpx.post(f"{url}/generate", json={"prompt": PROMPT}, headers=served, timeout=60)
+    assert own.status_code == 200
     gone = httpx.post(f"{url}/generate", json=body, headers={"serve_multiplexed_model_id": "gone"}, timeout=60)
     assert gone.status_code == 404
     assert gone.json()["error"]["param"] == "name"
@@ -349,6 +352,7 @@ def test_resources(monkeypatch):
     """A replica's share of a GPU reaches Ray, and its engine has as many threads as the replica has CPUs."""
     from ray.serve.schema import ServeDeploySchema
 
+    from slr_server.hosts import allowed_hosts
     from slr_server.ray_serve import LatentServer, replica_settings
 
     (application,) = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())["applications"]
@@ -359,14 +363,17 @@ def test_resources(monkeypatch):
     deployment = LatentServer.options(ray_actor_options={"num_cpus": 3, "num_gpus": 0.5})
     assert deployment.ray_actor_options["num_gpus"] == 0.5
 
-    def threads(assigned, **settings):
+    def settings(assigned, **given):
         context = SimpleNamespace(get_assigned_resources=lambda: assigned)
         monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
-        return replica_settings(settings).threads
+        return replica_settings(given)
 
-    assert threads({"CPU": 3.0, "GPU": 0.5}) == 3
-    assert threads({"CPU": 0.5}) == 1
-    assert threads({"CPU": 3.0}, threads=2) == 2
+    assert settings({"CPU": 3.0, "GPU": 0.5}).threads == 3
+    assert settings({"CPU": 0.5}).threads == 1
+    assert settings({"CPU": 3.0}, threads=2).threads == 2
+    # Ray's proxies listen for any name of the service, a replica on loopback alone.
+    assert allowed_hosts(settings({})) is None
+    assert allowed_hosts(settings({}, allowed_hosts="a.example")) == {"a.example"}
 
 
 def test_yaml():
