@@ -81,6 +81,10 @@ class NotFound(RequestError):
     """The named object does not exist."""
 
 
+class ModelNotFound(NotFound):
+    """No model of this name is served."""
+
+
 class Conflict(SLRError):
     """The operation conflicts with the server's current state."""
 
@@ -125,6 +129,7 @@ _KINDS: dict[type[Exception], tuple[int, str, str]] = {
     Unauthorized: (401, "authentication_error", "invalid_api_key"),
     Forbidden: (403, "permission_error", "forbidden"),
     NotFound: (404, _INVALID, "not_found"),
+    ModelNotFound: (404, _INVALID, "model_not_found"),  # OpenAI's code
     HeadersTooSlow: (408, "timeout_error", "headers_timeout"),
     BodyTooSlow: (408, "timeout_error", "body_timeout"),
     Conflict: (409, _INVALID, "conflict"),

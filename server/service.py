@@ -21,7 +21,7 @@ from slr_core.types import Request, Result
 
 from .adapter_sets import AdapterSetFolder
 from .admission import Admission, reduce_budget
-from .errors import SHUTTING_DOWN, Conflict, NotFound, Unavailable
+from .errors import SHUTTING_DOWN, Conflict, ModelNotFound, Unavailable
 from .loading import build_engine
 from .loop_lag import LoopLag
 from .observability.exposition import Exposition
@@ -171,11 +171,11 @@ class Service:
         """Check that a loop adapter set of this name is loaded.
 
         Raises:
-            NotFound: there is none.
+            ModelNotFound: there is none.
             Unavailable: there is no engine.
         """
         if name is not None and name not in self.model_names():
-            raise NotFound(f"there is no model {name!r}; GET /v1/models lists them", param="model")
+            raise ModelNotFound(f"there is no model {name!r}; GET /v1/models lists them", param="model")
 
     def find_loop_set(self, name: str | None) -> LoopAdapterSet:
         """The loop adapter set of this name; ``None``: the served model's own.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from slr_core.engine import FinishedEvent, IterationEvent, TokenEvent
 from slr_core.errors import RequestError
@@ -58,7 +59,11 @@ class TextPart(RequestModel):
 
 
 def _as_parts(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+    if isinstance(value, list):
+        return value
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    raise PydanticCustomError("content_type", "must be a string or a list of text parts")
 
 
 Content = Annotated[
