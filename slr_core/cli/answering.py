@@ -62,13 +62,16 @@ def answer_questions(
     questions: QuestionSet,
     settings: MethodSettings,
     store: Store,
-    model: str | None,
+    model: dict[str, Any],
     batch_size: int,
 ) -> list[Outcome]:
-    """Run a method on all questions, with a progress bar; ``store`` supplies what was answered before."""
-    from slr_core.evaluation.run import identify_model, run_method, run_spec
+    """Run a method on all questions, with a progress bar; ``store`` supplies what was answered before.
 
-    spec = run_spec(method, settings, questions.task, questions.loaded, identify_model(model))
+    ``model`` is what :func:`slr_core.evaluation.run.identify_model` says of the model.
+    """
+    from slr_core.evaluation.run import run_method, run_spec
+
+    spec = run_spec(method, settings, questions.task, questions.loaded, model)
     run = store.open(spec, versions())
     with progress_bars() as bar:
         answered = bar.add_task(method.name, total=len(questions.examples))
@@ -106,12 +109,12 @@ def _without_key(arguments: list[str]) -> list[str]:
     return ["***" if before == API_KEY_FLAG else word for before, word in zip(["", *shown], shown, strict=False)]
 
 
-def manifest(questions: QuestionSet, model: str | None, settings: MethodSettings) -> dict[str, Any]:
+def manifest(questions: QuestionSet, model: dict[str, Any], settings: MethodSettings) -> dict[str, Any]:
     """How the figures of a command were made."""
     from slr_core.evaluation.methods import get_method
-    from slr_core.evaluation.run import identify_model, run_spec
+    from slr_core.evaluation.run import run_spec
 
-    spec = run_spec(get_method("slr"), settings, questions.task, questions.loaded, identify_model(model))
+    spec = run_spec(get_method("slr"), settings, questions.task, questions.loaded, model)
     del spec["method"]
     return {**spec, **versions()}
 

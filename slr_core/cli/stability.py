@@ -58,7 +58,7 @@ def stability(
     from slr_core.evaluation.store import Store
 
     questions = QuestionSet(task, data, split, generate, generate_seed, generator_option, limit)
-    store, name = Store(results), identify_model(model)
+    store, name = Store(results), identify_model(model, dtype, quantization)
     with progress_bars() as bar:
         rows: dict[str, TaskID] = {}
 

@@ -54,17 +54,19 @@ def run_spec(
     }
 
 
-def identify_model(path: str | None) -> dict[str, Any]:
-    """Name and hash of a checkpoint folder; a hub id or a URL has no hash."""
+def identify_model(path: str | None, dtype: str = "auto", quantization: str = "none") -> dict[str, Any]:
+    """Name and hash of a checkpoint folder, and the precision if it is chosen; a hub id or a URL has no hash."""
+    chosen = {"dtype": dtype} if dtype != "auto" else {}
+    chosen |= {"quantization": quantization} if quantization != "none" else {}
     folder = local_path(path)
     if not folder.is_dir():
-        return {"name": path}
+        return {"name": path, **chosen}
     digest = sha256()
     for file in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors")):
         # Leave out what a training run writes beside the model: its checkpoints and its manifest.
         if file.relative_to(folder).parts[0] not in ("steps", "training.json"):
             digest.update(str(file.relative_to(folder)).encode() + b"\0" + sha256(file.read_bytes()).digest())
-    return {"name": folder.resolve().name, "sha256": digest.hexdigest()}
+    return {"name": folder.resolve().name, "sha256": digest.hexdigest(), **chosen}
 
 
 def run_method(

@@ -246,3 +246,9 @@ def test_a_model_elsewhere_is_known_by_its_name():
     assert identify_model(None) == identify_model(str(DEFAULT_CHECKPOINT))
     assert identify_model(None)["name"] == "prosqa"
     assert identify_model("prosqa") == identify_model(None)
+
+
+def test_another_precision_is_another_model():
+    """Results of one are not taken for those of the other."""
+    chosen = [("auto", "none"), ("bfloat16", "none"), ("auto", "int4"), ("bfloat16", "int4")]
+    assert len({json.dumps(identify_model(None, *precision)) for precision in chosen}) == 4
