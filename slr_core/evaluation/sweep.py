@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slr_core import tasks
 from slr_core.engine.runner.device import load_reasoner
-from slr_core.errors import ConfigError
+from slr_core.errors import ConfigError, RequestError
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import Method, MethodSettings, get_method
 from slr_core.evaluation.run import identify_model, run_method, run_spec
 from slr_core.evaluation.statistics import Summary, summarize
 from slr_core.evaluation.store import MethodRun, Store
+from slr_core.params import LoopParams
+from slr_core.suggest import did_you_mean
 from slr_core.tasks.base import OptionValue, Task
 from slr_core.tasks.sources import Questions, load_questions
 from slr_core.training.config import TrainConfig
@@ -45,7 +47,7 @@ class SweepEvaluation(_Model):
     limit: int | None = Field(None, ge=1)
     methods: tuple[str, ...] = Field(("slr",), min_length=1, description="methods that answer, each with every model")
     loop: dict[str, int | float | str] = Field({}, description="loop parameters, for all methods")
-    iterations: tuple[int, ...] = Field(
+    iterations: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (), description="numbers of iterations without early exit; all questions are answered once for each"
     )
     variants: tuple[str, ...] = Field(
@@ -58,6 +60,14 @@ class SweepEvaluation(_Model):
     def _check_iterations(self) -> Self:
         if self.iterations and (self.loop.keys() & {"criterion", "max_iterations", "min_iterations"}):
             raise ValueError("give either iterations or loop.criterion, max_iterations and min_iterations")
+        known = [field.name for field in fields(LoopParams)]
+        for name in self.loop:
+            if name not in known:
+                raise ValueError(f"loop.{name}: unknown field; there are {', '.join(known)}{did_you_mean(name, known)}")
+        try:
+            LoopParams(**self.loop)  # type: ignore[arg-type]  # checked here
+        except (TypeError, RequestError) as error:
+            raise ValueError(f"loop: {error}") from error
         return self
 
     @property
@@ -77,7 +87,9 @@ class SweepConfig(_Model):
     )
     output_dir: str = Field(description="folder for the models and results.jsonl")
     set: dict[str, Any] = Field({}, description="settings of the recipe for every model, by dotted name")
-    vary: dict[str, tuple[Any, ...]] = Field({}, description="values per setting; every combination is trained")
+    vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(
+        {}, description="values per setting; every combination is trained"
+    )
     variants: dict[str, dict[str, Any]] = Field(
         {}, description="named sets of settings; each is combined with all of `vary`"
     )
@@ -90,6 +102,13 @@ class SweepConfig(_Model):
             raise ValueError("give either recipe or models")
         if self.models and self.model_fields_set & {"set", "vary", "variants", "seeds"}:
             raise ValueError("set, vary, variants and seeds are settings of a training: models have none")
+        for place, names in (("set", self.set), ("vary", self.vary), *self.variants.items()):
+            for name, instead in (("seed", "seeds"), ("output_dir", "output_dir of the sweep")):
+                if name in names:
+                    raise ValueError(f"{place}: {name} is set for every model; give {instead}")
+        for variant, changes in self.variants.items():
+            if both := sorted(changes.keys() & self.vary.keys()):
+                raise ValueError(f"variants.{variant}: {both[0]} is in vary too, whose values would replace it")
         known = self.models or self.variants
         for name in (name for evaluation in self.evaluate for name in evaluation.variants):
             if name not in known:
@@ -107,7 +126,10 @@ class SweepConfig(_Model):
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"{path}: not a readable YAML file ({error})") from error
-        return validated(cls, data)
+        try:
+            return validated(cls, data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -230,7 +252,7 @@ def run_sweep(
     sweep = SweepConfig.from_yaml(spec)
     planned = list(expand_variants(sweep, Path(spec).parent))
     evaluations = list(_open_evaluations(sweep))
-    store, rows = Store(Path(sweep.output_dir) / "results.jsonl"), []
+    store, rows, precision = Store(Path(sweep.output_dir) / "results.jsonl"), [], (dtype, quantization)
     if train_all is not None and not finished_only:
         unfinished = [v.config for v in planned if v.config and not (Path(v.folder) / MANIFEST).is_file()]
         progress(f"training {len(unfinished)} models")
@@ -240,7 +262,7 @@ def run_sweep(
         trained = config is None or (Path(variant.folder) / MANIFEST).is_file()
         runs = [run for run in evaluations if run.applies_to(variant)]
         if finished_only:
-            rows += _stored_rows(store, variant, runs) if trained else []
+            rows += _stored_rows(store, variant, runs, precision) if trained else []
             continue
         if config is not None and not trained:
             progress(f"{i} of {len(planned)}: training {variant.name}")
@@ -248,7 +270,7 @@ def run_sweep(
         progress(f"{i} of {len(planned)}: evaluating {variant.name}")
         backend = Local(load_reasoner(variant.folder, device=device, dtype=dtype, quantization=quantization))
         for run in runs:
-            opened = store.open(run.spec(variant), about)
+            opened = store.open(run.spec(variant, precision), about)
             task, examples = run.task, run.questions.examples
             outcomes = run_method(
                 run.method, backend, task, examples, run.settings, store=store, run=opened, warm_up=True
@@ -277,8 +299,8 @@ class _EvaluationRun:
     def applies_to(self, variant: Variant) -> bool:
         return not self.evaluation.variants or variant.values.get("variant") in self.evaluation.variants
 
-    def spec(self, variant: Variant) -> dict[str, Any]:
-        model = {**identify_model(variant.folder), "name": variant.name}
+    def spec(self, variant: Variant, precision: tuple[str, str]) -> dict[str, Any]:
+        model = {**identify_model(variant.folder, *precision), "name": variant.name}
         return run_spec(self.method, self.settings, self.task, self.questions, model)
 
     def row(self, variant: Variant, answered: MethodRun, summary: Summary) -> SweepRow:
@@ -308,9 +330,11 @@ def _open_evaluations(sweep: SweepConfig) -> Iterator[_EvaluationRun]:
             yield _EvaluationRun(evaluation, questions, loop, method)
 
 
-def _stored_rows(store: Store, variant: Variant, runs: list[_EvaluationRun]) -> list[SweepRow]:
+def _stored_rows(
+    store: Store, variant: Variant, runs: list[_EvaluationRun], precision: tuple[str, str]
+) -> list[SweepRow]:
     """The figures of a model whose runs are all complete; else none."""
-    stored = [store.runs.get(MethodRun(run.spec(variant)).id) for run in runs]
+    stored = [store.runs.get(MethodRun(run.spec(variant, precision)).id) for run in runs]
     complete = [found for found in stored if found is not None and len(found.outcomes) == found.spec["questions"]]
     if len(complete) < len(runs):
         return []

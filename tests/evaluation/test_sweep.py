@@ -55,6 +55,26 @@ def trained(monkeypatch):
     return done
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"vary": {"seed": [1, 2]}}, "vary: seed is set for every model; give seeds"),
+        ({"set": {"seed": 7}}, "set: seed is set"),
+        ({"variants": {"a": {"output_dir": "x"}}}, "a: output_dir is set"),
+        ({"variants": {"a": {"loop.residual.source": "none"}}}, r"variants\.a: loop\.residual\.source is in vary too"),
+        ({"vary": {"loop.lora.rank": []}}, r"vary\.loop\.lora\.rank"),
+        ({"evaluate": [JUDGE | {"loop": {"max_iteration": 3}}]}, r"loop\.max_iteration: unknown .* max_iterations"),
+        ({"evaluate": [JUDGE | {"loop": {"max_iterations": "3"}}]}, "loop: "),
+        ({"evaluate": [JUDGE | {"loop": {"max_iterations": -1}}]}, "max_iterations must be at least 0"),
+        ({"evaluate": [JUDGE | {"iterations": [-1]}]}, r"iterations\.0"),
+    ],
+)
+def test_contradictions_are_told_before_any_training(spec, trained, changes, told):
+    with pytest.raises(ConfigError, match=told):
+        sweep.run_sweep(spec(**changes))
+    assert trained == []
+
+
 def test_every_combination(spec, trained, tmp_path):
     rows = sweep.run_sweep(spec())
     assert [(c.loop.residual.source, c.seed) for c in trained] == [
