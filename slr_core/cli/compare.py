@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
@@ -24,6 +23,7 @@ from slr_core.cli.evaluate import MethodName
 from slr_core.cli.options import ApiKey, AsJson, Device, Dtype, Model, Output, QuantizationName, console, show_results
 from slr_core.cli.questions import Data, Generate, GenerateSeed, GeneratorOptions, Limit, QuestionSet, Split, TaskName
 from slr_core.errors import ConfigError, RequestError
+from slr_core.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from slr_core.evaluation.methods import Method
@@ -85,12 +85,14 @@ def compare(
     All methods answer the same questions; paired tests compare each method with the loop.
     """
     from slr_core.evaluation.methods import METHODS, MethodSettings, get_method
+    from slr_core.evaluation.run import identify_model
     from slr_core.evaluation.statistics import paired_test, summarize
     from slr_core.evaluation.store import Store
     from slr_core.evaluation.tables import method_table
 
     chosen = list(METHODS.values()) if methods == "all" else [get_method(name.strip()) for name in methods.split(",")]
     folders = dict(_parse_weights(text) for text in weights or ())
+    _check_weights(folders)
     questions = QuestionSet(task, data, split, generate, generate_seed, generator_option, limit)
     settings = MethodSettings({}, cot_tokens, samples, temperature, beams, noise, seed)
     store, tested = Store(results), open_backend(model, server, api_key, device, dtype, quantization)
@@ -103,10 +105,11 @@ def compare(
             continue
         backend, name = tested, server or model
         if method.weights is not None:
-            name = str(folders[method.weights])
+            name = folders[method.weights]
             backend = open_backend(name, None, None, device, dtype, quantization)
+        known = identify_model(name, dtype, quantization)
         try:
-            outcomes[method.name] = answer_questions(method, backend, questions, settings, store, name, batch_size)
+            outcomes[method.name] = answer_questions(method, backend, questions, settings, store, known, batch_size)
         except (ConfigError, RequestError) as error:
             missing[method.name] = str(error)
     summaries = {name: summarize(of) for name, of in outcomes.items()}
@@ -125,11 +128,12 @@ def compare(
     figures: dict[str, Any] = {name: asdict(summary) for name, summary in summaries.items()}
     for name, test in tests.items():
         figures[name]["paired_with_slr"] = asdict(test)
-    record = {"manifest": manifest(questions, server or model, settings), "baselines": baselines}
+    known = identify_model(server or model, dtype, quantization)
+    record = {"manifest": manifest(questions, known, settings), "baselines": baselines}
     show_results({**record, "figures": figures, "missing": missing}, print_text, as_json, output)
 
 
-def _obstacle(method: Method, folders: dict[str, Path], server: str | None) -> str | None:
+def _obstacle(method: Method, folders: dict[str, str], server: str | None) -> str | None:
     """Why the method cannot run; ``None`` if it can."""
     if method.weights is not None and method.weights not in folders:
         return f"it needs weights trained for it: --weights {method.weights}=DIR"
@@ -138,8 +142,25 @@ def _obstacle(method: Method, folders: dict[str, Path], server: str | None) -> s
     return None
 
 
-def _parse_weights(text: str) -> tuple[str, Path]:
+def _parse_weights(text: str) -> tuple[str, str]:
     name, equals, folder = text.partition("=")
     if not equals or not folder:
         raise ConfigError(f"--weights {text}: expected method=DIR")
-    return name, Path(folder)
+    return name, folder
+
+
+def _check_weights(folders: dict[str, str]) -> None:
+    """Check the names and the checkpoints of ``--weights`` before anything is answered."""
+    from slr_core.checkpoint.folder import CONFIG
+    from slr_core.checkpoint.hub import find_file
+    from slr_core.evaluation.methods import METHODS
+
+    known = sorted({method.weights for method in METHODS.values() if method.weights is not None})
+    for name, folder in folders.items():
+        if name not in known:
+            raise ConfigError(
+                f"--weights {name}: no method has weights of that name; there are {', '.join(known)}"
+                f"{did_you_mean(name, known)}"
+            )
+        if find_file(folder, CONFIG) is None:
+            raise ConfigError(f"--weights {name}={folder}: expected a checkpoint")

@@ -62,7 +62,9 @@ def probe(
     results: Results = None,
     as_json: AsJson = False,
     output: Output = None,
-    plots: Annotated[Path | None, typer.Option(help="Folder to write the plots to, as .svg files.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Folder to write the plots to, as .svg files.", file_okay=False)
+    ] = None,
 ) -> None:
     """Analyse the hidden states of a loop.
 
@@ -79,7 +81,7 @@ def probe(
     labels = LABELS.get(questions.task.name, ()) if kinds else ()
     reasoner, name, baselines = (
         load_model(model, device, dtype, quantization),
-        identify_model(model),
+        identify_model(model, dtype, quantization),
         questions.baselines(),
     )
     iterations = reasoner.config.loop.max_iterations if iterations is None else iterations

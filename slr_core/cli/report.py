@@ -12,7 +12,9 @@ def report(
     results: Annotated[
         Path, typer.Argument(help="Results file of eval, compare, stability, probe or sweep.", exists=True)
     ],
-    out: Annotated[Path, typer.Option(help="Folder for report.html, report.md and the plots.")] = Path("report"),
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.md and the plots.", file_okay=False)] = Path(
+        "report"
+    ),
 ) -> None:
     """Write a report from a results file.
 

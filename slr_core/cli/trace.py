@@ -54,7 +54,10 @@ def trace(
     chat: UseTemplate = False,
     states: Annotated[
         Path | None,
-        typer.Option(help="Write the states h_0 ... h_t to this .safetensors file, shape [t + 1, positions, width]."),
+        typer.Option(
+            help="Write the states h_0 ... h_t to this .safetensors file, shape [t + 1, positions, width].",
+            dir_okay=False,
+        ),
     ] = None,
     as_json: AsJson = False,
     output: Output = None,

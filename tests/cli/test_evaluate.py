@@ -1,6 +1,7 @@
 """``slr eval``, ``compare``, ``stability`` and ``report``, as installed."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -100,6 +101,23 @@ def test_loop_options_hold_for_a_model_trained_for_its_method(run, folder, tmp_p
     figures = tmp_path / "figures.json"
     assert run("eval", "--model", folder, *SMALL, "--method", "pause", *FORCED, "--output", figures)[0] == 0
     assert json.loads(figures.read_text())["overall"]["iterations"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("cott=x", "--weights cott: no method has weights of that name; .* did you mean cot"),
+        ("no_thought=/no/where", "/no/where: no such"),
+        ("no_thought={tmp}", "--weights no_thought=.*: expected a checkpoint"),
+    ],
+)
+def test_weights_are_checked_before_anything_is_answered(run, folder, tmp_path, given, told):
+    results = tmp_path / "results.jsonl"
+    options = ["--methods", "slr,no_thought", "--weights", given.format(tmp=tmp_path), "--results", results]
+    code, _, err = run("compare", "--model", folder, *SMALL, *options)
+    assert code != 0
+    assert re.search(told, err)
+    assert not results.exists()
 
 
 def test_eval_goes_on_with_its_results(run, folder, tmp_path):
