@@ -158,11 +158,11 @@ def _self_consistency(batch: Batch) -> list[MethodAnswer]:
 
 def _vote(task: Task, answers: Sequence[MethodAnswer]) -> MethodAnswer:
     """The first text with the most frequent answer."""
-    votes = Counter(answer for text in answers if (answer := task.extract(text.text)) is not None)
+    votes = Counter(answer for text in answers if (answer := task.vote(text.text)) is not None)
     if not votes:  # no text states an answer
         return MethodAnswer.combine(answers[0].text, answers)
     winner = votes.most_common(1)[0][0]
-    return MethodAnswer.combine(next(a.text for a in answers if task.extract(a.text) == winner), answers)
+    return MethodAnswer.combine(next(a.text for a in answers if task.vote(a.text) == winner), answers)
 
 
 def _slr_vote(batch: Batch) -> list[MethodAnswer]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from slr_core.errors import ConfigError, DataError
@@ -44,6 +44,11 @@ class Arithmetic(Task):
         """The stated number, see :func:`~slr_core.tasks.reading.stated_number`."""
         found = stated_number(text)
         return found.text if found else None
+
+    def vote(self, text: str) -> Hashable | None:
+        """The value of the stated number."""
+        found = stated_number(text)
+        return found.values if found else None
 
     def grade(self, example: Example, text: str) -> bool:
         """Exact."""

@@ -166,14 +166,15 @@ _NUMBER = re.compile(
     (?<![A-Za-z_\d])(?<!\d\.)
     (?:
       (?P<clock>\d+(?::\d+)+|{_LIST})                               # 3:30, 5:6 or 1,5: a time, a ratio, a list
-    | (?P<sign>(?:(?<=[=:(])[ ]*-[ ]*|(?<![\w.)\]}}])-)\(?)?
+    | (?P<sign>(?:(?<=[=:(])[ ]*-[ ]*|(?<![\w.)\]}}])-)(?P<bracket>\()?)?
       (?:
         (?:(?P<whole>\d+)(?:[ ]+and[ ]+|[ ]*))?\\[dt]?frac[ ]*\{{?(?P<over>-?\d+)\}}?[ ]*\{{?(?P<under>\d+)\}}?
       | (?:(?P<mixed>\d+)[ ]+(?:and[ ]+)?)?(?P<top>{_DIGITS})[ ]?/[ ]?(?P<bottom>\d+)(?![\d/]|\.\d)
       | (?P<plain>{_DIGITS}(?:\.\d+)?|\.\d+)(?P<exp>[eE][+-]?\d{{1,3}}(?![\w]))?
         (?:[ ]*(?:\\times|\\cdot|[×*x])[ ]*10[ ]*(?:\^|\*\*)[ ]*\{{?(?P<power>-?\d{{1,3}})\}}?)?
       )
-      \)?(?:[ ]?(?P<percent>\\?%|percent\b|per[ ]cent\b)|[ ](?P<scale>thousand|million|billion|trillion)s?\b)?
+      (?(bracket)\)?)
+      (?:[ ]?(?P<percent>\\?%|percent\b|per[ ]cent\b)|[ ](?P<scale>thousand|million|billion|trillion)s?\b)?
     )
     """,
     re.X | re.I,

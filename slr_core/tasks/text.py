@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Hashable
 from fractions import Fraction
 
 from slr_core.errors import ConfigError, DataError
@@ -75,6 +76,17 @@ class TextTask(Task):
         if self.grading == "choice":
             return _stated_label(_stated(text)) or _stated(text) or None
         return (first_answer(text, ANY_TEXT).strip() if self.grading == "contains" else _stated(text)) or None
+
+    def vote(self, text: str) -> Hashable | None:
+        """The stated answer as the grading compares it: the value of a number, else a normalized text."""
+        answer = self.extract(text)
+        if answer is None:
+            return None
+        if self.grading == "number":
+            stated = stated_number(text)
+            return stated.values if stated else None
+        value = _plain_number(answer)
+        return normalize(answer) if value is None else value
 
     def grade(self, example: Example, text: str) -> bool:
         """See the class.

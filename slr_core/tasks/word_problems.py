@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -44,6 +44,11 @@ class WordProblem(Task):
         """The stated number, see :func:`~slr_core.tasks.reading.stated_number`."""
         found = stated_number(text)
         return found.text if found else None
+
+    def vote(self, text: str) -> Hashable | None:
+        """The value of the stated number; else the words of the statement."""
+        found = stated_number(text)
+        return found.values if found is not None and found.values else self.extract(text)
 
     def grade(self, example: Example, text: str) -> bool:
         """Numeric comparison, see :func:`close`.

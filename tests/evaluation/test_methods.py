@@ -7,9 +7,10 @@ from slr_core.errors import ConfigError, RequestError
 from slr_core.evaluation.backends import Local, Remote
 from slr_core.evaluation.cost import Cost
 from slr_core.evaluation.interventions import add_noise, randomize_thoughts, replace_states, shuffle_thoughts
-from slr_core.evaluation.methods import METHODS, NOISY_START, Batch, MethodSettings, get_method
+from slr_core.evaluation.methods import METHODS, NOISY_START, Batch, MethodSettings, _vote, get_method
 from slr_core.evaluation.outcomes import MethodAnswer
 from slr_core.generation.reference import generate
+from slr_core.tasks import get_task
 from tests import tiny
 from tests.evaluation.asked import Words
 
@@ -128,6 +129,21 @@ def test_the_majority_wins_and_of_equals_the_first(local, name, said, winner):
     if name == "slr_vote":
         assert backend.calls == len(said)
         assert answers[0].iterations == (1 + len(said)) / 2
+
+
+@pytest.mark.parametrize(
+    ("task", "said", "winner"),
+    [
+        ("gsm8k", ["#### 1,800", "#### 17", "#### 17", "#### 1800", "#### 1800.00"], "#### 1,800"),
+        ("text", ["Rome", "The answer is Paris.", "Rome", "paris", "**Paris**"], "The answer is Paris."),
+        ("text:number", ["#### 2", "#### 3", "#### 3", "#### 2.0", "#### 2"], "#### 2"),
+        ("arithmetic", ["1,000", "7", "7", "1000", "1000"], "1,000"),
+        ("asdiv", ["#### red", "#### 5", "#### 5.0"], "#### 5"),
+    ],
+)
+def test_spellings_of_an_answer_are_one_answer(task, said, winner):
+    voted = _vote(get_task(task), [MethodAnswer(text) for text in said])
+    assert voted.text == winner
 
 
 def test_self_consistency_seeds(local):

@@ -144,6 +144,11 @@ def test_comma_of_a_list(gold, text):
         assert not get_task(name).grade(Example("q", (), gold), text)
 
 
+@pytest.mark.parametrize("text", ["The total is 12 (see 3)", "(3)", "3"])
+def test_a_bracket_around_a_number_is_no_part_of_it(text):
+    assert stated_number(text).text == "3"
+
+
 def test_comma():
     assert [number(text) for text in ("1,500", "1,234,567.5", "12,34,567", "0,500", "1.5,2.5")] == [
         1500,
