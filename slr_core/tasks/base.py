@@ -6,7 +6,7 @@ import gzip
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -109,6 +109,10 @@ class Task(ABC):
     def grade(self, example: Example, text: str) -> bool:
         """Whether ``text``, as the model wrote it, answers ``example``."""
 
+    def vote(self, text: str) -> Hashable | None:
+        """What ``text`` answers, for counting votes: equal for answers that the grader takes for the same."""
+        return self.extract(text)
+
     def grade_steps(self, example: Example, text: str) -> bool | None:
         """Whether the steps written in ``text`` hold and lead to the right answer, whatever answer it then states.
 
@@ -131,10 +135,18 @@ class Task(ABC):
     def generate(self, seed: int, **options: OptionValue) -> Iterator[Example]:
         """Endless stream of examples, the same for the same seed and options.
 
-        An option given as a string is converted to the type of its default.
+        See :meth:`generator_settings` for the options.
 
         Raises:
             ConfigError: there is no generator, no such option, or its value is out of range.
+        """
+        return self._generate(seed, self.generator_settings(options))
+
+    def generator_settings(self, options: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
+        """All options of the generator; one that is given as a string is converted to the type of its default.
+
+        Raises:
+            ConfigError: there is no generator, no such option, or its value is of another type.
         """
         if not self.generator_options:
             raise ConfigError(f"the task {self.name} cannot generate questions: give a file or a split")
@@ -144,10 +156,9 @@ class Task(ABC):
                 f"{self.name} has no generator option {unknown[0]}; it has {', '.join(self.generator_options)}"
                 f"{did_you_mean(unknown[0], self.generator_options)}"
             )
-        settings = dict(self.generator_options) | {
+        return dict(self.generator_options) | {
             k: _converted(self.name, k, v, self.generator_options[k]) for k, v in options.items()
         }
-        return self._generate(seed, settings)
 
     def _generate(self, seed: int, options: Mapping[str, Any]) -> Iterator[Example]:
         raise NotImplementedError
@@ -177,7 +188,7 @@ def read_jsonl(path: str | Path) -> list[Example]:
     path = Path(path)
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        lines = raw.decode("utf-8").split("\n")  # not splitlines: JSON strings may hold other line separators
+        lines = raw.decode("utf-8-sig").split("\n")  # not splitlines: JSON strings may hold other line separators
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(f"cannot read {path}: {reason}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from hashlib import sha256
@@ -54,21 +54,26 @@ class Graphs(Source):
 
 
 class Generated(Source):
-    """Questions of another task's generator; a batch holds questions of like length."""
+    """Prompts of another task's generator; a batch holds questions of like length."""
 
     def __init__(self, task: Task, generator_options: dict[str, OptionValue]) -> None:
         self.task, self.generator_options = task, generator_options
-        self.description = f"{task.name}, generated: {dict(task.generator_options) | generator_options}"
+        self.description = f"{task.name}, generated: {task.generator_settings(generator_options)}"
 
     def draw(self, step: int, count: int, rng: random.Random) -> Iterator[Example]:
         """New questions, from a seed drawn for the step: a quarter of those generated, sorted by length.
 
         Which quarter is drawn, too: over many steps, every length is as frequent as the generator makes it.
         """
-        questions = islice(self.task.generate(rng.getrandbits(63), **self.generator_options), _DRAWN * count)
-        by_length = sorted(questions, key=lambda example: len(example.question))
+        examples = islice(self.task.generate(rng.getrandbits(63), **self.generator_options), _DRAWN * count)
+        by_length = sorted(_prompts(self.task, examples), key=lambda example: len(example.question))
         start = rng.randrange(_DRAWN) * count
         return iter(by_length[start : start + count])
+
+
+def _prompts(task: Task, examples: Iterable[Example]) -> list[Example]:
+    """The examples, each with what the task puts to a model as its question."""
+    return [replace(example, question=task.prompt(example)) for example in examples]
 
 
 class Listed(Source):
@@ -131,11 +136,16 @@ class PlainText(Source):
         """Pieces from random places of the text."""
         for _ in range(count):
             start = rng.randrange(len(self.text) - self.characters)
-            # Only whole words.
-            piece = self.text[start : start + self.characters].partition(" ")[2].rpartition(" ")[0]
+            piece = _whole_words(self.text[start : start + self.characters])
             cut = piece.find(" ", rng.randint(len(piece) // 4, len(piece) // 2))
             cut = cut if cut > 0 else len(piece) // 2
             yield Example(piece[:cut], (), piece[cut:], {CONTINUES: True})
+
+
+def _whole_words(piece: str) -> str:
+    """A piece of text without the words that are cut at its ends; all of it if it has no spaces to cut at."""
+    inner = piece.partition(" ")[2].rpartition(" ")[0]
+    return inner if inner.strip() else piece
 
 
 @cache
@@ -198,16 +208,18 @@ def open_source(config: DataConfig, seed: int, held_out: int = 0) -> Source:
     if config.text is not None:
         return PlainText(config.text, config.characters)
     assert config.task is not None  # checked by the config
+    task = tasks.get_task(config.task)
     if not config.generated:
         questions = load_source_questions(config)
         examples, kept_out = split_held_out(questions.examples, held_out, questions.source)
         about = f", {len(kept_out)} of {len(questions.examples)} held out" if kept_out else ""
+        examples = _prompts(task, examples)
         return Listed(examples, seed, f"{config.task}, {questions.source}{about}", questions.sha256)
-    task = tasks.get_task(config.task)
     if config.questions is not None:
         options = config.generator_options
         questions = load_questions(task, generate=config.questions, seed=seed, generator_options=options)
-        return Listed(questions.examples, seed, f"{config.task}, {questions.source}", questions.sha256)
+        examples = _prompts(task, questions.examples)
+        return Listed(examples, seed, f"{config.task}, {questions.source}", questions.sha256)
     if config.graphs:
-        return Graphs(GraphSpec(**config.generator_options))  # type: ignore[arg-type]  # checked by the config
+        return Graphs(GraphSpec(**task.generator_settings(config.generator_options)))  # type: ignore[arg-type]
     return Generated(task, dict(config.generator_options))

@@ -29,6 +29,12 @@ def test_lines_become_examples_and_extra_fields_are_kept(name, tmp_path):
     assert list(first.to_json())[:3] == ["question", "steps", "answer"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(LINE), encoding="utf-8-sig")
+    assert [example.question for example in read_jsonl(path)] == ["q?"]
+
+
 @given(st.text(), st.lists(st.text(), max_size=3), st.text(), st.booleans())
 def test_writing_back_loses_nothing(tmp_path_factory, question, steps, answer, ascii_only):
     path = tmp_path_factory.getbasetemp() / "lines.jsonl"

@@ -1,3 +1,4 @@
+import json
 import random
 import signal
 from contextlib import contextmanager
@@ -288,6 +289,31 @@ def test_chains_start_at_parents_and_follow_the_edges(seed):
             seen |= frontier
     lengths = {len(start) for start, _ in draw_chains(example, 60, 3, random.Random(seed))}
     assert lengths == {1, 2}
+
+
+def test_options_of_a_graph_may_be_strings():
+    """As a shell gives them; evaluation converts them too."""
+    options = {"nodes": "16", "balanced": "false"}
+    source = open_source(DataConfig(task="prosqa", generator_options=options), seed=0)
+    assert source.spec == GraphSpec(nodes=16, balanced=False)
+
+
+def test_training_puts_the_prompt_of_the_evaluation(tmp_path):
+    file = tmp_path / "math.jsonl"
+    file.write_text(json.dumps({"question": "What is 1+1?", "answer": "2"}))
+    source = open_source(DataConfig(task="math", file=str(file)), seed=0)
+    (example,) = source.draw(0, 1, random.Random(0))
+    assert example.question == get_task("math").prompt(Example("What is 1+1?", (), "2")) != "What is 1+1?"
+
+
+@pytest.mark.parametrize("text", ["\u4f60\u597d\u4e16\u754c" * 40, "word\n" * 60])
+def test_text_without_spaces_is_cut_anywhere(tmp_path, text):
+    file = tmp_path / "text.txt"
+    file.write_text(text, encoding="utf-8")
+    for piece in open_source(DataConfig(text=str(file), characters=32), seed=0).draw(0, 20, random.Random(0)):
+        assert piece.question
+        assert piece.answer
+        assert piece.question + piece.answer in text
 
 
 def test_generated_batches_hold_like_lengths():
