@@ -30,6 +30,7 @@ CONCEPTS = tuple(
 # root 1 alone, or from anywhere, with these cumulative probabilities.
 _POOL_ROOT_0, _POOL_ROOT_1 = 0.35, 0.80
 _DEPTH_WEIGHT = 1.5
+_MOST_DRAWS = 100_000  # of a graph; half a minute
 _GRAPH_FIELDS = {"idx_to_symbol", "edges", "root", "target", "neg_target"}
 _ROOT_LABEL = (1, 2)  # bit 1: descends from root 0; bit 2: descends from root 1
 
@@ -83,11 +84,19 @@ def generate_prosqa(spec: GraphSpec, seed: int) -> Iterator[Example]:
 
 
 def generate_graph(spec: GraphSpec, rng: random.Random) -> Graph:
-    """Draw graphs until one satisfies ``spec``."""
-    while True:
+    """Draw graphs until one satisfies ``spec``.
+
+    Raises:
+        ConfigError: hardly any graph does.
+    """
+    for _ in range(_MOST_DRAWS):
         graph = _draw(spec, rng)
         if graph is not None:
             return graph
+    raise ConfigError(
+        f"prosqa: no graph in {_MOST_DRAWS:,} draws has {spec.min_hops} to {spec.max_hops} hops in {spec.nodes} nodes "
+        f"with mean_parents {spec.mean_parents:g}: ask for fewer hops, more nodes or more parents, or balanced=true"
+    )
 
 
 def _draw(spec: GraphSpec, rng: random.Random) -> Graph | None:
@@ -351,12 +360,12 @@ class ProsQA(Task):
         return example.extra.keys() >= _GRAPH_FIELDS
 
     def check_example(self, example: Example) -> None:
-        """The graph behind the question must be there.
+        """The graph behind the question must be there, with both options below a node without parents.
 
         Raises:
             DataError: it is not.
         """
-        graph_of(example)
+        depth_rule(example)
 
     def extract(self, text: str) -> str | None:
         """The text after the last ``#``, as published; without one, the last line."""

@@ -3,6 +3,7 @@ import math
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from hashlib import sha256
 from statistics import mean
 
@@ -11,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from slr_core.errors import ConfigError, DataError
+from slr_core.tasks import prosqa
 from slr_core.tasks.base import Example, read_jsonl
 from slr_core.tasks.prosqa import (
     CONCEPTS,
@@ -210,6 +212,21 @@ def test_impossible_options_are_refused(options):
     # Those that were let through would draw graphs forever.
     with pytest.raises(ConfigError):
         GraphSpec(**options)
+
+
+def test_rare_graphs_are_given_up(monkeypatch):
+    monkeypatch.setattr(prosqa, "_MOST_DRAWS", 50)
+    with pytest.raises(ConfigError, match=r"no graph in 50 draws has 13 to 13 hops .* fewer hops"):
+        next(generate_prosqa(GraphSpec(28, 13, 13, balanced=False), 0))
+
+
+def test_an_option_below_no_root_is_refused():
+    """Also in a circle, where every node has a parent."""
+    example = next(generate_prosqa(GraphSpec(10, 2, 4), 0))
+    ProsQA().check_example(example)
+    circle = [[b, a] for a, b in example.extra["edges"]]
+    with pytest.raises(DataError, match="no parentless node"):
+        ProsQA().check_example(replace(example, extra=example.extra | {"edges": [*example.extra["edges"], *circle]}))
 
 
 def test_default_is_balanced():
