@@ -21,7 +21,7 @@ def validated(model: type[M], data: Any) -> M:
         ConfigError: one line per faulty field, with its dotted name.
     """
     try:
-        return model.model_validate_json(json.dumps(data))
+        return model.model_validate_json(json.dumps(data, default=str))  # YAML reads some words as dates
     except ValidationError as error:
         raise ConfigError("; ".join(_fault(model, fault) for fault in _own_faults(error.errors()))) from error
     except (TypeError, ValueError, RecursionError) as error:

@@ -52,6 +52,8 @@ def build(config: TrainConfig) -> LatentReasoner:
     if config.max_iterations != 0:
         reasoner.config = reasoner.config.replace(trained=True)
     set_trainable(reasoner, config.train)
+    if not any(parameter.requires_grad for parameter in reasoner.parameters()):
+        raise ConfigError(f"train `{config.train}` leaves nothing to train: this loop has no weights of its own")
     return reasoner
 
 

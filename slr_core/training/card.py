@@ -82,9 +82,8 @@ def _loop(reasoner: LatentReasoner, config: TrainConfig) -> str:
     loop = reasoner.config.loop
     if config.max_iterations == 0:
         return "not trained: this is the control without a loop (`max_iterations: 0`)"
-    return (
-        f"workspace `{loop.workspace}`, trained for {loop.trained_iterations} iterations, at most {loop.max_iterations}"
-    )
+    trained = min(loop.trained_iterations, config.longest)
+    return f"workspace `{loop.workspace}`, trained for {trained} iterations, at most {loop.max_iterations}"
 
 
 def _held_out(result: HeldOutResult) -> str:

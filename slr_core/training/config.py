@@ -96,7 +96,7 @@ class TrainConfig(RecipeModel):
     """A recipe."""
 
     output_dir: str
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     base: BaseConfig = BaseConfig()
     loop: LoopConfig | None = Field(
         None,
@@ -271,6 +271,11 @@ class TrainConfig(RecipeModel):
                 "supervised must not be `chain` but in the workspaces `block` with feedback `shifted` and `append` "
                 "with the projection `expected_embedding`: others are not fed what the ones before them read as",
             ),
+            (
+                loops and loop.lora.past_end == "error" and self.longest > loop.trained_iterations,
+                f"stages.iterations must be at most loop.trained_iterations, {loop.trained_iterations}, with "
+                f"loop.lora.past_end `error`; got {self.longest}",
+            ),
             (terms.halting and not loop.halting_head, "objectives.halting needs loop.halting_head"),
             (
                 terms.thoughts and loop.decoder.latent_decoder is None,
@@ -341,6 +346,12 @@ class TrainConfig(RecipeModel):
         """Whether an objective reads the whole chain, beside the loop that replaces it."""
         terms = self.objectives
         return bool(terms.cot or terms.cot_states or terms.codi or (terms.steps and self.supervised == "chain"))
+
+    @property
+    def longest(self) -> int:
+        """Largest number of iterations of any batch."""
+        most = max(stage.longest for stage in self.schedule)
+        return most if self.max_iterations is None else min(most, self.max_iterations)
 
     def iterations(self, stage: StageConfig, rng: random.Random) -> int:
         """Draw the loop length of a batch, at most ``max_iterations``."""

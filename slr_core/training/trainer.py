@@ -260,6 +260,8 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
     last = _last_complete(steps)
     if last is not None and not resume:
         raise ConfigError(f"{output} already holds a run: continue it with --resume, or choose another output_dir")
+    if not resume and output.is_dir() and (others := sorted(p.name for p in output.iterdir() if p != steps)):
+        raise ConfigError(f"output_dir: {output} is not empty, it holds {others[0]}: choose a new or empty folder")
     first_step = 0 if last is None else TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).global_step
     stream = StageStream(config, first_step)  # before the model: it is quicker to read
     held_out = held_out_sets(config)
@@ -272,6 +274,13 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
         by_token=config.thinks_by_token(reasoner.config.loop),
     )
     check_longest(stream, collator)
+    untrained = range(config.longest + 1, reasoner.config.loop.trained_iterations + 1)
+    if config.max_iterations != 0 and untrained:
+        print(
+            f"iterations {untrained[0]} to {untrained[-1]} of the loop are not trained: no stage has more than "
+            f"{config.longest}; see loop.trained_iterations",
+            file=sys.stderr,
+        )
     try:
         steps.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -327,8 +336,7 @@ def _finish(
 
 def _room(reasoner: LatentReasoner, config: TrainConfig) -> list[int]:
     """Positions for prompt and answer together, by number of iterations."""
-    longest = max(stage.longest for stage in config.schedule)
-    return [reasoner.max_positions - reasoner.workspace.loop_positions(t) for t in range(longest + 1)]
+    return [reasoner.max_positions - reasoner.workspace.loop_positions(t) for t in range(config.longest + 1)]
 
 
 def _last_complete(steps: Path) -> Path | None:

@@ -9,7 +9,7 @@ from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build
 from slr_core.training.data import mark_ids
 from tests import tiny
-from tests.training.recipe import recipe
+from tests.training.recipe import DATA, recipe
 
 COT = {"base": {"from": "prosqa"}, "loop": None, "max_iterations": 0, "chain_of_thought": True}
 ANSWERS = {"objectives": {"answer": 1.0}, "chains": 0}
@@ -138,3 +138,9 @@ def test_as_many_adapters_must_be_kept(tmp_path):
     base = {"from": str(tmp_path / "made"), "keep_adapters": True}
     with pytest.raises(ConfigError, match=r"adapters loop_01, loop_02, loop_03, the recipe's loop loop_01, loop_02: "):
         build(recipe(base=base, loop={**loop, "trained_iterations": 2}))
+
+
+def test_a_loop_without_weights_leaves_adapters_nothing_to_train():
+    loop = DATA["loop"] | {"lora": {"kind": "none"}, "timestep": {"kind": "none"}, "residual": {"source": "none"}}
+    with pytest.raises(ConfigError, match="train `adapters` leaves nothing to train"):
+        build(recipe(train="adapters", loop=loop))

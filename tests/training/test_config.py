@@ -18,6 +18,24 @@ from tests.training.recipe import DATA, GRAPHS, recipe
 RECIPES = Path(__file__).parents[2] / "configs"
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seed_is_bounded(seed):
+    with pytest.raises(ConfigError, match="seed"):
+        recipe(seed=seed)
+
+
+def test_no_stage_passes_an_end_that_is_an_error():
+    loop = DATA["loop"] | {"lora": {"rank": 2, "past_end": "error"}, "trained_iterations": 3, "max_iterations": 3}
+    with pytest.raises(ConfigError, match=r"stages\.iterations must be at most loop\.trained_iterations, 3, .* got 4"):
+        recipe(loop=loop)
+    recipe(loop=loop, max_iterations=3)
+
+
+def test_a_value_that_yaml_reads_as_a_date_is_named(path):
+    with pytest.raises(ConfigError, match=r"optimizer\.weight_decay"):
+        TrainConfig.from_yaml(path, ("optimizer.weight_decay=2020-01-01",))
+
+
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "recipe.yaml"

@@ -142,6 +142,19 @@ def test_killed_before_first_checkpoint(tmp_path):
     assert all(torch.equal(tensor, actual[key]) for key, tensor in expected.items())
 
 
+def test_a_folder_of_something_else_is_not_written_to(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"output_dir: .* is not empty, it holds README\.md"):
+        train(recipe(output_dir=tmp_path, stages=STAGES))
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_iterations_that_no_stage_has_are_told(tmp_path, capsys):
+    train(recipe(output_dir=tmp_path / "short", stages=STAGES[:1]))
+    assert "iterations 3 to 4 of the loop are not trained: no stage has more than 2" in capsys.readouterr().err
+    assert "trained for 2 iterations, at most 4" in (tmp_path / "short" / "README.md").read_text()
+
+
 def test_a_finished_run_is_neither_overwritten_nor_trained_again(tmp_path):
     done = train(recipe(output_dir=tmp_path / "out", stages=STAGES))
     before = weights(done)
