@@ -123,7 +123,7 @@ def shrunk(name, tmp_path, **changes):
     [
         ("thinking_longer", {}, 6),
         ("data", {"vary": {"stages.0.data.0.questions": [4]}}, 5),
-        ("methods", {}, 15),
+        ("methods", {}, 16),
         ("curriculum", {}, 8),
     ],
 )
