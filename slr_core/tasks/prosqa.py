@@ -90,8 +90,7 @@ def generate_graph(spec: GraphSpec, rng: random.Random) -> Graph:
         ConfigError: hardly any graph does.
     """
     for _ in range(_MOST_DRAWS):
-        graph = _draw(spec, rng)
-        if graph is not None:
+        if (graph := _draw(spec, rng)) is not None:
             return graph
     raise ConfigError(
         f"prosqa: no graph in {_MOST_DRAWS:,} draws has {spec.min_hops} to {spec.max_hops} hops in {spec.nodes} nodes "
