@@ -201,6 +201,14 @@ def test_prontoqa_proves_step_by_step_and_stays_where_it_is() -> None:
     assert summarize(without).accuracy < 0.7
 
 
+def test_prontoqa_follows_rules_where_no_shortcut_does() -> None:
+    backend = Local(LatentReasoner.from_pretrained("prontoqa"))
+    for hops, least in ((3, 0.93), (5, 0.88), (7, 0.75)):
+        questions = list(islice(generate_prontoqa(hops, True, SEED), 100))
+        answers = run_method(METHODS["slr"], backend, ProntoQA(), questions, MethodSettings({}))
+        assert summarize(answers).accuracy >= least, hops
+
+
 def test_prontoqa_says_its_thoughts_in_words() -> None:
     reasoner = LatentReasoner.from_pretrained("prontoqa")
     for example in islice(generate_prontoqa(5, False, SEED), 5):
