@@ -140,7 +140,7 @@ WRONG = {
     "word": ("block", "config"),
     "yaml": ("a: [", "not a readable YAML"),
     "object": ("a: !!python/object:os.x 1", "not a readable YAML"),
-    "date": ("workspace: 2020-01-01", "not JSON-like"),
+    "date": ("workspace: 2020-01-01", "workspace: Input should be 'append'"),
 }
 
 
