@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -10,7 +10,7 @@ from slr_core.training.stages import RecipeModel
 
 
 class BaseConfig(RecipeModel):
-    """The base model: an existing one, whole or pruned, or a Llama model from random weights."""
+    """The base model: an existing one, whole or pruned, or a Llama or GPT-2 model from random weights."""
 
     source: str | None = Field(
         None,
@@ -25,6 +25,9 @@ class BaseConfig(RecipeModel):
         "prosqa",
         description="for a model from random weights: prosqa, prontoqa (few tokens per fact), words (one token per "
         "word of the training data), or a folder or hub id",
+    )
+    model_type: Literal["llama", "gpt2"] = Field(
+        "llama", description="architecture of a model from random weights, by its name in transformers"
     )
     hidden_size: int = Field(128, ge=8)
     intermediate_size: int = Field(

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from transformers import (
     AddedToken,
+    AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
     LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -181,7 +183,7 @@ def _with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase
 
 def _from_scratch(config: TrainConfig) -> LatentReasoner:
     tokenizer = _tokenizer(config)
-    base = _llama(config.base, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    base = _random_model(config.base, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
     if config.base.tokenizer in ("prosqa", "prontoqa"):
         generator = torch.Generator().manual_seed(config.seed)
         table: nn.Module = base.get_input_embeddings()
@@ -216,20 +218,36 @@ def _sample(source: Source, seed: int) -> Iterator[str]:
         yield from (f"{blank}{step}" for step in example.steps for blank in ("", " "))
 
 
-def _llama(base: BaseConfig, vocabulary: int, eos: Any, pad: Any) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
+def _random_model(base: BaseConfig, vocabulary: int, eos: Any, pad: Any) -> PreTrainedModel:
+    shared = {
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+    }
+    made: PreTrainedConfig
+    if base.model_type == "gpt2":
+        made = GPT2Config(
+            n_embd=base.hidden_size,
+            n_inner=base.intermediate_size,
+            n_layer=base.num_hidden_layers,
+            n_head=base.num_attention_heads,
+            n_positions=base.max_position_embeddings,
+            embd_pdrop=0.0,  # its defaults are for long training on a fixed corpus; here questions are new
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            **shared,
+        )
+    else:
+        made = LlamaConfig(
             hidden_size=base.hidden_size,
             intermediate_size=base.intermediate_size,
             num_hidden_layers=base.num_hidden_layers,
             num_attention_heads=base.num_attention_heads,
             num_key_value_heads=base.num_attention_heads,
             max_position_embeddings=base.max_position_embeddings,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=eos,
-            pad_token_id=pad,
-            attn_implementation="sdpa",  # type: ignore[call-arg]
+            **shared,
         )
-    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(made, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
+    return model

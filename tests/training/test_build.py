@@ -40,6 +40,25 @@ def test_separator_is_added_where_steps_are_written(bundled, tmp_path):
     assert made.base.config.vocab_size == token + 1
 
 
+def test_model_from_random_weights_has_the_architecture_of_the_recipe():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 40}
+    for model_type in ("llama", "gpt2"):
+        made = build(recipe(base={**sizes, "intermediate_size": 24, "model_type": model_type}))
+        config = made.base.config
+        assert config.model_type == model_type
+        assert {name: getattr(config, name) for name in sizes} == sizes
+        inner = {
+            size
+            for name, x in made.base.named_parameters()
+            if ".mlp." in name and "lora" not in name
+            for size in x.shape
+        }
+        assert inner == {16, 24}
+        assert config.eos_token_id == made.tokenizer.eos_token_id
+        drops = [module.p for module in made.base.modules() if isinstance(module, torch.nn.Dropout)]
+        assert not any(drops), "answers of one model differ from step to step"
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"chain_of_thought": False}, {"train": "adapters", "loop": {"lora": {"covers": "all", "kind": "shared"}}}],
