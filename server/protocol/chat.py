@@ -34,6 +34,7 @@ from .schema import (
     RequestModel,
     ResponseModel,
     check_size,
+    is_none,
 )
 from .vocabulary import Vocabulary
 
@@ -227,10 +228,10 @@ class ChatCompletion(ResponseModel):
 
 
 class Delta(ResponseModel):
-    """What a chunk adds to an answer."""
+    """What a chunk adds to an answer; as in OpenAI's API, a field that adds nothing is left out."""
 
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+    role: Literal["assistant"] | None = Field(None, exclude_if=is_none)
+    content: str | None = Field(None, exclude_if=is_none)
 
 
 class ChunkChoice(ResponseModel):
@@ -240,7 +241,7 @@ class ChunkChoice(ResponseModel):
     delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
-    slr: LoopResult | None = None
+    slr: LoopResult | None = Field(None, exclude_if=is_none)
 
 
 class ChatChunk(ResponseModel):

@@ -16,7 +16,7 @@ from slr_core.types import FinishReason, Request, Result, Tokens, TokenScore
 from ..preprocess import FieldNames, GenerationJob, RawText
 from ..sse import COMMENT, frame
 from .openai import OPENAI_NAMES, LoopOptions, LoopResult, OpenAIRequest, Usage, check_empty, response_fields
-from .schema import EXAMPLE_QUESTION, MAX_PROMPTS, Answer, OutputEvent, ResponseModel
+from .schema import EXAMPLE_QUESTION, MAX_PROMPTS, Answer, OutputEvent, ResponseModel, is_none
 from .vocabulary import Offsets, Vocabulary, token_id_label
 
 DEFAULT_MAX_TOKENS = 16
@@ -157,7 +157,7 @@ class CompletionChoice(ResponseModel):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
-    slr: LoopResult | None = None
+    slr: LoopResult | None = Field(None, exclude_if=is_none)
 
 
 class Completion(ResponseModel):

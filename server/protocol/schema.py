@@ -70,6 +70,11 @@ class ResponseModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def is_none(value: object) -> bool:
+    """For ``exclude_if``: the field is left out of a body where it has no value."""
+    return value is None
+
+
 # -- shared request fields ---------------------------------------------------------------------------------
 
 

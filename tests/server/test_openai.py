@@ -213,7 +213,12 @@ def test_message_parts_and_developer_role(chat):
 def test_streamed_chat(chat):
     body = {"messages": [{"role": "user", "content": PROMPT}], **GREEDY, "n": 2, "logprobs": True}
     whole = chat.post("/v1/chat/completions", json=body).json()
-    parts = chunks(chat.post("/v1/chat/completions", json={**body, "stream": True}), ChatChunk)
+    response = chat.post("/v1/chat/completions", json={**body, "stream": True})
+    parts = chunks(response, ChatChunk)
+    for chunk in list(events.of(response.text))[:-1]:
+        (choice,) = chunk.data["choices"]
+        assert None not in choice["delta"].values()
+        assert ("slr" in choice) == (choice["finish_reason"] is not None)
     for choice in whole["choices"]:
         mine = [part.choices[0] for part in parts if part.choices[0].index == choice["index"]]
         assert mine[0].delta.role == "assistant"
@@ -270,7 +275,7 @@ def text_of(response):
     if not response.headers["content-type"].startswith("text/event-stream"):
         return text_of_json(response.json())
     told = [event.data["choices"][0] for event in events.of(response.text)[:-1]]
-    return "".join((c["text"] if "text" in c else c["delta"]["content"]) or "" for c in told)
+    return "".join((c["text"] if "text" in c else c["delta"].get("content", "")) for c in told)
 
 
 @pytest.mark.parametrize("fields", IGNORED, ids=str)
