@@ -71,6 +71,11 @@ def _carry(example: Example, t: int) -> Value | None:
     return None if total is None else str(int(len(total) > 1))
 
 
+def _residue(example: Example, t: int) -> Value | None:
+    found = re.search(r"= (\d+)$", _step(example, t) or "")
+    return found.group(1) if found else None
+
+
 def _row(example: Example, t: int) -> Value | None:
     places = enumerate((_step(example, t) or "").split(), start=1)
     return frozenset(f"{place}: {element}" for place, element in places)
@@ -98,6 +103,7 @@ LABELS: dict[str, tuple[Label, ...]] = {
         Label("digit", "the result digit of column t of the addition", _digit),
         Label("carry", "whether column t has a carry", _carry),
     ),
+    "modular_arithmetic": (Label("residue", "the number after t operations", _residue),),
     "state_tracking": (Label("row", "the element at each place after t rearrangements", _row),),
 }
 """The labels of each task, by its name; add those of a new task here."""

@@ -17,6 +17,7 @@ from slr_core.tasks.arithmetic import Arithmetic
 from slr_core.tasks.base import Example, Task, read_jsonl
 from slr_core.tasks.competition import CompetitionMath
 from slr_core.tasks.generated_word_problems import GeneratedWordProblems
+from slr_core.tasks.modular_arithmetic import ModularArithmetic
 from slr_core.tasks.p_hop import PHop
 from slr_core.tasks.prontoqa import ProntoQA
 from slr_core.tasks.prosqa import ProsQA
@@ -40,6 +41,7 @@ _BUILT_IN: tuple[Task, ...] = (
     CompetitionMath(),
     Reachability(),
     Arithmetic(),
+    ModularArithmetic(),
     StateTracking(),
     PHop(),
     GeneratedWordProblems(),

@@ -316,6 +316,14 @@ def test_arithmetic_labels():
     assert value("arithmetic", "digit", product, 1) is value("arithmetic", "carry", product, 1) is None
 
 
+def test_modular_arithmetic_residues_end_in_the_answer():
+    (example,) = drawn("modular_arithmetic", 1, length=3)
+    residues = [value("modular_arithmetic", "residue", example, t) for t in range(5)]
+    assert residues[3] == example.answer
+    assert residues[0] is residues[4] is None
+    assert all(step.endswith(f"= {residue}") for step, residue in zip(example.steps, residues[1:], strict=False))
+
+
 def test_state_tracking_rows_say_which_element_lies_where():
     (example,) = drawn("state_tracking", 1, length=3)
     expected = {f"{place}: {element}" for place, element in enumerate(example.answer.split(), start=1)}

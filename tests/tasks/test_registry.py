@@ -11,10 +11,19 @@ from slr_core.tasks.base import Card, Example, HubSplit, Task
 from slr_core.tasks.sources import load_questions
 
 NAMES = (
-    "text prosqa prontoqa gsm8k gsm_hard svamp multiarith asdiv math reachability arithmetic state_tracking p_hop "
-    "word_problems"
+    "text prosqa prontoqa gsm8k gsm_hard svamp multiarith asdiv math reachability arithmetic modular_arithmetic "
+    "state_tracking p_hop word_problems"
 ).split()
-GENERATED = ["prosqa", "prontoqa", "reachability", "arithmetic", "state_tracking", "p_hop", "word_problems"]
+GENERATED = [
+    "prosqa",
+    "prontoqa",
+    "reachability",
+    "arithmetic",
+    "modular_arithmetic",
+    "state_tracking",
+    "p_hop",
+    "word_problems",
+]
 
 
 def take(task, count, seed=0, **options):
@@ -248,6 +257,9 @@ def test_options_given_as_text_are_read_as_their_kind():
         ("arithmetic", {"digits": 0}, "digits"),
         ("arithmetic", {"digits": 101}, "digits"),
         ("arithmetic", {"operation": "divide"}, "add or multiply"),
+        ("modular_arithmetic", {"modulus": 2}, "modulus"),
+        ("modular_arithmetic", {"modulus": 1001}, "modulus"),
+        ("modular_arithmetic", {"length": 0}, "length"),
         ("state_tracking", {"elements": 2}, "elements"),
         ("state_tracking", {"elements": 6}, "elements"),
         ("state_tracking", {"length": 0}, "length"),

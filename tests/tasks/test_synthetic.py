@@ -1,6 +1,7 @@
 import math
 import re
 from itertools import islice
+from operator import add, mul
 from statistics import mean
 
 import pytest
@@ -122,9 +123,36 @@ def test_the_carry_rule_is_right_where_nothing_is_carried(question, score):
 
 
 def test_the_baselines_refuse_a_question_of_another_task():
-    for name in ("arithmetic", "state_tracking"):
+    for name in ("arithmetic", "modular_arithmetic", "state_tracking"):
         with pytest.raises(DataError, match="not a"):
             get_task(name).baselines(Example("Is Tom a lempus?", (), "Tom is a lempus."))
+
+
+# -- modular arithmetic ----------------------------------------------------------------------------------
+
+
+@given(st.integers(3, 40), st.integers(1, 12), st.integers(0, 10**6))
+@settings(max_examples=60)
+def test_the_residue_is_that_of_the_operations_one_after_the_other(modulus, length, seed):
+    (example,) = take("modular_arithmetic", 1, seed, modulus=modulus, length=length)
+    start, *operations, asked = example.question.split(". ")
+    assert asked == f"What is the result modulo {modulus}?"
+    assert len(operations) == len(example.steps) == length == get_task("modular_arithmetic").difficulty(example)
+    value = int(start.removeprefix("Start with "))
+    for operation, step in zip(operations, example.steps, strict=True):
+        name, number = operation.rsplit(" ", 1)
+        sign, apply = {"Add": ("+", add), "Multiply by": ("*", mul)}[name]
+        after = {x: apply(x, int(number)) % modulus for x in range(modulus)}
+        assert set(after.values()) == set(range(modulus)), "an operation forgets where it began"
+        assert step == f"{value} {sign} {number} = {after[value]}"
+        value = after[value]
+    assert example.answer == str(value)
+
+
+def test_modular_arithmetic_has_no_shortcut():
+    for length, start in ((1, 0.07), (2, 0.19), (4, 1 / 7), (8, 1 / 7)):
+        assert shortcut("modular_arithmetic", "start", length=length) == pytest.approx(start, abs=0.03)
+        assert shortcut("modular_arithmetic", "last", length=length) == pytest.approx(1 / 7, abs=0.03)
 
 
 # -- state tracking --------------------------------------------------------------------------------------
