@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 
 from slr_core.errors import TrainingError
@@ -11,10 +12,17 @@ _REFERENCE_STEPS = 20
 
 
 class TrainingGuard:
-    """Checks the loss and the gradient norm of every step."""
+    """Checks the loss and the gradient norm of every step.
 
-    def __init__(self, config: TrainingGuardConfig) -> None:
+    Args:
+        config: the limits.
+        starts: first step of each stage. The loss of another stage is another quantity: where the loop takes over
+            steps that a model has learnt to write, it rises from nearly 0 to the logarithm of the vocabulary.
+    """
+
+    def __init__(self, config: TrainingGuardConfig, starts: Sequence[int] = (0,)) -> None:
         self.config = config
+        self._starts = starts
         self._seen = {"loss": 0, "gradient": 0}
         self._highest = {"loss": 0.0, "gradient": 0.0}
         self._above = {"loss": 0, "gradient": 0}
@@ -44,13 +52,15 @@ class TrainingGuard:
         if not isfinite(value):
             raise TrainingError(f"the {what} was not finite at step {step}")
         self._seen[what] += 1
-        if self._seen[what] <= _REFERENCE_STEPS:
+        begins = any(0 <= step - start < _REFERENCE_STEPS for start in self._starts)
+        if begins or self._seen[what] <= _REFERENCE_STEPS:  # a resumed run begins anywhere
             self._highest[what] = max(self._highest[what], value)
+            self._above[what] = 0
             return
         above = value > factor * self._highest[what]
         self._above[what] = self._above[what] + 1 if above else 0
         if self._above[what] >= self.config.patience:
             raise TrainingError(
                 f"the {what} has exploded: {value:.3g} at step {step}, and at most {self._highest[what]:.3g} in the "
-                f"first {_REFERENCE_STEPS} steps"
+                f"first {_REFERENCE_STEPS} steps of its stages"
             )

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from itertools import accumulate
 from math import cos, pi
 from pathlib import Path
 from typing import Any, cast
@@ -59,7 +60,8 @@ class LoopTrainer(Trainer):
     def __init__(self, config: TrainConfig, first_step: int = 0, **options: Any) -> None:
         super().__init__(**options)
         self.recipe, self.first_step = config, first_step
-        self.guard = TrainingGuard(config.guard)
+        lengths = [stage.steps for stage in config.schedule]
+        self.guard = TrainingGuard(config.guard, [0, *accumulate(lengths)][:-1])
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._tokens, self._since = 0, time.perf_counter()

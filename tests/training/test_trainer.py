@@ -314,6 +314,21 @@ def test_the_watch_wants_several_steps_in_a_row():
         guard.check_gradient(float("inf"), 3)
 
 
+def test_loss_of_another_stage_is_not_an_explosion():
+    """It may rise far above that of a stage which the model had learnt before."""
+    guard = TrainingGuard(TrainingGuardConfig(loss_factor=10.0, patience=3), [0, 40])
+    for step in range(80):
+        guard.check_loss(0.05 if step < 40 else 5.0, step)
+        assert guard.is_stable
+    guard.check_loss(51.0, 80)
+    assert not guard.is_stable
+    guard = TrainingGuard(TrainingGuardConfig(loss_factor=10.0, patience=3), [0, 40])
+    for step in range(32):
+        guard.check_loss(0.05 if step < 30 else 5.0, step)
+    with pytest.raises(TrainingError, match=r"exploded: 5 at step 32, and at most 0\.05 in the first 20 steps of its"):
+        guard.check_loss(5.0, 32)
+
+
 def test_a_batch_is_cut_into_equal_passes(tmp_path):
     optimizer = {**DATA["optimizer"], "accumulate": 3}
     with pytest.raises(ConfigError, match="batch_size must be a multiple of 3"):
