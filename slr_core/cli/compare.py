@@ -96,6 +96,7 @@ def compare(
     questions = QuestionSet(task, data, split, generate, generate_seed, generator_option, limit)
     settings = MethodSettings({}, cot_tokens, samples, temperature, beams, noise, seed)
     store, tested = Store(results), open_backend(model, server, api_key, device, dtype, quantization)
+    tested_model = identify_model(server or model, dtype, quantization)
     outcomes: dict[str, list[Outcome]] = {}
     missing: dict[str, str] = {}
     for method in chosen:
@@ -103,11 +104,11 @@ def compare(
         if reason is not None:
             missing[method.name] = reason
             continue
-        backend, name = tested, server or model
+        backend, known = tested, tested_model
         if method.weights is not None:
-            name = folders[method.weights]
-            backend = open_backend(name, None, None, device, dtype, quantization)
-        known = identify_model(name, dtype, quantization)
+            folder = folders[method.weights]
+            backend = open_backend(folder, None, None, device, dtype, quantization)
+            known = identify_model(folder, dtype, quantization)
         try:
             outcomes[method.name] = answer_questions(method, backend, questions, settings, store, known, batch_size)
         except (ConfigError, RequestError) as error:
@@ -128,8 +129,7 @@ def compare(
     figures: dict[str, Any] = {name: asdict(summary) for name, summary in summaries.items()}
     for name, test in tests.items():
         figures[name]["paired_with_slr"] = asdict(test)
-    known = identify_model(server or model, dtype, quantization)
-    record = {"manifest": manifest(questions, known, settings), "baselines": baselines}
+    record = {"manifest": manifest(questions, tested_model, settings), "baselines": baselines}
     show_results({**record, "figures": figures, "missing": missing}, print_text, as_json, output)
 
 
