@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from slr_core.errors import ConfigError, DataError
 from slr_core.tasks.base import Card, Example, OptionValue, Task
-from slr_core.tasks.reading import reference_number, stated_number
+from slr_core.tasks.reading import Number, reference_number, stated_number
 
 _OPERATIONS = {"add": "+", "multiply": "*"}
 _MOST_DIGITS = 100
@@ -42,18 +42,22 @@ class Arithmetic(Task):
 
     def extract(self, text: str) -> str | None:
         """The stated number, see :func:`~slr_core.tasks.reading.stated_number`."""
-        found = stated_number(text)
+        found = self.stated(text)
         return found.text if found else None
 
     def vote(self, text: str) -> Hashable | None:
         """The value of the stated number."""
-        found = stated_number(text)
+        found = self.stated(text)
         return found.values if found else None
 
     def grade(self, example: Example, text: str) -> bool:
         """Exact."""
-        gold, found = reference_number(example), stated_number(text)
+        gold, found = reference_number(example), self.stated(text)
         return found is not None and found.values[:1] == (gold,)
+
+    def stated(self, text: str) -> Number | None:
+        """The number that a text gives as its answer."""
+        return stated_number(text)
 
     def baselines(self, example: Example) -> dict[str, float]:
         """Whether the result needs no carry."""

@@ -15,9 +15,11 @@ from typing import Any, ClassVar
 from slr_core.errors import ConfigError, DataError
 from slr_core.tasks.arithmetic import Arithmetic
 from slr_core.tasks.base import Card, Example, OptionValue
-from slr_core.tasks.reading import reference_number
+from slr_core.tasks.reading import Number, reference_number, stated_number
 
 _MOST_MODULUS = 1000
+_MODULUS = re.compile(r"What is the result modulo (\d+)\?")
+_NAMED_MODULUS = re.compile(r"[(\[]?\s*(?:\\?[pb]?mod(?:ul[oe]|ulus)?\b|%)[\s{]*\d+\s*}?\s*[)\]]?", re.I)
 _START = re.compile(r"Start with (\d+)\.")
 _OPERATION = re.compile(r"(?:Add|Multiply by) (\d+)\.")
 
@@ -32,7 +34,8 @@ class ModularArithmetic(Arithmetic):
         "only factors without a common divisor with m are drawn, so that every residue is as likely in the end",
         licence="Apache-2.0, as this project",
         splits={},
-        grading="the number stated as the answer, else the last one; exact, commas do not count",
+        grading="the number stated as the answer, else the last one; exact, commas do not count. A modulus named after "
+        "it, as in `3 (mod 7)`, is not the answer",
         shortcuts={
             "start": "answers the number of the start: with modulus 7, 0.07 after one operation, 0.19 after two, 0.14 "
             "to 0.15 after more",
@@ -41,18 +44,24 @@ class ModularArithmetic(Arithmetic):
     )
 
     def check_example(self, example: Example) -> None:
-        """It must have a start and operations, and the answer must be a number.
+        """It must have a start, operations and a modulus, and the answer must be a residue.
 
         Raises:
             DataError: one of them is not so.
         """
         _numbers(example)
-        reference_number(example)
+        answer, modulus = reference_number(example), _modulus(example)
+        if answer not in range(modulus):
+            raise DataError(f"the reference answer {example.answer[:80]!r} is not a residue, 0 to {modulus - 1}")
 
     def baselines(self, example: Example) -> dict[str, float]:
         """Rules that compute nothing."""
         numbers, answer = _numbers(example), reference_number(example)
         return {"start": float(numbers[0] == answer), "last": float(numbers[-1] == answer)}
+
+    def stated(self, text: str) -> Number | None:
+        """The number that a text gives as its answer, and not the modulus that it names."""
+        return stated_number(_NAMED_MODULUS.sub(" ", text))
 
     def difficulty(self, example: Example) -> int:
         """Operations of the question."""
@@ -71,10 +80,21 @@ def _numbers(example: Example) -> list[int]:
     """The number of the start, then that of each operation."""
     start, operations = _START.search(example.question), _OPERATION.findall(example.question)
     if start is None or not operations:
-        raise DataError(
-            f"not a modular-arithmetic question: {example.question[:80]!r}; other questions are for the task text"
-        )
+        raise _other_question(example)
     return [int(start.group(1)), *map(int, operations)]
+
+
+def _modulus(example: Example) -> int:
+    found = _MODULUS.search(example.question)
+    if found is None:
+        raise _other_question(example)
+    return int(found.group(1))
+
+
+def _other_question(example: Example) -> DataError:
+    return DataError(
+        f"not a modular-arithmetic question: {example.question[:80]!r}; other questions are for the task text"
+    )
 
 
 def _stream(modulus: int, length: int, rng: random.Random) -> Iterator[Example]:

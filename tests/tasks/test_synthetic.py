@@ -149,6 +149,20 @@ def test_the_residue_is_that_of_the_operations_one_after_the_other(modulus, leng
     assert example.answer == str(value)
 
 
+@pytest.mark.parametrize(
+    ("ending", "answer", "said"),
+    [
+        ("What is the result modulo 7?", "7", "not a residue, 0 to 6"),
+        ("What is the result modulo 7?", "-1", "not a residue"),
+        ("What is the result modulo 7?", "3/2", "not a residue"),
+        ("What is the result?", "3", "not a modular-arithmetic question"),
+    ],
+)
+def test_reference_must_be_a_residue(ending, answer, said):
+    with pytest.raises(DataError, match=said):
+        get_task("modular_arithmetic").check_example(Example(f"Start with 1. Add 2. {ending}", (), answer))
+
+
 def test_modular_arithmetic_has_no_shortcut():
     for length, start in ((1, 0.07), (2, 0.19), (4, 1 / 7), (8, 1 / 7)):
         assert shortcut("modular_arithmetic", "start", length=length) == pytest.approx(start, abs=0.03)
