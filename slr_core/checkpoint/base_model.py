@@ -98,7 +98,8 @@ def load_base_model(folder: Path, source: str, inside: bool, dtype: torch.dtype 
     try:
         # Not every config that makes a model makes one that runs.
         with torch.inference_mode():
-            state = model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long)).last_hidden_state
+            token = torch.zeros(1, 1, dtype=torch.long)
+            state = model.base_model(input_ids=token, attention_mask=torch.ones_like(token)).last_hidden_state
     except Exception as error:  # as above
         raise checkpoint_error(source, f"the base model does not run ({short(error)})") from error
     if not state.isfinite().all():

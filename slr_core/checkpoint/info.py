@@ -83,7 +83,8 @@ def _cache_bytes(reasoner: LatentReasoner) -> int:
     # Measured rather than derived: architectures disagree on what their configs call heads and widths.
     cache = DynamicCache()
     token = torch.zeros(1, 1, dtype=torch.long, device=reasoner.device)
-    reasoner.base.base_model(input_ids=token, past_key_values=cache, use_cache=True)
+    mask = torch.ones_like(token)
+    reasoner.base.base_model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
     return sum(
         x.nbytes
         for layer in cache.layers
