@@ -72,7 +72,8 @@ def write_training_card(
 
 def _base(config: TrainConfig) -> str:
     if config.base.source is None:
-        return f"random weights, a Llama with {config.base.num_hidden_layers} layers of width {config.base.hidden_size}"
+        name = {"llama": "a Llama", "gpt2": "a GPT-2"}[config.base.model_type]
+        return f"random weights, {name} with {config.base.num_hidden_layers} layers of width {config.base.hidden_size}"
     # The name alone: folders of the machine that trained it mean nothing elsewhere.
     local = Path(config.base.source)
     return f"`{local.resolve().name if local.exists() else config.base.source}`"
