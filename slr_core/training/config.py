@@ -86,12 +86,16 @@ class TrainingGuardConfig(RecipeModel):
     """When a run counts as diverged and stops. A non-finite loss or gradient always counts."""
 
     loss_factor: float = Field(
-        10.0, gt=1, description="limit, as a multiple of the highest loss so far in the first 20 steps of a stage"
+        10.0,
+        gt=1,
+        description="limit, as a multiple of the highest loss of the first 20 steps, or of that of a uniform guess if "
+        "that is higher",
     )
     gradient_factor: float = Field(
         1000.0,
         gt=1,
-        description="limit, as a multiple of the highest gradient norm so far in the first 20 steps of a stage",
+        description="limit, as a multiple of the highest gradient norm of the first 20 steps, or of max_grad_norm if "
+        "that is higher",
     )
     patience: int = Field(5, ge=1, description="consecutive steps above a limit before the run stops")
 

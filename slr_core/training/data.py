@@ -254,9 +254,8 @@ class Collator:
             [*chain, *mark, *spaced, *end] if chain else [*answer, *end]
             for chain, answer, spaced, end in zip(chains, answers, spaced_answers, ends, strict=True)
         ]
-        self._check_lengths(
-            examples, prompts["attention_mask"].sum(1).tolist(), [len(prefix) + len(w) for w in written], plan
-        )
+        lengths = prompts["attention_mask"].sum(1).tolist()
+        self._check_lengths(examples, lengths, [len(prefix) + len(w) for w in written], plan)
         batch = {
             "input_ids": prompts["input_ids"],
             "attention_mask": prompts["attention_mask"],
@@ -276,6 +275,7 @@ class Collator:
             batch["in_loop"] = order < torch.tensor([len(ids) for ids in replaced])[:, None]
         if self.reads_chain:
             batch |= self._chain_of_thought(steps, spaced_answers, ends)
+            self._check_lengths(examples, lengths, (batch["cot_ids"] != IGNORE).sum(1).tolist(), LoopPlan(0))
         if self.terms.frontier and plan.iterations:
             batch["targets"] = pad(
                 [self._levels(example, plan.iterations, row[0]) for example, row in zip(examples, answers, strict=True)]
@@ -292,8 +292,8 @@ class Collator:
                 raise DataError(f"a question holds no tokens of this model: {example.question[:80]!r}")
             if self.room and prompt + answer > self.room[plan.iterations]:
                 raise DataError(
-                    f"a question of {prompt} tokens and its answer of {answer} do not fit: with {plan.iterations} "
-                    f"iterations the model has {self.room[plan.iterations]} positions for both: "
+                    f"a question of {prompt} tokens and the {answer} written after it do not fit: with "
+                    f"{plan.iterations} iterations the model has {self.room[plan.iterations]} positions for both: "
                     f"{example.question[:80]!r}"
                 )
 

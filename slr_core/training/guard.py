@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isfinite
 
 from slr_core.errors import TrainingError
@@ -11,34 +11,58 @@ from slr_core.training.config import TrainingGuardConfig
 _REFERENCE_STEPS = 20
 
 
+@dataclass
+class _Watched:
+    """A quantity that is watched.
+
+    Attributes:
+        factor: limit, as a multiple of the reference.
+        reference: highest value of the first steps, or the floor that it began with.
+        step: last step seen.
+        seen: number of steps seen.
+        above: consecutive steps above the limit, to the last one.
+        before: the same without the last step.
+    """
+
+    factor: float
+    reference: float
+    step: int = -1
+    seen: int = 0
+    above: int = 0
+    before: int = 0
+
+
 class TrainingGuard:
     """Checks the loss and the gradient norm of every step.
 
+    The reference has a floor. A model that writes its chain well has a loss near 0, which rises to that of a uniform
+    guess where a curriculum then lets the loop take over: that is no divergence.
+
     Args:
         config: the limits.
-        starts: first step of each stage. The loss of another stage is another quantity: where the loop takes over
-            steps that a model has learnt to write, it rises from nearly 0 to the logarithm of the vocabulary.
+        loss_floor: the least reference of the loss: that of a uniform guess, the logarithm of the vocabulary's size.
+        gradient_floor: the least reference of the gradient norm: the norm to which gradients are clipped.
     """
 
-    def __init__(self, config: TrainingGuardConfig, starts: Sequence[int] = (0,)) -> None:
+    def __init__(self, config: TrainingGuardConfig, loss_floor: float, gradient_floor: float) -> None:
         self.config = config
-        self._starts = starts
-        self._seen = {"loss": 0, "gradient": 0}
-        self._highest = {"loss": 0.0, "gradient": 0.0}
-        self._above = {"loss": 0, "gradient": 0}
+        self._watched = {
+            "loss": _Watched(config.loss_factor, loss_floor),
+            "gradient": _Watched(config.gradient_factor, gradient_floor),
+        }
 
     @property
     def is_stable(self) -> bool:
         """Whether the last loss and gradient were below their limits: only then is a checkpoint saved."""
-        return not any(self._above.values())
+        return not any(watched.above for watched in self._watched.values())
 
     def check_loss(self, value: float, step: int) -> None:
-        """Check the loss of a step.
+        """Check the loss of a step, or of one of its forward passes.
 
         Raises:
             TrainingError: it is not finite, or was above its limit for ``patience`` steps.
         """
-        self._check("loss", value, self.config.loss_factor, step)
+        self._check("loss", value, step)
 
     def check_gradient(self, norm: float, step: int) -> None:
         """Check the norm of a step's gradient before clipping.
@@ -46,21 +70,21 @@ class TrainingGuard:
         Raises:
             TrainingError: as for the loss.
         """
-        self._check("gradient", norm, self.config.gradient_factor, step)
+        self._check("gradient", norm, step)
 
-    def _check(self, what: str, value: float, factor: float, step: int) -> None:
+    def _check(self, what: str, value: float, step: int) -> None:
         if not isfinite(value):
             raise TrainingError(f"the {what} was not finite at step {step}")
-        self._seen[what] += 1
-        begins = any(0 <= step - start < _REFERENCE_STEPS for start in self._starts)
-        if begins or self._seen[what] <= _REFERENCE_STEPS:  # a resumed run begins anywhere
-            self._highest[what] = max(self._highest[what], value)
-            self._above[what] = 0
-            return
-        above = value > factor * self._highest[what]
-        self._above[what] = self._above[what] + 1 if above else 0
-        if self._above[what] >= self.config.patience:
+        watched = self._watched[what]
+        if step != watched.step:
+            watched.step, watched.seen = step, watched.seen + 1
+            watched.before, watched.above = watched.above, 0
+        if watched.seen <= _REFERENCE_STEPS:
+            watched.reference = max(watched.reference, value)
+        elif value > watched.factor * watched.reference:
+            watched.above = watched.before + 1
+        if watched.above >= self.config.patience:
             raise TrainingError(
-                f"the {what} has exploded: {value:.3g} at step {step}, and at most {self._highest[what]:.3g} in the "
-                f"first {_REFERENCE_STEPS} steps of its stages"
+                f"the {what} has exploded: {value:.3g} at step {step}, above {watched.factor:g} times "
+                f"{watched.reference:.3g} in {watched.above} consecutive steps"
             )

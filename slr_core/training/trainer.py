@@ -7,8 +7,7 @@ import os
 import platform
 import sys
 import time
-from itertools import accumulate
-from math import cos, pi
+from math import cos, log, pi
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from slr_core._version import __version__
 from slr_core.checkpoint.read import load_weights
 from slr_core.checkpoint.validate import check_tensors, read_tensors
-from slr_core.errors import ConfigError, DataError, TrainingError
+from slr_core.errors import ConfigError, DataError, RequestError, TrainingError
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build, load_teacher
 from slr_core.training.card import write_training_card
@@ -60,8 +59,8 @@ class LoopTrainer(Trainer):
     def __init__(self, config: TrainConfig, first_step: int = 0, **options: Any) -> None:
         super().__init__(**options)
         self.recipe, self.first_step = config, first_step
-        lengths = [stage.steps for stage in config.schedule]
-        self.guard = TrainingGuard(config.guard, [0, *accumulate(lengths)][:-1])
+        uniform = log(len(self.reasoner.tokenizer)) * sum(weight for _, weight in config.objectives)
+        self.guard = TrainingGuard(config.guard, uniform, config.optimizer.max_grad_norm)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._tokens, self._since = 0, time.perf_counter()
@@ -268,11 +267,12 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
     stream = StageStream(config, first_step)  # before the model: it is quicker to read
     held_out = held_out_sets(config)
     reasoner = build(config)
+    teacher = load_teacher(config, reasoner)
     collator = Collator(
         reasoner.tokenizer,
         config,
         reasoner.config.text,
-        _room(reasoner, config),
+        _room(config, reasoner, *([] if teacher is None else [teacher])),
         by_token=config.thinks_by_token(reasoner.config.loop),
     )
     check_longest(stream, collator)
@@ -291,7 +291,7 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
     trainer = LoopTrainer(
         config,
         first_step,
-        model=LossModule(reasoner, config, load_teacher(config, reasoner)),
+        model=LossModule(reasoner, config, teacher),
         args=arguments,
         train_dataset=stream,
         data_collator=collator,
@@ -327,8 +327,11 @@ def _finish(
     for found in held_out:
         if not found.generated:
             write_held_out(found, output)
-        answered.append(answer_held_out(reasoner, found, config))
-        print(f"held-out questions, {found.task}: {answered[-1]}", file=sys.stderr)
+        try:
+            answered.append(answer_held_out(reasoner, found, config))
+            print(f"held-out questions, {found.task}: {answered[-1]}", file=sys.stderr)
+        except RequestError as error:  # the model is trained all the same
+            print(f"held-out questions, {found.task}: not answered ({error})", file=sys.stderr)
     manifest = {**_manifest(config, trainer), "held_out": [result.to_json() for result in answered], "command": command}
     write_training_card(output, reasoner, config, manifest, answered, command)
     partial = output / f"{MANIFEST}.partial"
@@ -336,9 +339,12 @@ def _finish(
     os.replace(partial, output / MANIFEST)  # whoever finds it finds a whole one, and whole weights beside it
 
 
-def _room(reasoner: LatentReasoner, config: TrainConfig) -> list[int]:
-    """Positions for prompt and answer together, by number of iterations."""
-    return [reasoner.max_positions - reasoner.workspace.loop_positions(t) for t in range(config.longest + 1)]
+def _room(config: TrainConfig, *models: LatentReasoner) -> list[int]:
+    """Positions for prompt and answer together in each of the models, by number of iterations."""
+    return [
+        min(model.max_positions - model.workspace.loop_positions(t if model.config.trained else 0) for model in models)
+        for t in range(config.longest + 1)
+    ]
 
 
 def _last_complete(steps: Path) -> Path | None:

@@ -93,12 +93,45 @@ def test_longest_is_checked(file):
     stream = StageStream(config)
     collator = Collator(tiny.tokenizer(), config, room=[10, 3])
     check_longest(stream, collator)
-    with pytest.raises(DataError, match="a question of 1 tokens and its answer of 2 do not fit: with 1 iterations"):
+    with pytest.raises(
+        DataError, match="a question of 1 tokens and the 2 written after it do not fit: with 1 iterations"
+    ):
         check_longest(stream, Collator(tiny.tokenizer(), config, room=[10, 2]))
 
 
 def test_loader_process_says_it_in_one_line(tmp_path):
     """A generated question that is too long is found by the process that loads the batches."""
     base = {**DATA["base"], "max_position_embeddings": 16}
-    with pytest.raises(DataError, match=r"^a question of \d+ tokens and its answer of \d+ do not fit[^\n]*$"):
+    with pytest.raises(DataError, match=r"^a question of \d+ tokens and the \d+ written after it do not fit[^\n]*$"):
         train(recipe(base=base, output_dir=tmp_path / "out"))
+
+
+SMALL = {**DATA["base"], "model_type": "gpt2"}
+HOPS = {"nodes": 8, "min_hops": 3, "max_hops": 3}
+
+
+@pytest.mark.parametrize("name", ["cot", "codi", "cot_states"])
+def test_chain_beside_the_loop_must_fit(name, tmp_path):
+    """A GPT-2 has a table of positions: past it, the un-looped chain would be an index error."""
+    stages = [{"steps": 1, "iterations": 1, "data": [{"task": "prosqa", "generator_options": HOPS}]}]
+    changes = {"base": {**SMALL, "max_position_embeddings": 24}, "objectives": {"answer": 1.0, name: 1.0}}
+    with pytest.raises(DataError, match="do not fit: with 0 iterations the model has 24 positions"):
+        train(recipe(**changes, chains=0, stages=stages, output_dir=tmp_path / "out"))
+
+
+def test_questions_must_fit_the_teacher(tmp_path):
+    base, terms = {**SMALL, "max_position_embeddings": 28}, {"answer": 1.0}
+    first, second = DATA["stages"]
+    teacher = train(recipe(base=base, chains=0, stages=[first], objectives=terms, output_dir=tmp_path / "one"))
+    changes = {"base": SMALL, "teacher": str(teacher), "objectives": {**terms, "teacher_states": 1.0}}
+    with pytest.raises(DataError, match="do not fit: with 4 iterations the model has 24 positions"):
+        train(recipe(**changes, chains=0, stages=[second], output_dir=tmp_path / "two"))
+
+
+def test_held_out_questions_that_do_not_fit(tmp_path, capsys):
+    """The loop's default length needs more positions than this training: the model is trained all the same."""
+    base, stages = {**DATA["base"], "max_position_embeddings": 18}, [{**DATA["stages"][0], "iterations": 1}]
+    folder = train(recipe(base=base, stages=stages, output_dir=tmp_path / "out"))
+    assert "held-out questions, prosqa: not answered (prompt has" in capsys.readouterr().err
+    assert json.loads((folder / "training.json").read_text())["held_out"] == []
+    assert (folder / "README.md").exists()
