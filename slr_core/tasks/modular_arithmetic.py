@@ -31,7 +31,7 @@ class ModularArithmetic(Arithmetic):
     generator_options: ClassVar[Mapping[str, OptionValue]] = {"modulus": 7, "length": 4}
     card = Card(
         origin="generated here: a uniform residue; each operation adds 1 to m - 1 or multiplies by 2 to m - 1, where "
-        "only factors without a common divisor with m are drawn, so that every residue is as likely in the end",
+        "only factors without a common divisor with m are drawn, so that all residues are equally likely in the end",
         licence="Apache-2.0, as this project",
         splits={},
         grading="the number stated as the answer, else the last one; exact, commas do not count. A modulus named after "
