@@ -16,9 +16,12 @@ from benchmarks import findings, patching
 from slr_core import cli
 from slr_core.errors import DataError
 from slr_core.evaluation.sweep import SweepConfig, expand_variants, run_sweep
+from slr_core.training.base_config import BaseConfig
 from slr_core.training.build import build, load_teacher
+from slr_core.training.config import TrainConfig
 from slr_core.training.data import Collator, StageStream
 from slr_core.training.loss_module import LossModule
+from slr_core.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 SPECS = ROOT / "configs/findings"
@@ -98,9 +101,20 @@ def test_specs(name):
     assert sweep.output_dir == f"runs/findings/{name}"
 
 
+def trained_base(folder, tmp_path):
+    """The base in ``folder``, from two steps of its recipe."""
+    out = tmp_path / "base"
+    if not out.exists():
+        changes = [f"output_dir={out}", "stages.0.steps=2", "optimizer.batch_size=2"]
+        train(TrainConfig.from_yaml(SPECS / f"{Path(folder).name}.yaml", changes))
+    return str(out)
+
+
 def shrunk(name, tmp_path, **changes):
     """A spec with one model, two steps and few questions."""
     spec = yaml.safe_load((SPECS / f"{name}.yaml").read_text())
+    if "base.from" in spec.get("set", {}):
+        spec["set"]["base.from"] = trained_base(spec["set"]["base.from"], tmp_path)
     for evaluation in spec["evaluate"]:
         evaluation |= {"generate": 2, "iterations": evaluation.get("iterations", [])[:1]}
     spec |= {"output_dir": str(tmp_path / "out")} | changes
@@ -125,6 +139,7 @@ def shrunk(name, tmp_path, **changes):
         ("data", {"vary": {"stages.0.data.0.questions": [4]}}, 5),
         ("methods", {}, 16),
         ("curriculum", {}, 8),
+        ("curriculum_gpt2", {}, 16),
     ],
 )
 def test_sweeps_run(name, changes, rows, tmp_path):
@@ -138,7 +153,7 @@ def test_sweeps_run(name, changes, rows, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SWEEPS if "recipe:" in (SPECS / f"{name}.yaml").read_text()])
-def test_every_variant_starts(name):
+def test_every_variant_starts(name, tmp_path):
     spec = SweepConfig.from_yaml(SPECS / f"{name}.yaml")
     seen = set()
     for variant in expand_variants(spec, SPECS):
@@ -146,6 +161,9 @@ def test_every_variant_starts(name):
             continue
         seen.add(variant.values["variant"])
         config = variant.config
+        base = str(config.base.source)
+        if base.startswith("runs/"):
+            config = config.model_copy(update={"base": BaseConfig(source=trained_base(base, tmp_path))})
         config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"batch_size": 2})})
         reasoner = build(config)
         module = LossModule(reasoner, config, load_teacher(config, reasoner))
