@@ -40,7 +40,8 @@ class TrainingGuard:
 
     Args:
         config: the limits.
-        loss_floor: the least reference of the loss: that of a uniform guess, the logarithm of the vocabulary's size.
+        loss_floor: the least reference of the loss: that of a uniform guess in every objective, the logarithm of the
+            vocabulary's size times the sum of their weights.
         gradient_floor: the least reference of the gradient norm: the norm to which gradients are clipped.
     """
 
