@@ -119,6 +119,7 @@ def test_llama_cpp_table():
     assert sides[llama_cpp.EXACT].rates[2] > 90, "the best round counts"
 
 
+@pytest.mark.slow
 def test_word_problems_table(tmp_path, monkeypatch, capsys):
     """Two checkpoints of the recipes' folder, and a row for each that is there."""
     made = tiny.reasoner(loop={"workspace": "block", "block_size": 3})

@@ -247,6 +247,7 @@ def test_trace(run):
         assert others[: len(values)] == pytest.approx(values, abs=0.011)
 
 
+@pytest.mark.slow
 def test_shell(tmp_path):
     """The commands that make a checkpoint, where ``path/to/base`` is a base model."""
     (snippet,) = starting("echo ")

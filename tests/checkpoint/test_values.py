@@ -89,6 +89,7 @@ def put(data, place, value):
         data[last] = value
 
 
+@pytest.mark.slow
 @cases(50)
 @given(data=st.data(), workspace=workspaces)
 def test_absurd_values(folders, data, workspace):

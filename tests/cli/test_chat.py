@@ -106,6 +106,7 @@ def test_no_template(run, folder):
     assert err.startswith("slr: this checkpoint has no chat template")
 
 
+@pytest.mark.slow
 def test_terminal(block, thinking):
     """On a terminal: a prompt, the running iteration, the answer and a summary."""
     master, slave = pty.openpty()

@@ -213,6 +213,7 @@ def completions(line):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_completion():
     assert completions("slr generate --model pro") == ["prontoqa", "prosqa", "prosqa-large"]
     assert completions("slr generate --criterion en") == ["entropy_change", "end_token"]

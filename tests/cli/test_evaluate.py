@@ -144,6 +144,7 @@ def test_eval_goes_on_with_its_results(run, folder, tmp_path):
 KEY = "a key of the server's operator"
 
 
+@pytest.mark.slow
 def test_eval_through_a_server(run, folder, tmp_path, monkeypatch):
     here, there = tmp_path / "here.json", tmp_path / "there.json"
     assert run("eval", "--model", folder, *SMALL, "--output", here)[0] == 0

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.checkpoint.importers import published
 
 
@@ -28,6 +30,7 @@ def test_json(run, tmp_path):
     assert json.loads((tmp_path / "out" / "base" / "config.json").read_text())["dtype"] == "float64"
 
 
+@pytest.mark.slow
 def test_proof(run, tmp_path):
     """What the thoughts do and how stable they are past the trained depth, without weights trained for it."""
     made = published.coconut(tmp_path)

@@ -70,6 +70,7 @@ print("fine")
     assert done.stdout == "fine\n"
 
 
+@pytest.mark.slow
 def test_forked_process():
     done = run("""
 torch.set_num_threads(2)

@@ -141,6 +141,7 @@ def test_chance_is_the_commonest_class_of_the_training_questions():
     assert first.metric == "accuracy"
 
 
+@pytest.mark.slow
 def test_seed_sets_the_split():
     examples = questions()
     collected = states(noise(), examples)

@@ -132,6 +132,7 @@ class SlowStart(Counting):
         return super().answer(prompts, options, seeds, run_loop)
 
 
+@pytest.mark.slow
 def test_first_method_does_not_pay_for_the_start(reasoner):
     backend = SlowStart(reasoner)
     started = time.perf_counter()

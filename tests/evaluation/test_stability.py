@@ -178,6 +178,7 @@ def test_a_study_goes_through_json(found):
 # -- exits without running -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workspace", tiny.WORKSPACES)
 @pytest.mark.parametrize(
     "changes",

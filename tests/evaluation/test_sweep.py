@@ -181,6 +181,7 @@ def test_command_prints_nothing_but_json(spec, tmp_path):
     assert "loss" in result.stderr
 
 
+@pytest.mark.slow
 def test_variant_names(spec, trained):
     named = {"both": {"loop.residual.source": "initial", "loop.timestep.kind": "none"}, "plain": {}}
     rows = sweep.run_sweep(spec(variants=named, vary={"chains": [1, 2]}, seeds=[0]))

@@ -94,6 +94,7 @@ def test_a_hash_knows_no_negative_zero_and_sees_a_small_change():
     assert make.fingerprint(values, 6) != make.fingerprint(values.T, 6)
 
 
+@pytest.mark.slow
 def test_making_them_again_changes_no_file(tmp_path):
     make.make(tmp_path)
     for workspace in make.LOOPS:

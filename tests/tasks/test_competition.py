@@ -35,6 +35,7 @@ def children():
 # -- comparing -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_takes_forever_is_ended_and_the_next_comparison_works(comparer, children):
     assert comparer.equal("2", "\\frac{4}{2}")
     (child,) = children()
@@ -53,6 +54,7 @@ def test_a_child_that_died_is_started_again(comparer, children):
     assert comparer.equal("1", "1.0")
 
 
+@pytest.mark.slow
 def test_a_comparison_that_dies_is_unequal_and_the_next_one_works(comparer, children):
     assert comparer.equal("1", "1.0")
     (child,) = children()

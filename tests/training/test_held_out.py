@@ -113,7 +113,7 @@ HOPS = {"nodes": 8, "min_hops": 3, "max_hops": 3}
 @pytest.mark.parametrize("name", ["cot", "codi", "cot_states"])
 def test_chain_beside_the_loop_must_fit(name, tmp_path):
     """A GPT-2 has a table of positions: past it, the un-looped chain would be an index error."""
-    stages = [{"steps": 1, "iterations": 1, "data": [{"task": "prosqa", "generator_options": HOPS}]}]
+    stages = [{"steps": 1, "iterations": 1, "data": [{"task": "prosqa", "generator_options": HOPS, "questions": 4}]}]
     changes = {"base": {**SMALL, "max_position_embeddings": 24}, "objectives": {"answer": 1.0, name: 1.0}}
     with pytest.raises(DataError, match="do not fit: with 0 iterations the model has 24 positions"):
         train(recipe(**changes, chains=0, stages=stages, output_dir=tmp_path / "out"))

@@ -23,6 +23,7 @@ def page_faults(first):
     return int(ran.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's C library")
 def test_a_step_reuses_the_memory_of_the_one_before():
     assert page_faults("keep_freed_memory()") < page_faults("") / 4

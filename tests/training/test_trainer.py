@@ -132,6 +132,7 @@ def test_sharded_run_is_not_resumed(tmp_path, monkeypatch):
         train(recipe(output_dir=tmp_path / "out", stages=STAGES), resume=True)
 
 
+@pytest.mark.slow
 def test_killed_before_first_checkpoint(tmp_path):
     straight = train(recipe(output_dir=tmp_path / "straight", stages=STAGES))
     partial = tmp_path / "resumed" / "steps" / "checkpoint-2"

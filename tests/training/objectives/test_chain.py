@@ -176,6 +176,7 @@ def test_gaps_between_steps_are_closed():
     assert append_end(ids, 9).tolist() == [[4, 5, 6, 9, IGNORE], [9, *[IGNORE] * 4], [1, 2, 3, 4, 9]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", [{}, BLOCK, {"workspace": "prompt"}], ids=["append", "block", "prompt"])
 def test_the_decoder_learns_to_put_thoughts_into_words(loop):
     history = Setup({"thoughts": 1.0}, {**DECODER, **loop}, shake=False).learn()

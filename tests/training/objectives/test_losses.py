@@ -157,6 +157,7 @@ def test_an_answer_prefix_is_fed_before_the_answer_is_read():
     torch.testing.assert_close(made.terms()["answer"], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_latent_decoder_learns_to_write_the_answers():
     decoder = {"answers": "latent_decoder", "latent_decoder": tiny.LATENT_DECODER}
     for workspace in WORKSPACES.values():

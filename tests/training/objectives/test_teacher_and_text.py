@@ -59,6 +59,7 @@ def test_teacher_losses(distilled):
     torch.testing.assert_close(terms["teacher_logits"], logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_student_learns_and_the_teacher_stays(distilled):
     setup, objective = distilled
     before = copy.deepcopy(objective.teacher.state_dict())
@@ -154,6 +155,7 @@ def test_next_tokens_are_read_from_the_closing_pass(text):
     assert float(made.terms()["text"].detach()) == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workspace", ["prompt", "append", "token"])
 def test_a_looped_model_learns_plain_text(workspace, text):
     weights = {"answer": 1.0} if workspace == "append" else {"answer": 1.0, "text": 1.0}
