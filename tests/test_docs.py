@@ -28,6 +28,7 @@ FOLDERS = ("slr_core", "server", "tests", "docs", "configs", "benchmarks", "depl
 PATH = re.compile(rf"(?<![\w/.])((?:{'|'.join(FOLDERS)})/[\w./-]*\w)(?:::(\w+))?")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+CLI = typer.main.get_command(app)
 
 
 def page(path):
@@ -85,14 +86,13 @@ def commands(text):
 def unknown(command):
     """Subcommand and flags of a command line that do not exist."""
     program, *words = command.split()
-    root = typer.main.get_command(app)
     name = words[0] if program == "slr" and words and not words[0].startswith("-") else None
-    if name is not None and name not in root.commands:
+    if name is not None and name not in CLI.commands:
         return [name]
     if name == "serve" or program == "slr-serve":
         known = {f"--{field.replace('_', '-')}" for field in ServerSettings.model_fields} | {"--help", "--version"}
     else:
-        parameters = (root.commands[name] if name else root).params
+        parameters = (CLI.commands[name] if name else CLI).params
         known = {flag for p in parameters for flag in (*p.opts, *p.secondary_opts)} | {"--help"}
     return sorted(set(FLAG.findall(command)) - known)
 
