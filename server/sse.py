@@ -27,9 +27,9 @@ PING_S = 15.0
 COMMENT = b": working\n\n"
 
 
-def frame(data: BaseModel | str, event: str | None = None) -> bytes:
-    """One event as bytes."""
-    text = data if isinstance(data, str) else data.model_dump_json()
+def frame(data: BaseModel | str, event: str | None = None, exclude: set[str] | None = None) -> bytes:
+    """One event as bytes, without the fields ``exclude``."""
+    text = data if isinstance(data, str) else data.model_dump_json(exclude=exclude)
     name = f"event: {event}\n" if event else ""
     return f"{name}data: {text}\n\n".encode()
 

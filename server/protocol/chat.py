@@ -290,7 +290,7 @@ class ChatFormatter:
     def frames(self, output: OutputEvent) -> Iterator[bytes]:
         """The chunks of a stream for one event; a comment for an iteration, so that the stream begins."""
         for choice in self._parts(output):
-            yield frame(ChatChunk(**self._fields, choices=[choice]))
+            yield frame(ChatChunk(**self._fields, choices=[choice]), exclude=self.request.absent_in_chunks)
         if isinstance(output.event, IterationEvent):
             yield COMMENT
         elif isinstance(output.event, FinishedEvent):

@@ -203,7 +203,7 @@ class CompletionFormatter:
         if index not in self._streams:
             self._streams[index] = _ChoiceStream(index, self, request)
         for choice in self._streams[index].parts(event, budget_reduced):
-            yield frame(Completion(**self._fields, choices=[choice]))
+            yield frame(Completion(**self._fields, choices=[choice]), exclude=self.request.absent_in_chunks)
         if isinstance(event, IterationEvent):
             yield COMMENT
         elif isinstance(event, FinishedEvent):

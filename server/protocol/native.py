@@ -33,6 +33,7 @@ from .schema import (
     Temperature,
     TopK,
     TopP,
+    is_none,
     loop_names,
     loop_params,
 )
@@ -67,10 +68,6 @@ def _read_prompt(value: Any) -> list[str] | list[PromptMessage]:
     if isinstance(value, list):
         return _CHAT.validate_python(value) if value and isinstance(value[0], dict) else _TEXTS.validate_python(value)
     raise PydanticCustomError("prompt_type", "must be a string, a list of strings, or a list of messages")
-
-
-def _is_none(value: Any) -> bool:
-    return value is None
 
 
 Prompts = Annotated[
@@ -200,7 +197,7 @@ class GenerateResult(ResponseModel):
     exit_reason: ExitReason
     final_change: float | None = Field(description="relative change of the last iteration")
     iterations_per_token: list[int] | None = Field(
-        None, exclude_if=_is_none, description="in the workspace `token`: iterations before each token of the answer"
+        None, exclude_if=is_none, description="in the workspace `token`: iterations before each token of the answer"
     )
     budget_reduced: bool = Field(description="true: under load, the loop got fewer iterations than requested")
     usage: AnswerUsage
@@ -228,10 +225,10 @@ class Iteration(ResponseModel):
     duration_s: float
     top_tokens: list[TopToken]
     thought: str | None = Field(
-        None, exclude_if=_is_none, description="text that the latent decoder reads from the state, if there is one"
+        None, exclude_if=is_none, description="text that the latent decoder reads from the state, if there is one"
     )
     state: list[list[float | None]] | None = Field(
-        None, exclude_if=_is_none, description="with include_states: h_t, a list of numbers per workspace position"
+        None, exclude_if=is_none, description="with include_states: h_t, a list of numbers per workspace position"
     )
 
 
@@ -248,7 +245,7 @@ class TokenData(ResponseModel):
     token_id: int
     text: str = Field(description="text added since the last event; empty while a character is incomplete")
     iterations: int | None = Field(
-        None, exclude_if=_is_none, description="in the workspace `token`: iterations before this token"
+        None, exclude_if=is_none, description="in the workspace `token`: iterations before this token"
     )
 
 
@@ -258,7 +255,7 @@ class TraceResult(GenerateResult):
     trace: list[Iteration]
     stability: Stability = Field(description="summary of the trace")
     token_traces: list[list[Iteration]] | None = Field(
-        None, exclude_if=_is_none, description="with trace_tokens: the loops before the first tokens"
+        None, exclude_if=is_none, description="with trace_tokens: the loops before the first tokens"
     )
 
 

@@ -136,6 +136,11 @@ class OpenAIRequest(RequestModel):
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def absent_in_chunks(self) -> set[str]:
+        """Fields that chunks leave out: the usage, unless it was asked for. It is then null up to the last chunk."""
+        return set() if self.wants_usage else {"usage"}
+
     def check_stream_options(self) -> None:
         """Check that stream options come with a stream.
 

@@ -217,6 +217,7 @@ def test_streamed_chat(chat):
     parts = chunks(response, ChatChunk)
     for chunk in list(events.of(response.text))[:-1]:
         (choice,) = chunk.data["choices"]
+        assert "usage" not in chunk.data
         assert None not in choice["delta"].values()
         assert ("slr" in choice) == (choice["finish_reason"] is not None)
     for choice in whole["choices"]:
@@ -225,6 +226,17 @@ def test_streamed_chat(chat):
         assert "".join(part.delta.content or "" for part in mine) == choice["message"]["content"]
         assert mine[-1].finish_reason == choice["finish_reason"]
         assert sum(len(part.logprobs.content) for part in mine if part.logprobs) == 5
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_usage_is_null_up_to_the_last_chunk_if_it_is_asked_for(chat, path):
+    asked = {"messages": [{"role": "user", "content": PROMPT}]} if "chat" in path else {"prompt": PROMPT}
+    for options in ({}, {"stream_options": {"include_usage": True}}):
+        told = [event.data for event in events.of(chat.post(path, json={**asked, "stream": True, **options}).text)][:-1]
+        if not options:
+            assert all("usage" not in data for data in told)
+        else:
+            assert [data["usage"] is None for data in told] == [True] * (len(told) - 1) + [False]
 
 
 def test_models(client):
