@@ -162,8 +162,8 @@ def test_measured_claims():
     found = {(int(m[1]), bool(m[2])): float(m[3]) for m in re.finditer(asked, measured, re.MULTILINE | re.DOTALL)}
     balanced, official = ([found[hops, form] for hops in range(3, 8)] for form in (True, False))
     text = " ".join(README.split())
-    assert f"scores {min(balanced):.2f} to {max(balanced):.2f} on balanced questions of 3 to 7 hops" in text
-    assert f"{min(official):.2f} to {max(official):.2f} on those of the official form" in text
+    assert f"scores {min(balanced):.3f} to {max(balanced):.3f} on balanced questions of 3 to 7 hops" in text
+    assert f"{min(official):.3f} to {max(official):.3f} on those of the official form" in text
 
 
 def test_pictures_have_commands():
