@@ -270,7 +270,7 @@ def _patching_table(record: dict[str, Any]) -> list[str]:
 def _lens_table(record: dict[str, Any]) -> list[str]:
     probes = {score["t"]: score for score in record["probes"] if score["label"] == "frontier"}
     head = ["t", "logit lens: probability on the frontier", "probe: ranking precision (95 % interval)"]
-    head += ["probe, shuffled labels", "logit lens: answer on top"]
+    head += ["probe, shuffled labels", "logit lens: first token on top"]
     body = []
     for reading in record["lens"]:
         probe = probes.get(reading["t"])
@@ -284,7 +284,7 @@ def _lens_table(record: dict[str, Any]) -> list[str]:
 
 
 def _steps_table(record: dict[str, Any]) -> list[str]:
-    head = ["t", "decoded thought is step t (95 % interval)", "logit lens: answer on top"]
+    head = ["t", "decoded thought is step t (95 % interval)", "logit lens: first token on top"]
     body = []
     for reading in record["lens"]:
         share, n = reading["thought_is_step"], reading["questions"]
