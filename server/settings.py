@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from slr_core.suggest import did_you_mean
+from slr_core.yaml_text import parse_yaml
 
 _MIN_KEY_LENGTH = 16
 _MAX_CONFIG_BYTES = 1 << 20
@@ -269,7 +270,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             content = file.read(_MAX_CONFIG_BYTES + 1)
         if len(content) > _MAX_CONFIG_BYTES:
             raise ValueError(f"it has more than {_MAX_CONFIG_BYTES} bytes")
-        values = yaml.safe_load(content.decode())
+        values = parse_yaml(content.decode())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SettingsError(f"config: cannot read {path}: {error}") from error
     if values is None:

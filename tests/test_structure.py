@@ -21,6 +21,7 @@ LAYERS = (
     "_install",
     "ray_cluster",
     "suggest",
+    "yaml_text",
     "validation",
     "panics",
     "config",

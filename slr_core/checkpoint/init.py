@@ -20,6 +20,7 @@ from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import ConfigError
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.validation import validated
+from slr_core.yaml_text import parse_yaml
 
 CARD = """---
 library_name: slr
@@ -60,7 +61,7 @@ class InitConfig(LoopConfig):
             ConfigError: the file is not YAML, or a field is unknown or out of range.
         """
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = parse_yaml(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"{path}: not a readable YAML file ({error})") from error
         try:

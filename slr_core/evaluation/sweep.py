@@ -28,6 +28,7 @@ from slr_core.tasks.sources import Questions, load_questions
 from slr_core.training.config import TrainConfig
 from slr_core.training.trainer import MANIFEST, train
 from slr_core.validation import validated
+from slr_core.yaml_text import parse_yaml
 
 
 class _Model(BaseModel):
@@ -123,7 +124,7 @@ class SweepConfig(_Model):
             ConfigError: the file is not YAML, or a field is unknown or out of range.
         """
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            data = parse_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"{path}: not a readable YAML file ({error})") from error
         try:

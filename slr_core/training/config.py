@@ -14,6 +14,7 @@ from slr_core.errors import ConfigError
 from slr_core.training.base_config import BaseConfig
 from slr_core.training.stages import CurriculumConfig, RecipeModel, StageConfig
 from slr_core.validation import validated
+from slr_core.yaml_text import parse_yaml
 
 
 class OptimizerConfig(RecipeModel):
@@ -304,7 +305,7 @@ class TrainConfig(RecipeModel):
             DataError: a file of questions without a task cannot be read.
         """
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            data = parse_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: not a readable YAML file ({error})") from error
         if not isinstance(data, dict):
@@ -372,7 +373,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals:
         raise ConfigError(f"--set {override}: expected dotted.name=value")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = parse_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not YAML ({error})") from error
     *parents, last = name.split(".")

@@ -315,6 +315,7 @@ def test_overrides_reach_nested_fields(path):
     assert config.loop.lora.rank == 3
     assert config.output_dir == "a=b"
     assert config.optimizer.batch_size == 4
+    assert TrainConfig.from_yaml(path, ("optimizer.learning_rate=1e-3",)).optimizer.learning_rate == 0.001
 
 
 def test_overrides_reach_list_items(path):
