@@ -179,6 +179,19 @@ def check_longest(stream: StageStream, collator: Collator) -> None:
                 )
 
 
+def unknown_share(stream: StageStream, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Share of the first batch's tokens that stand for words that the tokenizer does not know."""
+    texts = [
+        text
+        for item in next(iter(stream), [])
+        for text in (item.example.question, *item.example.steps, item.example.answer)
+    ]
+    if not texts or tokenizer.unk_token_id is None:
+        return 0.0
+    ids = [i for row in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in row]
+    return ids.count(tokenizer.unk_token_id) / max(1, len(ids))
+
+
 def _characters(example: Example) -> int:
     return len(example.question) + len(example.answer) + sum(map(len, example.steps))
 

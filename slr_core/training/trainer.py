@@ -31,7 +31,7 @@ from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build, load_teacher
 from slr_core.training.card import write_training_card
 from slr_core.training.config import TrainConfig
-from slr_core.training.data import IGNORE, Collator, Share, StageStream, check_longest
+from slr_core.training.data import IGNORE, Collator, Share, StageStream, check_longest, unknown_share
 from slr_core.training.guard import TrainingGuard
 from slr_core.training.held_out import HeldOutSet, answer_held_out, held_out_sets, write_held_out
 from slr_core.training.loss_module import LossModule
@@ -276,6 +276,11 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
         by_token=config.thinks_by_token(reasoner.config.loop),
     )
     check_longest(stream, collator)
+    if unknown := unknown_share(stream, reasoner.tokenizer):
+        print(
+            f"the tokenizer does not know {unknown:.0%} of the tokens of the questions: see base.tokenizer",
+            file=sys.stderr,
+        )
     untrained = range(config.longest + 1, reasoner.config.loop.trained_iterations + 1)
     if config.max_iterations != 0 and untrained:
         print(

@@ -135,3 +135,13 @@ def test_held_out_questions_that_do_not_fit(tmp_path, capsys):
     assert "held-out questions, prosqa: not answered (prompt has" in capsys.readouterr().err
     assert json.loads((folder / "training.json").read_text())["held_out"] == []
     assert (folder / "README.md").exists()
+
+
+def test_unknown_words_are_told(tmp_path, capsys):
+    task = {"task": "state_tracking", "generator_options": {"elements": 3, "length": 2}}
+    for tokenizer, told in (("prosqa", "the tokenizer does not know"), ("words", "")):
+        base = {**DATA["base"], "tokenizer": tokenizer}
+        train(recipe(base=base, objectives={"answer": 1}, stages=[stage(task)], output_dir=tmp_path / tokenizer))
+        err = capsys.readouterr().err
+        assert told in err
+        assert ("does not know" in err) == bool(told)
