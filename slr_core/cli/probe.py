@@ -194,7 +194,8 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _print_lens(lens: Lens) -> None:
-    table = _table("\nlogit lens (first: the token that the model writes first)", "t", "entropy", "p(first token)", "first on top", "p(frontier)")
+    title = "\nlogit lens (first: the token that the model writes first)"
+    table = _table(title, "t", "entropy", "p(first)", "first on top", "p(frontier)")
     table.add_column("top tokens")
     has_thoughts = any(reading.thoughts for reading in lens.readings)
     if has_thoughts:
