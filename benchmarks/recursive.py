@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.recursive_page import Row, build_page
@@ -39,6 +38,7 @@ from slr_core.training.sources import CONTINUES, open_source
 from slr_core.training.stages import DataConfig
 from slr_core.training.trainer import MANIFEST, train
 from slr_core.validation import validated
+from slr_core.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs/recursive/plain.yaml"
@@ -71,7 +71,7 @@ class Study:
 
     def recipe(self, out: Path, seed: int) -> Row:
         """The plain model's recipe on this task."""
-        recipe: Row = yaml.safe_load(RECIPE.read_text(encoding="utf-8")) | {"seed": seed}
+        recipe: Row = parse_yaml(RECIPE.read_text(encoding="utf-8")) | {"seed": seed}
         data = dict(self.data)
         if "text" in data:
             data["text"] = str(write_text(out / "word_problems.txt", 0))
@@ -91,7 +91,7 @@ class Study:
 
 
 STUDIES = {
-    "p_hop": Study(yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["stages"][0]["data"][0], every=True, seeds=3),
+    "p_hop": Study(parse_yaml(RECIPE.read_text(encoding="utf-8"))["stages"][0]["data"][0], every=True, seeds=3),
     "text": Study({"text": "", "characters": TEXT_CHARACTERS}),
     "state_tracking": Study({"task": "state_tracking", "generator_options": {"elements": 3, "length": 3}}),
 }
