@@ -398,7 +398,7 @@ def test_near_threshold_is_replayed(workspace):
 
 
 def test_mixes():
-    check_many(8)
+    check_many(15)
 
 
 @pytest.mark.slow

@@ -139,9 +139,7 @@ def test_held_out_questions_that_do_not_fit(tmp_path, capsys):
 
 def test_unknown_words_are_told(tmp_path, capsys):
     task = {"task": "state_tracking", "generator_options": {"elements": 3, "length": 2}}
-    for tokenizer, told in (("prosqa", "the tokenizer does not know"), ("words", "")):
+    for tokenizer, told in (("prosqa", True), ("words", False)):
         base = {**DATA["base"], "tokenizer": tokenizer}
         train(recipe(base=base, objectives={"answer": 1}, stages=[stage(task)], output_dir=tmp_path / tokenizer))
-        err = capsys.readouterr().err
-        assert told in err
-        assert ("does not know" in err) == bool(told)
+        assert ("the tokenizer does not know" in capsys.readouterr().err) == told
