@@ -37,6 +37,7 @@ from slr_core.training.held_out import HeldOutSet, answer_held_out, held_out_set
 from slr_core.training.loss_module import LossModule
 from slr_core.training.memory import keep_freed_memory
 from slr_core.training.progress import ProgressReport
+from slr_core.training.resume import check_recipe, last_complete, write_recipe
 from slr_core.training.sharded import WholeCopy, is_sharded_run
 
 MANIFEST = "training.json"
@@ -215,8 +216,8 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
         command: the command line, for the model card.
 
     Raises:
-        ConfigError: there is nothing to resume, the batch cannot be divided among the processes, or ``output_dir``
-            cannot be written.
+        ConfigError: there is nothing to resume, the run was started with another recipe, the batch cannot be divided
+            among the processes, or ``output_dir`` cannot be written.
         CheckpointError: the base model cannot be loaded.
         DataError: questions cannot be read, or do not fit the task or the model.
         TrainingError: the run diverged.
@@ -258,11 +259,13 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
     parts = arguments.world_size * optimizer.accumulate
     if optimizer.batch_size % parts:
         raise ConfigError(f"optimizer.batch_size must be a multiple of {parts}, processes times optimizer.accumulate")
-    last = _last_complete(steps)
+    last = last_complete(steps)
     if last is not None and not resume:
         raise ConfigError(f"{output} already holds a run: continue it with --resume, or choose another output_dir")
     if not resume and output.is_dir() and (others := sorted(p.name for p in output.iterdir() if p != steps)):
         raise ConfigError(f"output_dir: {output} is not empty, it holds {others[0]}: choose a new or empty folder")
+    if last is not None:
+        check_recipe(steps, config)
     first_step = 0 if last is None else TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).global_step
     stream = StageStream(config, first_step)  # before the model: it is quicker to read
     held_out = held_out_sets(config)
@@ -290,6 +293,8 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
         )
     try:
         steps.mkdir(parents=True, exist_ok=True)
+        if last is None and arguments.should_save:
+            write_recipe(steps, config)
     except OSError as error:
         raise ConfigError(f"output_dir: {output} cannot be created ({error.strerror})") from error
     report = ProgressReport()
@@ -350,18 +355,6 @@ def _room(config: TrainConfig, *models: LatentReasoner) -> list[int]:
         min(model.max_positions - model.workspace.loop_positions(t if model.config.trained else 0) for model in models)
         for t in range(config.longest + 1)
     ]
-
-
-def _last_complete(steps: Path) -> Path | None:
-    """The newest completely saved checkpoint: the Trainer writes its state last."""
-    found = sorted(steps.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
-    for folder in found:
-        try:
-            json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return folder
-    return None
 
 
 def _manifest(config: TrainConfig, trainer: LoopTrainer) -> dict[str, Any]:

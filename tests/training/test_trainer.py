@@ -16,6 +16,7 @@ from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Example
 from slr_core.tasks.sources import fingerprint
 from slr_core.training.build import build
+from slr_core.training.resume import RECIPE
 from slr_core.training.sources import Listed
 from slr_core.training.trainer import BRIDGE, MANIFEST, LoopTrainer, _ResetOptimizer, train
 from tests import tiny
@@ -78,6 +79,7 @@ def test_a_resumed_run_ends_where_a_straight_one_does(tmp_path):
     resumed = tmp_path / "resumed"
     (resumed / "steps").mkdir(parents=True)
     shutil.copytree(straight / "steps" / "checkpoint-3", resumed / "steps" / "checkpoint-3")
+    shutil.copy(straight / "steps" / RECIPE, resumed / "steps")
     train(recipe(output_dir=resumed, save_steps=3), resume=True)
     assert json.loads((resumed / MANIFEST).read_text())["steps"] == 6
     expected, actual = weights(straight), weights(resumed)
