@@ -42,7 +42,11 @@ def train(
     recipe = TrainConfig.from_yaml(config, tuple(overrides or ()))
     if max_steps is not None:
         recipe = recipe.shortened(max_steps)
-    folder = run(recipe, resume=resume, command=command)
+    try:
+        folder = run(recipe, resume=resume, command=command)
+    except KeyboardInterrupt:
+        print("interrupted: with --resume, it continues from the last checkpoint, if there is one", file=sys.stderr)
+        raise
     if not PartialState().is_main_process:
         return  # the main process writes the checkpoint, maybe still
     print(folder)

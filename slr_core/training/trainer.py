@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from math import cos, log, pi
@@ -76,6 +77,7 @@ class LoopTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=1,
             prefetch_factor=8,
+            worker_init_fn=_ignore_interrupts,
         )
 
     def compute_loss(
@@ -202,6 +204,11 @@ class _ResetOptimizer(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.starts:
             kwargs["optimizer"].state.clear()
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the loader ends with the training, without a traceback of its own.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def train(config: TrainConfig, *, resume: bool = False, command: str | None = None) -> Path:

@@ -65,6 +65,27 @@ def test_killed_run_resumes_to_same_weights(tmp_path):
         torch.testing.assert_close(actual[key], tensor, rtol=1e-4, atol=1e-5, msg=key)
 
 
+def test_interrupted(tmp_path):
+    """Ctrl-C reaches every process of the terminal."""
+    path = recipe(tmp_path, stages=[{**STAGES[0], "steps": 100_000}], save_steps=1)
+    with subprocess.Popen(
+        command(path),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # it may be ignored here
+    ) as running:
+        assert running.stderr is not None
+        next(line for line in running.stderr if line.startswith("step "))
+        os.killpg(running.pid, signal.SIGINT)
+        printed = running.stderr.read()
+    assert running.returncode == 130
+    assert "Traceback" not in printed
+    assert "--resume" in printed.splitlines()[-1]
+
+
 def logged(folder):
     state = json.loads((folder / "out" / "steps" / "checkpoint-12" / "trainer_state.json").read_text())
     return [{k: v for k, v in entry.items() if k != "epoch"} for entry in state["log_history"] if "loss" in entry]
