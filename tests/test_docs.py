@@ -12,8 +12,11 @@ from typing import get_args
 import pytest
 import typer
 
+from slr_core import tasks
 from slr_core.cli import app
 from slr_core.config import Criterion
+from slr_core.evaluation.methods import METHODS
+from slr_core.evaluation.sweep import SweepConfig, SweepEvaluation, expand_variants
 from slr_server.protocol.native import TraceRequest
 from slr_server.settings import ServerSettings
 from tests import tiny
@@ -131,6 +134,40 @@ def test_fields_listed():
     """The table of the README names every field of the bodies of ``/generate`` and ``/trace``."""
     rows = re.findall(r"^\| `POST /(?:generate|trace)` \|.*$", README, re.MULTILINE)
     assert set(TraceRequest.model_fields) <= set(re.findall(r"`(\w+)`", "".join(rows)))
+
+
+def evaluation_rows():
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (.*) \|$", (ROOT / "docs/evaluation.md").read_text(), re.MULTILINE)
+    return [(re.findall(r"\w+", names), [cell.strip() for cell in cells.split("|")]) for names, cells in rows]
+
+
+def test_tasks_listed():
+    table = {names[0]: cells for names, cells in evaluation_rows()}
+    for name in tasks.task_names():
+        task = tasks.get_task(name)
+        assert table[name][1].replace("`", "") == ", ".join(
+            f"{option}={str(value).lower()}" for option, value in task.generator_options.items()
+        )
+        assert table[name][2].replace("`", "") == ", ".join(task.hub)
+
+
+def test_methods_listed():
+    table = {names[0]: cells[0] for names, cells in evaluation_rows()}
+    assert {name: table.get(name) for name in METHODS} == {name: method.help for name, method in METHODS.items()}
+
+
+def test_fields_of_a_sweep_listed():
+    listed = {name for names, _ in evaluation_rows() for name in names}
+    assert SweepConfig.model_fields.keys() | SweepEvaluation.model_fields.keys() <= listed
+
+
+def test_sweep_of_the_manual(tmp_path):
+    text = (ROOT / "docs/evaluation.md").read_text()
+    (block,) = [block for block in blocks(text) if block.lstrip().startswith("recipe:")]
+    (tmp_path / "sweep.yaml").write_text(block)
+    shutil.copy(ROOT / "configs/findings/small.yaml", tmp_path / "base.yaml")
+    models = list(expand_variants(SweepConfig.from_yaml(tmp_path / "sweep.yaml"), tmp_path))
+    assert len(models) == 3 * 2 * 3
 
 
 def test_panels_exist():
