@@ -34,6 +34,8 @@ from slr_core.errors import ConfigError
 from slr_core.params import LoopParams, SamplingParams
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from slr_core.model.reasoner import LatentReasoner
     from slr_core.types import Messages, Result
 
@@ -85,7 +87,7 @@ def generate(
     reasoner = load_model(model, device, dtype, quantization)
     sampling = SamplingParams(temperature, top_k, top_p, seed)
     loop = LoopParams(max_iterations, min_iterations, criterion, threshold, patience)
-    text = read_prompt(prompt, chat)
+    text = read_prompt(prompt, chat, reasoner.tokenizer)
     if stream:
         with Engine(reasoner, slots=1) as engine:
             result = print_stream(engine.stream(text, sampling, loop, max_new_tokens=max_new_tokens))
@@ -100,9 +102,15 @@ def generate(
     show_results(result.to_dict(), print_text, as_json, output)
 
 
-def read_prompt(prompt: str, chat: bool) -> str | Messages:
-    """The prompt, from standard input if it is ``-``; a chat of one user message if ``chat`` is set."""
+def read_prompt(prompt: str, chat: bool, tokenizer: PreTrainedTokenizerBase) -> str | Messages:
+    """The prompt, from standard input if it is ``-``; a chat of one user message if ``chat`` is set.
+
+    Words that the tokenizer does not know are told on standard error: the model cannot tell them apart.
+    """
     text = sys.stdin.read().strip() if prompt == "-" else prompt
+    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if unknown := 0 if tokenizer.unk_token_id is None else tokens.count(tokenizer.unk_token_id):
+        print(f"the model does not know {unknown} of the {len(tokens)} tokens of the prompt", file=sys.stderr)
     return [{"role": "user", "content": text}] if chat else text
 
 

@@ -1,6 +1,9 @@
 import io
 import json
+import re
 import sys
+
+import pytest
 
 from tests.cli.questions import LOOP, QUESTION, expected
 
@@ -70,3 +73,11 @@ def test_file_options(run, folder, tmp_path):
         code, _, err = run("generate", "--model", folder, *options)
         assert code == status
         assert message in err
+
+
+@pytest.mark.parametrize("command", ["generate", "trace"])
+def test_unknown_words(command, run, folder):
+    _, _, err = run(command, "--model", folder, *LOOP, "Tom xyzzy Sam")
+    assert re.search(r"does not know [1-9]\d* of the \d+ tokens of the prompt", err)
+    _, _, err = run(command, "--model", folder, *LOOP, QUESTION)
+    assert "does not know" not in err
