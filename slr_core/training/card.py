@@ -128,7 +128,7 @@ A latent reasoner, trained by `slr train` {version}.
 
 ## Commands
 
-Training, evaluation on the held-out questions with confidence intervals, serving:
+Training; then, in the folder that holds `{name}`, evaluation on the held-out questions and serving:
 
 {commands}
 """

@@ -67,7 +67,12 @@ def test_card(run, recipe, tmp_path):
     assert f"{held_out['converged']:.1%} of the loops converged" in card
     assert f"text, colours.jsonl, 3 of 12 held out, SHA-256 `{data['sha256']}`" in card
     assert f"loss {manifest['last_log']['loss']:.4g}" in card
-    for words in ("| base | random weights", "| steps | 3 of 4 questions each, seed 0 |", "slr train recipe.yaml"):
+    for words in (
+        "| base | random weights",
+        "| steps | 3 of 4 questions each, seed 0 |",
+        "slr train recipe.yaml",
+        "in the folder that holds `out`",
+    ):
         assert words in card
     described = card.partition("```yaml\n")[2].partition("```")[0]
     assert yaml.safe_load(described) == {**RECIPE, "output_dir": "runs/out"}
