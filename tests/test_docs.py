@@ -167,7 +167,7 @@ def test_sweep_of_the_manual(tmp_path):
     (tmp_path / "sweep.yaml").write_text(block)
     shutil.copy(ROOT / "configs/findings/small.yaml", tmp_path / "base.yaml")
     models = list(expand_variants(SweepConfig.from_yaml(tmp_path / "sweep.yaml"), tmp_path))
-    assert len(models) == 3 * 2 * 3
+    assert len(models) == 2 * 2 * 3
 
 
 def test_panels_exist():
