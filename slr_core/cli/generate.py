@@ -34,8 +34,6 @@ from slr_core.errors import ConfigError
 from slr_core.params import LoopParams, SamplingParams
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from slr_core.model.reasoner import LatentReasoner
     from slr_core.types import Messages, Result
 
@@ -87,7 +85,7 @@ def generate(
     reasoner = load_model(model, device, dtype, quantization)
     sampling = SamplingParams(temperature, top_k, top_p, seed)
     loop = LoopParams(max_iterations, min_iterations, criterion, threshold, patience)
-    text = read_prompt(prompt, chat, reasoner.tokenizer)
+    text = read_prompt(prompt, chat, reasoner)
     if stream:
         with Engine(reasoner, slots=1) as engine:
             result = print_stream(engine.stream(text, sampling, loop, max_new_tokens=max_new_tokens))
@@ -102,14 +100,19 @@ def generate(
     show_results(result.to_dict(), print_text, as_json, output)
 
 
-def read_prompt(prompt: str, chat: bool, tokenizer: PreTrainedTokenizerBase) -> str | Messages:
+def read_prompt(prompt: str, chat: bool, reasoner: LatentReasoner) -> str | Messages:
     """The prompt, from standard input if it is ``-``; a chat of one user message if ``chat`` is set.
 
-    Words that the tokenizer does not know are told on standard error: the model cannot tell them apart.
+    Prints on standard error how many of its tokens the tokenizer does not know: to the model they are all the same.
+
+    Raises:
+        RequestError: the prompt is not valid Unicode.
     """
+    from slr_core.generation.prepare import tokenize_text
+
     text = sys.stdin.read().strip() if prompt == "-" else prompt
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if unknown := 0 if tokenizer.unk_token_id is None else tokens.count(tokenizer.unk_token_id):
+    tokens, unknown_id = tokenize_text(reasoner, text), reasoner.tokenizer.unk_token_id
+    if unknown := 0 if unknown_id is None else tokens.count(unknown_id):
         print(f"the model does not know {unknown} of the {len(tokens)} tokens of the prompt", file=sys.stderr)
     return [{"role": "user", "content": text}] if chat else text
 

@@ -72,7 +72,7 @@ def trace(
     loop = LoopParams(max_iterations, min_iterations, criterion, threshold, patience)
     result = run_prompt(
         reasoner,
-        read_prompt(prompt, chat, reasoner.tokenizer),
+        read_prompt(prompt, chat, reasoner),
         loop,
         max_new_tokens=max_new_tokens,
         trace=True,

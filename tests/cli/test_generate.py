@@ -81,3 +81,10 @@ def test_unknown_words(command, run, folder):
     assert re.search(r"does not know [1-9]\d* of the \d+ tokens of the prompt", err)
     _, _, err = run(command, "--model", folder, *LOOP, QUESTION)
     assert "does not know" not in err
+
+
+@pytest.mark.parametrize("command", ["generate", "trace"])
+def test_invalid_unicode(command, run, folder):
+    code, _, err = run(command, "--model", folder, *LOOP, "Tom \udcff")
+    assert code == 1
+    assert err.startswith("slr: prompt is not valid Unicode")
