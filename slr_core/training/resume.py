@@ -31,15 +31,24 @@ def last_complete(steps: Path) -> Path | None:
     return None
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file at once: whoever finds it finds a whole one.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
 def write_recipe(steps: Path, config: TrainConfig) -> None:
     """Write the recipe of a run that starts now, for :func:`check_recipe`.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    partial = steps / f"{RECIPE}.partial"
-    partial.write_text(json.dumps(_settings(config), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, steps / RECIPE)
+    write_json(steps / RECIPE, _settings(config))
 
 
 def check_recipe(steps: Path, config: TrainConfig) -> None:

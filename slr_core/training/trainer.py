@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import signal
 import sys
@@ -38,7 +36,7 @@ from slr_core.training.held_out import HeldOutSet, answer_held_out, held_out_set
 from slr_core.training.loss_module import LossModule
 from slr_core.training.memory import keep_freed_memory
 from slr_core.training.progress import ProgressReport
-from slr_core.training.resume import check_recipe, last_complete, write_recipe
+from slr_core.training.resume import check_recipe, last_complete, write_json, write_recipe
 from slr_core.training.sharded import WholeCopy, is_sharded_run
 
 MANIFEST = "training.json"
@@ -351,9 +349,7 @@ def _finish(
             print(f"held-out questions, {found.task}: not answered ({error})", file=sys.stderr)
     manifest = {**_manifest(config, trainer), "held_out": [result.to_json() for result in answered], "command": command}
     write_training_card(output, reasoner, config, manifest, answered, command)
-    partial = output / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, output / MANIFEST)  # whoever finds it finds a whole one, and whole weights beside it
+    write_json(output / MANIFEST, manifest)  # last: whoever finds it finds whole weights beside it
 
 
 def _room(config: TrainConfig, *models: LatentReasoner) -> list[int]:
