@@ -26,6 +26,7 @@ from slr_core.suggest import did_you_mean
 from slr_core.tasks.base import OptionValue, Task
 from slr_core.tasks.sources import Questions, load_questions
 from slr_core.training.config import TrainConfig
+from slr_core.training.resume import last_complete
 from slr_core.training.trainer import MANIFEST, train
 from slr_core.validation import validated
 from slr_core.yaml_text import parse_yaml
@@ -267,7 +268,7 @@ def run_sweep(
             continue
         if config is not None and not trained:
             progress(f"{i} of {len(planned)}: training {variant.name}")
-            train(config, resume=any((Path(variant.folder) / "steps").glob("checkpoint-*")))
+            train(config, resume=last_complete(Path(variant.folder) / "steps") is not None)
         progress(f"{i} of {len(planned)}: evaluating {variant.name}")
         backend = Local(load_reasoner(variant.folder, device=device, dtype=dtype, quantization=quantization))
         for run in runs:

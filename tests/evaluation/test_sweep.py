@@ -124,6 +124,17 @@ def test_an_interrupted_training_is_resumed(spec, monkeypatch, tmp_path):
     sweep.run_sweep(path)
     assert resumed == [False, True]
 
+    # Interrupted while it wrote its first checkpoint: there is nothing to resume.
+    for state in (model / "steps").glob("checkpoint-*/trainer_state.json"):
+        state.unlink()
+    for written in model.iterdir():
+        if written.is_file():
+            written.unlink()
+        elif written.name != "steps":
+            shutil.rmtree(written)
+    sweep.run_sweep(path)
+    assert resumed == [False, True, False]
+
 
 @pytest.mark.parametrize(
     ("changes", "named"),
