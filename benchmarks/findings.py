@@ -2,7 +2,8 @@
 
     python -m benchmarks.findings                # or: make findings
 
-`configs/findings/page.yaml` says what stands on the page: a section per question, and per section its parts. A part
+`configs/findings/page.yaml` says what stands on the page: a section per question, and per section its parts. The
+answers of all sections stand at the top of the page. A part
 names a file of rows in benchmarks/results/findings, which `slr sweep --finished --output`, `slr probe --output` (see
 --probe) or `python -m benchmarks.patching --out` wrote. Its sentence, `found`, belongs to one content of that file,
 `rows_sha256`. If the rows change, the build fails until somebody has read the sentence again and renewed the hash. A
@@ -74,6 +75,7 @@ class Section(_Model):
 
     title: str
     question: str
+    answer: str = Field(description="what its studies found together, for the top of the page")
     parts: tuple[Part, ...] = ()
     missing: str | None = Field(None, description="what was not run, in words")
 
@@ -82,6 +84,7 @@ class Contents(_Model):
     """The file of contents."""
 
     introduction: str
+    terms: str = Field(description="what the reader of the tables must know; below the answers")
     sections: tuple[Section, ...]
 
 
@@ -99,7 +102,9 @@ def build(contents: Contents, rows: Path) -> Built:
     Raises:
         DataError: a file of rows is not one, or its sentence was written for other rows.
     """
-    lines, plots = [contents.introduction.strip()], dict[str, Callable[[], str]]()
+    answers = "\n".join(f"- {_link(section.title)}: {section.answer.strip()}" for section in contents.sections)
+    lines = [contents.introduction.strip(), answers, contents.terms.strip()]
+    plots = dict[str, Callable[[], str]]()
     for section in contents.sections:
         lines += [f"## {section.title}", section.question]
         for part in section.parts:
@@ -117,7 +122,8 @@ def build(contents: Contents, rows: Path) -> Built:
                 )
             record = json.loads(raw)
             if part.found is not None:
-                lines.append(f"**{part.found.strip()}**")
+                first, stop, rest = part.found.strip().partition(". ")
+                lines.append(f"**{first}.** {rest}" if stop else f"**{first}**")
             lines += _SHOWN[part.kind](record)
             if part.plot is not None:
                 name = f"{part.rows}.svg"
@@ -127,6 +133,12 @@ def build(contents: Contents, rows: Path) -> Built:
         if section.missing is not None:
             lines.append(f"Not run yet: {section.missing.strip()}")
     return Built("\n\n".join(lines) + "\n", plots)
+
+
+def _link(title: str) -> str:
+    """A link to the section of a title, by the rule of GitHub for the anchors of headings."""
+    anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+    return f"[{title}](#{anchor})"
 
 
 # -- sweeps -----------------------------------------------------------------------------------------------

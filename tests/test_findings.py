@@ -33,7 +33,11 @@ ROW = {"variant": "N 100", "seed": 0, "name": "q", "question_set": "q", "questio
 def contents():
     part = {"rows": "one", "title": "A study", "command": "slr sweep one.yaml"}
     return lambda **more: findings.Contents.model_validate(
-        {"introduction": "# It", "sections": ({"title": "S", "question": "Q?", "parts": (part | more,)},)}
+        {
+            "introduction": "# It",
+            "terms": "Terms.",
+            "sections": ({"title": "RQ1: why, S?", "question": "Q?", "answer": "A.", "parts": (part | more,)},),
+        }
     )
 
 
@@ -82,6 +86,17 @@ def test_names_of_settings_are_short():
 
 def test_without_rows(contents, tmp_path):
     assert "Not run yet. The command: `slr sweep one.yaml`." in findings.build(contents(), tmp_path).text
+
+
+def test_answers_are_at_the_top(contents, tmp_path):
+    text = findings.build(contents(), tmp_path).text
+    assert text.startswith("# It\n\n- [RQ1: why, S?](#rq1-why-s): A.\n\nTerms.\n\n## RQ1: why, S?\n\nQ?")
+
+
+def test_the_first_sentence_of_what_was_found_is_bold(contents, tmp_path):
+    digest = write_rows(tmp_path, 0.5)
+    text = findings.build(contents(found="No: 0.5. Not at all.", rows_sha256=digest), tmp_path).text
+    assert "\n\n**No: 0.5.** Not at all.\n\n" in text
 
 
 def test_sentences_belong_to_their_rows(contents, tmp_path):
