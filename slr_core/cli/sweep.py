@@ -59,16 +59,20 @@ def sweep(
         except ImportError as error:
             raise missing_extra("--ray", "ray", error) from error
         train_all = partial(train_on_ray, progress=lambda step: status.print(escape(step)))
-    rows = run_sweep(
-        spec,
-        device=device,
-        dtype=dtype,
-        quantization=quantization,
-        about=versions(),
-        finished_only=finished,
-        progress=lambda step: status.print(escape(step)),
-        train_all=train_all,
-    )
+    try:
+        rows = run_sweep(
+            spec,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            about=versions(),
+            finished_only=finished,
+            progress=lambda step: status.print(escape(step)),
+            train_all=train_all,
+        )
+    except KeyboardInterrupt:
+        status.print("interrupted: the same command continues")
+        raise
     record = {"manifest": {"spec": str(spec), **versions()}, "rows": [row.to_json() for row in rows]}
     show_results(record, lambda: _print(rows), as_json, output)
 

@@ -32,20 +32,24 @@ def train(
     try:
         from accelerate import PartialState
 
+        from slr_core.training.resume import last_complete
         from slr_core.training.trainer import train as run
     except ImportError as error:
         raise missing_extra("training", "train", error) from error
     from slr_core.training.config import TrainConfig
 
     hide_loading_bars()
-    command = shlex.join(["slr", *sys.argv[1:]])
+    # For the card: whoever repeats the run starts it, and does not resume it.
+    command = shlex.join(["slr", *(word for word in sys.argv[1:] if word != "--resume")])
     recipe = TrainConfig.from_yaml(config, tuple(overrides or ()))
     if max_steps is not None:
         recipe = recipe.shortened(max_steps)
     try:
         folder = run(recipe, resume=resume, command=command)
     except KeyboardInterrupt:
-        print("interrupted: with --resume, it continues from the last checkpoint, if there is one", file=sys.stderr)
+        last = last_complete(Path(recipe.output_dir) / "steps")
+        left = "before the first checkpoint" if last is None else f"--resume continues from {last.name}"
+        print(f"interrupted: {left}", file=sys.stderr)
         raise
     if not PartialState().is_main_process:
         return  # the main process writes the checkpoint, maybe still

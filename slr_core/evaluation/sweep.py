@@ -26,7 +26,7 @@ from slr_core.suggest import did_you_mean
 from slr_core.tasks.base import OptionValue, Task
 from slr_core.tasks.sources import Questions, load_questions
 from slr_core.training.config import TrainConfig
-from slr_core.training.resume import last_complete
+from slr_core.training.resume import check_trained, last_complete
 from slr_core.training.trainer import MANIFEST, train
 from slr_core.validation import validated
 from slr_core.yaml_text import parse_yaml
@@ -255,6 +255,9 @@ def run_sweep(
     planned = list(expand_variants(sweep, Path(spec).parent))
     evaluations = list(_open_evaluations(sweep))
     store, rows, precision = Store(Path(sweep.output_dir) / "results.jsonl"), [], (dtype, quantization)
+    for variant in planned:
+        if variant.config and (manifest := Path(variant.folder) / MANIFEST).is_file():
+            check_trained(manifest, variant.config)
     if train_all is not None and not finished_only:
         unfinished = [v.config for v in planned if v.config and not (Path(v.folder) / MANIFEST).is_file()]
         progress(f"training {len(unfinished)} models")

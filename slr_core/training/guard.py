@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
+from typing import Any
 
 from slr_core.errors import TrainingError
 from slr_core.training.config import TrainingGuardConfig
@@ -56,6 +57,22 @@ class TrainingGuard:
     def is_stable(self) -> bool:
         """Whether the last loss and gradient were below their limits: only then is a checkpoint saved."""
         return not any(watched.above for watched in self._watched.values())
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs, for a checkpoint: without it, a resumed run takes an explosion for its start."""
+        return {name: asdict(watched) for name, watched in self._watched.items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from the state of a checkpoint; the limits stay those of the recipe.
+
+        Raises:
+            KeyError: a quantity is missing.
+            TypeError: a field is unknown.
+        """
+        self._watched = {
+            name: replace(watched, **{**state[name], "factor": watched.factor})
+            for name, watched in self._watched.items()
+        }
 
     def check_loss(self, value: float, step: int) -> None:
         """Check the loss of a step, or of one of its forward passes.

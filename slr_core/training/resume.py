@@ -1,37 +1,91 @@
-"""What a run leaves in ``output_dir/steps`` so that ``slr train --resume`` can continue it."""
+"""Where a run of ``slr train`` starts, and what it leaves in ``output_dir/steps`` so that it can be continued."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
+from safetensors import SafetensorError
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from slr_core.errors import ConfigError
+from slr_core.errors import CheckpointError, ConfigError, TrainingError
+from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
+from slr_core.training.data import StageStream
+from slr_core.validation import validated
 
-RECIPE = "recipe.json"
+RUN = "run.json"
+"""File in ``steps`` that says what a run was started with."""
 
+GUARD = "guard.json"
+"""File in a checkpoint with the state of the :class:`~slr_core.training.guard.TrainingGuard`."""
+
+_NEEDED = (OPTIMIZER_NAME, SCHEDULER_NAME, GUARD, "rng_state*.pth")
 _MAY_CHANGE = {"output_dir", "threads", "save_steps", "log_steps"}
 """Settings that have no effect on the weights."""
 
 
-def last_complete(steps: Path) -> Path | None:
-    """The newest completely saved checkpoint in a folder: the Trainer writes its state last."""
-    found = sorted(steps.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
-    for folder in found:
-        try:
-            json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return folder
+def find_start(output: Path, config: TrainConfig, *, resume: bool) -> Path | None:
+    """The checkpoint from which a run goes on; ``None``: it starts at step 0.
+
+    Raises:
+        ConfigError: there is nothing to resume, the run was started with another recipe, or the folder holds something
+            that a run from step 0 would replace.
+    """
+    steps = output / "steps"
+    checkpoints = [folder for folder in _checkpoints(steps) if _is_whole(folder)]
+    if resume:
+        if not steps.is_dir():
+            raise ConfigError(f"--resume: no run was started in {output}")
+        if checkpoints or (steps / RUN).exists():
+            check_run(steps, {"recipe": _settings(config)})
+        if (last := last_complete(steps)) is not None:
+            return last
+        if checkpoints:
+            raise ConfigError(
+                f"--resume: no checkpoint in {steps} is complete: {checkpoints[0].name} lacks "
+                f"{_missing(checkpoints[0])[0]}; train in another output_dir"
+            )
+    elif checkpoints:
+        raise ConfigError(f"{output} already holds a run: continue it with --resume, or choose another output_dir")
+    if output.is_dir() and (others := sorted(path.name for path in output.iterdir() if path != steps)):
+        raise ConfigError(f"output_dir: {output} is not empty, it holds {others[0]}: choose a new or empty folder")
     return None
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def last_complete(steps: Path) -> Path | None:
+    """The newest checkpoint in a folder that was saved to its end and lacks no file."""
+    return next((folder for folder in _checkpoints(steps) if _is_whole(folder) and not _missing(folder)), None)
+
+
+def _checkpoints(steps: Path) -> list[Path]:
+    """Folders of checkpoints, the newest first."""
+    numbers = {folder: re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in steps.glob("checkpoint-*")}
+    found = {folder: int(number[1]) for folder, number in numbers.items() if number}
+    return sorted(found, key=lambda folder: found[folder], reverse=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    # The Trainer writes its state last.
+    try:
+        return isinstance(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _missing(folder: Path) -> list[str]:
+    return [name for name in _NEEDED if not any(folder.glob(name))]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file at once: whoever finds it finds a whole one.
 
     Raises:
@@ -42,36 +96,109 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def write_recipe(steps: Path, config: TrainConfig) -> None:
-    """Write the recipe of a run that starts now, for :func:`check_recipe`.
+def describe_inputs(stream: StageStream, reasoner: LatentReasoner) -> dict[str, Any]:
+    """What is behind the paths of a recipe: hashes of the questions, and the part of the model that has to stay."""
+    words = json.dumps(sorted(reasoner.tokenizer.get_vocab().items()))
+    return {
+        "data": {source.description: source.sha256 for stage in stream.sources for source in stage},
+        "model": {
+            "loop": reasoner.config.loop.model_dump(mode="json"),
+            "vocabulary": sha256(words.encode("utf-8", "surrogatepass")).hexdigest(),
+        },
+    }
+
+
+@contextmanager
+def claim(steps: Path, config: TrainConfig, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Create a run's folder, keep other processes from training in it, and write what the run is started with.
+
+    The lock ends with the process, however that ends.
+
+    Args:
+        steps: the folder of the checkpoints.
+        config: the recipe.
+        inputs: from :func:`describe_inputs`.
 
     Raises:
-        OSError: the folder cannot be written.
-    """
-    write_json(steps / RECIPE, _settings(config))
-
-
-def check_recipe(steps: Path, config: TrainConfig) -> None:
-    """Check that a run is resumed with the recipe that it was started with.
-
-    With another one the weights would come from neither, and the model card would state the last one for the whole run.
-
-    Raises:
-        ConfigError: the run has no readable recipe, or a setting that has an effect on the weights is another.
+        ConfigError: another process trains in it, or it cannot be written.
     """
     try:
-        before = json.loads((steps / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--resume: the recipe of the run, {steps / RECIPE}, cannot be read ({error})") from error
-    for name, old, new in _differences(before, _settings(config)):
-        raise ConfigError(
-            f"--resume: {name} was {json.dumps(old)} when the run was started, the recipe has {json.dumps(new)}: "
-            "resume it with the recipe it was started with, or train the new one in another output_dir"
-        )
+        steps.mkdir(parents=True, exist_ok=True)
+        lock = (steps / ".lock").open("w")
+    except OSError as error:
+        raise _not_written(steps, error) from error
+    with lock:
+        try:
+            # Of the process: loader processes do not inherit it, and it outlives none.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ConfigError(f"output_dir: another process is training in {steps.parent}") from error
+        try:
+            write_json(steps / RUN, {"recipe": _settings(config), **inputs})
+        except OSError as error:
+            raise _not_written(steps, error) from error
+        yield
+
+
+def _not_written(steps: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"output_dir: {steps.parent} cannot be written ({error.strerror})")
+
+
+def check_run(steps: Path, now: Mapping[str, Any]) -> None:
+    """Check that a run is resumed with what it was started with.
+
+    With anything else the weights would come from neither, and the model card would state the last for the whole run.
+
+    Args:
+        steps: the folder of the checkpoints.
+        now: entries of the file :data:`RUN`, as they would be written now.
+
+    Raises:
+        ConfigError: the file cannot be read, or an entry that has an effect on the weights is another.
+    """
+    try:
+        before = json.loads((steps / RUN).read_text(encoding="utf-8"))
+        then = {name: before[name] for name in now}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--resume: {steps / RUN} cannot be read ({error})") from error
+    _check_same(
+        then,
+        now,
+        f"{steps.parent} cannot be resumed: ",
+        "resume it with what it was started with, or train in another output_dir",
+    )
+
+
+def check_trained(manifest: Path, config: TrainConfig) -> None:
+    """Check that a finished model was trained with a recipe, from the manifest beside it.
+
+    Raises:
+        ConfigError: the manifest cannot be read, or a setting that has an effect on the weights is another.
+    """
+    folder = manifest.parent
+    try:
+        recipe = json.loads(manifest.read_text(encoding="utf-8"))["recipe"]
+        # A manifest leaves out what is None, and does not know settings that came after it: both get their defaults.
+        trained = validated(TrainConfig, {**recipe, "output_dir": config.output_dir})
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise ConfigError(f"{manifest}: not the manifest of a training ({error}); delete {folder}") from error
+    advice = f"delete {folder} to train it anew, or choose another output_dir"
+    _check_same({"recipe": _settings(trained)}, {"recipe": _settings(config)}, f"{folder} is trained already: ", advice)
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", by_alias=True, exclude=_MAY_CHANGE)
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], what: str, advice: str) -> None:
+    for name, old, new in _differences(dict(before), dict(now)):
+        changed = f"{name.removeprefix('recipe.')} was {_shorten(old)} when it was started and is {_shorten(new)} now"
+        raise ConfigError(f"{what}{changed}: {advice}")
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
 def _differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -86,3 +213,32 @@ def _differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str,
         return
     for key, old, new in pairs:
         yield from _differences(old, new, f"{name}.{key}" if name else key)
+
+
+@contextmanager
+def reading(checkpoint: str | Path) -> Iterator[None]:
+    """Name the checkpoint whose optimizer or random state cannot be read.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, UnpicklingError) as error:
+        about = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise CheckpointError(
+            f"{checkpoint}: not a complete checkpoint ({about}): delete this folder to resume from the one before it"
+        ) from error
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[None]:
+    """Name the folder that cannot be written.
+
+    Raises:
+        TrainingError: it cannot, for want of room as a rule.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(f"{folder}: cannot be written ({error}); --resume continues once it can") from error

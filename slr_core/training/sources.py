@@ -149,8 +149,8 @@ def _whole_words(piece: str) -> str:
 
 
 @cache
-def _read(task: str, file: str | None, split: str | None) -> Questions:
-    # Stages name the same file again and again.
+def _read(task: str, file: str | None, split: str | None, modified: int | None) -> Questions:
+    # Stages name the same file again and again; in a notebook it may change between two runs.
     return load_questions(tasks.get_task(task), data=file, split=split)
 
 
@@ -162,7 +162,9 @@ def load_source_questions(config: DataConfig) -> Questions:
         ConfigError: the task does not have what is asked of it.
     """
     assert config.task is not None  # the config has checked it
-    return _read(config.task, config.file, config.split)
+    file = None if config.file is None else Path(config.file)
+    modified = file.stat().st_mtime_ns if file is not None and file.is_file() else None
+    return _read(config.task, config.file, config.split, modified)
 
 
 def split_held_out(examples: Sequence[Example], count: int, source: str) -> tuple[list[Example], list[Example]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from math import cos, log, pi
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -28,6 +30,7 @@ from slr_core.checkpoint.validate import check_tensors, read_tensors
 from slr_core.errors import ConfigError, DataError, RequestError, TrainingError
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.training.build import build, load_teacher
+from slr_core.training.callbacks import RecipeIntervals, ResetOptimizer
 from slr_core.training.card import write_training_card
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import IGNORE, Collator, Share, StageStream, check_longest, unknown_share
@@ -36,7 +39,16 @@ from slr_core.training.held_out import HeldOutSet, answer_held_out, held_out_set
 from slr_core.training.loss_module import LossModule
 from slr_core.training.memory import keep_freed_memory
 from slr_core.training.progress import ProgressReport
-from slr_core.training.resume import check_recipe, last_complete, write_json, write_recipe
+from slr_core.training.resume import (
+    GUARD,
+    check_run,
+    claim,
+    describe_inputs,
+    find_start,
+    reading,
+    write_json,
+    writing,
+)
 from slr_core.training.sharded import WholeCopy, is_sharded_run
 
 MANIFEST = "training.json"
@@ -76,6 +88,8 @@ class LoopTrainer(Trainer):
             num_workers=1,
             prefetch_factor=8,
             worker_init_fn=_ignore_interrupts,
+            # Its own: the loader's seed would be drawn after the random state of a checkpoint was restored.
+            generator=torch.Generator(),
         )
 
     def compute_loss(
@@ -120,7 +134,8 @@ class LoopTrainer(Trainer):
         parts = (p.to_local() if isinstance(p, DTensor) else p for p in self.reasoner.parameters())
         finite = torch.tensor(float(all(bool(part.isfinite().all()) for part in parts)), device=self.args.device)
         if self.guard.is_stable and float(self.accelerator.reduce(finite, "mean")) == 1:
-            super()._save_checkpoint(model, trial)
+            with writing(str(self.args.output_dir)):
+                super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -133,6 +148,7 @@ class LoopTrainer(Trainer):
         module.reasoner.save_pretrained(str(folder))
         if (bridge := module.bridge) is not None:
             save_file(bridge.state_dict(), folder / BRIDGE)
+        write_json(folder / GUARD, self.guard.state())
 
     def collect(self) -> LatentReasoner:
         """What is trained, whole, in the process that saves; to be called in all processes."""
@@ -148,6 +164,17 @@ class LoopTrainer(Trainer):
             found = read_tensors(path)
             check_tensors(path, found, bridge.state_dict())
             bridge.load_state_dict(found)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with reading(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
+                self.guard.restore(json.loads((Path(checkpoint) / GUARD).read_text(encoding="utf-8")))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with reading(checkpoint):
+                super()._load_rng_state(checkpoint)
 
     @property
     def reasoner(self) -> LatentReasoner:
@@ -188,22 +215,6 @@ class LoopTrainer(Trainer):
         return self.lr_scheduler
 
 
-class _ResetOptimizer(TrainerCallback):
-    """Clears the moments of AdamW at the start of stages with ``reset_optimizer``, as in Coconut's code."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        starts, step = set(), 0
-        for stage in config.schedule:
-            if stage.reset_optimizer:
-                starts.add(step)
-            step += stage.steps
-        self.starts = starts
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self.starts:
-            kwargs["optimizer"].state.clear()
-
-
 def _ignore_interrupts(worker: int) -> None:
     # Ctrl-C reaches every process of the terminal; the loader ends with the training, without a traceback of its own.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -213,7 +224,7 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
     """Train a recipe, write the checkpoint, with a model card, to the folder ``output_dir`` and return its path.
 
     The Trainer's checkpoints, with optimizer, scheduler and step, are in ``output_dir/steps``. With ``resume``,
-    training continues from the last complete one, or starts again if there is none.
+    training continues from the last complete one, or starts again if there is none; a finished run stays as it is.
 
     Args:
         config: the recipe.
@@ -221,11 +232,11 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
         command: the command line, for the model card.
 
     Raises:
-        ConfigError: there is nothing to resume, the run was started with another recipe, the batch cannot be divided
-            among the processes, or ``output_dir`` cannot be written.
+        ConfigError: there is nothing to resume, the run was started with another recipe or other data, another process
+            trains in ``output_dir``, it cannot be written, or the batch cannot be divided among the processes.
         CheckpointError: the base model cannot be loaded.
         DataError: questions cannot be read, or do not fit the task or the model.
-        TrainingError: the run diverged.
+        TrainingError: the run diverged, or a checkpoint cannot be written.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -234,8 +245,6 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
     steps = output / "steps"
     if resume and is_sharded_run():
         raise ConfigError("--resume: a sharded run (FSDP) cannot be resumed")
-    if resume and not steps.is_dir():
-        raise ConfigError(f"--resume: no run was started in {output}")
     arguments = TrainingArguments(
         output_dir=str(steps),
         max_steps=config.total_steps,
@@ -264,14 +273,13 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
     parts = arguments.world_size * optimizer.accumulate
     if optimizer.batch_size % parts:
         raise ConfigError(f"optimizer.batch_size must be a multiple of {parts}, processes times optimizer.accumulate")
-    last = last_complete(steps)
-    if last is not None and not resume:
-        raise ConfigError(f"{output} already holds a run: continue it with --resume, or choose another output_dir")
-    if not resume and output.is_dir() and (others := sorted(p.name for p in output.iterdir() if p != steps)):
-        raise ConfigError(f"output_dir: {output} is not empty, it holds {others[0]}: choose a new or empty folder")
-    if last is not None:
-        check_recipe(steps, config)
+    last = find_start(output, config, resume=resume)
     first_step = 0 if last is None else TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).global_step
+    if first_step == config.total_steps and (output / MANIFEST).is_file():
+        print(f"the run in {output} is finished", file=sys.stderr)
+        return output
+    if resume:
+        print(f"starting at step 0: {steps} has no checkpoint" if last is None else f"from {last}", file=sys.stderr)
     stream = StageStream(config, first_step)  # before the model: it is quicker to read
     held_out = held_out_sets(config)
     reasoner = build(config)
@@ -296,35 +304,33 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
             f"{config.longest}; see loop.trained_iterations",
             file=sys.stderr,
         )
-    try:
-        steps.mkdir(parents=True, exist_ok=True)
-        if last is None and arguments.should_save:
-            write_recipe(steps, config)
-    except OSError as error:
-        raise ConfigError(f"output_dir: {output} cannot be created ({error.strerror})") from error
-    report = ProgressReport()
-    trainer = LoopTrainer(
-        config,
-        first_step,
-        model=LossModule(reasoner, config, teacher),
-        args=arguments,
-        train_dataset=stream,
-        data_collator=collator,
-        callbacks=[_ResetOptimizer(config), report],
-    )
-    trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    except TrainingError as error:
-        raise TrainingError(f"{error}; the last checkpoint in {steps} is kept") from error
-    except DataError as error:
-        # From a loader process, whose traceback is part of the message; its last line is the message itself.
-        raise DataError(str(error).rstrip().rpartition("\n")[2].removeprefix(f"{_FULL_NAME}: ")) from error
-    finally:
-        report.close()
-    reasoner = trainer.collect().eval()
-    if arguments.should_save:
-        _finish(output, config, trainer, reasoner, held_out, command)
+    inputs = describe_inputs(stream, reasoner)
+    if last is not None:
+        check_run(steps, inputs)
+    with claim(steps, config, inputs) if arguments.should_save else nullcontext():
+        report = ProgressReport()
+        trainer = LoopTrainer(
+            config,
+            first_step,
+            model=LossModule(reasoner, config, teacher),
+            args=arguments,
+            train_dataset=stream,
+            data_collator=collator,
+            callbacks=[ResetOptimizer(config), RecipeIntervals(), report],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except TrainingError as error:
+            raise TrainingError(f"{error}; the last checkpoint in {steps} is kept") from error
+        except DataError as error:
+            # From a loader process, whose traceback is part of the message; its last line is the message itself.
+            raise DataError(str(error).rstrip().rpartition("\n")[2].removeprefix(f"{_FULL_NAME}: ")) from error
+        finally:
+            report.close()
+        reasoner = trainer.collect().eval()
+        if arguments.should_save:
+            _finish(output, config, trainer, reasoner, held_out, command)
     return output
 
 
@@ -337,7 +343,8 @@ def _finish(
     command: str | None,
 ) -> None:
     """Write the checkpoint, the held-out questions and what the model makes of them, the card and the manifest."""
-    reasoner.save_pretrained(str(output))
+    with writing(output):
+        reasoner.save_pretrained(str(output))
     answered = []
     for found in held_out:
         if not found.generated:

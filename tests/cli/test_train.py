@@ -112,7 +112,7 @@ FAULTS = {
         "task arithmetic: not an arithmetic question",
     ),
     "all-held-out": (lambda _: {"held_out": 12}, "held_out must be below its 12 different questions"),
-    "output": (lambda _: {"output_dir": "colours.jsonl/out"}, "output_dir: colours.jsonl/out cannot be created"),
+    "output": (lambda _: {"output_dir": "colours.jsonl/out"}, "output_dir: colours.jsonl/out cannot be written"),
     "nothing-to-train": (lambda _: {"train": "adapters", "max_iterations": 0}, "leaves nothing to train"),
     "base": (lambda _: {"base": {"from": "./nowhere"}}, "./nowhere: no such file or folder"),
 }

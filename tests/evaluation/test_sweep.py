@@ -108,6 +108,20 @@ def test_a_second_start_does_what_is_left(spec, trained, tmp_path):
     assert [row.summary for row in again] == [row.summary for row in first]
 
 
+@pytest.mark.parametrize("finished_only", [True, False])
+def test_a_finished_model_of_another_recipe_is_not_compared(finished_only, spec, trained, tmp_path):
+    path = spec(seeds=[0])
+    sweep.run_sweep(path)
+    trained.clear()
+    (model, *_) = sorted((tmp_path / "out" / "models").iterdir())
+    manifest = json.loads((model / "training.json").read_text())
+    manifest["recipe"]["optimizer"]["batch_size"] = 8  # the recipe's file was edited
+    (model / "training.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r"is trained already: optimizer\.batch_size was 8 .* is \d now"):
+        sweep.run_sweep(path, finished_only=finished_only)
+    assert not trained
+
+
 def test_an_interrupted_training_is_resumed(spec, monkeypatch, tmp_path):
     resumed = []
     real = sweep.train

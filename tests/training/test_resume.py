@@ -1,60 +1,228 @@
-"""The recipe of a run that is resumed."""
+"""Where a run starts, and what it must be resumed with."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
-from slr_core.errors import ConfigError
-from slr_core.training.resume import RECIPE, check_recipe, last_complete, write_recipe
+from slr_core.errors import CheckpointError, ConfigError, TrainingError
+from slr_core.training.guard import TrainingGuard
+from slr_core.training.resume import (
+    RUN,
+    check_run,
+    check_trained,
+    claim,
+    find_start,
+    last_complete,
+    reading,
+    writing,
+)
 from tests.training.recipe import DATA, recipe
 
 STAGES = DATA["stages"]
+FILES = ("optimizer.pt", "scheduler.pt", "guard.json", "rng_state.pth")
+
+
+def start(folder, inputs=None, **changes):
+    """What a run leaves before its first checkpoint."""
+    with claim(folder / "steps", recipe(output_dir=folder, **changes), inputs or {}):
+        pass
+
+
+def save(folder, step, state="{}", files=FILES):
+    """What a checkpoint of a run holds beside the model."""
+    checkpoint = folder / "steps" / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    for name in files:
+        (checkpoint / name).touch()
+    if state is not None:
+        (checkpoint / "trainer_state.json").write_text(state)
+    return checkpoint
+
+
+def find(folder, *, resume=True, **changes):
+    return find_start(folder, recipe(output_dir=folder, **changes), resume=resume)
 
 
 def test_same_recipe(tmp_path):
-    write_recipe(tmp_path, recipe(output_dir=tmp_path))
-    check_recipe(tmp_path, recipe(output_dir=tmp_path / "moved", save_steps=7, log_steps=3, threads=2))
+    start(tmp_path)
+    checkpoint = save(tmp_path, 3)
+    assert find(tmp_path, save_steps=7, log_steps=3, threads=2) == checkpoint
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"seed": 4}, r"seed was 3 when the run was started, the recipe has 4"),
-        ({"optimizer": {**DATA["optimizer"], "batch_size": 8}}, r"optimizer\.batch_size was 4 .* has 8"),
-        ({"stages": STAGES[:1]}, r"stages was \["),
-        ({"stages": [{**STAGES[0], "steps": 50}, *STAGES[1:]]}, r"stages\.0\.steps was \d+ .* has 50"),
-        ({"loop": None}, r"loop was \{.* has null"),
-        ({"held_out": 5}, r"held_out was 0 .* has 5"),
+        ({"seed": 4}, r"resumed: seed was 3 when it was started and is 4 now"),
+        ({"optimizer": {**DATA["optimizer"], "batch_size": 8}}, r"optimizer\.batch_size was 4 .* is 8 now"),
+        ({"stages": STAGES[:1]}, r"stages was \[.{99} \.\.\. when"),
+        ({"stages": [{**STAGES[0], "steps": 50}, *STAGES[1:]]}, r"stages\.0\.steps was \d+ .* is 50 now"),
+        ({"loop": None}, r"loop was \{.* is null now"),
+        ({"held_out": 5}, r"held_out was 0 .* is 5 now"),
     ],
 )
-def test_another_recipe(changes, named, tmp_path):
-    write_recipe(tmp_path, recipe(output_dir=tmp_path))
+@pytest.mark.parametrize("saved", [True, False])
+def test_another_recipe(changes, named, saved, tmp_path):
+    start(tmp_path)
+    if saved:
+        save(tmp_path, 3)
     with pytest.raises(ConfigError, match=named):
-        check_recipe(tmp_path, recipe(output_dir=tmp_path, **changes))
+        find(tmp_path, **changes)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff"])
-def test_recipe_that_cannot_be_read(content, tmp_path):
+def test_other_data(tmp_path):
+    start(tmp_path, {"data": {"text, q.jsonl": "ab"}})
+    check_run(tmp_path / "steps", {"data": {"text, q.jsonl": "ab"}})
+    with pytest.raises(ConfigError, match=r'data\.text, q\.jsonl was "ab" when it was started and is "cd" now'):
+        check_run(tmp_path / "steps", {"data": {"text, q.jsonl": "cd"}})
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff", b"[]", b"{}"])
+def test_run_that_cannot_be_read(content, tmp_path):
+    save(tmp_path, 3)
     if content is not None:
-        (tmp_path / RECIPE).write_bytes(content)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        check_recipe(tmp_path, recipe(output_dir=tmp_path))
+        (tmp_path / "steps" / RUN).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run\.json cannot be read"):
+        find(tmp_path)
 
 
 def test_last_complete(tmp_path):
-    assert last_complete(tmp_path) is None
-    for step, state in ((9, "{}"), (10, "{}"), (11, "{"), (12, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert last_complete(tmp_path) == tmp_path / "checkpoint-10"
+    steps = tmp_path / "steps"
+    assert last_complete(steps) is None
+    for step, state in ((9, "{}"), (10, "{}"), (11, "{"), (12, None), (13, "[]")):
+        save(tmp_path, step, state)
+    (steps / "checkpoint-14.bak").mkdir()
+    assert last_complete(steps) == steps / "checkpoint-10"
 
 
-def test_recipe_is_json_with_every_default(tmp_path):
-    write_recipe(tmp_path, recipe(output_dir=tmp_path))
-    settings = json.loads((tmp_path / RECIPE).read_text())
+@pytest.mark.parametrize("lost", FILES)
+def test_a_checkpoint_that_lacks_a_file_is_not_complete(lost, tmp_path):
+    start(tmp_path)
+    save(tmp_path, 6, files=set(FILES) - {lost})
+    with pytest.raises(
+        ConfigError, match=r"no checkpoint in .* is complete: checkpoint-6 lacks (optim|sched|guard|rng)"
+    ):
+        find(tmp_path)
+    older = save(tmp_path, 3)
+    assert find(tmp_path) == older
+
+
+def test_killed_before_the_first_checkpoint_was_whole(tmp_path):
+    start(tmp_path)
+    save(tmp_path, 3, state='{"global_step": 3, "log')
+    assert find(tmp_path) is None
+    assert find(tmp_path, resume=False) is None
+
+
+def test_a_finished_model_is_not_replaced(tmp_path):
+    """Its checkpoints were deleted, to save room."""
+    start(tmp_path)
+    (tmp_path / "README.md").touch()
+    for resume in (True, False):
+        with pytest.raises(ConfigError, match=r"is not empty, it holds README\.md"):
+            find(tmp_path, resume=resume)
+
+
+def test_there_is_nothing_to_resume(tmp_path):
+    with pytest.raises(ConfigError, match="no run was started"):
+        find(tmp_path / "out")
+
+
+def test_a_run_is_not_started_over(tmp_path):
+    save(tmp_path, 3)
+    with pytest.raises(ConfigError, match="already holds a run: continue it with --resume"):
+        find(tmp_path, resume=False)
+
+
+def test_one_process_trains_in_a_folder(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from slr_core.training.resume import claim; "
+        "from tests.training.recipe import recipe\n"
+        "with claim(Path(sys.argv[1]), recipe(), {}): print('mine')"
+    )
+
+    def other():
+        return subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "steps")], capture_output=True, text=True, check=False
+        )
+
+    with claim(tmp_path / "steps", recipe(), {}):
+        assert "another process is training in" in other().stderr
+    assert other().stdout == "mine\n"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "steps").mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        start(tmp_path)
+
+
+def test_run_file_has_every_default(tmp_path):
+    start(tmp_path)
+    settings = json.loads((tmp_path / "steps" / RUN).read_text())["recipe"]
     assert settings["optimizer"]["warmup_steps"] is not None
     assert "output_dir" not in settings
+
+
+def manifest(folder, **changes):
+    written = recipe(**changes).model_dump(mode="json", by_alias=True, exclude={"output_dir"}, exclude_none=True)
+    (folder / "training.json").write_text(json.dumps({"recipe": written}))
+    return folder / "training.json"
+
+
+def test_finished_model_of_the_same_recipe(tmp_path):
+    path = manifest(tmp_path)
+    check_trained(path, recipe(output_dir=tmp_path, save_steps=7))
+    older = json.loads(path.read_text())
+    del older["recipe"]["guard"]  # written by a version without this setting
+    path.write_text(json.dumps(older))
+    check_trained(path, recipe(output_dir=tmp_path))
+
+
+def test_finished_model_of_another_recipe(tmp_path):
+    with pytest.raises(ConfigError, match=r"is trained already: seed was 4 .* is 3 now: delete .* to train it anew"):
+        check_trained(manifest(tmp_path, seed=4), recipe(output_dir=tmp_path))
+    loop = {**DATA["loop"], "lora": {"rank": 4}}
+    with pytest.raises(ConfigError, match=r"loop\.lora\.rank was 2 .* is 4 now"):
+        check_trained(manifest(tmp_path), recipe(output_dir=tmp_path, loop=loop))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"recipe": {"seed": "x"}}'])
+def test_manifest_that_cannot_be_read(content, tmp_path):
+    (tmp_path / "training.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="not the manifest of a training"):
+        check_trained(tmp_path / "training.json", recipe(output_dir=tmp_path))
+
+
+def test_guard_goes_on_from_its_state():
+    limits = recipe().guard.model_copy(update={"loss_factor": 2.0, "patience": 2})
+
+    def guard():
+        return TrainingGuard(limits, loss_floor=1.0, gradient_floor=1.0)
+
+    first = guard()
+    for step in range(30):
+        first.check_loss(1.5, step)
+    resumed = guard()
+    resumed.restore(json.loads(json.dumps(first.state())))
+    resumed.check_loss(9.0, 30)
+    assert not resumed.is_stable
+    with pytest.raises(TrainingError, match="exploded"):
+        resumed.check_loss(9.0, 31)
+
+
+def test_errors_name_the_folder():
+    with (
+        pytest.raises(
+            CheckpointError, match=r"steps/checkpoint-3: not a complete checkpoint \(EOFError\): delete this"
+        ),
+        reading("steps/checkpoint-3"),
+    ):
+        raise EOFError
+    with pytest.raises(TrainingError, match=r"out: cannot be written \(.*No space.*\); --resume"), writing("out"):
+        raise OSError(28, "No space left on device")

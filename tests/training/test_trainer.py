@@ -16,9 +16,9 @@ from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Example
 from slr_core.tasks.sources import fingerprint
 from slr_core.training.build import build
-from slr_core.training.resume import RECIPE
+from slr_core.training.resume import RUN
 from slr_core.training.sources import Listed
-from slr_core.training.trainer import BRIDGE, MANIFEST, LoopTrainer, _ResetOptimizer, train
+from slr_core.training.trainer import BRIDGE, MANIFEST, LoopTrainer, train
 from tests import tiny
 from tests.training.recipe import DATA, recipe
 
@@ -74,13 +74,25 @@ def test_a_recipe_becomes_a_checkpoint(changes, tmp_path):
     assert f"random weights, {kind} with 1 layers" in (folder / "README.md").read_text()
 
 
-def test_a_resumed_run_ends_where_a_straight_one_does(tmp_path):
-    straight = train(recipe(output_dir=tmp_path / "straight", save_steps=3))
-    resumed = tmp_path / "resumed"
-    (resumed / "steps").mkdir(parents=True)
-    shutil.copytree(straight / "steps" / "checkpoint-3", resumed / "steps" / "checkpoint-3")
-    shutil.copy(straight / "steps" / RECIPE, resumed / "steps")
-    train(recipe(output_dir=resumed, save_steps=3), resume=True)
+def resumable(straight, step, folder):
+    """A copy of a run as it was when it was killed after a checkpoint."""
+    (folder / "steps").mkdir(parents=True)
+    shutil.copytree(straight / "steps" / f"checkpoint-{step}", folder / "steps" / f"checkpoint-{step}")
+    shutil.copy(straight / "steps" / RUN, folder / "steps")
+    return folder
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_resumed_run_ends_where_a_straight_one_does(dropout, tmp_path):
+    changes = {"save_steps": 3}
+    if dropout:
+        base = build(recipe(base=DATA["base"] | {"model_type": "gpt2"}))
+        base.base.config.resid_pdrop = base.base.config.embd_pdrop = 0.2
+        base.save_pretrained(str(tmp_path / "base"))
+        changes["base"] = {"from": str(tmp_path / "base")}
+    straight = train(recipe(output_dir=tmp_path / "straight", **changes))
+    resumed = resumable(straight, 3, tmp_path / "resumed")
+    train(recipe(output_dir=resumed, **changes), resume=True)
     assert json.loads((resumed / MANIFEST).read_text())["steps"] == 6
     expected, actual = weights(straight), weights(resumed)
     halfway = weights(straight / "steps" / "checkpoint-3")
@@ -88,6 +100,46 @@ def test_a_resumed_run_ends_where_a_straight_one_does(tmp_path):
     for key, tensor in expected.items():
         torch.testing.assert_close(actual[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
     assert any((tensor - halfway[key]).abs().max() > 1e-3 for key, tensor in expected.items())
+
+
+def test_a_run_is_not_resumed_with_other_questions(tmp_path):
+    file, lines = tmp_path / "q.jsonl", [json.dumps({"question": f"a {i}?", "answer": "b"}) for i in range(9)]
+    stages = [{"steps": 2, "iterations": 2, "data": [{"task": "text", "file": str(file)}]}]
+    changes = {"stages": stages, "objectives": {"answer": 1.0}, "save_steps": 1}
+    file.write_text("\n".join(lines))
+    straight = train(recipe(output_dir=tmp_path / "straight", **changes))
+    resumed = resumable(straight, 1, tmp_path / "resumed")
+    file.write_text("\n".join(reversed(lines)))
+    with pytest.raises(ConfigError, match=r'cannot be resumed: data\.text, .*q\.jsonl was "\w+" when it was started'):
+        train(recipe(output_dir=resumed, **changes), resume=True)
+
+
+def test_intervals_may_change(tmp_path):
+    straight = train(recipe(output_dir=tmp_path / "straight", save_steps=3))
+    resumed = resumable(straight, 3, tmp_path / "resumed")
+    train(recipe(output_dir=resumed, save_steps=1, log_steps=1), resume=True)
+    assert {path.name for path in (resumed / "steps").glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-6"}
+    state = json.loads((resumed / "steps" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [2, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "guard.json"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04"])
+def test_damaged_checkpoint(name, content, tmp_path):
+    straight = train(recipe(output_dir=tmp_path / "straight", stages=STAGES, save_steps=1))
+    resumed = resumable(straight, 2, tmp_path / "resumed")
+    (resumed / "steps" / "checkpoint-2" / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2: not a complete checkpoint .*delete this folder"):
+        train(recipe(output_dir=resumed, stages=STAGES, save_steps=1), resume=True)
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LoopTrainer, "_save", full)
+    with pytest.raises(TrainingError, match=r"steps: cannot be written \(.*No space left.*--resume"):
+        train(recipe(output_dir=tmp_path / "out", stages=STAGES, save_steps=1))
 
 
 def test_damaged_bridge(tmp_path):
@@ -123,11 +175,6 @@ def test_the_same_recipe_gives_the_same_weights(tmp_path):
     assert all(torch.equal(tensor, actual[key]) for key, tensor in expected.items())
 
 
-def test_there_must_be_something_to_resume(tmp_path):
-    with pytest.raises(ConfigError, match="no run was started"):
-        train(recipe(output_dir=tmp_path / "out", stages=STAGES), resume=True)
-
-
 def test_sharded_run_is_not_resumed(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="sharded"):
@@ -140,6 +187,7 @@ def test_killed_before_first_checkpoint(tmp_path):
     partial = tmp_path / "resumed" / "steps" / "checkpoint-2"
     partial.mkdir(parents=True)
     (partial / "trainer_state.json").write_text('{"global_step": 2, "log_hist')
+    shutil.copy(straight / "steps" / RUN, tmp_path / "resumed" / "steps")
     resumed = train(recipe(output_dir=tmp_path / "resumed", stages=STAGES), resume=True)
     expected, actual = weights(straight), weights(resumed)
     assert all(torch.equal(tensor, actual[key]) for key, tensor in expected.items())
@@ -158,11 +206,15 @@ def test_iterations_that_no_stage_has_are_told(tmp_path, capsys):
     assert "trained for 2 iterations, at most 4" in (tmp_path / "short" / "README.md").read_text()
 
 
-def test_a_finished_run_is_neither_overwritten_nor_trained_again(tmp_path):
+def test_a_finished_run_is_neither_overwritten_nor_trained_again(tmp_path, capsys):
     done = train(recipe(output_dir=tmp_path / "out", stages=STAGES))
     before = weights(done)
     with pytest.raises(ConfigError, match="already holds a run"):
         train(recipe(output_dir=tmp_path / "out", stages=STAGES))
+    card = (done / "README.md").stat().st_mtime_ns
+    train(recipe(output_dir=tmp_path / "out", stages=STAGES), resume=True)
+    assert "is finished" in capsys.readouterr().err
+    assert (done / "README.md").stat().st_mtime_ns == card
     (done / MANIFEST).unlink()
     again = weights(train(recipe(output_dir=tmp_path / "out", stages=STAGES), resume=True))
     assert all(torch.equal(tensor, again[key]) for key, tensor in before.items())
@@ -262,22 +314,6 @@ def test_a_file_is_gone_through_again_and_again(tmp_path):
 
 
 # -- stages and divergence -----------------------------------------------------------------------------------
-
-
-def test_the_optimizer_forgets_where_a_stage_asks_for_it(tmp_path, monkeypatch):
-    cleared = []
-    real = _ResetOptimizer.on_step_begin
-
-    def spy(self, args, state, control, **about):
-        before = len(about["optimizer"].state)
-        real(self, args, state, control, **about)
-        if before and not about["optimizer"].state:
-            cleared.append(state.global_step)
-
-    monkeypatch.setattr(_ResetOptimizer, "on_step_begin", spy)
-    stages = [STAGES[0], {**STAGES[1], "reset_optimizer": True}, STAGES[1], {**STAGES[0], "reset_optimizer": True}]
-    train(recipe(output_dir=tmp_path / "out", stages=stages))
-    assert cleared == [1, 5]
 
 
 @pytest.mark.parametrize(
