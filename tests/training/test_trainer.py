@@ -82,7 +82,7 @@ def resumable(straight, step, folder):
     return folder
 
 
-@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("dropout", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_resumed_run_ends_where_a_straight_one_does(dropout, tmp_path):
     changes = {"save_steps": 3}
     if dropout:
@@ -123,11 +123,18 @@ def test_intervals_may_change(tmp_path):
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [2, 4, 5, 6]
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "guard.json"])
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04"])
-def test_damaged_checkpoint(name, content, tmp_path):
-    straight = train(recipe(output_dir=tmp_path / "straight", stages=STAGES, save_steps=1))
-    resumed = resumable(straight, 2, tmp_path / "resumed")
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    return train(recipe(output_dir=tmp_path_factory.mktemp("run") / "out", stages=STAGES, save_steps=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("optimizer.pt", b"PK\x03\x04"), ("optimizer.pt", b""), ("scheduler.pt", b""), ("rng_state.pth", b"")]
+    + [("guard.json", b""), ("guard.json", b"[]"), ("guard.json", b"{}")],
+)
+def test_damaged_checkpoint(name, content, three_steps, tmp_path):
+    resumed = resumable(three_steps, 2, tmp_path / "resumed")
     (resumed / "steps" / "checkpoint-2" / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"checkpoint-2: not a complete checkpoint .*delete this folder"):
         train(recipe(output_dir=resumed, stages=STAGES, save_steps=1), resume=True)
