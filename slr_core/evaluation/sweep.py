@@ -26,7 +26,7 @@ from slr_core.suggest import did_you_mean
 from slr_core.tasks.base import OptionValue, Task
 from slr_core.tasks.sources import Questions, load_questions
 from slr_core.training.config import TrainConfig
-from slr_core.training.resume import check_trained, last_complete
+from slr_core.training.resume import check_recipe, check_trained, holds_run
 from slr_core.training.trainer import MANIFEST, train
 from slr_core.validation import validated
 from slr_core.yaml_text import parse_yaml
@@ -256,8 +256,11 @@ def run_sweep(
     evaluations = list(_open_evaluations(sweep))
     store, rows, precision = Store(Path(sweep.output_dir) / "results.jsonl"), [], (dtype, quantization)
     for variant in planned:
-        if variant.config and (manifest := Path(variant.folder) / MANIFEST).is_file():
-            check_trained(manifest, variant.config)
+        folder = Path(variant.folder)
+        if variant.config and (folder / MANIFEST).is_file():
+            check_trained(folder / MANIFEST, variant.config)
+        elif variant.config and holds_run(folder / "steps"):
+            check_recipe(folder / "steps", variant.config)
     if train_all is not None and not finished_only:
         unfinished = [v.config for v in planned if v.config and not (Path(v.folder) / MANIFEST).is_file()]
         progress(f"training {len(unfinished)} models")
@@ -271,7 +274,7 @@ def run_sweep(
             continue
         if config is not None and not trained:
             progress(f"{i} of {len(planned)}: training {variant.name}")
-            train(config, resume=last_complete(Path(variant.folder) / "steps") is not None)
+            train(config, resume=holds_run(Path(variant.folder) / "steps"))
         progress(f"{i} of {len(planned)}: evaluating {variant.name}")
         backend = Local(load_reasoner(variant.folder, device=device, dtype=dtype, quantization=quantization))
         for run in runs:

@@ -12,7 +12,7 @@ import ray
 
 from slr_core.ray_cluster import connect
 from slr_core.training.config import TrainConfig
-from slr_core.training.resume import last_complete
+from slr_core.training.resume import holds_run
 from slr_core.training.trainer import train
 
 
@@ -46,5 +46,5 @@ def _train(config: TrainConfig, cpus: int) -> str:
     import torch
 
     torch.set_num_threads(cpus)
-    train(config, resume=last_complete(Path(config.output_dir) / "steps") is not None)
+    train(config, resume=holds_run(Path(config.output_dir) / "steps"))
     return config.output_dir

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
@@ -30,7 +32,8 @@ GUARD = "guard.json"
 
 _NEEDED = (OPTIMIZER_NAME, SCHEDULER_NAME, GUARD, "rng_state*.pth")
 _MAY_CHANGE = {"output_dir", "threads", "save_steps", "log_steps"}
-"""Settings that have no effect on the weights."""
+"""Settings that have no effect on the weights; `threads` only by rounding."""
+_AGAIN = "{} with what it was started with, or delete {} to train anew"
 
 
 def find_start(output: Path, config: TrainConfig, *, resume: bool) -> Path | None:
@@ -46,13 +49,13 @@ def find_start(output: Path, config: TrainConfig, *, resume: bool) -> Path | Non
         if not steps.is_dir():
             raise ConfigError(f"--resume: no run was started in {output}")
         if checkpoints or (steps / RUN).exists():
-            check_run(steps, {"recipe": _settings(config)})
+            check_recipe(steps, config)
         if (last := last_complete(steps)) is not None:
             return last
         if checkpoints:
             raise ConfigError(
                 f"--resume: no checkpoint in {steps} is complete: {checkpoints[0].name} lacks "
-                f"{_missing(checkpoints[0])[0]}; train in another output_dir"
+                f"{_missing(checkpoints[0])[0]}; delete {steps} to start again"
             )
     elif checkpoints:
         raise ConfigError(f"{output} already holds a run: continue it with --resume, or choose another output_dir")
@@ -66,6 +69,11 @@ def last_complete(steps: Path) -> Path | None:
     return next((folder for folder in _checkpoints(steps) if _is_whole(folder) and not _missing(folder)), None)
 
 
+def holds_run(steps: Path) -> bool:
+    """Whether a checkpoint in a folder was saved to its end: there is a run to resume."""
+    return any(map(_is_whole, _checkpoints(steps)))
+
+
 def _checkpoints(steps: Path) -> list[Path]:
     """Folders of checkpoints, the newest first."""
     numbers = {folder: re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in steps.glob("checkpoint-*")}
@@ -76,8 +84,8 @@ def _checkpoints(steps: Path) -> list[Path]:
 def _is_whole(folder: Path) -> bool:
     # The Trainer writes its state last.
     try:
-        return isinstance(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
+        return isinstance(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"], int)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -96,15 +104,33 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def describe_inputs(stream: StageStream, reasoner: LatentReasoner) -> dict[str, Any]:
-    """What is behind the paths of a recipe: hashes of the questions, and the part of the model that has to stay."""
-    words = json.dumps(sorted(reasoner.tokenizer.get_vocab().items()))
+def describe_inputs(
+    config: TrainConfig, stream: StageStream, reasoner: LatentReasoner, teacher: LatentReasoner | None
+) -> dict[str, Any]:
+    """What is behind the names in a recipe: hashes of its questions, and what its models must not change."""
+    read = [
+        (data.file or data.text or data.split, source.sha256)
+        for stage, sources in zip(config.schedule, stream.sources, strict=True)
+        for data, source in zip(stage.data, sources, strict=True)
+    ]
+    models = {"model": reasoner} if teacher is None else {"model": reasoner, "teacher": teacher}
     return {
-        "data": {source.description: source.sha256 for stage in stream.sources for source in stage},
-        "model": {
-            "loop": reasoner.config.loop.model_dump(mode="json"),
-            "vocabulary": sha256(words.encode("utf-8", "surrogatepass")).hexdigest(),
-        },
+        "questions": {name: digest for name, digest in read if name is not None},
+        **{name: _describe(model, whole=name == "teacher") for name, model in models.items()},
+    }
+
+
+def _describe(model: LatentReasoner, *, whole: bool) -> dict[str, Any]:
+    base = model.base.config.to_dict()
+    tokenizer = json.dumps([str(type(model.tokenizer)), sorted(model.tokenizer.get_vocab().items())])
+    weights = sha256()
+    for name, tensor in sorted(model.state_dict().items()) if whole else ():
+        weights.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {
+        "base": {key: base[key] for key in base if key not in ("_name_or_path", "transformers_version")},
+        **model.config.model_dump(mode="json", include={"loop", "text"}),
+        "vocabulary": sha256(tokenizer.encode("utf-8", "surrogatepass")).hexdigest(),
+        **({"weights": weights.hexdigest()} if whole else {}),
     }
 
 
@@ -131,8 +157,10 @@ def claim(steps: Path, config: TrainConfig, inputs: Mapping[str, Any]) -> Iterat
         try:
             # Of the process: loader processes do not inherit it, and it outlives none.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ConfigError(f"output_dir: another process is training in {steps.parent}") from error
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ConfigError(f"output_dir: another process is training in {steps.parent}") from error
+            # Some network file systems have no locks: then nobody is kept out.
         try:
             write_json(steps / RUN, {"recipe": _settings(config), **inputs})
         except OSError as error:
@@ -142,6 +170,15 @@ def claim(steps: Path, config: TrainConfig, inputs: Mapping[str, Any]) -> Iterat
 
 def _not_written(steps: Path, error: OSError) -> ConfigError:
     return ConfigError(f"output_dir: {steps.parent} cannot be written ({error.strerror})")
+
+
+def check_recipe(steps: Path, config: TrainConfig) -> None:
+    """Check that a run is resumed with the recipe that it was started with.
+
+    Raises:
+        ConfigError: as :func:`check_run`.
+    """
+    check_run(steps, {"recipe": _settings(config)})
 
 
 def check_run(steps: Path, now: Mapping[str, Any]) -> None:
@@ -160,13 +197,31 @@ def check_run(steps: Path, now: Mapping[str, Any]) -> None:
         before = json.loads((steps / RUN).read_text(encoding="utf-8"))
         then = {name: before[name] for name in now}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--resume: {steps / RUN} cannot be read ({error})") from error
+        raise ConfigError(
+            f"{steps.parent} cannot be resumed: {steps / RUN}, which says what it was started with, cannot be read: {error}"
+        ) from error
+    # As JSON: its keys are strings.
     _check_same(
         then,
-        now,
+        json.loads(json.dumps(now)),
         f"{steps.parent} cannot be resumed: ",
-        "resume it with what it was started with, or train in another output_dir",
+        _AGAIN.format("resume it", steps.parent),
     )
+
+
+def is_finished(manifest: Path, config: TrainConfig) -> bool:
+    """Whether a run has all steps of its recipe, by the manifest in its folder.
+
+    Raises:
+        ConfigError: it has, with another recipe.
+    """
+    try:
+        finished = json.loads(manifest.read_text(encoding="utf-8"))["steps"] == config.total_steps
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if finished:
+        check_trained(manifest, config)
+    return bool(finished)
 
 
 def check_trained(manifest: Path, config: TrainConfig) -> None:
@@ -182,8 +237,8 @@ def check_trained(manifest: Path, config: TrainConfig) -> None:
         trained = validated(TrainConfig, {**recipe, "output_dir": config.output_dir})
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise ConfigError(f"{manifest}: not the manifest of a training ({error}); delete {folder}") from error
-    advice = f"delete {folder} to train it anew, or choose another output_dir"
-    _check_same({"recipe": _settings(trained)}, {"recipe": _settings(config)}, f"{folder} is trained already: ", advice)
+    what, advice = f"{folder} is trained already: ", _AGAIN.format("use it", folder)
+    _check_same({"recipe": _settings(trained)}, {"recipe": _settings(config)}, what, advice)
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -198,6 +253,8 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], what: str, ad
 
 def _shorten(value: Any) -> str:
     text = json.dumps(value)
+    if isinstance(value, list) and len(text) > 100:
+        return f"a list of {len(value)}"
     return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
@@ -224,6 +281,8 @@ def reading(checkpoint: str | Path) -> Iterator[None]:
     """
     try:
         yield
+    except (PermissionError, torch.OutOfMemoryError):
+        raise
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, UnpicklingError) as error:
         about = f"{type(error).__name__}: {error}".rstrip(": ")
         raise CheckpointError(
@@ -240,5 +299,7 @@ def writing(folder: str | Path) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
         raise TrainingError(f"{folder}: cannot be written ({error}); --resume continues once it can") from error

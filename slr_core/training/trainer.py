@@ -45,6 +45,7 @@ from slr_core.training.resume import (
     claim,
     describe_inputs,
     find_start,
+    is_finished,
     reading,
     write_json,
     writing,
@@ -273,13 +274,11 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
     parts = arguments.world_size * optimizer.accumulate
     if optimizer.batch_size % parts:
         raise ConfigError(f"optimizer.batch_size must be a multiple of {parts}, processes times optimizer.accumulate")
-    last = find_start(output, config, resume=resume)
-    first_step = 0 if last is None else TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).global_step
-    if first_step == config.total_steps and (output / MANIFEST).is_file():
+    if resume and is_finished(output / MANIFEST, config):
         print(f"the run in {output} is finished", file=sys.stderr)
         return output
-    if resume:
-        print(f"starting at step 0: {steps} has no checkpoint" if last is None else f"from {last}", file=sys.stderr)
+    last = find_start(output, config, resume=resume)
+    first_step = 0 if last is None else TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).global_step
     stream = StageStream(config, first_step)  # before the model: it is quicker to read
     held_out = held_out_sets(config)
     reasoner = build(config)
@@ -304,10 +303,15 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
             f"{config.longest}; see loop.trained_iterations",
             file=sys.stderr,
         )
-    inputs = describe_inputs(stream, reasoner)
+    inputs = describe_inputs(config, stream, reasoner, teacher)
     if last is not None:
         check_run(steps, inputs)
     with claim(steps, config, inputs) if arguments.should_save else nullcontext():
+        if find_start(output, config, resume=resume) != last:
+            raise ConfigError(f"output_dir: another process has trained in {output} meanwhile")
+        if resume:
+            start = f"step 0: {steps} has no whole checkpoint" if last is None else str(last)
+            print(f"continuing from {start}", file=sys.stderr)
         report = ProgressReport()
         trainer = LoopTrainer(
             config,
@@ -345,18 +349,20 @@ def _finish(
     """Write the checkpoint, the held-out questions and what the model makes of them, the card and the manifest."""
     with writing(output):
         reasoner.save_pretrained(str(output))
+        for found in held_out:
+            if not found.generated:
+                write_held_out(found, output)
     answered = []
     for found in held_out:
-        if not found.generated:
-            write_held_out(found, output)
         try:
             answered.append(answer_held_out(reasoner, found, config))
             print(f"held-out questions, {found.task}: {answered[-1]}", file=sys.stderr)
         except RequestError as error:  # the model is trained all the same
             print(f"held-out questions, {found.task}: not answered ({error})", file=sys.stderr)
     manifest = {**_manifest(config, trainer), "held_out": [result.to_json() for result in answered], "command": command}
-    write_training_card(output, reasoner, config, manifest, answered, command)
-    write_json(output / MANIFEST, manifest)  # last: whoever finds it finds whole weights beside it
+    with writing(output):
+        write_training_card(output, reasoner, config, manifest, answered, command)
+        write_json(output / MANIFEST, manifest)  # last: whoever finds it finds whole weights beside it
 
 
 def _room(config: TrainConfig, *models: LatentReasoner) -> list[int]:
@@ -372,12 +378,12 @@ def _manifest(config: TrainConfig, trainer: LoopTrainer) -> dict[str, Any]:
     logged = [entry for entry in history if "loss" in entry]
     stream = trainer.train_dataset
     assert isinstance(stream, StageStream)
-    sources = {source.description: source.sha256 for stage in stream.sources for source in stage}
+    sources = dict.fromkeys((source.description, source.sha256) for stage in stream.sources for source in stage)
     return {
         "recipe": config.model_dump(mode="json", by_alias=True, exclude={"output_dir"}, exclude_none=True),
         "questions": config.total_steps * config.optimizer.batch_size,
         "steps": trainer.state.global_step,
-        "data": [{"source": source, "sha256": digest} for source, digest in sources.items()],
+        "data": [{"source": source, "sha256": digest} for source, digest in sources],
         "last_log": logged[-1] if logged else {},
         "seconds_since_start_or_resume": round(history[-1].get("train_runtime", 0.0)) if history else 0,
         "versions": {

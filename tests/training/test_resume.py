@@ -24,6 +24,7 @@ from slr_core.training.resume import (
 from tests.training.recipe import DATA, recipe
 
 STAGES = DATA["stages"]
+STATE = json.dumps({"global_step": 3})
 FILES = ("optimizer.pt", "scheduler.pt", "guard.json", "rng_state.pth")
 
 
@@ -33,7 +34,7 @@ def start(folder, inputs=None, **changes):
         pass
 
 
-def save(folder, step, state="{}", files=FILES):
+def save(folder, step, state=STATE, files=FILES):
     """What a checkpoint of a run holds beside the model."""
     checkpoint = folder / "steps" / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
@@ -59,7 +60,7 @@ def test_same_recipe(tmp_path):
     [
         ({"seed": 4}, r"resumed: seed was 3 when it was started and is 4 now"),
         ({"optimizer": {**DATA["optimizer"], "batch_size": 8}}, r"optimizer\.batch_size was 4 .* is 8 now"),
-        ({"stages": STAGES[:1]}, r"stages was \[.{99} \.\.\. when"),
+        ({"stages": STAGES[:1]}, r"stages was a list of 2 when it was started and is a list of 1 now"),
         ({"stages": [{**STAGES[0], "steps": 50}, *STAGES[1:]]}, r"stages\.0\.steps was \d+ .* is 50 now"),
         ({"loop": None}, r"loop was \{.* is null now"),
         ({"held_out": 5}, r"held_out was 0 .* is 5 now"),
@@ -86,14 +87,14 @@ def test_run_that_cannot_be_read(content, tmp_path):
     save(tmp_path, 3)
     if content is not None:
         (tmp_path / "steps" / RUN).write_bytes(content)
-    with pytest.raises(ConfigError, match=r"run\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"run\.json, which says .* cannot be read"):
         find(tmp_path)
 
 
 def test_last_complete(tmp_path):
     steps = tmp_path / "steps"
     assert last_complete(steps) is None
-    for step, state in ((9, "{}"), (10, "{}"), (11, "{"), (12, None), (13, "[]")):
+    for step, state in ((9, STATE), (10, STATE), (11, "{"), (12, None), (13, "[]"), (15, "{}")):
         save(tmp_path, step, state)
     (steps / "checkpoint-14.bak").mkdir()
     assert last_complete(steps) == steps / "checkpoint-10"
@@ -104,7 +105,7 @@ def test_a_checkpoint_that_lacks_a_file_is_not_complete(lost, tmp_path):
     start(tmp_path)
     save(tmp_path, 6, files=set(FILES) - {lost})
     with pytest.raises(
-        ConfigError, match=r"no checkpoint in .* is complete: checkpoint-6 lacks (optim|sched|guard|rng)"
+        ConfigError, match=rf"no checkpoint in .* is complete: checkpoint-6 lacks {lost.partition('.')[0]}"
     ):
         find(tmp_path)
     older = save(tmp_path, 3)
@@ -185,7 +186,9 @@ def test_finished_model_of_the_same_recipe(tmp_path):
 
 
 def test_finished_model_of_another_recipe(tmp_path):
-    with pytest.raises(ConfigError, match=r"is trained already: seed was 4 .* is 3 now: delete .* to train it anew"):
+    with pytest.raises(
+        ConfigError, match=r"is trained already: seed was 4 .* is 3 now: use it .*, or delete .* to train anew"
+    ):
         check_trained(manifest(tmp_path, seed=4), recipe(output_dir=tmp_path))
     loop = {**DATA["loop"], "lora": {"rank": 4}}
     with pytest.raises(ConfigError, match=r"loop\.lora\.rank was 2 .* is 4 now"):

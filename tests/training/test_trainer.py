@@ -110,8 +110,27 @@ def test_a_run_is_not_resumed_with_other_questions(tmp_path):
     straight = train(recipe(output_dir=tmp_path / "straight", **changes))
     resumed = resumable(straight, 1, tmp_path / "resumed")
     file.write_text("\n".join(reversed(lines)))
-    with pytest.raises(ConfigError, match=r'cannot be resumed: data\.text, .*q\.jsonl was "\w+" when it was started'):
+    with pytest.raises(ConfigError, match=r'cannot be resumed: questions\.\S*q\.jsonl was "\w+" when it was started'):
         train(recipe(output_dir=resumed, **changes), resume=True)
+
+
+def test_a_run_is_not_resumed_with_another_base(tmp_path):
+    """In the same folder: its text settings and its dropout are no part of the recipe."""
+    base = build(recipe(base=DATA["base"] | {"model_type": "gpt2"}))
+    base.save_pretrained(str(tmp_path / "base"))
+    changes = {"base": {"from": str(tmp_path / "base")}, "text": None, "stages": STAGES, "save_steps": 1}
+    straight = train(recipe(output_dir=tmp_path / "straight", **changes))
+    for i, (file, name, old, new) in enumerate(
+        [("slr_config.json", "max_new_tokens", 6, 7), ("base/config.json", "embd_pdrop", 0.0, 0.5)]
+    ):
+        path = tmp_path / "base" / file
+        before = path.read_text()
+        assert f'"{name}": {old}' in before
+        path.write_text(before.replace(f'"{name}": {old}', f'"{name}": {new}'))
+        resumed = resumable(straight, 2, tmp_path / f"resumed_{i}")
+        with pytest.raises(ConfigError, match=rf"model\.\w+\.{name} was {old} when it was started and is {new} now"):
+            train(recipe(output_dir=resumed, **changes), resume=True)
+        path.write_text(before)
 
 
 def test_intervals_may_change(tmp_path):
@@ -130,8 +149,14 @@ def three_steps(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("optimizer.pt", b"PK\x03\x04"), ("optimizer.pt", b""), ("scheduler.pt", b""), ("rng_state.pth", b"")]
-    + [("guard.json", b""), ("guard.json", b"[]"), ("guard.json", b"{}")],
+    [
+        ("optimizer.pt", b"PK\x03\x04"),
+        ("optimizer.pt", b""),
+        ("scheduler.pt", b""),
+        ("rng_state.pth", b""),
+        ("guard.json", b""),
+        ("guard.json", b"{}"),
+    ],
 )
 def test_damaged_checkpoint(name, content, three_steps, tmp_path):
     resumed = resumable(three_steps, 2, tmp_path / "resumed")
