@@ -198,7 +198,7 @@ def check_run(steps: Path, now: Mapping[str, Any]) -> None:
         then = {name: before[name] for name in now}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{steps.parent} cannot be resumed: {steps / RUN}, which says what it was started with, cannot be read: {error}"
+            f"{steps.parent} cannot be resumed: {steps / RUN}, which says what it began with, cannot be read: {error}"
         ) from error
     # As JSON: its keys are strings.
     _check_same(
