@@ -125,7 +125,9 @@ def _describe(model: LatentReasoner, *, whole: bool) -> dict[str, Any]:
     tokenizer = json.dumps([str(type(model.tokenizer)), sorted(model.tokenizer.get_vocab().items())])
     weights = sha256()
     for name, tensor in sorted(model.state_dict().items()) if whole else ():
-        weights.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        weights.update(
+            name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return {
         "base": {key: base[key] for key in base if key not in ("_name_or_path", "transformers_version")},
         **model.config.model_dump(mode="json", include={"loop", "text"}),
@@ -135,15 +137,10 @@ def _describe(model: LatentReasoner, *, whole: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def claim(steps: Path, config: TrainConfig, inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Create a run's folder, keep other processes from training in it, and write what the run is started with.
+def claim(steps: Path) -> Iterator[None]:
+    """Create the folder of a run's checkpoints, and keep other processes from training in it.
 
     The lock ends with the process, however that ends.
-
-    Args:
-        steps: the folder of the checkpoints.
-        config: the recipe.
-        inputs: from :func:`describe_inputs`.
 
     Raises:
         ConfigError: another process trains in it, or it cannot be written.
@@ -161,11 +158,24 @@ def claim(steps: Path, config: TrainConfig, inputs: Mapping[str, Any]) -> Iterat
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise ConfigError(f"output_dir: another process is training in {steps.parent}") from error
             # Some network file systems have no locks: then nobody is kept out.
-        try:
-            write_json(steps / RUN, {"recipe": _settings(config), **inputs})
-        except OSError as error:
-            raise _not_written(steps, error) from error
         yield
+
+
+def write_run(steps: Path, config: TrainConfig, inputs: Mapping[str, Any]) -> None:
+    """Write what a run is started with, for :func:`check_run`.
+
+    Args:
+        steps: the folder of the checkpoints.
+        config: the recipe.
+        inputs: from :func:`describe_inputs`.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    try:
+        write_json(steps / RUN, {"recipe": _settings(config), **inputs})
+    except OSError as error:
+        raise _not_written(steps, error) from error
 
 
 def _not_written(steps: Path, error: OSError) -> ConfigError:

@@ -48,6 +48,7 @@ from slr_core.training.resume import (
     is_finished,
     reading,
     write_json,
+    write_run,
     writing,
 )
 from slr_core.training.sharded import WholeCopy, is_sharded_run
@@ -306,9 +307,11 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
     inputs = describe_inputs(config, stream, reasoner, teacher)
     if last is not None:
         check_run(steps, inputs)
-    with claim(steps, config, inputs) if arguments.should_save else nullcontext():
-        if find_start(output, config, resume=resume) != last:
-            raise ConfigError(f"output_dir: another process has trained in {output} meanwhile")
+    with claim(steps) if arguments.should_save else nullcontext():
+        if arguments.should_save:
+            if find_start(output, config, resume=resume) != last:
+                raise ConfigError(f"output_dir: another process has trained in {output} meanwhile")
+            write_run(steps, config, inputs)
         if resume:
             start = f"step 0: {steps} has no whole checkpoint" if last is None else str(last)
             print(f"continuing from {start}", file=sys.stderr)

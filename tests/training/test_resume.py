@@ -19,6 +19,7 @@ from slr_core.training.resume import (
     find_start,
     last_complete,
     reading,
+    write_run,
     writing,
 )
 from tests.training.recipe import DATA, recipe
@@ -30,8 +31,8 @@ FILES = ("optimizer.pt", "scheduler.pt", "guard.json", "rng_state.pth")
 
 def start(folder, inputs=None, **changes):
     """What a run leaves before its first checkpoint."""
-    with claim(folder / "steps", recipe(output_dir=folder, **changes), inputs or {}):
-        pass
+    with claim(folder / "steps"):
+        write_run(folder / "steps", recipe(output_dir=folder, **changes), inputs or {})
 
 
 def save(folder, step, state=STATE, files=FILES):
@@ -141,9 +142,8 @@ def test_a_run_is_not_started_over(tmp_path):
 
 def test_one_process_trains_in_a_folder(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from slr_core.training.resume import claim; "
-        "from tests.training.recipe import recipe\n"
-        "with claim(Path(sys.argv[1]), recipe(), {}): print('mine')"
+        "import sys; from pathlib import Path; from slr_core.training.resume import claim\n"
+        "with claim(Path(sys.argv[1])): print('mine')"
     )
 
     def other():
@@ -151,7 +151,7 @@ def test_one_process_trains_in_a_folder(tmp_path):
             [sys.executable, "-c", code, str(tmp_path / "steps")], capture_output=True, text=True, check=False
         )
 
-    with claim(tmp_path / "steps", recipe(), {}):
+    with claim(tmp_path / "steps"):
         assert "another process is training in" in other().stderr
     assert other().stdout == "mine\n"
 

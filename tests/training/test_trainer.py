@@ -15,6 +15,7 @@ from slr_core.generation.reference import generate
 from slr_core.model.reasoner import LatentReasoner
 from slr_core.tasks.base import Example
 from slr_core.tasks.sources import fingerprint
+from slr_core.training import trainer
 from slr_core.training.build import build
 from slr_core.training.resume import RUN
 from slr_core.training.sources import Listed
@@ -131,6 +132,22 @@ def test_a_run_is_not_resumed_with_another_base(tmp_path):
         with pytest.raises(ConfigError, match=rf"model\.\w+\.{name} was {old} when it was started and is {new} now"):
             train(recipe(output_dir=resumed, **changes), resume=True)
         path.write_text(before)
+
+
+def test_a_run_that_came_and_went_meanwhile_is_kept(tmp_path, monkeypatch):
+    """The folder was empty when the second run began to build its model."""
+    out = tmp_path / "out"
+
+    def build_slowly(config):
+        monkeypatch.undo()
+        train(recipe(output_dir=out, stages=STAGES))
+        return build(config)
+
+    monkeypatch.setattr(trainer, "build", build_slowly)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(recipe(output_dir=out, stages=STAGES, seed=4))
+    assert json.loads((out / "steps" / RUN).read_text())["recipe"]["seed"] == 3
+    assert json.loads((out / MANIFEST).read_text())["recipe"]["seed"] == 3
 
 
 def test_intervals_may_change(tmp_path):
