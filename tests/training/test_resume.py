@@ -141,19 +141,20 @@ def test_a_run_is_not_started_over(tmp_path):
 
 
 def test_one_process_trains_in_a_folder(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from slr_core.training.resume import claim\n"
-        "with claim(Path(sys.argv[1])): print('mine')"
+    steps = tmp_path / "steps"
+    steps.mkdir()
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print('held', flush=True); input()"
     )
-
-    def other():
-        return subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "steps")], capture_output=True, text=True, check=False
-        )
-
-    with claim(tmp_path / "steps"):
-        assert "another process is training in" in other().stderr
-    assert other().stdout == "mine\n"
+    arguments = [sys.executable, "-c", hold, str(steps / ".lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="another process is training in"), claim(steps):
+            pass
+        other.kill()
+    with claim(steps):
+        pass
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
