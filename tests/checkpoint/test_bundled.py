@@ -67,6 +67,7 @@ def test_stops_by_itself_and_later_on_longer_paths(answers: list[Outcome]) -> No
     assert iterations[-1] - iterations[0] > 1
 
 
+@pytest.mark.slow
 def test_going_on_past_its_depth_makes_no_answer_worse(reasoner: LatentReasoner, questions: list[Example]) -> None:
     few, forced = questions[:100], {}
     for t in (8, 16, 24, 32):

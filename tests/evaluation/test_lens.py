@@ -246,6 +246,7 @@ def test_trajectories_skip_early_exits():
     assert project_trajectories(collected, Steps(), examples) is None
 
 
+@pytest.mark.slow
 def test_json_round_trip():
     made = reasoner()
     collected = collect_states(made, Steps(), ASKED)

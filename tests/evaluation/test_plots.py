@@ -258,6 +258,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["--task", "prosqa", "--generate", "40", *options, *arguments])
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_writes_figures_and_json(tmp_path):
     file, folder = tmp_path / "out.json", tmp_path / "made" / "figures"
     result = run(

@@ -98,6 +98,7 @@ def noise(width: int = 8) -> Callable[[int, int], torch.Tensor]:
     return lambda i, t: torch.randn(width, generator=generator)
 
 
+@pytest.mark.slow
 def test_probe_finds_planted_label():
     made, examples = reasoner(loop={"max_iterations": 3}, text={"max_new_tokens": 1}), questions()
     with planted(made, examples, 50):

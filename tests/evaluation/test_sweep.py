@@ -75,6 +75,7 @@ def test_contradictions_are_told_before_any_training(spec, trained, changes, tol
     assert trained == []
 
 
+@pytest.mark.slow
 def test_every_combination(spec, trained, tmp_path):
     rows = sweep.run_sweep(spec())
     assert [(c.loop.residual.source, c.seed) for c in trained] == [

@@ -111,6 +111,7 @@ HOPS = {"nodes": 8, "min_hops": 3, "max_hops": 3}
 
 
 @pytest.mark.parametrize("name", ["cot", "codi", "cot_states"])
+@pytest.mark.slow
 def test_chain_beside_the_loop_must_fit(name, tmp_path):
     """A GPT-2 has a table of positions: past it, the un-looped chain would be an index error."""
     stages = [{"steps": 1, "iterations": 1, "data": [{"task": "prosqa", "generator_options": HOPS, "questions": 4}]}]

@@ -74,6 +74,7 @@ def exits(gates, threshold, guard):
     return found
 
 
+@pytest.mark.slow
 def test_exits(imported, expected):
     """With a threshold, a token exits where the peer's rule reads it, given earlier tokens that ran all loops."""
     guard, compared = imported.config.loop.guard, 0
