@@ -3,11 +3,10 @@
     python -m benchmarks.findings                # or: make findings
 
 `configs/findings/page.yaml` says what stands on the page: a section per question, and per section its parts. The
-answers of all sections stand at the top of the page. A part
-names a file of rows in benchmarks/results/findings, which `slr sweep --finished --output`, `slr probe --output` (see
---probe) or `python -m benchmarks.patching --out` wrote. Its sentence, `found`, belongs to one content of that file,
-`rows_sha256`. If the rows change, the build fails until somebody has read the sentence again and renewed the hash. A
-part without rows is on the page as not run.
+answers of all sections stand at the top of the page. A part names a file of rows in benchmarks/results/findings,
+which `slr sweep --finished --output`, `slr probe --output` (see --probe) or `python -m benchmarks.patching --out`
+wrote. Its sentence, `found`, belongs to one content of that file, `rows_sha256`. If the rows change, the build fails
+until somebody has read the sentence again and renewed the hash. A part without rows is on the page as not run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a training does beside its steps, but for its report."""
+"""Callbacks of the Trainer, except the progress report."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ GUARD = "guard.json"
 
 _NEEDED = (OPTIMIZER_NAME, SCHEDULER_NAME, GUARD, "rng_state*.pth")
 _MAY_CHANGE = {"output_dir", "threads", "save_steps", "log_steps"}
-"""Settings that have no effect on the weights; `threads` only by rounding."""
+"""Settings that have no effect on the weights, apart from rounding, which depends on `threads`."""
 _AGAIN = "{} with what it was started with, or delete {} to train anew"
 
 
@@ -113,27 +113,29 @@ def describe_inputs(
         for stage, sources in zip(config.schedule, stream.sources, strict=True)
         for data, source in zip(stage.data, sources, strict=True)
     ]
-    models = {"model": reasoner} if teacher is None else {"model": reasoner, "teacher": teacher}
-    return {
+    inputs = {
         "questions": {name: digest for name, digest in read if name is not None},
-        **{name: _describe(model, whole=name == "teacher") for name, model in models.items()},
+        "model": _describe(reasoner),
     }
+    return inputs if teacher is None else {**inputs, "teacher": {**_describe(teacher), "weights": _digest(teacher)}}
 
 
-def _describe(model: LatentReasoner, *, whole: bool) -> dict[str, Any]:
+def _describe(model: LatentReasoner) -> dict[str, Any]:
     base = model.base.config.to_dict()
     tokenizer = json.dumps([str(type(model.tokenizer)), sorted(model.tokenizer.get_vocab().items())])
-    weights = sha256()
-    for name, tensor in sorted(model.state_dict().items()) if whole else ():
-        weights.update(
-            name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
     return {
         "base": {key: base[key] for key in base if key not in ("_name_or_path", "transformers_version")},
         **model.config.model_dump(mode="json", include={"loop", "text"}),
         "vocabulary": sha256(tokenizer.encode("utf-8", "surrogatepass")).hexdigest(),
-        **({"weights": weights.hexdigest()} if whole else {}),
     }
+
+
+def _digest(model: LatentReasoner) -> str:
+    weights = sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        weights.update(name.encode() + raw.numpy().tobytes())
+    return weights.hexdigest()
 
 
 @contextmanager
@@ -152,7 +154,7 @@ def claim(steps: Path) -> Iterator[None]:
         raise _not_written(steps, error) from error
     with lock:
         try:
-            # Of the process: loader processes do not inherit it, and it outlives none.
+            # This lock belongs to the process: loader processes do not inherit it.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):

@@ -313,7 +313,7 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
                 raise ConfigError(f"output_dir: another process has trained in {output} meanwhile")
             write_run(steps, config, inputs)
         if resume:
-            start = f"step 0: {steps} has no whole checkpoint" if last is None else str(last)
+            start = f"step 0: {steps} has no complete checkpoint" if last is None else str(last)
             print(f"continuing from {start}", file=sys.stderr)
         report = ProgressReport()
         trainer = LoopTrainer(
