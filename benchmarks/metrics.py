@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging
 
 from slr_core.engine import Engine, StepStats
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.prosqa import GraphSpec, generate_prosqa
 from slr_core.types import Request, Result
 from slr_server.observability.metrics import Metrics

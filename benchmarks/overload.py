@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.server_process import start_server
 from slr_core.config import SLRConfig
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 
 SLOTS, QUEUE, ITERATIONS, TOKENS = 8, 4, 32, 4
 RATES = (2.0, 4.0, 7.0, 10.0)

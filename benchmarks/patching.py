@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.prosqa import SEED, Bar
 from slr_core.evaluation.patching import PATCHES, measure_patching, pair_with_rival
 from slr_core.evaluation.run import identify_model
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.prosqa import ProsQA
 from slr_core.tasks.sources import load_questions
 

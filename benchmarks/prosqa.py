@@ -29,7 +29,7 @@ from slr_core.evaluation.methods import METHODS, Method, MethodSettings
 from slr_core.evaluation.outcomes import Outcome
 from slr_core.evaluation.run import run_method
 from slr_core.evaluation.statistics import summarize, summarize_by_difficulty
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.base import Example, read_jsonl
 from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate_prosqa
 

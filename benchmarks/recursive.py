@@ -31,7 +31,7 @@ from slr_core.checkpoint.init import Recursive, init_checkpoint
 from slr_core.config import Criterion
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import IGNORE
+from slr_core.model.looped import IGNORE
 from slr_core.tasks import Example, get_task
 from slr_core.training.config import TrainConfig
 from slr_core.training.sources import CONTINUES, open_source

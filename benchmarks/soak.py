@@ -30,8 +30,8 @@ import httpx
 from benchmarks.overload import resident_mib
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.prosqa import GraphSpec, generate_prosqa
 
 CLIENTS, SAMPLE, NEAR = 24, 500, 1e-3

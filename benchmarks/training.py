@@ -30,7 +30,7 @@ from torch import Tensor
 
 from slr_core.config import LoopConfig
 from slr_core.model.base_support import hidden_size
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.training.build import build
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import LoopPlan

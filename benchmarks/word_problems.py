@@ -35,7 +35,7 @@ from slr_core.evaluation.backends import GenerationOptions, Local
 from slr_core.evaluation.outcomes import MethodAnswer
 from slr_core.evaluation.run import identify_model
 from slr_core.evaluation.statistics import wilson_interval
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.base import OptionValue
 from slr_core.tasks.registry import get_task
 from slr_core.tasks.sources import Questions, load_questions

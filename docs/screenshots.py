@@ -25,7 +25,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from slr_core.checkpoint.folder import BUNDLED_FOLDER
 from slr_core.checkpoint.init import init_checkpoint
 from slr_core.config import SLRConfig
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 
 FOLDER = Path(__file__).parent
 COLOURS = 48

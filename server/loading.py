@@ -7,8 +7,8 @@ import linecache
 
 from slr_core.engine import Engine
 from slr_core.engine.runner.device import return_free_memory
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, SamplingParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.types import Request
 
 from .observability.metrics import Metrics

@@ -17,8 +17,8 @@ from weakref import WeakSet
 from slr_core.config import SLRConfig
 from slr_core.errors import RequestError
 from slr_core.generation.prepare import prepare, tokenize_text
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.types import Messages, Request, Tokens
 
 from .settings import ServerSettings

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from slr_core.client import AsyncClient, Client
     from slr_core.config import SLRConfig
     from slr_core.engine import Engine, Event, FinishedEvent, IterationEvent, TokenEvent
-    from slr_core.model.reasoner import LatentReasoner, ReasonerOutput
+    from slr_core.model.looped import ReasonerOutput
     from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
+    from slr_core.reasoner import LatentReasoner
     from slr_core.types import IterationRecord, Request, Result, Stability, Timings, Tokens, TokenScore
 
 __all__ = [
@@ -66,8 +67,9 @@ _MODULES = {
     "slr_core.client": ("AsyncClient", "Client"),
     "slr_core.config": ("SLRConfig",),
     "slr_core.engine": ("Engine", "Event", "FinishedEvent", "IterationEvent", "TokenEvent"),
-    "slr_core.model.reasoner": ("LatentReasoner", "ReasonerOutput"),
+    "slr_core.model.looped": ("ReasonerOutput",),
     "slr_core.params": ("LoopParams", "ResolvedLoopParams", "SamplingParams"),
+    "slr_core.reasoner": ("LatentReasoner",),
     "slr_core.types": ("IterationRecord", "Request", "Result", "Stability", "Timings", "TokenScore", "Tokens"),
 }
 _LAZY = {name: module for module, names in _MODULES.items() for name in names}

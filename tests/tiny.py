@@ -34,8 +34,8 @@ from transformers import (
 from slr_core.config import SLRConfig
 from slr_core.generation.prepare import prepare
 from slr_core.loop.lora import DECODE, new_adapter_configs
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.types import Request
 
 KINDS = ("llama", "qwen2", "qwen3", "gpt2")

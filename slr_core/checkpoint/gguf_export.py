@@ -18,7 +18,7 @@ from slr_core.checkpoint.write import base_state
 from slr_core.config import SLRConfig, TextConfig
 from slr_core.errors import ConfigError
 from slr_core.loop.lora import lora_layers
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 
 NOT_IN_FILE = (
     "prompt_strip",
@@ -82,7 +82,7 @@ def export_gguf(
         raise ConfigError(f"{out}: expected a new file")
     if base is not None:
         _base_path(base)  # before weights are loaded
-    reasoner = load_checkpoint(LatentReasoner, model)
+    reasoner = load_checkpoint(LoopedModel, model)
     _check_expressible(reasoner)
     file = BaseFile(_base_path(base or _named_base(reasoner.config)))
     file.check_config(reasoner.base.config)
@@ -132,7 +132,7 @@ def _base_path(base: str) -> Path:
     return Path(base)
 
 
-def _check_expressible(reasoner: LatentReasoner) -> None:
+def _check_expressible(reasoner: LoopedModel) -> None:
     """Check that a plain forward pass of the base and at most one adapter is what answers."""
     config = reasoner.config
     if config.default_iterations != 0:
@@ -156,7 +156,7 @@ def _check_expressible(reasoner: LatentReasoner) -> None:
 
 
 def _changes(
-    reasoner: LatentReasoner, file: BaseFile, name: str, tensor_type: TensorType
+    reasoner: LoopedModel, file: BaseFile, name: str, tensor_type: TensorType
 ) -> dict[str, bool | int | str | None]:
     """Metadata that is not the base's."""
     from gguf import GGML_QUANT_VERSION, LlamaFileType
@@ -183,14 +183,14 @@ def _changes(
     return changes
 
 
-def _chat_template(reasoner: LatentReasoner) -> str | None:
+def _chat_template(reasoner: LoopedModel) -> str | None:
     try:
         return reasoner.tokenizer.get_chat_template(reasoner.config.text.chat_template or None)
     except ValueError:  # it has none, or several with names and no default
         return None
 
 
-def _not_in_file(reasoner: LatentReasoner) -> list[str]:
+def _not_in_file(reasoner: LoopedModel) -> list[str]:
     text, plain = reasoner.config.text, TextConfig()
     found = [f"text.{key} {getattr(text, key)!r}" for key in NOT_IN_FILE if getattr(text, key) != getattr(plain, key)]
     if others := sorted(reasoner.end_tokens - {reasoner.tokenizer.eos_token_id}):

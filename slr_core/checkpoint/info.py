@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from slr_core.checkpoint.write import modules_state
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ModelDescription:
         return positions * self.cache_bytes_per_position
 
 
-def describe_model(reasoner: LatentReasoner) -> ModelDescription:
+def describe_model(reasoner: LoopedModel) -> ModelDescription:
     """Sizes of a model's parts, the share that the loop adds to the base, and its cache memory."""
     adapters = {key: p for key, p in reasoner.base.named_parameters() if ".lora_" in key}
     return ModelDescription(
@@ -79,7 +79,7 @@ def describe_model(reasoner: LatentReasoner) -> ModelDescription:
 
 
 @torch.inference_mode()
-def _cache_bytes(reasoner: LatentReasoner) -> int:
+def _cache_bytes(reasoner: LoopedModel) -> int:
     # Measured rather than derived: architectures disagree on what their configs call heads and widths.
     cache = DynamicCache()
     token = torch.zeros(1, 1, dtype=torch.long, device=reasoner.device)

@@ -18,7 +18,7 @@ from slr_core.checkpoint.recursive import Start, share_layers
 from slr_core.checkpoint.write import save_checkpoint
 from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import ConfigError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 from slr_core.validation import validated
 from slr_core.yaml_text import parse_yaml
 
@@ -125,7 +125,7 @@ def init_checkpoint(
     recursive: Recursive | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
-) -> LatentReasoner:
+) -> LoopedModel:
     """Write a checkpoint folder with a copy of ``base`` and an untrained loop, and return its reasoner.
 
     Args:
@@ -148,7 +148,7 @@ def init_checkpoint(
     model, tokenizer = load_model_and_tokenizer(base, dtype=dtype)
     torch.manual_seed(seed)
     if recursive is None:
-        reasoner, exact = LatentReasoner(model, tokenizer, settings.config()).eval(), ""
+        reasoner, exact = LoopedModel(model, tokenizer, settings.config()).eval(), ""
     else:
         reasoner, exact = _make_recursive(model, tokenizer, settings, recursive)
     try:
@@ -172,13 +172,13 @@ def init_checkpoint(
 
 def _make_recursive(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: InitConfig, recursive: Recursive
-) -> tuple[LatentReasoner, str]:
+) -> tuple[LoopedModel, str]:
     """A recursive model in eval mode, and a sentence that says how near it is to the original."""
     shared = share_layers(model, recursive.loops, recursive.start)
     rank = shared.rank if recursive.rank is None else recursive.rank
     config = recursive.config(settings, rank)
     names = config.loop.adapters
-    reasoner = LatentReasoner(shared.model, tokenizer, config, shared.adapter_configs(names, rank)).eval()
+    reasoner = LoopedModel(shared.model, tokenizer, config, shared.adapter_configs(names, rank)).eval()
     shared.start_adapters(names)
     if shared.inexact:
         named = ", ".join(f"`{name}`" for name in shared.inexact)

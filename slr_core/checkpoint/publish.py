@@ -22,7 +22,7 @@ from slr_core.checkpoint.validate import is_finite
 from slr_core.checkpoint.write import base_state, modules_state, save_without_base
 from slr_core.errors import ConfigError
 from slr_core.model.base_support import end_tokens
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 
 DTYPE = torch.float16
 """Of the written weights. Trained adapters are far from its limits, and it rounds them 8 times finer than bfloat16."""
@@ -69,7 +69,7 @@ def publish_checkpoint(
     out = Path(out)
     check_new(out)
     source = checkpoint_folder(model)
-    reasoner = load_checkpoint(LatentReasoner, source)
+    reasoner = load_checkpoint(LoopedModel, source)
     if base is None:
         if reasoner.config.base_sha256 is None:
             raise ConfigError(f"--base: name the base model of this checkpoint, a hub id or {', '.join(PACKAGED)}")
@@ -94,7 +94,7 @@ def publish_checkpoint(
     return reference
 
 
-def _check_base(reasoner: LatentReasoner, reference: BaseReference) -> None:
+def _check_base(reasoner: LoopedModel, reference: BaseReference) -> None:
     """Check that a base model computes what the referenced one does: the same weights, settings and end tokens."""
     original = load_base_model(reference.folder, str(reference.folder), False, None)
     ours, theirs = base_state(reasoner.base), original.state_dict()
@@ -123,7 +123,7 @@ def _settings(config: Any) -> dict[str, Any]:
     return {key: x for key, x in config.to_dict().items() if not key.startswith("_") and key not in left_out}
 
 
-def _check_range(reasoner: LatentReasoner) -> None:
+def _check_range(reasoner: LoopedModel) -> None:
     adapters = {key: x for key, x in reasoner.base.named_parameters() if ".lora_" in key}
     for key, tensor in {**adapters, **modules_state(reasoner)}.items():
         if not is_finite(tensor.to(DTYPE)):
@@ -132,7 +132,7 @@ def _check_range(reasoner: LatentReasoner) -> None:
             )
 
 
-def _card(source: Path, name: str, reasoner: LatentReasoner, reference: BaseReference) -> str:
+def _card(source: Path, name: str, reasoner: LoopedModel, reference: BaseReference) -> str:
     """The card of the checkpoint, if it has one, under its new name and with the base."""
     old = source.resolve().name
     try:

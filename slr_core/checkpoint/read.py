@@ -42,9 +42,9 @@ from slr_core.checkpoint.write import base_state, modules_state
 from slr_core.config import FORMAT_VERSION, SLRConfig
 from slr_core.errors import ConfigError
 from slr_core.loop.lora import DECODE, check_start, lora_layers, new_adapter_configs
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 
-R = TypeVar("R", bound="LatentReasoner")
+R = TypeVar("R", bound="LoopedModel")
 
 _LOADING = threading.Lock()
 """transformers replaces torch's initialization globally while it loads: if loads of two threads overlapped, it could
@@ -97,7 +97,7 @@ def load_checkpoint(
     return reasoner.to(device).eval()
 
 
-def load_weights(reasoner: LatentReasoner, folder: str | Path) -> None:
+def load_weights(reasoner: LoopedModel, folder: str | Path) -> None:
     """Load the weights of a checkpoint with its own base into a reasoner of the same shape.
 
     Raises:
@@ -121,7 +121,7 @@ def load_weights(reasoner: LatentReasoner, folder: str | Path) -> None:
     _load_loop(reasoner, folder)
 
 
-def _load_loop(reasoner: LatentReasoner, folder: Path, *, assign: bool = False) -> None:
+def _load_loop(reasoner: LoopedModel, folder: Path, *, assign: bool = False) -> None:
     layers = lora_layers(reasoner.base)
     for name in reasoner.adapter_configs:
         _load_adapter(reasoner.base, layers, folder / LOOPS / name, assign)
@@ -213,7 +213,7 @@ def _load_adapter(base: PreTrainedModel, layers: dict[str, LoraLayer], folder: P
             expected[key].data.copy_(tensor)
 
 
-def _load_modules(reasoner: LatentReasoner, path: Path, assign: bool) -> None:
+def _load_modules(reasoner: LoopedModel, path: Path, assign: bool) -> None:
     if not path.exists():
         raise checkpoint_error(path.parent, f"missing {path.name}")
     found = read_tensors(path)

@@ -17,10 +17,10 @@ from slr_core.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CO
 from slr_core.checkpoint.pretrained import PACKAGED
 from slr_core.checkpoint.validate import WEIGHTS_INDEX
 from slr_core.config import FORMAT_VERSION, SLRConfig
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 
 
-def save_checkpoint(reasoner: LatentReasoner, folder: str | Path) -> None:
+def save_checkpoint(reasoner: LoopedModel, folder: str | Path) -> None:
     """Write ``reasoner`` as a checkpoint folder; existing files of the same names are replaced."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,9 +31,7 @@ def save_checkpoint(reasoner: LatentReasoner, folder: str | Path) -> None:
     save_without_base(reasoner, folder, reasoner.config.replace(base=BASE, base_revision=None, base_sha256=None))
 
 
-def save_without_base(
-    reasoner: LatentReasoner, folder: Path, config: SLRConfig, dtype: torch.dtype | None = None
-) -> None:
+def save_without_base(reasoner: LoopedModel, folder: Path, config: SLRConfig, dtype: torch.dtype | None = None) -> None:
     """Write all of a checkpoint folder but the base model.
 
     Args:
@@ -78,6 +76,6 @@ def base_state(base: PreTrainedModel) -> dict[str, Tensor]:
     return {key.replace(".base_layer.", "."): value for key, value in base.state_dict().items() if ".lora_" not in key}
 
 
-def modules_state(reasoner: LatentReasoner) -> dict[str, Tensor]:
+def modules_state(reasoner: LoopedModel) -> dict[str, Tensor]:
     """Weights of the loop's own modules."""
     return {key: value for key, value in reasoner.state_dict().items() if not key.startswith("base.")}

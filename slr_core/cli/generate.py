@@ -34,7 +34,7 @@ from slr_core.errors import ConfigError
 from slr_core.params import LoopParams, SamplingParams
 
 if TYPE_CHECKING:
-    from slr_core.model.reasoner import LatentReasoner
+    from slr_core.reasoner import LatentReasoner
     from slr_core.types import Messages, Result
 
 UseTemplate = Annotated[

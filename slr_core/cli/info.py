@@ -22,7 +22,7 @@ from slr_core.cli.options import (
 
 if TYPE_CHECKING:
     from slr_core.config import LoopConfig
-    from slr_core.model.reasoner import LatentReasoner
+    from slr_core.model.looped import LoopedModel
 
 EXAMPLE_PROMPT_TOKENS = 256
 """Length of the prompt for which cache memory is shown."""
@@ -44,7 +44,7 @@ def info(
     show_results(description(reasoner), lambda: print_description(reasoner), as_json, output)
 
 
-def description(reasoner: LatentReasoner) -> dict[str, Any]:
+def description(reasoner: LoopedModel) -> dict[str, Any]:
     """Sizes and settings of a checkpoint as JSON-ready values."""
     from slr_core.checkpoint.info import describe_model
 
@@ -53,7 +53,7 @@ def description(reasoner: LatentReasoner) -> dict[str, Any]:
     return {**asdict(sizes), **added, "config": reasoner.config.model_dump(mode="json")}
 
 
-def print_description(reasoner: LatentReasoner) -> None:
+def print_description(reasoner: LoopedModel) -> None:
     """Print sizes and settings of a checkpoint, one row each."""
     from slr_core.checkpoint.info import describe_model
     from slr_core.model.base_support import attention_window
@@ -94,7 +94,7 @@ def print_description(reasoner: LatentReasoner) -> None:
     console.print(table)
 
 
-def _criterion(reasoner: LatentReasoner) -> str:
+def _criterion(reasoner: LoopedModel) -> str:
     exit = reasoner.config.loop.convergence
     if exit.criterion != "end_token" or exit.end_token_id is None:
         return exit.criterion

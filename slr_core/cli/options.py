@@ -16,7 +16,7 @@ from slr_core.config import Criterion
 from slr_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from slr_core.model.reasoner import LatentReasoner
+    from slr_core.reasoner import LatentReasoner
 
 # A file or a pipe has no width: tables are not wrapped at 80 columns there.
 console = Console() if sys.stdout.isatty() else Console(width=160)

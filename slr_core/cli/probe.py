@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from slr_core.evaluation.lens import Lens
     from slr_core.evaluation.probes import Probe, ProbeScore
     from slr_core.evaluation.state_analysis import StateAnalysis
-    from slr_core.model.reasoner import LatentReasoner
+    from slr_core.reasoner import LatentReasoner
 
 
 def probe(

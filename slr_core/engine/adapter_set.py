@@ -14,14 +14,14 @@ from slr_core.engine.runner.linear import share_linears
 from slr_core.engine.runner.lora_batch import check_finite
 from slr_core.errors import ConfigError
 from slr_core.loop.lora import DECODE, trained_index
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.types import Request
 
 
 class LoopAdapterSet:
     """A loop's modules and its adapters in the :class:`LoraBatch`.
 
-    The formulas are those of :class:`slr_core.model.reasoner.LatentReasoner`, with a timestep for each row.
+    The formulas are those of :class:`slr_core.model.looped.LoopedModel`, with a timestep for each row.
 
     Args:
         name: the name by which requests choose it.

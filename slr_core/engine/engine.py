@@ -29,8 +29,8 @@ from slr_core.engine.thread import EngineThread
 from slr_core.engine.thread_count import ThreadCount
 from slr_core.errors import ConfigError, EngineError
 from slr_core.generation.prepare import prepare
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.types import Messages, Request, Result, Tokens
 
 GIB = 2**30

@@ -18,8 +18,8 @@ from slr_core.evaluation.cost import Cost
 from slr_core.evaluation.outcomes import MethodAnswer
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import RunLoop, generate
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, SamplingParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.types import Request
 
 SLOTS = 64

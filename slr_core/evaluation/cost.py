@@ -7,7 +7,7 @@ from torch import Tensor
 from slr_core.checkpoint.info import describe_model
 from slr_core.loop.lora import DECODE
 from slr_core.model.base_support import hidden_size
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 
 
 class Cost:

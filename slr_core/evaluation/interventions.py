@@ -19,8 +19,8 @@ from slr_core.generation.reference import RunLoop
 from slr_core.loop.context import Context
 from slr_core.loop.noise import perturb
 from slr_core.model.exits import LoopOutput, loop_until_exit
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import ResolvedLoopParams
+from slr_core.reasoner import LatentReasoner
 
 Edit = Callable[[list[Tensor]], list[Tensor]]
 """Maps the states of every row, ``[kept_iterations + 1, W, d]`` from h_0 on, to those that replace them."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slr_core.errors import DataError
 from slr_core.evaluation.probes import READOUT, CollectedStates
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.base import Example, Task
 from slr_core.tasks.prosqa import ProsQA, frontiers
 from slr_core.training.graphs import NodeTokens

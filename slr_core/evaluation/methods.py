@@ -27,7 +27,7 @@ from slr_core.evaluation.interventions import (
 from slr_core.evaluation.outcomes import MethodAnswer
 from slr_core.generation.decoding import pad_ids
 from slr_core.generation.reference import RunLoop
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.suggest import did_you_mean
 from slr_core.tasks.base import Task
 

@@ -21,8 +21,8 @@ from slr_core.evaluation.interventions import patch_state
 from slr_core.evaluation.statistics import wilson_interval
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import RunLoop, generate
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.base import Example
 from slr_core.tasks.prosqa import ProsQA, distances, frontiers, graph_of
 from slr_core.training.graphs import NodeTokens

@@ -25,8 +25,8 @@ from slr_core.evaluation.labels import Label, Value
 from slr_core.evaluation.statistics import wilson_interval
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.base import Example, Task
 from slr_core.types import IterationRecord, Result
 

@@ -23,8 +23,8 @@ from slr_core.evaluation.store import Store
 from slr_core.generation.decoding import pad_ids
 from slr_core.loop.convergence import ExitRule, measure
 from slr_core.loop.workspace import readout
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import ResolvedLoopParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.base import Task
 from slr_core.tasks.sources import Questions
 from slr_core.types import finite_or_none

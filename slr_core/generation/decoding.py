@@ -18,7 +18,7 @@ from slr_core.generation.token_bytes import open_run
 from slr_core.loop.token_workspace import Token
 from slr_core.loop.workspace import readout
 from slr_core.model.exits import LoopOutput, loop_until_exit
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 from slr_core.panics import panics_as_errors
 from slr_core.params import ResolvedLoopParams
 from slr_core.types import ExitReason, FinishReason, IterationRecord, TokenScore
@@ -38,7 +38,7 @@ class DecodeState:
         finished_at: ``time.perf_counter`` at the end.
     """
 
-    def __init__(self, reasoner: LatentReasoner, request: Request) -> None:
+    def __init__(self, reasoner: LoopedModel, request: Request) -> None:
         self.tokenizer, self.request, self.device = reasoner.tokenizer, request, reasoner.device
         self.end_tokens = reasoner.end_tokens
         self.suppressed = reasoner.config.text.suppressed_token_ids
@@ -150,7 +150,7 @@ class TextDecoder(Protocol):
 class LMHeadDecoder:
     """Decodes with the base model over its cache and the LM head."""
 
-    def __init__(self, reasoner: LatentReasoner, output: LoopOutput, requests: Sequence[Request]) -> None:
+    def __init__(self, reasoner: LoopedModel, output: LoopOutput, requests: Sequence[Request]) -> None:
         self.reasoner, self.context = reasoner, output.context
         self.looped = torch.tensor(output.kept_iterations, device=reasoner.device) > 0
         self.prefixes = [request.answer_prefix_ids for request in requests]
@@ -182,7 +182,7 @@ class TokenLoopDecoder:
         loops: per row the loop before each token, the prompt's first.
     """
 
-    def __init__(self, reasoner: LatentReasoner, output: LoopOutput, requests: Sequence[Request]) -> None:
+    def __init__(self, reasoner: LoopedModel, output: LoopOutput, requests: Sequence[Request]) -> None:
         self.reasoner, self.context, self.requests = reasoner, output.context, requests
         assert isinstance(reasoner.workspace, Token)
         assert output.context.depths is not None
@@ -277,7 +277,7 @@ class LatentTextDecoder:
     """
 
     def __init__(
-        self, reasoner: LatentReasoner, memories: Sequence[Tensor], prefixes: Sequence[tuple[int, ...]] | None = None
+        self, reasoner: LoopedModel, memories: Sequence[Tensor], prefixes: Sequence[tuple[int, ...]] | None = None
     ) -> None:
         self.reasoner = reasoner
         self.prefixes = prefixes or [()] * len(memories)
@@ -286,7 +286,7 @@ class LatentTextDecoder:
         self.present = torch.arange(self.memory.shape[1], device=reasoner.device) < lengths[:, None]
 
     @classmethod
-    def for_answers(cls, reasoner: LatentReasoner, output: LoopOutput, requests: Sequence[Request]) -> Self:
+    def for_answers(cls, reasoner: LoopedModel, output: LoopOutput, requests: Sequence[Request]) -> Self:
         """Reads the states that each row's loop left. Rows without a loop get a placeholder: do not activate them."""
         memories = [
             reasoner.workspace.memory(states, kept) if kept else states[0]
@@ -324,7 +324,7 @@ def decode_answers(answers: Sequence[DecodeState], decoder: TextDecoder, selecte
 
 
 def decode_thoughts(
-    reasoner: LatentReasoner, states: Sequence[Tensor], selected: Sequence[bool]
+    reasoner: LoopedModel, states: Sequence[Tensor], selected: Sequence[bool]
 ) -> list[list[str | None]]:
     """Text of each iteration's states, by the latent decoder.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from slr_core.errors import RequestError
 from slr_core.generation.chat_template import render_chat
 from slr_core.model.base_support import attention_window
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 from slr_core.panics import panics_as_errors
 from slr_core.params import LoopParams, ResolvedLoopParams, SamplingParams
 from slr_core.types import Messages, Request, Tokens
@@ -17,7 +17,7 @@ _MAX_REFUSAL = 400
 
 
 def prepare(
-    reasoner: LatentReasoner,
+    reasoner: LoopedModel,
     prompt: str | Messages | Tokens,
     loop: LoopParams | ResolvedLoopParams | None = None,
     *,
@@ -112,20 +112,20 @@ def prepare(
     )
 
 
-def _place(reasoner: LatentReasoner, limit: int, copies: int) -> str:
+def _place(reasoner: LoopedModel, limit: int, copies: int) -> str:
     """What ``limit`` positions are the room of."""
     if limit == reasoner.max_positions:
         return "this model"
     return "a slot" if copies == 1 else f"a slot, which holds {copies} key/value caches of {limit} positions"
 
 
-def _window_note(reasoner: LatentReasoner, limit: int) -> str:
+def _window_note(reasoner: LoopedModel, limit: int) -> str:
     """Why no more positions fit, where a sliding window is the reason."""
     window = attention_window(reasoner.base.config)
     return f" (positions end at its sliding window of {window})" if window == limit else ""
 
 
-def tokenize_text(reasoner: LatentReasoner, text: str) -> list[int]:
+def tokenize_text(reasoner: LoopedModel, text: str) -> list[int]:
     """Ids of a text with the special tokens that the tokenizer adds; one that the text begins with is not added again.
 
     Raises:
@@ -139,7 +139,7 @@ def tokenize_text(reasoner: LatentReasoner, text: str) -> list[int]:
     return ids
 
 
-def _tokenize(reasoner: LatentReasoner, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+def _tokenize(reasoner: LoopedModel, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -152,7 +152,7 @@ def _tokenize(reasoner: LatentReasoner, text: str, param: str, *, add_special_to
     return ids
 
 
-def _tokenize_prompt(reasoner: LatentReasoner, prompt: str | Messages) -> list[int]:
+def _tokenize_prompt(reasoner: LoopedModel, prompt: str | Messages) -> list[int]:
     text = reasoner.config.text
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -166,7 +166,7 @@ def _tokenize_prompt(reasoner: LatentReasoner, prompt: str | Messages) -> list[i
     return ids
 
 
-def _render_chat(reasoner: LatentReasoner, messages: Messages) -> str:
+def _render_chat(reasoner: LoopedModel, messages: Messages) -> str:
     template, tokenizer = reasoner.config.text.chat_template or None, reasoner.tokenizer
     if template is None and not tokenizer.chat_template:
         raise RequestError(
@@ -183,7 +183,7 @@ def _render_chat(reasoner: LatentReasoner, messages: Messages) -> str:
         raise RequestError(f"the chat template refuses the messages: {refusal}", param="messages") from error
 
 
-def reads_chats(reasoner: LatentReasoner) -> bool:
+def reads_chats(reasoner: LoopedModel) -> bool:
     """Whether the chat template shows the model all messages of a chat, as that of a chat model does."""
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": f"message {i}"} for i, role in enumerate(roles)]
@@ -194,7 +194,7 @@ def reads_chats(reasoner: LatentReasoner) -> bool:
     return all(message["content"] in text for message in messages)
 
 
-def _check_ids(reasoner: LatentReasoner, ids: tuple[int, ...]) -> list[int]:
+def _check_ids(reasoner: LoopedModel, ids: tuple[int, ...]) -> list[int]:
     known = reasoner.vocab_size
     if not ids:
         raise RequestError("prompt must hold at least one token", param="prompt")

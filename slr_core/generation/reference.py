@@ -24,7 +24,7 @@ from slr_core.generation.logprobs import score
 from slr_core.loop.context import Context
 from slr_core.loop.lora import DECODE
 from slr_core.model.exits import LoopOutput, loop_until_exit
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 from slr_core.params import ResolvedLoopParams
 from slr_core.types import Request, Result, Timings, TokenScore, combine_exit_reasons
 
@@ -33,7 +33,7 @@ RunLoop = Callable[[Context, Sequence[ResolvedLoopParams]], LoopOutput]
 
 
 @torch.inference_mode()
-def generate(reasoner: LatentReasoner, requests: Sequence[Request], *, run_loop: RunLoop | None = None) -> list[Result]:
+def generate(reasoner: LoopedModel, requests: Sequence[Request], *, run_loop: RunLoop | None = None) -> list[Result]:
     """Run a batch to its end: each row gets the iterations and the tokens that it would get alone.
 
     Args:
@@ -69,7 +69,7 @@ def generate(reasoner: LatentReasoner, requests: Sequence[Request], *, run_loop:
     ]
 
 
-def _score_prompt(reasoner: LatentReasoner, request: Request) -> tuple[TokenScore, ...]:
+def _score_prompt(reasoner: LoopedModel, request: Request) -> tuple[TokenScore, ...]:
     if not request.score_prompt:
         return ()
     ids = torch.tensor([request.prompt_ids], device=reasoner.device)
@@ -82,7 +82,7 @@ def _score_prompt(reasoner: LatentReasoner, request: Request) -> tuple[TokenScor
 
 
 def _result(
-    reasoner: LatentReasoner,
+    reasoner: LoopedModel,
     output: LoopOutput,
     row: int,
     request: Request,
@@ -118,7 +118,7 @@ def _result(
     )
 
 
-def prefix_joins_loop(reasoner: LatentReasoner, request: Request) -> bool:
+def prefix_joins_loop(reasoner: LoopedModel, request: Request) -> bool:
     """Whether the answer prefix can be run in the pass of the last thought.
 
     It must be known before that pass that it is the last one, and the same adapter must run both. The reference runs
@@ -134,7 +134,7 @@ def prefix_joins_loop(reasoner: LatentReasoner, request: Request) -> bool:
 
 
 def with_token_loops(
-    reasoner: LatentReasoner, result: Result, request: Request, loops: Sequence[TokenLoop], depth: int
+    reasoner: LoopedModel, result: Result, request: Request, loops: Sequence[TokenLoop], depth: int
 ) -> Result:
     """Add to a result what the loops before its tokens come to, in the workspace ``token``.
 
@@ -162,7 +162,7 @@ def with_token_loops(
     )
 
 
-def count_passes(reasoner: LatentReasoner, request: Request, iterations: int, kept_iterations: int, tokens: int) -> int:
+def count_passes(reasoner: LoopedModel, request: Request, iterations: int, kept_iterations: int, tokens: int) -> int:
     """Forward passes of the base model that a request takes alone; those of the latent decoder do not count.
 
     An answer prefix that can join the last thought (:func:`prefix_joins_loop`) counts as part of its pass.

@@ -1,1 +1,1 @@
-"""The parts of the latent loop, one module each; :mod:`slr_core.model.reasoner` combines them."""
+"""The parts of the latent loop, one module each; :mod:`slr_core.model.looped` combines them."""

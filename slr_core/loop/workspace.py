@@ -30,7 +30,7 @@ from slr_core.loop.context import Context
 
 
 class WorkspaceModel(Protocol):
-    """The methods that a workspace calls; :class:`slr_core.model.reasoner.LatentReasoner` has them."""
+    """The methods that a workspace calls; :class:`slr_core.model.looped.LoopedModel` has them."""
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings ``[B, q, d]``."""

@@ -32,7 +32,7 @@ _EMBEDDED_AT_ONCE = 8192
 class AdaptedModel(nn.Module):
     """A base model with its loop adapters, of which at most one is active.
 
-    Args: see :class:`slr_core.model.reasoner.LatentReasoner`.
+    Args: see :class:`slr_core.model.looped.LoopedModel`.
 
     Attributes:
         idle_parameters: number of parameters of adapters that add nothing and were left out when it was loaded.

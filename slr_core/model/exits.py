@@ -15,7 +15,7 @@ from slr_core.loop.convergence import ExitRule, measure, measure_step
 from slr_core.loop.diagnostics import LoopTracker, observe, summarize_loop
 from slr_core.loop.noise import perturb_start
 from slr_core.loop.workspace import readout
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 from slr_core.params import ResolvedLoopParams
 from slr_core.types import ExitReason, IterationRecord, Stability
 
@@ -49,7 +49,7 @@ class LoopOutput:
 
 
 def loop_until_exit(
-    reasoner: LatentReasoner,
+    reasoner: LoopedModel,
     context: Context,
     params: Sequence[ResolvedLoopParams],
     *,
@@ -64,7 +64,7 @@ def loop_until_exit(
 
     Args:
         reasoner: the model.
-        context: from :meth:`LatentReasoner.encode`; changed in place.
+        context: from :meth:`LoopedModel.encode`; changed in place.
         params: one per row.
         top_tokens: number of most likely tokens to record per iteration; implies ``read_head``.
         read_head: record the measures of the LM head for every row, whatever its criterion.
@@ -146,7 +146,7 @@ def _perturb(context: Context, params: Sequence[ResolvedLoopParams]) -> None:
 
 
 def _finish(
-    reasoner: LatentReasoner,
+    reasoner: LoopedModel,
     context: Context,
     rows: list[LoopTracker],
     states: Tensor,

@@ -26,7 +26,7 @@ from slr_core.checkpoint.pretrained import is_packaged, load_model_and_tokenizer
 from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.loop.lora import new_adapter_configs
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.training.base_config import BaseConfig
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import MARK, mark_ids

@@ -11,7 +11,7 @@ import yaml
 
 from slr_core._version import __version__
 from slr_core.checkpoint.info import describe_model
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
 from slr_core.training.held_out import HeldOutResult
 

@@ -15,8 +15,8 @@ from typing import Any
 from slr_core import tasks
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.base import Example
 from slr_core.training.config import TrainConfig
 from slr_core.training.sources import load_source_questions, split_held_out

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slr_core.model.base_support import hidden_size
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
 from slr_core.training.frozen import FrozenCopies, prefers_bfloat16
 from slr_core.training.objectives import Mean, Rollout, check_defined, losses

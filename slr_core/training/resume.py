@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from slr_core.errors import CheckpointError, ConfigError, TrainingError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import StageStream
 from slr_core.validation import validated

@@ -28,7 +28,7 @@ from slr_core._version import __version__
 from slr_core.checkpoint.read import load_weights
 from slr_core.checkpoint.validate import check_tensors, read_tensors
 from slr_core.errors import ConfigError, DataError, RequestError, TrainingError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.training.build import build, load_teacher
 from slr_core.training.callbacks import RecipeIntervals, ResetOptimizer
 from slr_core.training.card import write_training_card

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from slr_core.errors import CheckpointError, SLRError
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from tests import tiny
 
 WIDE = int(os.environ.get("SLR_FUZZ", "0"))

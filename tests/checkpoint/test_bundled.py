@@ -22,8 +22,8 @@ from slr_core.evaluation.run import run_method
 from slr_core.evaluation.statistics import summarize, summarize_by_difficulty
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.base import Example
 from slr_core.tasks.prontoqa import ProntoQA, generate_prontoqa
 from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate_prosqa

@@ -18,10 +18,11 @@ from slr_core.checkpoint.init import init_checkpoint
 from slr_core.checkpoint.pretrained import packaged_file
 from slr_core.checkpoint.publish import publish_checkpoint
 from slr_core.checkpoint.read import load_checkpoint
+from slr_core.checkpoint.write import save_checkpoint
 from slr_core.cli.export import GgufType
 from slr_core.engine import Engine
 from slr_core.errors import ConfigError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from tests import tiny
 from tests.checkpoint.gguf_file import write_gguf
 
@@ -38,7 +39,7 @@ def logits(model):
 def saved(folder, kind="llama", plain=None, loop=LOOP, **top):
     """A checkpoint whose adapter matters, and its reasoner."""
     made = tiny.reasoner(kind, loop, plain=plain, **top)
-    made.save_pretrained(str(folder))
+    save_checkpoint(made, folder)
     return made
 
 
@@ -75,7 +76,7 @@ def test_import_of_the_file(tmp_path, run):
     tiny.shake(made)
     template = "{{ messages[0].content }}"
     made.config = made.config.replace(trained=True, text={"chat_template": template, "prompt_suffix": "\n"})
-    made.save_pretrained(str(tmp_path / "run"))
+    save_checkpoint(made, tmp_path / "run")
     out = tmp_path / "new" / "my model.gguf"
     code, printed, _ = run(
         "export",
@@ -181,7 +182,7 @@ def test_adapter_that_is_rounded_away(tmp_path, run):
         for name, parameter in made.base.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(0.1)
-    made.save_pretrained(str(tmp_path / "run"))
+    save_checkpoint(made, tmp_path / "run")
     common = ("export", "--model", tmp_path / "run", "--to", "gguf", "--base", tmp_path / "base.gguf")
     code, printed, _ = run(*common, "--gguf-type", "Q4_1", "--out", tmp_path / "4.gguf")
     assert code == 0
@@ -301,7 +302,7 @@ def test_what_the_base_file_says_of_its_own_weights_is_left_out(tmp_path):
     made.tokenizer = deepcopy(made.tokenizer)  # all tests share one
     for number, template in enumerate((None, {"rag": "{{ x }}", "tool_use": "{{ y }}"})):
         made.tokenizer.chat_template = template
-        made.save_pretrained(str(tmp_path / "run"))
+        save_checkpoint(made, tmp_path / "run")
         out = tmp_path / f"{number}.gguf"
         export_gguf(str(tmp_path / "run"), out, str(tmp_path / "base.gguf"))
         assert not read(out)[1].keys() & {*said, "tokenizer.chat_template"}
@@ -320,7 +321,7 @@ def test_nothing_is_left(tmp_path):
         export_gguf(run, out, str(base), "Q8_0")
     with torch.no_grad():
         made.base.model.layers[1].mlp.up_proj.base_layer.weight[0, 0] = 1e5
-    made.save_pretrained(run)
+    save_checkpoint(made, run)
     with pytest.raises(ConfigError, match=r"blk\.1\.ffn_up\.weight holds values up to 1e\+05, too large for F16"):
         export_gguf(run, out, str(base), "F16")
     (tmp_path / "file").write_text("")
@@ -374,7 +375,7 @@ def test_llama_cpp(smollm2, tmp_path):
         for name, parameter in made.base.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    made.save_pretrained(str(tmp_path / "run"))
+    save_checkpoint(made, tmp_path / "run")
     export_gguf(str(tmp_path / "run"), tmp_path / "out.gguf", "smollm2", "F16")
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(tmp_path / "out.gguf")

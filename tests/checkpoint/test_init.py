@@ -19,7 +19,7 @@ from slr_core.checkpoint.pretrained import PACKAGED, cache_folder, dequantized_f
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.errors import CheckpointError, ConfigError
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from tests import tiny
 from tests.checkpoint.gguf_file import write_gguf
 

@@ -12,9 +12,10 @@ from slr_core.checkpoint.init import init_checkpoint
 from slr_core.checkpoint.pretrained import PACKAGED
 from slr_core.checkpoint.publish import publish_checkpoint
 from slr_core.checkpoint.read import load_checkpoint
+from slr_core.checkpoint.write import save_checkpoint
 from slr_core.config import SLRConfig
 from slr_core.errors import CheckpointError, ConfigError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from tests import tiny
 from tests.checkpoint.gguf_file import write_gguf
 
@@ -34,7 +35,7 @@ def trained(package, tmp_path):
     base = {key: x.clone() for key, x in made.base.state_dict().items() if ".lora_" not in key}
     tiny.shake(made)
     made.base.load_state_dict(base, strict=False)
-    made.save_pretrained(str(tmp_path / "run"))
+    save_checkpoint(made, tmp_path / "run")
     (tmp_path / "run" / "README.md").write_text("---\nlibrary_name: slr\n---\n\n# run\n\n    slr serve --model run\n")
     (tmp_path / "run" / "training.json").write_text("{}")
     return tmp_path / "run"
@@ -95,14 +96,14 @@ def test_refused(trained, package, tmp_path):
     made = load(trained)
     with torch.no_grad():
         made.residual.gate[0] = 1e6
-    made.save_pretrained(str(trained))
+    save_checkpoint(made, trained)
     with pytest.raises(
         ConfigError, match=r"residual\.gate holds values that are too large for half precision, up to 1e"
     ):
         publish_checkpoint(str(trained), out, "smollm2")
     with torch.no_grad():
         made.base.model.norm.weight += 1
-    made.save_pretrained(str(trained))
+    save_checkpoint(made, trained)
     with pytest.raises(ConfigError, match=r"base is not smollm2: model\.norm\.weight differs; it has been trained"):
         publish_checkpoint(str(trained), out, "smollm2")
     assert not out.exists()

@@ -19,8 +19,8 @@ from slr_core.errors import CheckpointError
 from slr_core.generation.reference import generate
 from slr_core.loop.lora import lora_layers
 from slr_core.model.exits import loop_until_exit
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 from tests import tiny
 from tests.checkpoint.conftest import TEXT
 from tests.checkpoint.edits import ADAPTER, ADAPTER_CONFIG, BASE_WEIGHTS, MODULES, first, rewrite, truncate

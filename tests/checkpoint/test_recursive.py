@@ -10,7 +10,7 @@ from slr_core.checkpoint.read import load_checkpoint
 from slr_core.engine.runner.lora_batch import LoraBatch
 from slr_core.errors import ConfigError
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.types import Tokens
 from tests import tiny
 from tests.checkpoint.test_init import settings

@@ -17,7 +17,7 @@ from slr_core.checkpoint import validate
 from slr_core.checkpoint.pretrained import load_model_and_tokenizer
 from slr_core.checkpoint.read import load_checkpoint, load_weights
 from slr_core.errors import CheckpointError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from tests import tiny
 from tests.checkpoint.edits import ADAPTER, ADAPTER_CONFIG, BASE_WEIGHTS, MODULES, first, rewrite, truncate
 

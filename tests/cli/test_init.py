@@ -7,7 +7,7 @@ import yaml
 from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.config import SLRConfig
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from tests import tiny
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from tests import tiny
 from tests.contract.mix import MEASURES, facts
 

@@ -17,8 +17,8 @@ from slr_core.loop.convergence import ExitRule
 from slr_core.loop.lora import DECODE
 from slr_core.loop.timestep import Timestep
 from slr_core.model.exits import loop_until_exit
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.types import Result
 from tests import tiny
 

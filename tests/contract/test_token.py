@@ -7,7 +7,7 @@ from slr_core.config import SLRConfig
 from slr_core.errors import ConfigError
 from slr_core.generation.reference import generate
 from slr_core.loop.lora import DECODE, new_adapter_configs
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from tests import tiny
 from tests.contract.derivation import derive
 from tests.contract.test_properties import broken

@@ -13,7 +13,7 @@ from slr_core.engine.adapter_set import LoopAdapterSet, share_base
 from slr_core.engine.adapter_sets import DEFAULT_LOOP_SET, LoopAdapterSets
 from slr_core.engine.core import Core
 from slr_core.engine.runner.lora_batch import LoraBatch
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 
 TIMEOUT = 120
 

@@ -20,8 +20,8 @@ from slr_core.engine.runner.linear import pack_linears
 from slr_core.errors import DeadlineError
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 from tests import tiny
 from tests.contract.derivation import derive
 from tests.engine.harness import SteppedCore, is_empty, near

@@ -13,7 +13,7 @@ from slr_core.evaluation.backends import GenerationOptions, Local, Remote
 from slr_core.evaluation.methods import METHODS, MethodSettings
 from slr_core.evaluation.run import run_method
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.prosqa import GraphSpec, ProsQA, generate_prosqa
 from tests import tiny
 from tests.server.test_process import Server

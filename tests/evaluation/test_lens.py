@@ -14,8 +14,8 @@ from slr_core.evaluation.probes import READOUT, CollectedStates, ProbeScore, col
 from slr_core.evaluation.state_analysis import StateAnalysis
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.base import Example
 from tests import tiny
 from tests.tiny import LATENT_DECODER, WORKSPACES, reasoner

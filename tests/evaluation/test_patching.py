@@ -8,8 +8,8 @@ from slr_core.evaluation.interventions import patch_state
 from slr_core.evaluation.patching import PATCHES, measure_patching, pair_with_rival
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.prosqa import GraphSpec, ProsQA, distances, generate_prosqa, graph_of
 from tests import tiny
 

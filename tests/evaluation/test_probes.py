@@ -22,7 +22,7 @@ from slr_core.evaluation.probes import (
     ranking_precision,
     train_probes,
 )
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.base import Example
 from slr_core.tasks.prosqa import frontiers
 from tests import tiny

@@ -13,8 +13,8 @@ from slr_core.generation.decoding import DecodeState, decode_thoughts
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import count_passes, generate
 from slr_core.model.exits import loop_until_exit
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams, SamplingParams
+from slr_core.reasoner import LatentReasoner
 from tests import tiny
 from tests.generation.test_token_bytes import TOKENIZERS
 

@@ -24,8 +24,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.types import Request, Result
 from tests import tiny
 

@@ -7,7 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from slr_core.engine import Engine
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_server.app import create_app
 from slr_server.settings import ServerSettings
 from tests import tiny

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from slr_core.engine import Engine
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_server import sse
 from slr_server.app import create_app
 from slr_server.protocol.schema import ErrorResponse

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slr_core.errors import ConfigError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.training.build import build
 from slr_core.training.data import mark_ids
 from tests import tiny

@@ -15,7 +15,7 @@ from slr_core.evaluation.methods import MethodSettings, get_method
 from slr_core.evaluation.run import run_method
 from slr_core.evaluation.statistics import summarize
 from slr_core.evaluation.sweep import SweepConfig, expand_variants
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.training.build import build
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import Collator, StageStream

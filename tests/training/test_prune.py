@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from slr_core.errors import ConfigError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.training.build import build
 from slr_core.training.prune import prune
 from tests import tiny

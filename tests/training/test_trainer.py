@@ -12,7 +12,7 @@ from slr_core import tasks
 from slr_core.checkpoint.write import base_state
 from slr_core.errors import CheckpointError, ConfigError, TrainingError
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.base import Example
 from slr_core.tasks.sources import fingerprint
 from slr_core.training import trainer

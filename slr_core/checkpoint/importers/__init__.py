@@ -15,7 +15,7 @@ from slr_core.checkpoint.importers.folder import check_new, write_card, write_fo
 from slr_core.checkpoint.importers.peer import ImportOptions, Peer, PeerCheckpoint
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.errors import ConfigError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 
 MODULES = {
     "coconut": "coconut",
@@ -90,7 +90,7 @@ def import_checkpoint(request: Import) -> SelfCheck:
     conversion = peer.convert(PeerCheckpoint(checkpoint, base, request.options, request.dtype))
     with written_whole(out) as written:
         write_folder(conversion, written, request.dtype)
-        reasoner = load_checkpoint(LatentReasoner, written, dtype=widest_exact_dtype(request.dtype or conversion.dtype))
+        reasoner = load_checkpoint(LoopedModel, written, dtype=widest_exact_dtype(request.dtype or conversion.dtype))
         check = run_self_check(reasoner, conversion.markers, peer.recorded, request.expect)
         write_card(
             conversion,

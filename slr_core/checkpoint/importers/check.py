@@ -13,7 +13,9 @@ from torch import Tensor
 from slr_core.checkpoint.importers.peer import LoopStates, Recorded
 from slr_core.checkpoint.validate import checkpoint_error, read_json, read_tensors
 from slr_core.errors import RequestError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.generation.prepare import prepare
+from slr_core.generation.reference import generate
+from slr_core.model.looped import LoopedModel
 from slr_core.types import Result
 
 PROMPT = "What is 2 plus 3?"
@@ -69,7 +71,7 @@ class SelfCheck:
 
 
 def run_self_check(
-    reasoner: LatentReasoner, markers: dict[str, int], recorded: Recorded, expect: Path | None
+    reasoner: LoopedModel, markers: dict[str, int], recorded: Recorded, expect: Path | None
 ) -> SelfCheck:
     """Answer one question, and those of ``expect``.
 
@@ -109,9 +111,12 @@ def run_self_check(
     )
 
 
-def _answer(reasoner: LatentReasoner, prompts: list[str], max_new_tokens: int) -> list[Result]:
+def _answer(reasoner: LoopedModel, prompts: list[str], max_new_tokens: int) -> list[Result]:
     # Scored prompts come back with their ids.
-    return reasoner.generate(prompts, max_new_tokens=max_new_tokens, score_prompt=True, logprobs=0)
+    requests = [
+        prepare(reasoner, prompt, max_new_tokens=max_new_tokens, score_prompt=True, logprobs=0) for prompt in prompts
+    ]
+    return generate(reasoner, requests)
 
 
 def _prompt_ids(result: Result) -> tuple[int, ...]:
@@ -119,7 +124,7 @@ def _prompt_ids(result: Result) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def run_loop(reasoner: LatentReasoner, prompt_ids: Sequence[int]) -> LoopStates:
+def run_loop(reasoner: LoopedModel, prompt_ids: Sequence[int]) -> LoopStates:
     """The states of a prompt's loop, one iteration past its end."""
     ids = torch.tensor([prompt_ids], device=reasoner.device)
     context = reasoner.encode(ids, torch.ones_like(ids))
@@ -129,7 +134,7 @@ def run_loop(reasoner: LatentReasoner, prompt_ids: Sequence[int]) -> LoopStates:
 
 
 @torch.inference_mode()
-def first_logits(reasoner: LatentReasoner, prompt_ids: Sequence[int]) -> Tensor:
+def first_logits(reasoner: LoopedModel, prompt_ids: Sequence[int]) -> Tensor:
     """Logits ``[V]`` of the first token of the answer to a prompt."""
     prefix = reasoner.config.text.answer_prefix
     prefix_ids = reasoner.tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
@@ -139,7 +144,7 @@ def first_logits(reasoner: LatentReasoner, prompt_ids: Sequence[int]) -> Tensor:
     return logits[0, -1]
 
 
-def _compare(reasoner: LatentReasoner, recorded: Recorded, expect: Path) -> Comparison:
+def _compare(reasoner: LoopedModel, recorded: Recorded, expect: Path) -> Comparison:
     data = read_json(expect)
     cases: list[dict[str, Any]] = data.get("cases", []) if isinstance(data, dict) else []
     if not cases or not all({"prompt", "prompt_ids", "tokens"} <= set(case) for case in cases):

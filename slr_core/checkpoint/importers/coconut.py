@@ -19,7 +19,7 @@ from slr_core.checkpoint.importers.files import Weights, read_weights
 from slr_core.checkpoint.importers.peer import FIXED_LOOP, Conversion, LoopStates, Peer, PeerCheckpoint
 from slr_core.checkpoint.validate import checkpoint_error
 from slr_core.errors import ConfigError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 
 START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
 PREFIX = "base_causallm."
@@ -102,7 +102,7 @@ def _base(source: PeerCheckpoint, weights: Weights) -> tuple[PreTrainedConfig, P
     return config, own, folder
 
 
-def recorded_thoughts(reasoner: LatentReasoner, loop: LoopStates) -> dict[str, Tensor]:
+def recorded_thoughts(reasoner: LoopedModel, loop: LoopStates) -> dict[str, Tensor]:
     """The vectors that were fed at the latent positions."""
     return {"": loop.states[:-2, 0]}
 

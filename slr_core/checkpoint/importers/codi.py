@@ -25,7 +25,7 @@ from slr_core.checkpoint.importers.files import Weights, read_weights
 from slr_core.checkpoint.importers.lora import adapter_settings, merge_lora, split_lora
 from slr_core.checkpoint.importers.peer import Conversion, LoopStates, Peer, PeerCheckpoint
 from slr_core.checkpoint.validate import checkpoint_error
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 
 # The peer's code has numbers for the last two: these texts are not likely in a prompt.
 PAD, START, END = "[PAD]", "<|bot|>", "<|eot|>"
@@ -125,7 +125,7 @@ def take_projection(weights: Weights, layers: dict[str, str]) -> tuple[dict[str,
     return modules, {"kind": "mlp", "inner_size": inner, "norm": has_norm}
 
 
-def recorded_projections(reasoner: LatentReasoner, loop: LoopStates) -> dict[str, Tensor]:
+def recorded_projections(reasoner: LoopedModel, loop: LoopStates) -> dict[str, Tensor]:
     """The state before each thought and after the last, and the projections that were fed."""
     chain_states = loop.states[:-1, 0]
     with torch.inference_mode():

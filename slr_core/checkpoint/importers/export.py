@@ -16,7 +16,7 @@ from slr_core.checkpoint.importers.lotus import block
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.config import LoopConfig, TextConfig
 from slr_core.errors import ConfigError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 from slr_core.validation import validated
 
 Form = Literal["coconut", "hf"]
@@ -45,7 +45,7 @@ def export_checkpoint(model: str | None, out: str | Path, form: Form) -> str:
     """
     out = Path(out)
     check_new(out)
-    reasoner = load_checkpoint(LatentReasoner, model)
+    reasoner = load_checkpoint(LoopedModel, model)
     lotus = _check_expressible(reasoner)
     if lotus and form == "coconut":
         raise ConfigError("a block of latent positions is LOTUS's: --to hf writes its published form")
@@ -61,7 +61,7 @@ def export_checkpoint(model: str | None, out: str | Path, form: Form) -> str:
     return f"slr import coconut {source}--latents {loop.max_iterations} --out DIR"
 
 
-def _check_expressible(reasoner: LatentReasoner) -> bool:
+def _check_expressible(reasoner: LoopedModel) -> bool:
     """Whether the loop is LOTUS's; if not, it is Coconut's."""
     config, vocab = reasoner.config, reasoner.tokenizer.get_vocab()
     loop, rows = config.loop, reasoner.vocab_size
@@ -90,13 +90,13 @@ def _check_expressible(reasoner: LatentReasoner) -> bool:
     return lotus
 
 
-def _write_folder(reasoner: LatentReasoner, folder: Path) -> None:
+def _write_folder(reasoner: LoopedModel, folder: Path) -> None:
     base: PreTrainedModel = reasoner.base
     base.save_pretrained(folder)
     reasoner.tokenizer.save_pretrained(folder)
 
 
-def _write_state(reasoner: LatentReasoner, folder: Path) -> None:
+def _write_state(reasoner: LoopedModel, folder: Path) -> None:
     base = reasoner.base
     state = OrderedDict((PREFIX + name, tensor.clone()) for name, tensor in base.state_dict().items())
     table = base.get_input_embeddings().weight

@@ -15,7 +15,7 @@ from slr_core.checkpoint.importers.coconut import LATENT, with_markers
 from slr_core.checkpoint.importers.files import read_weights
 from slr_core.checkpoint.importers.peer import FIXED_LOOP, Conversion, LoopStates, Peer, PeerCheckpoint
 from slr_core.errors import ConfigError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 
 
 def block(latents: int, loops: int) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def convert_lotus(source: PeerCheckpoint) -> Conversion:
     return conversion
 
 
-def recorded_passes(reasoner: LatentReasoner, loop: LoopStates) -> dict[str, Tensor]:
+def recorded_passes(reasoner: LoopedModel, loop: LoopStates) -> dict[str, Tensor]:
     """The outputs of the passes over the latent positions."""
     with torch.inference_mode():
         return {"": loop.states[1:] - loop.states[0]}

@@ -18,7 +18,7 @@ from slr_core.checkpoint.importers.base import BaseFit, drop_buffers, read_token
 from slr_core.checkpoint.importers.files import read_weights
 from slr_core.checkpoint.importers.peer import FIXED_LOOP, Conversion, LoopStates, Peer, PeerCheckpoint
 from slr_core.checkpoint.validate import checkpoint_error, read_json
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 
 GATE = "model.early_exit_gate"
 NORMS = {"input_layernorm_2": "post_self_attn_layernorm", "post_attention_layernorm_2": "post_mlp_layernorm"}
@@ -137,7 +137,7 @@ def _further_ends(folder: Path, end: int | None) -> list[int]:
     return [token for token in ids if isinstance(token, int) and token != end]
 
 
-def recorded_states(reasoner: LatentReasoner, loop: LoopStates) -> dict[str, Tensor]:
+def recorded_states(reasoner: LoopedModel, loop: LoopStates) -> dict[str, Tensor]:
     """The state after each loop at the prompt's last token."""
     return {".states": loop.states[1:-1, -1]}
 

@@ -25,7 +25,7 @@ from slr_core.checkpoint.importers.files import SINGLE, Weights, read_weights
 from slr_core.checkpoint.importers.lora import merge_lora, split_lora
 from slr_core.checkpoint.importers.peer import FIXED_LOOP, Conversion, LoopStates, Peer, PeerCheckpoint
 from slr_core.checkpoint.validate import checkpoint_error, read_json
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 
 ARGS, ADAPTER, ADAPTER_CONFIG = "pccot_args.json", "adapter_model.safetensors", "adapter_config.json"
 TYPES = {"pccot-gpt2": "gpt2", "pccot-llama": "llama"}
@@ -211,7 +211,7 @@ def _check_base_rows(base: Path, old: Tensor | None, new: Tensor) -> None:
         raise checkpoint_error(base, "the checkpoint does not fit this base: most rows of the embedding table differ")
 
 
-def recorded_blocks(reasoner: LatentReasoner, loop: LoopStates) -> dict[str, Tensor]:
+def recorded_blocks(reasoner: LoopedModel, loop: LoopStates) -> dict[str, Tensor]:
     """Inputs and states of the passes over the latent positions, without the first, which runs the question, too."""
     before = loop.states[1:-1]
     with torch.inference_mode():

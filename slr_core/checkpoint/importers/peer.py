@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from slr_core.errors import ConfigError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.model.looped import LoopedModel
 
 FIXED_LOOP: dict[str, Any] = {
     "projection": {"kind": "identity"},
@@ -155,7 +155,7 @@ class LoopStates:
     prompt_state: Tensor
 
 
-Recorded = Callable[[LatentReasoner, LoopStates], dict[str, Tensor]]
+Recorded = Callable[[LoopedModel, LoopStates], dict[str, Tensor]]
 """From the states of a request to the tensors that a peer's own code records of it.
 
 A key is appended to the number of the case.

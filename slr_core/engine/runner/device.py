@@ -14,7 +14,7 @@ import torch
 
 from slr_core.engine.runner.linear import check_quantization, pack_linears
 from slr_core.errors import ConfigError
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slr_core.loop.context import Context
 from slr_core.loop.projection import rms_normalize
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.training.data import IGNORE
 from slr_core.training.objectives.rollout import Rollout
 from slr_core.training.objectives.token_loss import Mean, mean_of

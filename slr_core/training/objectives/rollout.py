@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slr_core.loop.context import Context
 from slr_core.loop.token_workspace import Token
 from slr_core.loop.workspace import readout
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import IGNORE, LoopPlan
 from slr_core.training.last_layer import last_positions_alone

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slr_core.model.reasoner import IGNORE, LatentReasoner
+from slr_core.model.looped import IGNORE
+from slr_core.reasoner import LatentReasoner
 
 _ROWS = 256  # states whose logits exist at the same time
 

@@ -13,7 +13,7 @@ from slr_core.checkpoint.importers.peer import ImportOptions
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.errors import CheckpointError, ConfigError, SLRError
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
+from slr_core.reasoner import LatentReasoner
 from tests import tiny
 from tests.checkpoint.importers import plain, published
 

@@ -14,8 +14,8 @@ from slr_core.checkpoint.read import load_checkpoint
 from slr_core.engine.engine import Engine
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 
 
 @dataclass(frozen=True)

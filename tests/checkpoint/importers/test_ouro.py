@@ -15,8 +15,8 @@ from slr_core.errors import SLRError
 from slr_core.generation.prepare import prepare
 from slr_core.generation.reference import generate
 from slr_core.loop.convergence import ExitRule
-from slr_core.model.reasoner import LatentReasoner
 from slr_core.params import LoopParams
+from slr_core.reasoner import LatentReasoner
 from slr_core.types import Tokens
 from tests import tiny
 

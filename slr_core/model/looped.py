@@ -11,9 +11,8 @@ the engine to its results. :mod:`slr_core.model.exits` runs the loop until each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +30,6 @@ from slr_core.loop.modules import LoopModules
 from slr_core.loop.token_workspace import Token
 from slr_core.model.adapted import AdaptedModel
 from slr_core.model.base_support import hidden_size
-from slr_core.params import LoopParams, SamplingParams
-from slr_core.types import Result
 
 IGNORE = -100
 """A label that is not scored, as in ``transformers``."""
@@ -40,7 +37,7 @@ IGNORE = -100
 
 @dataclass
 class ReasonerOutput(ModelOutput):
-    """What :meth:`LatentReasoner.forward` returns.
+    """What :meth:`LoopedModel.forward` returns.
 
     Attributes:
         loss: mean cross-entropy of the labels, a scalar fp32; ``None`` without labels.
@@ -53,7 +50,7 @@ class ReasonerOutput(ModelOutput):
     states: Tensor | None = None
 
 
-class LatentReasoner(AdaptedModel):
+class LoopedModel(AdaptedModel):
     """A base model, its loop adapters and the loop's own modules.
 
     Args:
@@ -63,7 +60,8 @@ class LatentReasoner(AdaptedModel):
             token never changes the text of earlier ones.
         config: the loop.
         adapters: PEFT configs of the adapters by name; ``None``: new ones as ``config`` describes them.
-            Either way they start without effect, and :meth:`from_pretrained` loads trained weights.
+            Either way they start without effect;
+            :func:`slr_core.checkpoint.read.load_checkpoint` loads trained weights.
 
     Raises:
         ConfigError: the loop cannot run this base model or an adapter of this kind.
@@ -82,22 +80,6 @@ class LatentReasoner(AdaptedModel):
         for module in modules:
             if module is not None:
                 module.to(base.dtype)
-
-    @classmethod
-    def from_pretrained(cls, path_or_id: str | None = None, **options: Any) -> Self:
-        """Load a checkpoint: a folder, a hub id or a bundled name; ``None``: the bundled ``prosqa``.
-
-        Options as in :func:`slr_core.checkpoint.read.load_checkpoint`.
-        """
-        from slr_core.checkpoint.read import load_checkpoint
-
-        return load_checkpoint(cls, path_or_id, **options)
-
-    def save_pretrained(self, folder: str) -> None:
-        """Write a checkpoint folder; see :mod:`slr_core.checkpoint.read` for its layout."""
-        from slr_core.checkpoint.write import save_checkpoint
-
-        save_checkpoint(self, folder)
 
     # -- as in transformers --------------------------------------------------------------------------
 
@@ -140,44 +122,6 @@ class LatentReasoner(AdaptedModel):
                 logits = torch.cat([logits, rest], dim=1)
         loss = None if labels is None else F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
         return ReasonerOutput(loss=loss, logits=logits, states=states)
-
-    def generate(
-        self,
-        input_ids: str | Sequence[str] | Tensor,
-        attention_mask: Tensor | None = None,
-        sampling_params: SamplingParams | None = None,
-        loop_params: LoopParams | None = None,
-        max_new_tokens: int | None = None,
-        **options: Any,
-    ) -> list[Result]:
-        """Answer prompts in one batch, each after its own loop; call it in eval mode.
-
-        :meth:`slr_core.engine.Engine.generate` gives the same answers and is faster.
-
-        Args:
-            input_ids: one or more texts, which get the checkpoint's prompt prefix and suffix, or token ids
-                ``[B, L]`` long, which are used as they are.
-            attention_mask: ``[B, L]``, non-zero at real tokens; only with token ids. ``None``: all are real.
-            sampling_params: ``None``: greedy.
-            loop_params: fields that are unset take the checkpoint's defaults.
-            max_new_tokens: ``None``: the checkpoint's default.
-            options: others of :func:`slr_core.generation.prepare.prepare`, such as ``stop`` and ``trace``.
-
-        Raises:
-            RequestError: a prompt or a setting cannot be run.
-        """
-        from slr_core.generation.prepare import prepare
-        from slr_core.generation.reference import generate
-        from slr_core.types import Tokens
-
-        prompts: Sequence[str | Tokens]
-        if isinstance(input_ids, Tensor):
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            prompts = [Tokens(tuple(ids[real.bool()].tolist())) for ids, real in zip(input_ids, mask, strict=True)]
-        else:
-            prompts = [input_ids] if isinstance(input_ids, str) else input_ids
-        options |= {"max_new_tokens": max_new_tokens, "sampling": sampling_params}
-        return generate(self, [prepare(self, prompt, loop_params, **options) for prompt in prompts])
 
     # -- the formulas --------------------------------------------------------------------------------
 
