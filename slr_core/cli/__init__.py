@@ -12,6 +12,7 @@ import typer
 
 from slr_core._version import __version__
 from slr_core.cli import (
+    average,
     chat,
     compare,
     evaluate,
@@ -42,6 +43,7 @@ app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(trace.trace)
 app.command()(init.init)
+app.command()(average.average)
 app.command(name="import")(import_.import_)
 app.command()(export.export)
 app.command()(info.info)
