@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from slr_core._version import __version__
-from slr_core.checkpoint.hub import checkpoint_folder
 from slr_core.checkpoint.importers.folder import check_new, written_whole
 from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.read import load_checkpoint
@@ -48,18 +47,17 @@ def average_checkpoints(models: Sequence[str], out: str | Path) -> None:
         raise ConfigError("an average needs two or more checkpoints")
     out = Path(out)
     check_new(out)
-    folders = [checkpoint_folder(model) for model in models]
-    mean = load_checkpoint(LoopedModel, folders[0])
+    mean = load_checkpoint(LoopedModel, models[0])
     total = {key: x.double() for key, x in _weights(mean).items()}
-    for model, folder in zip(models[1:], folders[1:], strict=True):
-        other = load_checkpoint(LoopedModel, folder)
+    for model in models[1:]:
+        other = load_checkpoint(LoopedModel, model)
         _check_alike(mean, other, f"{model} and {models[0]}")
         for key, x in _weights(other).items():
             total[key] += x.double()
     with torch.no_grad():
         for key, x in _weights(mean).items():
             x.copy_(total[key] / len(models))
-    names = ", ".join(f"`{folder.name}`" for folder in folders)
+    names = ", ".join(f"`{Path(model).resolve().name if Path(model).is_dir() else model}`" for model in models)
     with written_whole(out) as written:
         written.chmod(0o755)
         save_checkpoint(mean, written)
