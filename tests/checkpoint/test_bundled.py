@@ -179,6 +179,7 @@ def test_card_of_prosqa_large_quotes_the_rows_of_its_sweep() -> None:
             assert f" {row['accuracy']:.3f} " in line, row["name"]
 
 
+@pytest.mark.slow
 def test_prosqa_large_follows_long_paths_in_large_graphs() -> None:
     questions = list(islice(generate_prosqa(GraphSpec(40, 7, 8, balanced=True), SEED), 200))
     accuracy = {}

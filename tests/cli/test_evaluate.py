@@ -188,6 +188,7 @@ def test_no_task_is_assumed(run, folder, data, command):
 # -- compare, stability and report -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compare_has_a_figure_or_a_reason_for_every_method(run, folder, tmp_path):
     results, figures = tmp_path / "results.jsonl", tmp_path / "figures.json"
     weights = ["--weights", f"no_thought={folder}", "--weights", f"cot={folder}", "--cot-tokens", 3]
@@ -224,6 +225,7 @@ def test_questions_that_do_not_fit(run, folder):
         assert f"{name}: no figure, prompt has" in out
 
 
+@pytest.mark.slow
 def test_a_study_its_figures_and_the_report_of_all(run, folder, tmp_path):
     results, figures, page = tmp_path / "results.jsonl", tmp_path / "figures.json", tmp_path / "deep" / "report"
     options = ["--model", folder, *SMALL, "--results", results]

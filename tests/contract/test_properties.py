@@ -168,7 +168,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone_in_any_order_and_padded_on_ei
     seen: list[float] = []
     exits: set[str] = set()
 
-    @settings(max_examples=15)
+    @settings(max_examples=10)
     @given(kind=kinds, loop=loops(workspace=workspace), rows=prompts, data=st.data())
     def check(kind, loop, rows, data):
         made = tiny.reasoner(kind, loop)
@@ -206,7 +206,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone_in_any_order_and_padded_on_ei
 # -- exits -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(kind=kinds, loop=loops(), rows=prompts, data=st.data())
 def test_a_minimum_that_is_the_maximum_equals_the_criterion_fixed(kind, loop, rows, data):
     made = tiny.reasoner(kind, loop)
@@ -376,7 +376,7 @@ def part_of(name: str) -> str:
     return "lora" if ".lora_" in name else name.split(".")[0]
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(kind=kinds, loop=loops(), frozen=st.sets(st.sampled_from(PARTS)) | st.just({"base"}))
 def test_gradients_reach_every_trainable_part_and_no_frozen_one(kind, loop, frozen):
     made = tiny.reasoner(kind, loop).train()

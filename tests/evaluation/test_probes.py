@@ -117,6 +117,7 @@ def test_probe_finds_planted_label():
             assert s.trained_on + s.tested_on == QUESTIONS
 
 
+@pytest.mark.slow
 def test_noise_scores_like_chance():
     examples = questions(400)
     for s in train_probes(states(noise(), examples), examples, [CLASS, PAIR]):

@@ -94,6 +94,7 @@ def test_every_combination(spec, trained, tmp_path):
     assert len({run.spec["model"]["sha256"] for run in runs}) == 4
 
 
+@pytest.mark.slow
 def test_a_second_start_does_what_is_left(spec, trained, tmp_path):
     first = sweep.run_sweep(spec(seeds=[0]))
     results = tmp_path / "out" / "results.jsonl"
@@ -123,6 +124,7 @@ def test_a_finished_model_of_another_recipe_is_not_compared(finished_only, spec,
     assert not trained
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_is_resumed(spec, monkeypatch, tmp_path):
     resumed = []
     real = sweep.train

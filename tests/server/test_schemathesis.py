@@ -52,7 +52,7 @@ def _served():
 
 
 @schema.parametrize()
-@settings(max_examples=6, deadline=None, suppress_health_check=RELAXED)
+@settings(max_examples=3, deadline=None, suppress_health_check=RELAXED)
 def test_some_of_everything(case):
     case.call_and_validate(headers=HEADERS)
 

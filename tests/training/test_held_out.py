@@ -120,6 +120,7 @@ def test_chain_beside_the_loop_must_fit(name, tmp_path):
         train(recipe(**changes, chains=0, stages=stages, output_dir=tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_questions_must_fit_the_teacher(tmp_path):
     base, terms = {**SMALL, "max_position_embeddings": 28}, {"answer": 1.0}
     first, second = DATA["stages"]
