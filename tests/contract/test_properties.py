@@ -168,7 +168,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone_in_any_order_and_padded_on_ei
     seen: list[float] = []
     exits: set[str] = set()
 
-    @settings(max_examples=10)
+    @settings(max_examples=15)
     @given(kind=kinds, loop=loops(workspace=workspace), rows=prompts, data=st.data())
     def check(kind, loop, rows, data):
         made = tiny.reasoner(kind, loop)
