@@ -52,6 +52,7 @@ from slr_core.training.resume import (
     writing,
 )
 from slr_core.training.sharded import WholeCopy, is_sharded_run
+from slr_core.training.term_log import TermLog
 
 MANIFEST = "training.json"
 BRIDGE = "bridge.safetensors"
@@ -75,8 +76,7 @@ class LoopTrainer(Trainer):
         self.recipe, self.first_step = config, first_step
         uniform = log(len(self.reasoner.tokenizer)) * sum(weight for _, weight in config.objectives)
         self.guard = TrainingGuard(config.guard, uniform, config.optimizer.max_grad_norm)
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._terms = TermLog()
         self._tokens, self._since = 0, time.perf_counter()
         self._whole = WholeCopy(self._loss_module()) if is_sharded_run() and self.args.should_save else None
 
@@ -114,17 +114,13 @@ class LoopTrainer(Trainer):
         loss = torch.zeros((), device=counts.device)
         for (name, term), count in zip(terms.items(), counts, strict=True):
             value = term.total * processes / count.clamp_min(1)
-            self._add_to_log(name, value)
+            self._terms.add(name, value, count)
             loss = loss + getattr(weights, name) * value
         for name, value in log_values.items():
-            self._add_to_log(name, value)
+            self._terms.add(name, value)
         mean = self.accelerator.reduce(loss.detach(), "mean")
         self.guard.check_loss(float(mean), self.state.global_step)
         return loss
-
-    def _add_to_log(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
-        self._counts[name] = self._counts.get(name, 0) + 1
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float:
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))  # type: ignore[no-untyped-call]
@@ -190,15 +186,18 @@ class LoopTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each term and value, and the tokens per second, since the last log."""
-        if "loss" in logs and self._sums:
-            means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
+        if "loss" in logs and (terms := self._terms.take_means()):
+            means = torch.stack(list(terms.values()))
             shared = self.accelerator.reduce(means, "mean").tolist()
-            logs |= {name: round(value, 4) for name, value in zip(self._sums, shared, strict=True)}
-            self._sums, self._counts = {}, {}
+            logs |= {name: round(value, 4) for name, value in zip(terms, shared, strict=True)}
             now = time.perf_counter()
             tokens = self.accelerator.reduce(torch.tensor(self._tokens, device=means.device), "sum")
             logs["tokens_per_second"] = round(float(tokens) / (now - self._since), 1)
             self._tokens, self._since = 0, now
+            if self.is_world_process_zero():
+                for name in self._terms.take_empty():
+                    what = type(self.recipe.objectives).model_fields[name].description
+                    print(f"objectives.{name} has had no effect so far: it is the {what}", file=sys.stderr)
         super().log(logs, start_time)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:

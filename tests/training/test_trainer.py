@@ -255,6 +255,15 @@ def test_iterations_that_no_stage_has_are_told(tmp_path, capsys):
     assert "trained for 2 iterations, at most 4" in (tmp_path / "short" / "README.md").read_text()
 
 
+def test_an_objective_without_effect_is_told_once(tmp_path, capsys):
+    train(recipe(output_dir=tmp_path / "short", stages=[{**STAGES[0], "steps": 4}]))
+    told = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
+    assert told == [
+        "objectives.fixed_point has had no effect so far: it is the relative change of states in iterations after the "
+        "last needed one"
+    ]
+
+
 def test_a_finished_run_is_neither_overwritten_nor_trained_again(tmp_path, capsys):
     done = train(recipe(output_dir=tmp_path / "out", stages=STAGES))
     before = weights(done)
