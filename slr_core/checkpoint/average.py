@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from slr_core._version import __version__
-from slr_core.checkpoint.importers.folder import check_new, written_whole
 from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.checkpoint.write import save_checkpoint
+from slr_core.checkpoint.written_whole import check_new, written_whole
 from slr_core.errors import ConfigError
 from slr_core.model.looped import LoopedModel
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from slr_core.checkpoint.gguf_layout import BaseFile, TensorType
-from slr_core.checkpoint.importers.folder import written_whole
 from slr_core.checkpoint.pretrained import PACKAGED, is_packaged, packaged_file
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.checkpoint.write import base_state
+from slr_core.checkpoint.written_whole import written_whole
 from slr_core.config import SLRConfig, TextConfig
 from slr_core.errors import ConfigError
 from slr_core.loop.lora import lora_layers

@@ -14,12 +14,12 @@ from slr_core._version import __version__
 from slr_core.checkpoint.base_model import load_base_model
 from slr_core.checkpoint.base_reference import BaseReference, find_reference
 from slr_core.checkpoint.hub import checkpoint_folder
-from slr_core.checkpoint.importers.folder import check_new, written_whole
 from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.pretrained import PACKAGED
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.checkpoint.validate import is_finite
 from slr_core.checkpoint.write import base_state, modules_state, save_without_base
+from slr_core.checkpoint.written_whole import check_new, written_whole
 from slr_core.errors import ConfigError
 from slr_core.model.base_support import end_tokens
 from slr_core.model.looped import LoopedModel

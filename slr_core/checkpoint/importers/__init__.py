@@ -11,9 +11,10 @@ import torch
 
 from slr_core.checkpoint.importers.check import SelfCheck, run_self_check, widest_exact_dtype
 from slr_core.checkpoint.importers.files import BASE_FROM_HUB, FROM_HUB, licence_of, local_source
-from slr_core.checkpoint.importers.folder import check_new, write_card, write_folder, written_whole
+from slr_core.checkpoint.importers.folder import write_card, write_folder
 from slr_core.checkpoint.importers.peer import ImportOptions, Peer, PeerCheckpoint
 from slr_core.checkpoint.read import load_checkpoint
+from slr_core.checkpoint.written_whole import check_new, written_whole
 from slr_core.errors import ConfigError
 from slr_core.model.looped import LoopedModel
 

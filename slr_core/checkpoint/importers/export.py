@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from slr_core.checkpoint.folder import BASE, MODULES
 from slr_core.checkpoint.importers.coconut import END, LATENT, PREFIX, START, TEXT, chain
-from slr_core.checkpoint.importers.folder import check_new, written_whole
 from slr_core.checkpoint.importers.lotus import block
 from slr_core.checkpoint.read import load_checkpoint
+from slr_core.checkpoint.written_whole import check_new, written_whole
 from slr_core.config import LoopConfig, TextConfig
 from slr_core.errors import ConfigError
 from slr_core.model.looped import LoopedModel

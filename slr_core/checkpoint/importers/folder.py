@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +14,6 @@ from slr_core._version import __version__
 from slr_core.checkpoint.folder import ADAPTER_WEIGHTS, BASE, CONFIG, LOOPS, MODULES
 from slr_core.checkpoint.importers.peer import Conversion, Peer
 from slr_core.config import SLRConfig
-from slr_core.errors import ConfigError
 from slr_core.loop.lora import new_adapter_configs
 
 CARD = """---
@@ -46,49 +42,6 @@ Dropped: {dropped}
 
 `slr info --model {name}` describes the folder; docs/importing.md says what is exact and what differs on purpose.
 """
-
-
-def check_new(out: Path) -> None:
-    """Check that a folder can be written.
-
-    Raises:
-        ConfigError: it exists and is not empty.
-    """
-    if os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: expected a new or empty folder")
-
-
-@contextmanager
-def written_whole(out: Path, *, folder: bool = True) -> Iterator[Path]:
-    """A temporary path beside ``out`` that becomes ``out`` at the end. After an error nothing is left of it.
-
-    Args:
-        out: what to write.
-        folder: whether it is a folder, which then exists inside the block, or a file.
-
-    Raises:
-        ConfigError: a folder or file cannot be written.
-    """
-    missing = [path for path in (out.absolute(), *out.absolute().parents) if not os.path.exists(path)]
-    part = out.absolute().with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        if folder:
-            part.mkdir()
-        yield part
-        os.replace(part, out)
-    except OSError as error:
-        kind = "folder" if folder else "file"
-        raise ConfigError(f"{out}: the {kind} cannot be written ({error})") from error
-    finally:
-        if os.path.isdir(part):  # not Path.is_dir, which raises if the name is too long
-            shutil.rmtree(part)
-        elif os.path.exists(part):
-            part.unlink()
-        if not os.path.exists(out):
-            for path in missing[1:]:
-                if path.exists():
-                    path.rmdir()
 
 
 def write_folder(conversion: Conversion, folder: Path, dtype: torch.dtype | None) -> None:
