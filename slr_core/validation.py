@@ -1,8 +1,9 @@
-"""Validation of settings that people write: one message that names every faulty field."""
+"""Settings that people write: validation that names every faulty field, and what differs between two of them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -42,3 +43,17 @@ def _fault(model: type[BaseModel], fault: ErrorDetails) -> str:
     if fault["type"] != "extra_forbidden":
         return f"{name}: {fault['msg']}"
     return f"{name}: unknown field{did_you_mean(str(location[-1]), known_fields(model, location))}"
+
+
+def differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted names of the settings that differ, with both values; lists of unequal length differ as a whole."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        pairs = [(key, before.get(key), after.get(key)) for key in [*before, *(after.keys() - before)]]
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = [(str(i), old, new) for i, (old, new) in enumerate(zip(before, after, strict=True))]
+    else:
+        if before != after:
+            yield name, before, after
+        return
+    for key, old, new in pairs:
+        yield from differences(old, new, f"{name}.{key}" if name else key)

@@ -16,6 +16,7 @@ from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.pretrained import is_packaged, load_model_and_tokenizer, packaged_file
 from slr_core.checkpoint.recursive import Start, share_layers
 from slr_core.checkpoint.write import save_checkpoint
+from slr_core.checkpoint.written_whole import check_new
 from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import ConfigError
 from slr_core.model.looped import LoopedModel
@@ -142,8 +143,7 @@ def init_checkpoint(
         CheckpointError: the base cannot be loaded.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: expected a new or empty folder")
+    check_new(out)
     settings = InitConfig.from_yaml(Path(config)) if config is not None else InitConfig()
     model, tokenizer = load_model_and_tokenizer(base, dtype=dtype)
     torch.manual_seed(seed)

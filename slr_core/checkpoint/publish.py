@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from slr_core.checkpoint.validate import is_finite
 from slr_core.checkpoint.write import base_state, modules_state, save_without_base
 from slr_core.checkpoint.written_whole import check_new, written_whole
 from slr_core.errors import ConfigError
-from slr_core.model.base_support import end_tokens
+from slr_core.model.base_support import computation_settings, end_tokens
 from slr_core.model.looped import LoopedModel
 
 DTYPE = torch.float16
@@ -108,19 +107,13 @@ def _check_base(reasoner: LoopedModel, reference: BaseReference) -> None:
                 f"the checkpoint's base is not {reference.name}: {key} differs; it has been trained, or is in another "
                 "number format (train with `train: adapters` and the dtype of the base)"
             )
-    for key, value in _settings(original.config).items():
-        if (own := _settings(reasoner.base.config).get(key)) != value:
+    for key, value in computation_settings(original.config).items():
+        if (own := computation_settings(reasoner.base.config).get(key)) != value:
             raise ConfigError(
                 f"the checkpoint's base is not {reference.name}: {key} of its config is {own}, not {value}"
             )
     if end_tokens(reasoner.base, reasoner.tokenizer) != end_tokens(original, reasoner.tokenizer):
         raise ConfigError(f"the checkpoint's base is not {reference.name}: its end tokens differ")
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """What a config says of the computation: no names and versions."""
-    left_out = ("transformers_version", "architectures", "dtype", "use_cache")
-    return {key: x for key, x in config.to_dict().items() if not key.startswith("_") and key not in left_out}
 
 
 def _check_range(reasoner: LoopedModel) -> None:

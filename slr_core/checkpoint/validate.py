@@ -54,6 +54,20 @@ def file_sha256(path: Path) -> str:
         raise checkpoint_error(path, f"not readable ({line(error)})") from error
 
 
+def checkpoint_sha256(folder: Path) -> str:
+    """SHA-256 of the config, tokenizer and weights of a checkpoint folder, in hexadecimal digits.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors")):
+        # Leave out what a training run writes beside the model: its checkpoints and its manifest.
+        if file.relative_to(folder).parts[0] not in ("steps", "training.json"):
+            digest.update(str(file.relative_to(folder)).encode() + b"\0" + bytes.fromhex(file_sha256(file)))
+    return digest.hexdigest()
+
+
 def check_files(folder: Path) -> None:
     """Check the files directly in a folder, before libraries open them: regular ones, of a size that can be read.
 

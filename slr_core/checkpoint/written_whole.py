@@ -15,10 +15,12 @@ def check_new(out: Path) -> None:
     """Check that a folder can be written.
 
     Raises:
-        ConfigError: it exists and is not empty.
+        ConfigError: it exists and is not empty, or is a link or the working directory, which cannot be replaced.
     """
-    if os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: expected a new or empty folder")
+    if out.is_dir() and out.samefile(Path()):
+        raise ConfigError(f"{out}: expected a new or empty folder that is not the working directory")
 
 
 @contextmanager

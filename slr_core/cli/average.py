@@ -22,8 +22,9 @@ def average(
 ) -> None:
     """Write the mean of the weights of several checkpoints.
 
-    They must have the same loop, shapes and vocabulary: runs of one recipe, or runs that go on from one another.
-    Settings and texts are those of the first. Evaluate the result: a mean of unrelated runs answers nothing.
+    Average runs that go on from one another or from one checkpoint, adapters included: a mean of others answers
+    nothing. They must have the same base config, adapters, vocabulary, number format and settings of the loop;
+    when the loop stops, texts and examples are those of the first. Evaluate the result: slr eval --model DIR.
     """
     from slr_core.checkpoint.average import average_checkpoints
 

@@ -8,13 +8,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
-from hashlib import sha256
 from itertools import islice
 from typing import Any, TypeVar
 
 from slr_core._version import __version__
 from slr_core.checkpoint.folder import local_path
-from slr_core.checkpoint.validate import file_sha256
+from slr_core.checkpoint.validate import checkpoint_sha256
 from slr_core.evaluation.backends import Backend
 from slr_core.evaluation.methods import Batch, BatchPrompts, Method, MethodSettings
 from slr_core.evaluation.outcomes import MethodAnswer, Outcome, question_key
@@ -62,12 +61,7 @@ def identify_model(path: str | None, dtype: str = "auto", quantization: str = "n
     folder = local_path(path)
     if not folder.is_dir():
         return {"name": path, **chosen}
-    digest = sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors")):
-        # Leave out what a training run writes beside the model: its checkpoints and its manifest.
-        if file.relative_to(folder).parts[0] not in ("steps", "training.json"):
-            digest.update(str(file.relative_to(folder)).encode() + b"\0" + bytes.fromhex(file_sha256(file)))
-    return {"name": folder.resolve().name, "sha256": digest.hexdigest(), **chosen}
+    return {"name": folder.resolve().name, "sha256": checkpoint_sha256(folder), **chosen}
 
 
 def run_method(

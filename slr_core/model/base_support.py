@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,3 +121,9 @@ def end_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fro
     configured = base.generation_config.eos_token_id if base.generation_config else None
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in (tokenizer.eos_token_id, *listed) if isinstance(i, int))
+
+
+def computation_settings(config: Any) -> dict[str, Any]:
+    """What the config of a base model says of the computation: no names and versions."""
+    left_out = ("transformers_version", "architectures", "dtype", "use_cache")
+    return {key: x for key, x in config.to_dict().items() if not key.startswith("_") and key not in left_out}

@@ -22,7 +22,7 @@ from slr_core.errors import CheckpointError, ConfigError, TrainingError
 from slr_core.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import StageStream
-from slr_core.validation import validated
+from slr_core.validation import differences, validated
 
 RUN = "run.json"
 """File in ``steps`` that says what a run was started with."""
@@ -258,7 +258,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], what: str, advice: str) -> None:
-    for name, old, new in _differences(dict(before), dict(now)):
+    for name, old, new in differences(dict(before), dict(now)):
         changed = f"{name.removeprefix('recipe.')} was {_shorten(old)} when it was started and is {_shorten(new)} now"
         raise ConfigError(f"{what}{changed}: {advice}")
 
@@ -268,20 +268,6 @@ def _shorten(value: Any) -> str:
     if isinstance(value, list) and len(text) > 100:
         return f"a list of {len(value)}"
     return text if len(text) <= 100 else f"{text[:100]} ..."
-
-
-def _differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted names of the settings that differ, with both values; lists of unequal length differ as a whole."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        pairs = [(key, before.get(key), after.get(key)) for key in [*before, *(after.keys() - before)]]
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        pairs = [(str(i), old, new) for i, (old, new) in enumerate(zip(before, after, strict=True))]
-    else:
-        if before != after:
-            yield name, before, after
-        return
-    for key, old, new in pairs:
-        yield from _differences(old, new, f"{name}.{key}" if name else key)
 
 
 @contextmanager

@@ -1,10 +1,16 @@
+import json
+
 import pytest
 import torch
 
 from slr_core import Engine
 from slr_core.checkpoint.average import average_checkpoints
+from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
+from slr_core.checkpoint.init import init_checkpoint
+from slr_core.checkpoint.publish import publish_checkpoint
 from slr_core.checkpoint.write import save_checkpoint
 from slr_core.errors import CheckpointError, ConfigError
+from slr_core.evaluation.run import identify_model
 from slr_core.reasoner import LatentReasoner
 from tests import tiny
 
@@ -27,7 +33,8 @@ def test_mean(tmp_path):
         torch.testing.assert_close(value, sum(state[key] for state in states) / 3)
     card = (tmp_path / "mean" / "README.md").read_text()
     assert "# mean\n" in card
-    assert "`0`, `1`, `2`" in card
+    for seed in range(3):
+        assert f"| `{seed}` | `{identify_model(str(tmp_path / str(seed)))['sha256']}` |" in card
 
 
 def test_same_twice(tmp_path):
@@ -35,9 +42,27 @@ def test_same_twice(tmp_path):
     average_checkpoints(["prosqa", "prosqa"], tmp_path / "mean")
     before, after = (LatentReasoner.from_pretrained(name).state_dict() for name in ("prosqa", str(tmp_path / "mean")))
     assert all(torch.equal(before[key], after[key]) for key in before)
+    assert (tmp_path / "mean/examples.json").read_bytes() == (DEFAULT_CHECKPOINT / "examples.json").read_bytes()
     prompt = "Max is a impus. Every impus is a rompus. Is Max a rompus or lempus?"
     with Engine.from_pretrained(str(tmp_path / "mean")) as engine:
         assert engine.generate(prompt)[0].text == "Max is a rompus."
+
+
+def test_a_common_base_is_referred_to(package, tmp_path):
+    (tmp_path / "loop.yaml").write_text("lora: {kind: shared, covers: all, rank: 2}\n")
+    made = init_checkpoint("smollm2", tmp_path / "made", tmp_path / "loop.yaml")
+    factors = [p for key, p in made.base.named_parameters() if ".lora_B" in key]
+    for value in (1.0, 3.0):
+        with torch.no_grad():
+            for factor in factors:
+                factor.fill_(value)
+        save_checkpoint(made, tmp_path / "run")
+        publish_checkpoint(str(tmp_path / "run"), tmp_path / f"to{value:.0f}", "smollm2")
+    average_checkpoints([str(tmp_path / "to1"), str(tmp_path / "to3")], tmp_path / "mean")
+    assert not (tmp_path / "mean/base").exists()
+    before, after = (LatentReasoner.from_pretrained(str(tmp_path / name)) for name in ("to1", "mean"))
+    assert before.config.base_sha256 == after.config.base_sha256 is not None
+    assert all((p == 2.0).all() for key, p in after.base.named_parameters() if ".lora_B" in key)
 
 
 def test_half_precision(tmp_path):
@@ -56,8 +81,8 @@ def test_half_precision(tmp_path):
 @pytest.mark.parametrize(
     ("loop", "message"),
     [
-        ({"workspace": "block"}, r"settings loop\.workspace differ"),
-        ({"lora": {"rank": 3}}, r"settings loop\.lora differ"),
+        ({"workspace": "block"}, r"loop\.workspace is block in .*/b and append in .*/a"),
+        ({"lora": {"rank": 3}}, r"loop\.lora\.rank is 3 in"),
     ],
 )
 def test_another_loop(tmp_path, loop, message):
@@ -68,6 +93,38 @@ def test_another_loop(tmp_path, loop, message):
     assert not (tmp_path / "mean").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "edit", "message"),
+    [
+        ("base/config.json", {"rms_norm_eps": 0.5}, r"base\.rms_norm_eps is 0\.5 in"),
+        ("loops/loop_01/adapter_config.json", {"lora_alpha": 64}, r"adapters\.loop_01\.lora_alpha is 64 in"),
+        ("slr_config.json", {"trained": False}, r"trained is False in"),
+    ],
+)
+def test_another_computation(tmp_path, file, edit, message):
+    for name in "ab":
+        saved(tmp_path / name, 0)
+    path = tmp_path / "b" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    with pytest.raises(ConfigError, match=message):
+        average_checkpoints([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "mean")
+
+
+def test_when_the_loop_stops_may_differ(tmp_path):
+    saved(tmp_path / "a", 0)
+    saved(tmp_path / "b", 1, {"convergence": {"threshold": 0.125}, "max_iterations": 5, "min_iterations": 2})
+    average_checkpoints([str(tmp_path / "b"), str(tmp_path / "a")], tmp_path / "mean")
+    loop = LatentReasoner.from_pretrained(str(tmp_path / "mean")).config.loop
+    assert (loop.convergence.threshold, loop.max_iterations, loop.min_iterations) == (0.125, 5, 2)
+
+
+def test_another_number_format(tmp_path):
+    saved(tmp_path / "a", 0)
+    save_checkpoint(tiny.reasoner().to(torch.bfloat16), tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"weights\..* is torch\.bfloat16 .* and torch\.float32"):
+        average_checkpoints([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "mean")
+
+
 def test_another_base(tmp_path):
     saved(tmp_path / "a", 0)
     with pytest.raises(ConfigError, match="cannot be averaged"):
@@ -75,7 +132,7 @@ def test_another_base(tmp_path):
 
 
 def test_refused(tmp_path):
-    with pytest.raises(ConfigError, match="two or more"):
+    with pytest.raises(ConfigError, match="models: expected two or more checkpoints, got prosqa"):
         average_checkpoints(["prosqa"], tmp_path / "mean")
     with pytest.raises(CheckpointError):
         average_checkpoints(["prosqa", str(tmp_path / "nothing")], tmp_path / "mean")

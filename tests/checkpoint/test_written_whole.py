@@ -1,5 +1,7 @@
 """Folders and files that are written whole, or not at all."""
 
+from pathlib import Path
+
 import pytest
 
 from slr_core.checkpoint.written_whole import check_new, written_whole
@@ -34,6 +36,16 @@ def test_a_folder_with_content_is_kept(tmp_path):
     with pytest.raises(ConfigError, match="cannot be written"), written_whole(tmp_path):
         pass
     assert (tmp_path / "kept").read_text() == "x"
+
+
+def test_a_link_and_the_working_directory_cannot_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="expected a new or empty folder"):
+        check_new(tmp_path / "link")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="not the working directory"):
+        check_new(Path())
 
 
 @pytest.mark.parametrize("exists", [True, False])
