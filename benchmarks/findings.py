@@ -64,7 +64,9 @@ class Part(_Model):
     kind: Literal["accuracy", "methods", "patching", "lens", "steps"] = "accuracy"
     title: str
     command: str
-    found: str | None = Field(None, description="what the rows show")
+    found: str | None = Field(
+        None, description="what the rows show, in one short sentence and more, a paragraph a line"
+    )
     rows_sha256: str | None = Field(None, description="start of the hash of the rows for which `found` was written")
     plot: PlotSpec | None = None
 
@@ -121,8 +123,8 @@ def build(contents: Contents, rows: Path) -> Built:
                 )
             record = json.loads(raw)
             if part.found is not None:
-                first, stop, rest = part.found.strip().partition(". ")
-                lines.append(f"**{first}.** {rest}" if stop else f"**{first}**")
+                first, _, rest = part.found.strip().partition(". ")
+                lines += [f"**{first.removesuffix('.')}.**", *filter(None, rest.splitlines())]
             lines += _SHOWN[part.kind](record)
             if part.plot is not None:
                 name = f"{part.rows}.svg"

@@ -95,8 +95,8 @@ def test_answers_are_at_the_top(contents, tmp_path):
 
 def test_the_first_sentence_of_what_was_found_is_bold(contents, tmp_path):
     digest = write_rows(tmp_path, 0.5)
-    text = findings.build(contents(found="No: 0.5. Not at all.", rows_sha256=digest), tmp_path).text
-    assert "\n\n**No: 0.5.** Not at all.\n\n" in text
+    text = findings.build(contents(found="No: 0.5. Not at all. No.\nPast it too.", rows_sha256=digest), tmp_path).text
+    assert "\n\n**No: 0.5.**\n\nNot at all. No.\n\nPast it too.\n\n" in text
 
 
 def test_sentences_belong_to_their_rows(contents, tmp_path):
