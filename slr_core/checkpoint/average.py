@@ -29,6 +29,15 @@ from slr_core.validation import differences
 
 EXIT_SETTINGS = {"max_iterations", "min_iterations", "convergence", "guard"}
 """Settings of a loop that say when it stops. No weight depends on them, and those of the first checkpoint count."""
+_NO_COMPUTATION = {
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "init_lora_weights",
+    "lora_dropout",
+}
+"""Fields of an adapter's config with no effect on what a trained adapter computes."""
 
 CARD = """---
 library_name: slr
@@ -77,7 +86,6 @@ def average_checkpoints(models: Sequence[str], out: str | Path) -> None:
         for key, x in _weights(mean).items():
             x.copy_(total[key] / len(models))
     with written_whole(out) as written:
-        written.chmod(0o755)
         if mean.config.base_sha256 is None:
             save_checkpoint(mean, written)
         else:
@@ -106,14 +114,13 @@ def _check_alike(first: LoopedModel, other: LoopedModel, first_name: str, name: 
 
 def _computation(reasoner: LoopedModel) -> dict[str, Any]:
     """What a model computes with its weights, as JSON, and their shapes and number formats."""
-    named = {"base_model_name_or_path", "revision", "inference_mode"}
     content = {
         "trained": reasoner.config.trained,
         "loop": reasoner.config.loop.model_dump(mode="json", exclude=EXIT_SETTINGS),
         "base_sha256": reasoner.config.base_sha256,
         "base": computation_settings(reasoner.base.config),
         "adapters": {
-            name: {key: x for key, x in vars(config).items() if key not in named}
+            name: {key: x for key, x in vars(config).items() if key not in _NO_COMPUTATION}
             for name, config in reasoner.adapter_configs.items()
         },
         "weights": {key: f"{x.dtype} {list(x.shape)}" for key, x in _weights(reasoner).items()},

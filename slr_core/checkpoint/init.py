@@ -16,7 +16,7 @@ from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.pretrained import is_packaged, load_model_and_tokenizer, packaged_file
 from slr_core.checkpoint.recursive import Start, share_layers
 from slr_core.checkpoint.write import save_checkpoint
-from slr_core.checkpoint.written_whole import check_new
+from slr_core.checkpoint.written_whole import check_new, written_whole
 from slr_core.config import LoopConfig, SLRConfig, TextConfig
 from slr_core.errors import ConfigError
 from slr_core.model.looped import LoopedModel
@@ -151,11 +151,6 @@ def init_checkpoint(
         reasoner, exact = LoopedModel(model, tokenizer, settings.config()).eval(), ""
     else:
         reasoner, exact = _make_recursive(model, tokenizer, settings, recursive)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out}: the folder cannot be created ({error})") from error
-    save_checkpoint(reasoner, out)
     card = (CARD if recursive is None else RECURSIVE_CARD).format(
         name=out.name,
         base=packaged_file(base).name if is_packaged(base) else Path(base).name,
@@ -166,7 +161,9 @@ def init_checkpoint(
         start=recursive and recursive.start,
         exact=exact,
     )
-    (out / "README.md").write_text(card, encoding="utf-8")
+    with written_whole(out) as written:
+        save_checkpoint(reasoner, written)
+        (written / "README.md").write_text(card, encoding="utf-8")
     return reasoner
 
 

@@ -84,7 +84,6 @@ def publish_checkpoint(
         base=reference.name, base_revision=reference.revision, base_sha256=reference.sha256
     )
     with written_whole(out) as written:
-        written.chmod(0o755)
         save_without_base(reasoner, written, config, DTYPE)
         for pattern in COPIED:
             for file in source.glob(pattern):

@@ -40,6 +40,7 @@ def written_whole(out: Path, *, folder: bool = True) -> Iterator[Path]:
         part.parent.mkdir(parents=True, exist_ok=True)
         if folder:
             part.mkdir()
+            part.chmod(0o755)  # a server that runs as another user must read it
         yield part
         os.replace(part, out)
     except OSError as error:
