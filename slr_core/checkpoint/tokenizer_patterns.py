@@ -22,8 +22,9 @@ MAX_PATTERN_CHARACTERS = 10_000
 _SHOWN_CHARACTERS = 80
 _QUANTIFIER = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}")
 _OPENING = re.compile(r"\((?:\?(?:<?[=!]|[:>~]|<\w+>|'\w+'|[a-zA-Z-]*:))?")
-_OPTIONS = re.compile(r"\(\?(?:#[^)]*|[a-zA-Z-]+)\)")
-_ESCAPE = re.compile(r"\\(?:[pP]\{[^}]*\}|x\{[^}]*\}|[kg][<'][^>']*[>']|.)", re.DOTALL)
+# What is not closed goes to the end, where nobody looks for its end again.
+_OPTIONS = re.compile(r"\(\?(?:#[^)]*(?:\)|\Z)|[a-zA-Z-]+\))")
+_ESCAPE = re.compile(r"\\(?:[pP]\{[^}]*(?:\}|\Z)|x\{[0-9a-fA-F ]*\}|.)", re.DOTALL)
 _BACKREFERENCE = re.compile(r"\\[1-9kg]")
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\[cCM]")
 _EXTENDED = re.compile(r"\(\?[a-wyzA-Z-]*x")
