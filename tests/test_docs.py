@@ -234,7 +234,13 @@ def at(server, snippet):
 
 @pytest.mark.parametrize(
     "snippet",
-    [*starting(*PYTHON), *starting(*PYTHON, snippets=list(blocks((ROOT / "docs/engine.md").read_text())))],
+    [
+        pytest.param(snippet, marks=pytest.mark.slow) if ":8000" in snippet else snippet  # it starts a server
+        for snippet in (
+            *starting(*PYTHON),
+            *starting(*PYTHON, snippets=list(blocks((ROOT / "docs/engine.md").read_text()))),
+        )
+    ],
     ids=lambda snippet: snippet.split("\n")[0],
 )
 def test_python(snippet, request, capsys):

@@ -130,6 +130,7 @@ def test_questions_must_fit_the_teacher(tmp_path):
         train(recipe(**changes, chains=0, stages=[second], output_dir=tmp_path / "two"))
 
 
+@pytest.mark.slow
 def test_held_out_questions_that_do_not_fit(tmp_path, capsys):
     """The loop's default length needs more positions than this training: the model is trained all the same."""
     base, stages = {**DATA["base"], "max_position_embeddings": 18}, [{**DATA["stages"][0], "iterations": 1}]
