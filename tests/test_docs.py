@@ -256,6 +256,7 @@ def test_has_python():
     assert len(starting(*PYTHON)) >= 2
 
 
+@pytest.mark.slow
 def test_curl(server):
     """The answer is the one shown, apart from what varies: its id, its times, and the last digits of numbers."""
     if shutil.which("curl") is None:
