@@ -27,7 +27,7 @@ from slr_core.model.base_support import computation_settings
 from slr_core.model.looped import LoopedModel
 from slr_core.validation import differences
 
-EXIT_SETTINGS = {"max_iterations", "min_iterations", "convergence", "guard"}
+_EXIT_SETTINGS = {"max_iterations", "min_iterations", "convergence", "guard"}
 """Settings of a loop that say when it stops. No weight depends on them, and those of the first checkpoint count."""
 _NO_COMPUTATION = {
     "base_model_name_or_path",
@@ -116,7 +116,7 @@ def _computation(reasoner: LoopedModel) -> dict[str, Any]:
     """What a model computes with its weights, as JSON, and their shapes and number formats."""
     content = {
         "trained": reasoner.config.trained,
-        "loop": reasoner.config.loop.model_dump(mode="json", exclude=EXIT_SETTINGS),
+        "loop": reasoner.config.loop.model_dump(mode="json", exclude=_EXIT_SETTINGS),
         "base_sha256": reasoner.config.base_sha256,
         "base": computation_settings(reasoner.base.config),
         "adapters": {

@@ -194,8 +194,8 @@ class LoopTrainer(Trainer):
             tokens = self.accelerator.reduce(torch.tensor(self._tokens, device=means.device), "sum")
             logs["tokens_per_second"] = round(float(tokens) / (now - self._since), 1)
             self._tokens, self._since = 0, now
-            if self.is_world_process_zero():
-                for name in self._terms.take_empty():
+            for name in self._terms.take_empty():
+                if self.is_world_process_zero():
                     what = type(self.recipe.objectives).model_fields[name].description
                     print(f"objectives.{name} has had no effect so far: it is the {what}", file=sys.stderr)
         super().log(logs, start_time)
