@@ -23,13 +23,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from slr_core.errors import DataError
 from slr_core.evaluation.plots import CurvePoint, draw_curves
 from slr_core.evaluation.statistics import wilson_interval
 from slr_core.validation import validated
+from slr_core.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[1]
 CONTENTS = ROOT / "configs/findings/page.yaml"
@@ -354,7 +354,7 @@ def read_contents(path: Path = CONTENTS) -> Contents:
     Raises:
         ConfigError: a field is unknown or missing.
     """
-    return validated(Contents, yaml.safe_load(path.read_text(encoding="utf-8")))
+    return validated(Contents, parse_yaml(path.read_text(encoding="utf-8")))
 
 
 def _write(built: Built, page: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""YAML as people write it: ``1e-3`` is a number, as in YAML 1.2. PyYAML follows 1.1, where it is a text."""
+"""YAML 1.2 where PyYAML differs: ``1e-3`` is a number, not a text, and a key must not be given twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    pass
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here merge keys (<<) are not expanded yet: what they bring in may be given again.
+        node = super().compose_mapping_node(anchor)
+        given = set[tuple[str, str]]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in given:
+                    raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+                given.add((key.tag, key.value))
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -21,6 +30,6 @@ def parse_yaml(text: str) -> Any:
     """Parse one YAML document.
 
     Raises:
-        yaml.YAMLError: it is not YAML.
+        yaml.YAMLError: it is not YAML, or a mapping has a key twice.
     """
     return yaml.load(text, Loader=_Loader)

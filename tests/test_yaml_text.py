@@ -23,3 +23,21 @@ def test_other_loaders_are_as_they_were():
 def test_objects_are_refused():
     with pytest.raises(yaml.YAMLError):
         parse_yaml("!!python/object/apply:os.getcwd []")
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2", "b: {a: 1, c: 2, a: 3}", "- a: 1\n  a: 1", "{<<: {a: 1}, <<: {b: 1}}"])
+def test_a_key_given_twice_is_refused(text):
+    with pytest.raises(yaml.YAMLError, match=r"(a|<<) is given twice\n.*line \d"):
+        parse_yaml(text)
+
+
+def test_a_key_may_replace_a_merged_one():
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {z: {<<: *b, y: 4}}\nd: {<<: [*a, *b]}\n1: 0\n'1': 0"
+    assert parse_yaml(text) == {
+        "a": {"x": 1, "y": 2},
+        "b": {"x": 1, "y": 3},
+        "c": {"z": {"x": 1, "y": 4}},
+        "d": {"x": 1, "y": 2},
+        1: 0,
+        "1": 0,
+    }
