@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 from slr_core.config import DEFAULT_THRESHOLDS, Criterion, SLRConfig
@@ -24,7 +25,7 @@ class SamplingParams:
         seed: sampling seed; ``None``: different for every request.
 
     Raises:
-        RequestError: a value is out of range.
+        RequestError: a value is out of range, or not a number.
     """
 
     temperature: float = 0.0
@@ -33,6 +34,7 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self, whole=("top_k", "seed"), numbers=("temperature", "top_p"))
         for name, valid, accepted in (
             ("temperature", 0 <= self.temperature < inf, "at least 0"),
             ("top_k", self.top_k >= 0, "at least 0"),
@@ -70,7 +72,7 @@ class LoopParams:
         noise_seed: seed of that noise.
 
     Raises:
-        RequestError: a value is out of range, or ``min_iterations`` is above ``max_iterations``.
+        RequestError: a value is out of range or of another type, or ``min_iterations`` is above ``max_iterations``.
     """
 
     max_iterations: int | None = None
@@ -82,6 +84,11 @@ class LoopParams:
     noise_seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_types(
+            self,
+            whole=("max_iterations", "min_iterations", "patience", "noise_seed"),
+            numbers=("threshold", "noise_scale"),
+        )
         least_values = {"max_iterations": 0, "min_iterations": 0, "patience": 1, "threshold": 0, "noise_scale": 0}
         for name, least in least_values.items():
             value = getattr(self, name)
@@ -90,7 +97,7 @@ class LoopParams:
         for name, valid in (("noise_scale", self.noise_scale < inf), ("noise_seed", 0 <= self.noise_seed < 2**64)):
             if not valid:
                 raise RequestError(f"{name} is out of range, got {getattr(self, name)}", param=name)
-        if self.criterion is not None and self.criterion not in DEFAULT_THRESHOLDS:
+        if self.criterion is not None and self.criterion not in tuple(DEFAULT_THRESHOLDS):  # it may be unhashable
             raise RequestError(
                 f"criterion must be one of {', '.join(DEFAULT_THRESHOLDS)}, got {self.criterion}", param="criterion"
             )
@@ -134,6 +141,14 @@ class LoopParams:
             threshold = default.effective_threshold if criterion == default.criterion else DEFAULT_THRESHOLDS[criterion]
         patience = self.patience or default.patience
         return ResolvedLoopParams(highest, lowest, criterion, threshold, patience, self.noise_scale, self.noise_seed)
+
+
+def _check_types(params: SamplingParams | LoopParams, whole: tuple[str, ...], numbers: tuple[str, ...]) -> None:
+    for names, kind, accepted in ((whole, Integral, "a whole number"), (numbers, Real, "a number")):
+        for name in names:
+            value = getattr(params, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise RequestError(f"{name} must be {accepted}, got {value}", param=name)
 
 
 @dataclass(frozen=True)
