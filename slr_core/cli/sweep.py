@@ -78,11 +78,12 @@ def sweep(
 
 
 def _print(rows: list[SweepRow]) -> None:
-    groups: dict[tuple[str, str], dict[str, list[SweepRow]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, str, str], dict[str, list[SweepRow]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         values = row.variant.label or "unchanged"
-        groups[row.questions, row.method][values].append(row)
-    for (questions, method), variants in groups.items():
+        questions = f"{row.name}: {row.questions}" if row.name else row.questions
+        groups[questions, row.questions_sha256, row.method][values].append(row)
+    for (questions, _, method), variants in groups.items():
         title = f"{questions}; {method}"
         table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
         table.add_column("variant", no_wrap=True)

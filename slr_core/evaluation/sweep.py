@@ -3,135 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Self
-
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import Any
 
 from slr_core import tasks
+from slr_core.checkpoint.folder import missing_folder
 from slr_core.engine.runner.device import load_reasoner
-from slr_core.errors import ConfigError, RequestError
+from slr_core.errors import ConfigError, DataError
 from slr_core.evaluation.backends import Local
 from slr_core.evaluation.methods import Method, MethodSettings, get_method
 from slr_core.evaluation.run import identify_model, run_method, run_spec
 from slr_core.evaluation.statistics import Summary, summarize
 from slr_core.evaluation.store import MethodRun, Store
-from slr_core.params import LoopParams
-from slr_core.suggest import did_you_mean
-from slr_core.tasks.base import OptionValue, Task
+from slr_core.evaluation.sweep_config import SweepConfig, SweepEvaluation
+from slr_core.tasks.base import Task
 from slr_core.tasks.sources import Questions, load_questions
 from slr_core.training.config import TrainConfig
 from slr_core.training.resume import check_recipe, check_trained, holds_run
 from slr_core.training.trainer import MANIFEST, train
-from slr_core.validation import validated
-from slr_core.yaml_text import parse_yaml
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class SweepEvaluation(_Model):
-    """Questions that every model of a sweep answers, and the methods that answer them."""
-
-    name: str | None = Field(None, description="short name of the questions, for tables")
-    task: str
-    data: str | None = Field(None, description="file of questions, .jsonl or .jsonl.gz")
-    split: str | None = Field(None, description="split of the task's public data set")
-    generate: int | None = Field(None, ge=1, description="number of questions to generate")
-    seed: int = Field(0, ge=0, description="seed of the generated questions")
-    generator_options: dict[str, OptionValue] = Field({}, description="options of the question generator")
-    limit: int | None = Field(None, ge=1)
-    methods: tuple[str, ...] = Field(("slr",), min_length=1, description="methods that answer, each with every model")
-    loop: dict[str, int | float | str] = Field({}, description="loop parameters, for all methods")
-    iterations: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (), description="numbers of iterations without early exit; all questions are answered once for each"
-    )
-    variants: tuple[str, ...] = Field(
-        (),
-        description="names in `variants` or `models` whose models answer; empty: all. Methods with weights of their "
-        "own, such as `cot`, need it: it names the variants trained for them",
-    )
-
-    @model_validator(mode="after")
-    def _check_iterations(self) -> Self:
-        if self.iterations and (self.loop.keys() & {"criterion", "max_iterations", "min_iterations"}):
-            raise ValueError("give either iterations or loop.criterion, max_iterations and min_iterations")
-        known = [field.name for field in fields(LoopParams)]
-        for name in self.loop:
-            if name not in known:
-                raise ValueError(f"loop.{name}: unknown field; there are {', '.join(known)}{did_you_mean(name, known)}")
-        try:
-            LoopParams(**self.loop)  # type: ignore[arg-type]  # checked here
-        except (TypeError, RequestError) as error:
-            raise ValueError(f"loop: {error}") from error
-        return self
-
-    @property
-    def loops(self) -> list[dict[str, int | float | str]]:
-        """The loop parameters with which the questions are answered, in turn."""
-        if not self.iterations:
-            return [dict(self.loop)]
-        return [{**self.loop, "criterion": "fixed", "max_iterations": t, "min_iterations": t} for t in self.iterations]
-
-
-class SweepConfig(_Model):
-    """The sweep file."""
-
-    recipe: str | None = Field(None, description="training recipe, relative to the folder of the sweep file")
-    models: dict[str, str] = Field(
-        {}, description="finished models by name, in place of a recipe: checkpoint folders or hub ids"
-    )
-    output_dir: str = Field(description="folder for the models and results.jsonl")
-    set: dict[str, Any] = Field({}, description="settings of the recipe for every model, by dotted name")
-    vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(
-        {}, description="values per setting; every combination is trained"
-    )
-    variants: dict[str, dict[str, Any]] = Field(
-        {}, description="named sets of settings; each is combined with all of `vary`"
-    )
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="training seeds, for each combination")
-    evaluate: tuple[SweepEvaluation, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _check_models(self) -> Self:
-        if (self.recipe is None) == (not self.models):
-            raise ValueError("give either recipe or models")
-        if self.models and self.model_fields_set & {"set", "vary", "variants", "seeds"}:
-            raise ValueError("set, vary, variants and seeds are settings of a training: models have none")
-        for place, names in (("set", self.set), ("vary", self.vary), *self.variants.items()):
-            for name, instead in (("seed", "seeds"), ("output_dir", "output_dir of the sweep")):
-                if name in names:
-                    raise ValueError(f"{place}: {name} is set for every model; give {instead}")
-        for variant, changes in self.variants.items():
-            if both := sorted(changes.keys() & self.vary.keys()):
-                raise ValueError(f"variants.{variant}: {both[0]} is in vary too, whose values would replace it")
-        known = self.models or self.variants
-        for name in (name for evaluation in self.evaluate for name in evaluation.variants):
-            if name not in known:
-                raise ValueError(f"evaluate.variants: {name} is not one of {', '.join(known) or 'no names'}")
-        return self
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        """Read a sweep file.
-
-        Raises:
-            ConfigError: the file is not YAML, or a field is unknown or out of range.
-        """
-        try:
-            data = parse_yaml(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-            raise ConfigError(f"{path}: not a readable YAML file ({error})") from error
-        try:
-            return validated(cls, data)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -169,6 +64,7 @@ def expand_variants(sweep: SweepConfig, folder: Path) -> Iterator[Variant]:
 
     Raises:
         ConfigError: a setting or a combination is not valid in the recipe.
+        DataError: a file of questions without a task cannot be read.
     """
     if sweep.recipe is None:
         for name, place in sweep.models.items():
@@ -181,7 +77,9 @@ def expand_variants(sweep: SweepConfig, folder: Path) -> Iterator[Variant]:
         place = str(Path(sweep.output_dir) / "models" / _slug({**name, **chosen, "seed": seed}, settings))
         # JSON is valid YAML.
         overrides = tuple(f"{key}={json.dumps(value)}" for key, value in {**settings, "output_dir": place}.items())
-        yield Variant({**name, **chosen}, seed, place, TrainConfig.from_yaml(folder / sweep.recipe, overrides))
+        variant = Variant({**name, **chosen}, seed, place, None)
+        with _prefix(variant.name):
+            yield replace(variant, config=TrainConfig.from_yaml(folder / sweep.recipe, overrides))
 
 
 @dataclass(frozen=True)
@@ -203,7 +101,7 @@ class SweepRow:
     name: str | None
     questions: str
     questions_sha256: str
-    loop: dict[str, int | float | str]
+    loop: dict[str, Any]
     method: str
     model_sha256: str | None
     summary: Summary
@@ -248,12 +146,18 @@ def run_sweep(
             in this process when its turn comes.
 
     Raises:
-        ConfigError: the sweep file, a recipe or a method is invalid.
+        ConfigError: the sweep file, a recipe or a method is invalid, or a model or a file does not exist.
+        DataError: a file of questions cannot be read.
         TrainingError: a training failed.
     """
     sweep = SweepConfig.from_yaml(spec)
-    planned = list(expand_variants(sweep, Path(spec).parent))
-    evaluations = list(_open_evaluations(sweep))
+    with _prefix(str(spec)):
+        planned = list(expand_variants(sweep, Path(spec).parent))
+        evaluations = list(_open_evaluations(sweep))
+        for variant in planned:
+            if variant.config is None or not finished_only:
+                _check_inputs(variant)
+            _check_runs([run for run in evaluations if run.applies_to(variant)])
     store, rows, precision = Store(Path(sweep.output_dir) / "results.jsonl"), [], (dtype, quantization)
     for variant in planned:
         folder = Path(variant.folder)
@@ -284,7 +188,37 @@ def run_sweep(
                 run.method, backend, task, examples, run.settings, store=store, run=opened, warm_up=True
             )
             rows.append(run.row(variant, opened, summarize(outcomes)))
+    if finished_only:
+        complete = {row.variant.name for row in rows}
+        progress(f"{len(complete)} of {len(planned)} models have all their figures")
     return rows
+
+
+@contextmanager
+def _prefix(name: str) -> Iterator[None]:
+    """Say which file, model or field an error is about."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _check_inputs(variant: Variant) -> None:
+    """Check that what a model is loaded or trained from exists."""
+    config = variant.config
+    needed: dict[str, str | None]
+    if config is None:
+        needed = {f"models.{variant.label}": variant.folder}
+    elif (Path(variant.folder) / MANIFEST).is_file():
+        return
+    else:
+        needed = {"base.from": config.base.source, "teacher": config.teacher}
+    for name, place in needed.items():
+        if place is not None and (reason := missing_folder(place)) is not None:
+            raise ConfigError(f"{name}: {place}: {reason}")
+    for file in [data.file or data.text for stage in config.schedule for data in stage.data] if config else []:
+        if file is not None and not Path(file).is_file():
+            raise DataError(f"{variant.name}: {file}: no such file")
 
 
 @dataclass(frozen=True)
@@ -293,7 +227,7 @@ class _EvaluationRun:
 
     evaluation: SweepEvaluation
     questions: Questions
-    loop: dict[str, int | float | str]
+    loop: dict[str, Any]
     method: Method
 
     @property
@@ -319,23 +253,34 @@ class _EvaluationRun:
 
 
 def _open_evaluations(sweep: SweepConfig) -> Iterator[_EvaluationRun]:
-    for evaluation in sweep.evaluate:
-        questions = load_questions(
-            tasks.get_task(evaluation.task),
-            data=evaluation.data,
-            split=evaluation.split,
-            generate=evaluation.generate,
-            seed=evaluation.seed,
-            generator_options=evaluation.generator_options,
-            limit=evaluation.limit,
-        )
-        for loop, name in product(evaluation.loops, evaluation.methods):
-            method = get_method(name)
-            if method.weights is not None and not evaluation.variants:
-                raise ConfigError(
-                    f"evaluate.methods: {name} needs weights trained for it: name their variants in evaluate.variants"
-                )
+    for i, evaluation in enumerate(sweep.evaluate):
+        with _prefix(f"evaluate.{i}"):
+            questions = load_questions(
+                tasks.get_task(evaluation.task),
+                data=evaluation.data,
+                split=evaluation.split,
+                generate=evaluation.generate,
+                seed=evaluation.seed,
+                generator_options=evaluation.generator_options,
+                limit=evaluation.limit,
+            )
+            methods = [get_method(name) for name in evaluation.methods]
+            for method in methods:
+                if method.weights is not None and not evaluation.variants:
+                    raise ConfigError(
+                        f"methods: {method.name} needs weights trained for it: name their variants in variants"
+                    )
+        for loop, method in product(evaluation.loops, methods):
             yield _EvaluationRun(evaluation, questions, loop, method)
+
+
+def _check_runs(runs: list[_EvaluationRun]) -> None:
+    """Check that no model is to answer the same questions twice in the same way: it would count as two seeds."""
+    for (task, _, method), count in Counter(
+        (run.evaluation.task, json.dumps([run.questions.sha256, run.loop]), run.method.name) for run in runs
+    ).items():
+        if count > 1:
+            raise ConfigError(f"evaluate: the same {task} questions are asked {count} times with the method {method}")
 
 
 def _stored_rows(

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from slr_core import cli
 from slr_core.engine.runner.device import load_reasoner
-from slr_core.errors import ConfigError
+from slr_core.errors import ConfigError, DataError
 from slr_core.evaluation import sweep
 from slr_core.evaluation.store import Store
 from tests.training.recipe import DATA
@@ -61,16 +61,47 @@ def trained(monkeypatch):
         ({"vary": {"seed": [1, 2]}}, "vary: seed is set for every model; give seeds"),
         ({"set": {"seed": 7}}, "set: seed is set"),
         ({"variants": {"a": {"output_dir": "x"}}}, "a: output_dir is set"),
-        ({"variants": {"a": {"loop.residual.source": "none"}}}, r"variants\.a: loop\.residual\.source is in vary too"),
+        (
+            {"variants": {"a": {"loop.residual.source": "none"}}},
+            r"variants\.a: loop\.residual\.source would be",
+        ),
         ({"vary": {"loop.lora.rank": []}}, r"vary\.loop\.lora\.rank"),
         ({"evaluate": [JUDGE | {"loop": {"max_iteration": 3}}]}, r"loop\.max_iteration: unknown .* max_iterations"),
-        ({"evaluate": [JUDGE | {"loop": {"max_iterations": "3"}}]}, "loop: "),
+        (
+            {"evaluate": [JUDGE | {"loop": {"max_iterations": "3"}}]},
+            r"loop\.max_iterations must be .* got 3",
+        ),
+        ({"evaluate": [JUDGE | {"loop": {"max_iterations": 2.5}}]}, r"loop\.max_iterations must be a whole number"),
+        ({"evaluate": [JUDGE | {"loop": {"patience": True}}]}, r"loop\.patience must be a whole number, got True"),
+        ({"evaluate": [JUDGE | {"loop": {"noise_scale": "x"}}]}, r"loop\.noise_scale must be a number, got x"),
+        ({"evaluate": [JUDGE | {"loop": {"criterion": ["kl"]}}]}, r"loop\.criterion must be one of"),
         ({"evaluate": [JUDGE | {"loop": {"max_iterations": -1}}]}, "max_iterations must be at least 0"),
         ({"evaluate": [JUDGE | {"iterations": [-1]}]}, r"iterations\.0"),
+        ({"seeds": [0, 1, 0]}, r"seeds\.2: 0 is given twice"),
+        ({"seeds": [-1]}, r"seeds\.0"),
+        ({"vary": {"chains": [1, 2, 1]}}, r"vary\.chains\.2: 1 is given twice"),
+        ({"evaluate": [JUDGE | {"methods": ["slr", "slr"]}]}, r"methods\.1: slr is given twice"),
+        ({"evaluate": [JUDGE | {"iterations": [2, 2]}]}, r"iterations\.1: 2 is given twice"),
+        ({"evaluate": [JUDGE, JUDGE | {"name": "b", "methods": ["slr"]}]}, "asked 2 times with the method slr"),
+        (
+            {"vary": {"loop.residual": [{"source": "none"}]}, "variants": {"a": {"loop.residual.source": "previous"}}},
+            r"variants\.a: loop\.residual\.source would be replaced by vary, which has loop\.residual$",
+        ),
+        ({"vary": {"loop.residual": [{}]}, "set": {"loop.residual.norm": True}}, r"set: loop\.residual\.norm would be"),
+        ({"set": {"chains=1": 1}}, "set: expected dotted names of settings, got chains=1"),
+        (
+            {"vary": {}, "variants": {"a": {}, "b": {"loop.residual.alpha": 7}}},
+            r"spec\.yaml: b, seed=0: .*recipe\.yaml: loop\.residual\.alpha: ",
+        ),
+        ({"evaluate": [JUDGE, JUDGE | {"task": "prosqq"}]}, r"spec\.yaml: evaluate\.1: .*prosqq"),
+        ({"evaluate": [{"task": "prosqa", "data": "x.jsonl"}]}, r"spec\.yaml: evaluate\.0: .*x\.jsonl"),
+        ({"set": {"base": {"from": "./nowhere"}}}, r"base\.from: \./nowhere: no such file or folder"),
+        ({"set": {"teacher": "./nowhere"}}, r"teacher: \./nowhere: no such file or folder"),
+        ({"set": {"stages.0.data": [{"task": "prosqa", "file": "./no.jsonl"}]}}, r"\./no\.jsonl: no such file"),
     ],
 )
 def test_contradictions_are_told_before_any_training(spec, trained, changes, told):
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises((ConfigError, DataError), match=told):
         sweep.run_sweep(spec(**changes))
     assert trained == []
 
@@ -276,3 +307,41 @@ def test_only_finished(spec, trained, tmp_path):
     result = CliRunner().invoke(cli.app, ["sweep", str(path), "--finished", "--json"])
     assert [row["seed"] for row in json.loads(result.stdout)["rows"]] == [0, 0]
     assert trained == []
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Writes a spec of finished models."""
+
+    def write(models, evaluate):
+        path = tmp_path / "models.yaml"
+        path.write_text(yaml.safe_dump({"models": models, "output_dir": str(tmp_path), "evaluate": evaluate}))
+        return path
+
+    return write
+
+
+def test_each_set_of_questions_has_its_table(finished):
+    """They differ in nothing that the table's title says but their names."""
+    asked = {**JUDGE, "methods": ["slr"]}
+    judges = [{**asked, "name": "few"}, {**asked, "name": "more", "generate": 8}, {**asked, "generate": 6}]
+    result = CliRunner().invoke(cli.app, ["sweep", str(finished({"it": "prosqa"}, judges))])
+    titles = [line for line in result.stdout.splitlines() if "prosqa: generated" in line]
+    assert [title.partition(":")[0] for title in titles] == ["few", "more", "prosqa"]
+    assert [line.split()[:2] for line in result.stdout.splitlines() if line.startswith("it")] == [["it", "1"]] * 3
+
+
+def test_a_missing_model_is_told_before_another_is_asked(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "load_reasoner", None)
+    path = finished({"it": "prosqa", "gone": f"{tmp_path}/gone"}, [JUDGE])
+    for finished_only in (False, True):
+        with pytest.raises(ConfigError, match=r"models\.yaml: models\.gone: .*/gone: no such file or folder"):
+            sweep.run_sweep(path, finished_only=finished_only)
+
+
+def test_finished_says_how_many(finished):
+    result = CliRunner().invoke(
+        cli.app, ["sweep", str(finished({"a": "prosqa", "b": "prosqa"}, [JUDGE])), "--finished"]
+    )
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "0 of 2 models have all their figures" in result.stderr
