@@ -18,10 +18,13 @@ import torch
 from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from slr_core.checkpoint.folder import local_path
+from slr_core.checkpoint.validate import checkpoint_sha256
 from slr_core.errors import CheckpointError, ConfigError, TrainingError
 from slr_core.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import StageStream
+from slr_core.training.sources import open_source
 from slr_core.validation import differences, validated
 
 RUN = "run.json"
@@ -115,9 +118,27 @@ def describe_inputs(
     ]
     inputs = {
         "questions": {name: digest for name, digest in read if name is not None},
+        "loaded": _hash_models(config),
         "model": _describe(reasoner),
     }
     return inputs if teacher is None else {**inputs, "teacher": {**_describe(teacher), "weights": _digest(teacher)}}
+
+
+def _hash_models(config: TrainConfig) -> dict[str, str]:
+    """Hashes of the local folders from which the models of a recipe are loaded, by the setting that names them."""
+    named = {"base.from": config.base.source, "teacher": config.teacher}
+    folders = {name: local_path(place) for name, place in named.items() if place is not None}
+    return {name: checkpoint_sha256(folder) for name, folder in folders.items() if folder.is_dir()}
+
+
+def _hash_questions(config: TrainConfig) -> dict[str, str | None]:
+    """Hashes of the question and text files of a recipe, of those that exist."""
+    used = {data.file or data.text or "": data for stage in config.schedule for data in stage.data}
+    return {
+        name: open_source(data, config.seed, config.held_out).sha256
+        for name, data in used.items()
+        if Path(name).is_file()
+    }
 
 
 def _describe(model: LatentReasoner) -> dict[str, Any]:
@@ -239,8 +260,13 @@ def is_finished(manifest: Path, config: TrainConfig) -> bool:
 def check_trained(manifest: Path, config: TrainConfig) -> None:
     """Check that a finished model was trained with a recipe, from the manifest beside it.
 
+    If the folder ``steps`` of the run is there too, its files of questions, its base and its teacher must be those that
+    it began with; those that no longer exist are not compared.
+
     Raises:
-        ConfigError: the manifest cannot be read, or a setting that has an effect on the weights is another.
+        ConfigError: the manifest cannot be read, or a setting, a file or a model that has an effect on the weights is
+            another.
+        DataError: a file of questions cannot be read.
     """
     folder = manifest.parent
     try:
@@ -251,6 +277,13 @@ def check_trained(manifest: Path, config: TrainConfig) -> None:
         raise ConfigError(f"{manifest}: not the manifest of a training ({error}); delete {folder}") from error
     what, advice = f"{folder} is trained already: ", _AGAIN.format("use it", folder)
     _check_same({"recipe": _settings(trained)}, {"recipe": _settings(config)}, what, advice)
+    try:
+        began = json.loads((folder / "steps" / RUN).read_text(encoding="utf-8"))
+        then = {entry: dict(began[entry]) for entry in ("questions", "loaded")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # the model was copied without it, or is older than these entries
+    now = {"questions": _hash_questions(config), "loaded": _hash_models(config)}
+    _check_same({entry: {name: then[entry].get(name) for name in now[entry]} for entry in now}, now, what, advice)
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

@@ -1,15 +1,19 @@
 import json
 import shutil
+from itertools import islice
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from slr_core import cli
+from slr_core.checkpoint.folder import BUNDLED_FOLDER
 from slr_core.engine.runner.device import load_reasoner
 from slr_core.errors import ConfigError, DataError
 from slr_core.evaluation import sweep
 from slr_core.evaluation.store import Store
+from slr_core.tasks import get_task
+from tests import tiny
 from tests.training.recipe import DATA
 
 JUDGE = {
@@ -39,6 +43,11 @@ def spec(tmp_path):
         return path
 
     return write
+
+
+def write_questions(path, seed):
+    examples = islice(get_task("prosqa").generate(seed, **JUDGE["generator_options"]), 4)
+    path.write_text("".join(json.dumps(example.to_json()) + "\n" for example in examples))
 
 
 @pytest.fixture
@@ -153,6 +162,29 @@ def test_a_finished_model_of_another_recipe_is_not_compared(finished_only, spec,
     with pytest.raises(ConfigError, match=r"is trained already: optimizer\.batch_size was 8 .* is \d now"):
         sweep.run_sweep(path, finished_only=finished_only)
     assert not trained
+
+
+@pytest.mark.parametrize("finished_only", [True, False])
+@pytest.mark.parametrize("changed", ["questions", "loaded.base.from"])
+def test_a_model_of_other_inputs_is_not_compared(changed, finished_only, spec, trained, tmp_path):
+    """The files and models that a recipe names may change after a training."""
+    questions, base = tmp_path / "train.jsonl", tmp_path / "base"
+    write_questions(questions, seed=0)
+    shutil.copytree(BUNDLED_FOLDER / "prosqa", base)
+    stages = [{"steps": 1, "iterations": 2, "data": [{"task": "prosqa", "file": str(questions)}]}]
+    path = spec(vary={}, seeds=[0], set={"base": {"from": str(base)}, "stages": stages, "threads": 1})
+    rows = sweep.run_sweep(path)
+    assert sweep.run_sweep(path, finished_only=finished_only) == rows
+    if changed == "questions":
+        write_questions(questions, seed=1)
+    else:
+        tiny.edit_json(base / "tokenizer_config.json", model_max_length=77)
+    with pytest.raises(ConfigError, match=rf"is trained already: {changed}.* was \".*\" when it was started and is "):
+        sweep.run_sweep(path, finished_only=finished_only)
+    assert len(trained) == 1
+    questions.unlink()
+    shutil.rmtree(base)
+    assert sweep.run_sweep(path, finished_only=finished_only) == rows
 
 
 @pytest.mark.slow
