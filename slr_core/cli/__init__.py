@@ -30,6 +30,7 @@ from slr_core.cli import (
     trace,
     train,
 )
+from slr_core.cli.options import Command
 from slr_core.errors import SLRError
 
 app = typer.Typer(
@@ -39,26 +40,26 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich would take [brackets] in help texts for markup and drop them
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(generate.generate)
-app.command()(chat.chat)
-app.command()(trace.trace)
-app.command()(init.init)
-app.command()(average.average)
-app.command(name="import")(import_.import_)
-app.command()(export.export)
-app.command()(info.info)
+app.command(cls=Command)(generate.generate)
+app.command(cls=Command)(chat.chat)
+app.command(cls=Command)(trace.trace)
+app.command(cls=Command)(init.init)
+app.command(cls=Command)(average.average)
+app.command(name="import", cls=Command)(import_.import_)
+app.command(cls=Command)(export.export)
+app.command(cls=Command)(info.info)
 # Every argument, --help included, goes to the server.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     serve.serve
 )
-app.command()(train.train)
-app.command(name="eval")(evaluate.evaluate)
-app.command()(compare.compare)
-app.command()(stability.stability)
-app.command()(probe.probe)
-app.command()(sweep.sweep)
-app.command()(report.report)
-app.command()(load.load)
+app.command(cls=Command)(train.train)
+app.command(name="eval", cls=Command)(evaluate.evaluate)
+app.command(cls=Command)(compare.compare)
+app.command(cls=Command)(stability.stability)
+app.command(cls=Command)(probe.probe)
+app.command(cls=Command)(sweep.sweep)
+app.command(cls=Command)(report.report)
+app.command(cls=Command)(load.load)
 
 
 def main() -> None:

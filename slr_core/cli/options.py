@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
+from typer.core import TyperCommand
 
 from slr_core.config import Criterion
 from slr_core.errors import ConfigError, DataError
@@ -93,6 +94,33 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", help="File to write the results to, as JSON.", dir_okay=False, callback=_check_folder),
 ]
+
+
+class Command(TyperCommand):
+    """A command whose ``--output`` must not replace a file that it reads, or one that it continues."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises:
+            ConfigError: ``--output`` is the file of another option.
+        """
+        output = ctx.params.get("output")
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name or "")
+            if parameter.name != "output" and isinstance(value, Path) and isinstance(output, Path):
+                check_not_replaced(output, value, parameter.opts[0])
+        return super().invoke(ctx)
+
+
+def check_not_replaced(output: Path, file: Path, name: str) -> None:
+    """Check that ``--output`` is not a file that would be lost.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if output.resolve() == file.resolve():
+        raise ConfigError(f"--output {output}: it is the file of {name}, which would be replaced; choose another")
 
 
 def load_model(model: str | None, device: str, dtype: str, quantization: str) -> LatentReasoner:

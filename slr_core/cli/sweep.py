@@ -15,7 +15,16 @@ from rich.table import Table
 
 from slr_core._install import missing_extra
 from slr_core.cli.answering import versions
-from slr_core.cli.options import AsJson, Device, Dtype, Output, QuantizationName, console, show_results
+from slr_core.cli.options import (
+    AsJson,
+    Device,
+    Dtype,
+    Output,
+    QuantizationName,
+    check_not_replaced,
+    console,
+    show_results,
+)
 
 if TYPE_CHECKING:
     from slr_core.evaluation.sweep import SweepRow
@@ -48,9 +57,12 @@ def sweep(
     `slr report` writes a report from its results.jsonl. --device, --dtype and --quantization are for the evaluation.
     """
     try:
-        from slr_core.evaluation.sweep import run_sweep
+        from slr_core.evaluation.sweep import RESULTS, run_sweep
+        from slr_core.evaluation.sweep_config import SweepConfig
     except ImportError as error:
         raise missing_extra("training", "train", error) from error
+    if output is not None:
+        check_not_replaced(output, Path(SweepConfig.from_yaml(spec).output_dir) / RESULTS, "the stored answers")
     status = Console(stderr=True)
     train_all = None
     if ray:

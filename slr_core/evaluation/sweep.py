@@ -28,6 +28,9 @@ from slr_core.training.config import TrainConfig
 from slr_core.training.resume import check_recipe, check_trained, holds_run
 from slr_core.training.trainer import MANIFEST, train
 
+RESULTS = "results.jsonl"
+"""File in ``output_dir`` with every answer."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -158,7 +161,7 @@ def run_sweep(
             if variant.config is None or not finished_only:
                 _check_inputs(variant)
             _check_runs([run for run in evaluations if run.applies_to(variant)])
-    store, rows, precision = Store(Path(sweep.output_dir) / "results.jsonl"), [], (dtype, quantization)
+    store, rows, precision = Store(Path(sweep.output_dir) / RESULTS), [], (dtype, quantization)
     for variant in planned:
         folder = Path(variant.folder)
         if variant.config and (folder / MANIFEST).is_file():

@@ -62,6 +62,22 @@ def test_eval_of_generated_questions(run, folder, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["eval", "compare", "stability", "probe"])
+@pytest.mark.parametrize("option", ["--data", "--results"])
+def test_output_does_not_replace_another_file(run, monkeypatch, tmp_path, command, option):
+    """Before anything is loaded, however the file is named."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.jsonl").write_text("kept")
+    (tmp_path / "link").symlink_to("file.jsonl")
+    for name in ("file.jsonl", "link"):
+        code, _, err = run(command, option, tmp_path / "file.jsonl", "--output", name)
+        assert (code, err) == (
+            1,
+            f"slr: --output {name}: it is the file of {option}, which would be replaced; choose another\n",
+        )
+    assert (tmp_path / "file.jsonl").read_text() == "kept"
+
+
+@pytest.mark.parametrize("command", ["eval", "compare", "stability", "probe"])
 def test_json_is_all_that_is_printed(run, folder, tmp_path, command):
     options = {"compare": ["--methods", "slr"], "stability": ["--past", 1], "probe": ["--probes", "none"]}
     file = tmp_path / "figures.json"

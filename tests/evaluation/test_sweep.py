@@ -377,3 +377,12 @@ def test_finished_says_how_many(finished):
     )
     assert (result.exit_code, result.stdout) == (0, "")
     assert "0 of 2 models have all their figures" in result.stderr
+
+
+def test_output_does_not_replace_what_the_sweep_reads(finished, tmp_path):
+    path = finished({"a": "prosqa"}, [JUDGE])
+    for output, named in (path, "spec"), (tmp_path / "results.jsonl", "the stored answers"):
+        result = CliRunner().invoke(cli.app, ["sweep", str(path), "--output", str(output)])
+        assert isinstance(result.exception, ConfigError)
+        assert f"it is the file of {named}, which would be replaced" in str(result.exception)
+    assert not (tmp_path / "results.jsonl").exists()
