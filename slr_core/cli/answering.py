@@ -15,6 +15,7 @@ from rich.table import Table
 from slr_core._install import missing_extra
 from slr_core._version import __version__
 from slr_core.cli.options import API_KEY_FLAG, console, load_model, progress_bars
+from slr_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from slr_core.cli.questions import QuestionSet
@@ -30,14 +31,20 @@ Results = Annotated[
     Path | None,
     typer.Option(help="File (.jsonl) that stores every answer; a repeated command continues from it."),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of all random choices of the methods.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random choices of the methods.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of questions per batch.")]
 
 
 def open_backend(
     model: str | None, server: str | None, api_key: str | None, device: str, dtype: str, quantization: str
 ) -> Backend:
-    """The server, if one is named, or else the model, loaded into this process."""
+    """The server, if one is named, or else the model, loaded into this process.
+
+    Raises:
+        ConfigError: both are named.
+    """
+    if model is not None and server is not None:
+        raise ConfigError("--model and --server exclude each other: a server answers with its own model")
     from slr_core.evaluation.backends import Local, Remote
 
     return Local(load_model(model, device, dtype, quantization)) if server is None else Remote(server, api_key=api_key)

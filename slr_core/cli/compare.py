@@ -20,7 +20,18 @@ from slr_core.cli.answering import (
     print_table,
 )
 from slr_core.cli.evaluate import MethodName
-from slr_core.cli.options import ApiKey, AsJson, Device, Dtype, Model, Output, QuantizationName, console, show_results
+from slr_core.cli.options import (
+    ApiKey,
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Output,
+    QuantizationName,
+    console,
+    finite,
+    show_results,
+)
 from slr_core.cli.questions import Data, Generate, GenerateSeed, GeneratorOptions, Limit, QuestionSet, Split, TaskName
 from slr_core.errors import ConfigError, RequestError
 from slr_core.suggest import did_you_mean
@@ -68,10 +79,12 @@ def compare(
     samples: Annotated[
         int, typer.Option(min=1, help="Number of samples of self_consistency, best_of_n and slr_vote.")
     ] = 5,
-    temperature: Annotated[float, typer.Option(min=0.001, help="Sampling temperature of the chains of thought.")] = 0.7,
+    temperature: Annotated[
+        float, typer.Option(min=0.001, callback=finite, help="Sampling temperature of the chains of thought.")
+    ] = 0.7,
     beams: Annotated[int, typer.Option(min=1, help="Number of beams of the method beam.")] = 4,
     noise: Annotated[
-        float, typer.Option(min=0.0, help="Noise in the states of slr_vote, as a share of their RMS.")
+        float, typer.Option(min=0.0, callback=finite, help="Noise in the states of slr_vote, as a share of their RMS.")
     ] = 0.1,
     cot_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a chain of thought, in tokens.")] = 256,
     seed: Seed = 0,
@@ -82,7 +95,8 @@ def compare(
 ) -> None:
     """Compare methods and controls on a task.
 
-    All methods answer the same questions; paired tests compare each method with the loop.
+    All methods answer the same questions; paired tests compare each method with the loop. A method without a figure has
+    its reason in the output; the exit code is 1 if no method has one.
     """
     from slr_core.evaluation.methods import METHODS, MethodSettings, get_method
     from slr_core.evaluation.run import identify_model
@@ -91,7 +105,11 @@ def compare(
     from slr_core.evaluation.tables import method_table
 
     chosen = list(METHODS.values()) if methods == "all" else [get_method(name.strip()) for name in methods.split(",")]
-    folders = dict(_parse_weights(text) for text in weights or ())
+    folders = dict[str, str]()
+    for name, folder in map(_parse_weights, weights or ()):
+        if name in folders:
+            raise ConfigError(f"--weights {name}: given twice, {folders[name]} and {folder}")
+        folders[name] = folder
     _check_weights(folders)
     questions = QuestionSet(task, data, split, generate, generate_seed, generator_option, limit)
     settings = MethodSettings({}, cot_tokens, samples, temperature, beams, noise, seed)
@@ -131,6 +149,8 @@ def compare(
         figures[name]["paired_with_slr"] = asdict(test)
     record = {"manifest": manifest(questions, tested_model, settings), "baselines": baselines}
     show_results({**record, "figures": figures, "missing": missing}, print_text, as_json, output)
+    if not figures:
+        raise typer.Exit(1)
 
 
 def _obstacle(method: Method, folders: dict[str, str], server: str | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -59,6 +60,15 @@ QuantizationName = Annotated[
         help="Round the weights of linear layers to 8 or 4 bits, on a CPU; not of embeddings, LM head and adapters.",
     ),
 ]
+
+
+def finite(value: float) -> float:
+    """Refuse a number that JSON cannot hold."""
+    if not isfinite(value):
+        raise typer.BadParameter(f"expected a finite number, got {value}")
+    return value
+
+
 Prompt = Annotated[str, typer.Argument(help="Prompt; - reads standard input.")]
 MaxIterations = Annotated[
     int | None, typer.Option(min=0, max=256, help="Maximum number of iterations; 0 runs the base model without a loop.")

@@ -125,11 +125,13 @@ def test_loop_options_hold_for_a_model_trained_for_its_method(run, folder, tmp_p
         ("cott=x", "--weights cott: no method has weights of that name; .* did you mean cot"),
         ("no_thought=/no/where", "/no/where: no such"),
         ("no_thought={tmp}", "--weights no_thought=.*: expected a checkpoint"),
+        ("no_thought=b", "--weights no_thought: given twice, a and b"),
     ],
 )
 def test_weights_are_checked_before_anything_is_answered(run, folder, tmp_path, given, told):
     results = tmp_path / "results.jsonl"
-    options = ["--methods", "slr,no_thought", "--weights", given.format(tmp=tmp_path), "--results", results]
+    before = ["--weights", "no_thought=a"] if "twice" in told else []
+    options = ["--methods", "slr,no_thought", *before, "--weights", given.format(tmp=tmp_path), "--results", results]
     code, _, err = run("compare", "--model", folder, *SMALL, *options)
     assert code != 0
     assert re.search(told, err)
@@ -236,7 +238,7 @@ def test_questions_that_do_not_fit(run, folder):
     long = [*TASK, "--generate", 2, OPTION, "nodes=40"]
     weights = ["--weights", f"cot={folder}"]
     code, out, _ = run("compare", "--model", folder, *long, "--methods", "cot,beam,slr", *weights)
-    assert code == 0
+    assert code == 1
     for name in ("cot", "beam", "slr"):
         assert f"{name}: no figure, prompt has" in out
 
@@ -286,6 +288,7 @@ WRONG = {
     "unknown-generator-option": ["eval", "--model", "FOLDER", *TASK, "--generate", "3", OPTION, "colour=3"],
     "methods": ["compare", "--model", "FOLDER", *TASK, "--generate", "3", "--methods", "slr,thinking"],
     "server": ["eval", "--server", "http://127.0.0.1:9", *SMALL],
+    "model and server": ["compare", "--model", "FOLDER", "--server", "http://127.0.0.1:9", *SMALL],
     "weights": ["compare", "--model", "FOLDER", *SMALL, "--weights", "cot"],
     "no-weights": ["compare", "--model", "FOLDER", *SMALL, "--weights", "cot=/no/where", "--methods", "cot"],
     "model": ["stability", "--model", "/no/where", *SMALL],
@@ -323,6 +326,9 @@ def test_an_error_is_one_line_and_exit_code_1(case, run, folder, tmp_path, monke
         ["eval", "--nodes", "8"],
         ["compare", "--temperature", "0"],
         ["compare", "--samples", "0"],
+        ["compare", "--noise", "inf"],
+        ["compare", "--temperature", "nan"],
+        ["compare", "--seed", str(2**32)],
         ["stability", "--past", "0"],
         ["stability", "--server", "http://x"],
     ],
