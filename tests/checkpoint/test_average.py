@@ -16,11 +16,11 @@ from tests import tiny
 
 
 def saved(folder, seed, loop=None):
-    torch.manual_seed(seed)
     reasoner = tiny.reasoner(loop=loop)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in reasoner.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
     save_checkpoint(reasoner, folder)
     return reasoner.state_dict()
 
