@@ -1,4 +1,4 @@
-"""Settings that people write: validation that names every faulty field, and what differs between two of them."""
+"""Settings that people write: validation that names every faulty field, what differs between two of them."""
 
 from __future__ import annotations
 
@@ -57,3 +57,11 @@ def differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, 
         return
     for key, old, new in pairs:
         yield from differences(old, new, f"{name}.{key}" if name else key)
+
+
+def shortened(value: Any) -> str:
+    """A setting as JSON, for a message: a long list as its length, what is longer than 100 characters cut."""
+    text = json.dumps(value)
+    if isinstance(value, list) and len(text) > 100:
+        return f"a list of {len(value)}"
+    return text if len(text) <= 100 else f"{text[:100]} ..."

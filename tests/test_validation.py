@@ -4,7 +4,7 @@ import pytest
 
 from slr_core.config import SLRConfig
 from slr_core.errors import ConfigError
-from slr_core.validation import validated
+from slr_core.validation import shortened, validated
 
 
 @pytest.mark.parametrize("data", [object(), {"a": {1, 2}}, {"loop": {"a": object()}}, {("a", "b"): 1}])
@@ -20,3 +20,10 @@ def test_deep_nesting_is_a_config_error(depth):
         data = {"loop": data}
     with pytest.raises(ConfigError):
         validated(SLRConfig, data)
+
+
+def test_long_settings_are_shortened():
+    assert shortened("append") == '"append"'
+    assert shortened([1, 2]) == "[1, 2]"
+    assert shortened(list(range(100))) == "a list of 100"
+    assert len(shortened({str(i): i for i in range(100)})) == 104

@@ -23,9 +23,9 @@ from slr_core.checkpoint.validate import checkpoint_sha256
 from slr_core.checkpoint.write import save_checkpoint, save_without_base
 from slr_core.checkpoint.written_whole import check_new, written_whole
 from slr_core.errors import ConfigError
-from slr_core.model.base_support import computation_settings
+from slr_core.model.base_support import computation_settings, describe_tokenizer
 from slr_core.model.looped import LoopedModel
-from slr_core.validation import differences
+from slr_core.validation import differences, shortened
 
 _EXIT_SETTINGS = {"max_iterations", "min_iterations", "convergence", "guard"}
 """Settings of a loop that say when it stops. No weight depends on them, and those of the first checkpoint count."""
@@ -105,11 +105,8 @@ def _weights(reasoner: LoopedModel) -> dict[str, Tensor]:
 def _check_alike(first: LoopedModel, other: LoopedModel, first_name: str, name: str) -> None:
     """Check that the same weights would compute the same in both."""
     for setting, ours, theirs in differences(_computation(first), _computation(other)):
-        raise ConfigError(
-            f"{name} and {first_name} cannot be averaged: {setting} is {theirs} in {name} and {ours} in {first_name}"
-        )
-    if first.tokenizer.get_vocab() != other.tokenizer.get_vocab():
-        raise ConfigError(f"{name} and {first_name} cannot be averaged: their vocabularies differ")
+        differ = f"{setting} is {shortened(theirs)} in {name} and {shortened(ours)} in {first_name}"
+        raise ConfigError(f"{name} and {first_name} cannot be averaged: {differ}")
 
 
 def _computation(reasoner: LoopedModel) -> dict[str, Any]:
@@ -119,6 +116,7 @@ def _computation(reasoner: LoopedModel) -> dict[str, Any]:
         "loop": reasoner.config.loop.model_dump(mode="json", exclude=_EXIT_SETTINGS),
         "base_sha256": reasoner.config.base_sha256,
         "base": computation_settings(reasoner.base.config),
+        "tokenizer": describe_tokenizer(reasoner.tokenizer),
         "adapters": {
             name: {key: x for key, x in vars(config).items() if key not in _NO_COMPUTATION}
             for name, config in reasoner.adapter_configs.items()

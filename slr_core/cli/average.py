@@ -23,7 +23,7 @@ def average(
     """Write the mean of the weights of several checkpoints.
 
     Average runs that go on from one another or from one checkpoint, adapters included: a mean of others answers
-    nothing. They must have the same base config, adapters, vocabulary, number format and settings of the loop;
+    nothing. They must have the same base config, adapters, tokenizer, number format and settings of the loop;
     when the loop stops, texts and examples are those of the first. Evaluate the result: slr eval --model DIR.
     """
     from slr_core.checkpoint.average import average_checkpoints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -127,3 +128,14 @@ def computation_settings(config: Any) -> dict[str, Any]:
     """What the config of a base model says of the computation: no names and versions."""
     left_out = ("transformers_version", "architectures", "dtype", "use_cache")
     return {key: x for key, x in config.to_dict().items() if not key.startswith("_") and key not in left_out}
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What decides which ids a text becomes, and which text ids become, as JSON; the chat template is left out."""
+    described = {"class": type(tokenizer).__name__, "special_tokens": tokenizer.special_tokens_map}
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # sentencepiece without the fast form of it
+        return {**described, "vocabulary": tokenizer.get_vocab()}
+    parts = json.loads(backend.to_str())
+    # Calls of the tokenizer leave these two behind.
+    return {**described, **{name: part for name, part in parts.items() if name not in ("padding", "truncation")}}

@@ -81,7 +81,7 @@ def test_half_precision(tmp_path):
 @pytest.mark.parametrize(
     ("loop", "message"),
     [
-        ({"workspace": "block"}, r"loop\.workspace is block in .*/b and append in .*/a"),
+        ({"workspace": "block"}, r'loop\.workspace is "block" in .*/b and "append" in .*/a'),
         ({"lora": {"rank": 3}}, r"loop\.lora\.rank is 3 in"),
     ],
 )
@@ -98,7 +98,7 @@ def test_another_loop(tmp_path, loop, message):
     [
         ("base/config.json", {"rms_norm_eps": 0.5}, r"base\.rms_norm_eps is 0\.5 in"),
         ("loops/loop_01/adapter_config.json", {"lora_alpha": 64}, r"adapters\.loop_01\.lora_alpha is 64 in"),
-        ("slr_config.json", {"trained": False}, r"trained is False in"),
+        ("slr_config.json", {"trained": False}, r"trained is false in"),
     ],
 )
 def test_another_computation(tmp_path, file, edit, message):
@@ -108,6 +108,38 @@ def test_another_computation(tmp_path, file, edit, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | edit))
     with pytest.raises(ConfigError, match=message):
         average_checkpoints([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "mean")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, r"tokenizer\.normalizer is .*Lowercase.* in .*/b and null in"),
+        ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, r'tokenizer\.pre_tokenizer\.type is "BertPreTokenizer" in'),
+        ({"decoder": {"type": "Fuse"}}, r"tokenizer\.decoder is .*Fuse"),
+    ],
+)
+def test_another_tokenizer(tmp_path, edit, message):
+    for name in "ab":
+        saved(tmp_path / name, 0)
+    tiny.edit_json(tmp_path / "b/tokenizer.json", **edit)
+    with pytest.raises(ConfigError, match=message):
+        average_checkpoints([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "mean")
+
+
+def test_another_chat_template_is_allowed(tmp_path):
+    for name in "ab":
+        saved(tmp_path / name, 0)
+    (tmp_path / "b/chat_template.jinja").write_text("{{ messages[0].content }}")
+    average_checkpoints([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "mean")
+    assert not (tmp_path / "mean/chat_template.jinja").exists()
+
+
+def test_long_settings_are_shortened(tmp_path):
+    for name, decode in (("a", False), ("b", True)):
+        save_checkpoint(tiny.reasoner(decode=decode), tmp_path / name)
+    with pytest.raises(ConfigError, match=r"adapters\.decode is .* \.\.\. in .*/b and null in") as caught:
+        average_checkpoints([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "mean")
+    assert len(str(caught.value)) < 300 + 4 * len(str(tmp_path))
 
 
 def test_when_the_loop_stops_may_differ(tmp_path):
@@ -121,7 +153,7 @@ def test_when_the_loop_stops_may_differ(tmp_path):
 def test_another_number_format(tmp_path):
     saved(tmp_path / "a", 0)
     save_checkpoint(tiny.reasoner().to(torch.bfloat16), tmp_path / "b")
-    with pytest.raises(ConfigError, match=r"weights\..* is torch\.bfloat16 .* and torch\.float32"):
+    with pytest.raises(ConfigError, match=r'weights\..* is "torch\.bfloat16 .* and "torch\.float32'):
         average_checkpoints([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "mean")
 
 

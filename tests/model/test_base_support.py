@@ -1,12 +1,17 @@
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from slr_core.errors import ConfigError
 from slr_core.model.base_support import (
     attention_mask,
     attention_window,
     check_supported,
+    describe_tokenizer,
     end_tokens,
     hidden_size,
     max_positions,
@@ -111,3 +116,43 @@ def test_what_the_base_generates_with_ends_a_text(configured, expected):
     assert end_tokens(made, tiny.tokenizer()) == expected
     made.generation_config = None
     assert end_tokens(made, tiny.tokenizer()) == {tiny.EOS}
+
+
+def _bpe(merges):
+    pieces = ("a", "b", "c", "ab", "bc", "abc")
+    made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def test_a_tokenizer_is_described_by_what_it_does():
+    def changed(change):
+        made = copy.deepcopy(tiny.tokenizer())
+        change(made)
+        return describe_tokenizer(made)
+
+    plain = describe_tokenizer(tiny.tokenizer())
+    assert changed(lambda made: made(["w1", "w2 w3"], padding=True, truncation=True, max_length=2)) == plain
+    assert changed(lambda made: setattr(made, "chat_template", "{{ messages }}")) == plain
+    for name, change in {
+        "normalizer": lambda made: setattr(made.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+        "pre_tokenizer": lambda made: setattr(made.backend_tokenizer, "pre_tokenizer", pre_tokenizers.Whitespace()),
+        "added_tokens": lambda made: made.add_tokens(AddedToken("w7", lstrip=True)),
+        "special_tokens": lambda made: setattr(made, "eos_token", "w7"),
+    }.items():
+        assert name in {part for part, value in changed(change).items() if value != plain[part]}
+
+
+def test_tokenizers_of_one_vocabulary_are_told_apart_by_their_merges():
+    merges = [("a", "b"), ("b", "c"), ("ab", "c")]
+    one, other = _bpe(merges), _bpe([merges[1], merges[0], ("a", "bc")])
+    assert one.get_vocab() == other.get_vocab()
+    assert describe_tokenizer(one) != describe_tokenizer(other)
+
+
+def test_without_a_fast_form_a_tokenizer_is_described_by_its_vocabulary():
+    slow = SimpleNamespace(special_tokens_map={"eos_token": "b"}, get_vocab=lambda: {"a": 0, "b": 1})
+    assert describe_tokenizer(slow) == {
+        "class": "SimpleNamespace",
+        "special_tokens": {"eos_token": "b"},
+        "vocabulary": {"a": 0, "b": 1},
+    }
