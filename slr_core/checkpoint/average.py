@@ -21,7 +21,7 @@ from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.checkpoint.validate import checkpoint_sha256
 from slr_core.checkpoint.write import save_checkpoint, save_without_base
-from slr_core.checkpoint.written_whole import check_new, written_whole
+from slr_core.checkpoint.written_whole import check_new, check_outside, written_whole
 from slr_core.errors import ConfigError
 from slr_core.model.base_support import computation_settings, describe_tokenizer
 from slr_core.model.looped import LoopedModel
@@ -63,11 +63,11 @@ def average_checkpoints(models: Sequence[str], out: str | Path) -> None:
     Args:
         models: two or more folders, hub ids or bundled names. Weights of the same name must have the same shape and
             number format, and the settings that they depend on must be the same.
-        out: the folder to write; it must be new or empty.
+        out: the folder to write; it must be new or empty, and outside of the checkpoints.
 
     Raises:
         ConfigError: there is only one checkpoint, two of them differ in more than their weights, or the folder cannot
-            be written.
+            be written or is inside one of them.
         CheckpointError: a checkpoint cannot be loaded.
     """
     if len(models) < 2:
@@ -75,6 +75,8 @@ def average_checkpoints(models: Sequence[str], out: str | Path) -> None:
     out = Path(out)
     check_new(out)
     folders = [checkpoint_folder(model) for model in models]  # an unknown name shows before anything is loaded
+    for folder in folders:
+        check_outside(out, folder)
     mean = load_checkpoint(LoopedModel, folders[0])
     total = {key: x.double() for key, x in _weights(mean).items()}
     for model, folder in zip(models[1:], folders[1:], strict=True):
@@ -85,6 +87,7 @@ def average_checkpoints(models: Sequence[str], out: str | Path) -> None:
     with torch.no_grad():
         for key, x in _weights(mean).items():
             x.copy_(total[key] / len(models))
+    card = _card(out.name, folders, mean)
     with written_whole(out) as written:
         if mean.config.base_sha256 is None:
             save_checkpoint(mean, written)
@@ -92,7 +95,7 @@ def average_checkpoints(models: Sequence[str], out: str | Path) -> None:
             save_without_base(mean, written, mean.config)
         for file in folders[0].glob("examples.json"):
             shutil.copyfile(file, written / file.name)
-        (written / "README.md").write_text(_card(out.name, folders, mean), encoding="utf-8")
+        (written / "README.md").write_text(card, encoding="utf-8")
 
 
 def _weights(reasoner: LoopedModel) -> dict[str, Tensor]:

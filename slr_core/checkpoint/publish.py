@@ -18,7 +18,7 @@ from slr_core.checkpoint.pretrained import PACKAGED
 from slr_core.checkpoint.read import load_checkpoint
 from slr_core.checkpoint.validate import is_finite
 from slr_core.checkpoint.write import base_state, modules_state, save_without_base
-from slr_core.checkpoint.written_whole import check_new, written_whole
+from slr_core.checkpoint.written_whole import check_new, check_outside, written_whole
 from slr_core.errors import ConfigError
 from slr_core.model.base_support import computation_settings, end_tokens
 from slr_core.model.looped import LoopedModel
@@ -68,6 +68,7 @@ def publish_checkpoint(
     out = Path(out)
     check_new(out)
     source = checkpoint_folder(model)
+    check_outside(out, source)
     reasoner = load_checkpoint(LoopedModel, source)
     if base is None:
         if reasoner.config.base_sha256 is None:

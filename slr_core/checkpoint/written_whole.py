@@ -23,6 +23,16 @@ def check_new(out: Path) -> None:
         raise ConfigError(f"{out}: expected a new or empty folder that is not the working directory")
 
 
+def check_outside(out: Path, folder: Path) -> None:
+    """Check that a folder to write is not inside a checkpoint that is read, of which it would become a part.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{out}: expected a folder outside of {folder}, which is read")
+
+
 @contextmanager
 def written_whole(out: Path, *, folder: bool = True) -> Iterator[Path]:
     """A temporary path beside ``out`` that becomes ``out`` at the end. After an error nothing is left of it.

@@ -163,6 +163,14 @@ def test_another_base(tmp_path):
         average_checkpoints([str(tmp_path / "a"), "prosqa"], tmp_path / "mean")
 
 
+def test_an_output_inside_of_a_checkpoint_is_refused(tmp_path):
+    saved(tmp_path / "a", 0)
+    (tmp_path / "link").symlink_to("a")
+    with pytest.raises(ConfigError, match=r"inside: expected a folder outside of .*a, which is read"):
+        average_checkpoints(["prosqa", str(tmp_path / "a")], tmp_path / "link/new/inside")
+    assert not (tmp_path / "a/new").exists()
+
+
 def test_refused(tmp_path):
     with pytest.raises(ConfigError, match="models: expected two or more checkpoints, got prosqa"):
         average_checkpoints(["prosqa"], tmp_path / "mean")

@@ -89,8 +89,10 @@ def test_base_missing_or_different(trained, package, tmp_path, monkeypatch):
 
 
 def test_refused(trained, package, tmp_path):
-    """A base that was trained, one of other weights, and values that half precision does not hold."""
+    """An output inside, a base that was trained, one of other weights, and values that half precision does not hold."""
     out = tmp_path / "to"
+    with pytest.raises(ConfigError, match=r"expected a folder outside of .*run"):
+        publish_checkpoint(str(trained), trained / "inside", "smollm2")
     with pytest.raises(ConfigError, match="--base: name the base model of this checkpoint"):
         publish_checkpoint(str(trained), out)
     made = load(trained)

@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from slr_core.checkpoint.folder import BASE, MODULES
+from slr_core.checkpoint.hub import checkpoint_folder
 from slr_core.checkpoint.importers.coconut import END, LATENT, PREFIX, START, TEXT, chain
 from slr_core.checkpoint.importers.lotus import block
 from slr_core.checkpoint.read import load_checkpoint
-from slr_core.checkpoint.written_whole import check_new, written_whole
+from slr_core.checkpoint.written_whole import check_new, check_outside, written_whole
 from slr_core.config import LoopConfig, TextConfig
 from slr_core.errors import ConfigError
 from slr_core.model.looped import LoopedModel
@@ -45,6 +46,7 @@ def export_checkpoint(model: str | None, out: str | Path, form: Form) -> str:
     """
     out = Path(out)
     check_new(out)
+    check_outside(out, checkpoint_folder(model))
     reasoner = load_checkpoint(LoopedModel, model)
     lotus = _check_expressible(reasoner)
     if lotus and form == "coconut":

@@ -73,3 +73,9 @@ def test_lotus_vectors(tmp_path):
     made.save_pretrained(str(tmp_path / "changed"))
     with pytest.raises(ConfigError, match="the latent vectors"):
         export_checkpoint(str(tmp_path / "changed"), tmp_path / "out", "hf")
+
+
+def test_an_output_inside_of_the_checkpoint_is_refused(tmp_path):
+    imported("coconut", published.coconut(tmp_path), tmp_path / "first")
+    with pytest.raises(ConfigError, match=r"expected a folder outside of .*first"):
+        export_checkpoint(str(tmp_path / "first"), tmp_path / "first/inside", "hf")
