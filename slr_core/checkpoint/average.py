@@ -7,7 +7,6 @@ valley of the loss, where the mean is as good as the best of them or better.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from slr_core._version import __version__
 from slr_core.checkpoint.hub import checkpoint_folder
 from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.read import load_checkpoint
-from slr_core.checkpoint.validate import checkpoint_sha256
+from slr_core.checkpoint.validate import checkpoint_sha256, read_files
 from slr_core.checkpoint.write import save_checkpoint, save_without_base
 from slr_core.checkpoint.written_whole import check_new, check_outside, written_whole
 from slr_core.errors import ConfigError
@@ -87,14 +86,15 @@ def average_checkpoints(models: Sequence[str], out: str | Path) -> None:
     with torch.no_grad():
         for key, x in _weights(mean).items():
             x.copy_(total[key] / len(models))
+    examples = read_files(folders[0], "examples.json")
     card = _card(out.name, folders, mean)
     with written_whole(out) as written:
         if mean.config.base_sha256 is None:
             save_checkpoint(mean, written)
         else:
             save_without_base(mean, written, mean.config)
-        for file in folders[0].glob("examples.json"):
-            shutil.copyfile(file, written / file.name)
+        for name, content in examples.items():
+            (written / name).write_bytes(content)
         (written / "README.md").write_text(card, encoding="utf-8")
 
 

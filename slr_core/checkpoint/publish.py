@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from slr_core.checkpoint.hub import checkpoint_folder
 from slr_core.checkpoint.info import describe_model
 from slr_core.checkpoint.pretrained import PACKAGED
 from slr_core.checkpoint.read import load_checkpoint
-from slr_core.checkpoint.validate import is_finite
+from slr_core.checkpoint.validate import is_finite, read_files
 from slr_core.checkpoint.write import base_state, modules_state, save_without_base
 from slr_core.checkpoint.written_whole import check_new, check_outside, written_whole
 from slr_core.errors import ConfigError
@@ -84,11 +83,11 @@ def publish_checkpoint(
     config = reasoner.config.replace(
         base=reference.name, base_revision=reference.revision, base_sha256=reference.sha256
     )
+    copied = read_files(source, *COPIED)
     with written_whole(out) as written:
         save_without_base(reasoner, written, config, DTYPE)
-        for pattern in COPIED:
-            for file in source.glob(pattern):
-                shutil.copyfile(file, written / file.name)
+        for name, content in copied.items():
+            (written / name).write_bytes(content)
         (written / "README.md").write_text(_card(source, out.name, reasoner, reference), encoding="utf-8")
     return reference
 

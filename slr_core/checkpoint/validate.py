@@ -84,6 +84,22 @@ def check_files(folder: Path) -> None:
         raise checkpoint_error(folder, f"not readable ({line(error)})") from error
 
 
+def read_files(folder: Path, *patterns: str) -> dict[str, bytes]:
+    """Files directly in a folder whose names match one of the patterns, by name.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    found = {}
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        try:
+            file_size(path)
+            found[path.name] = path.read_bytes()
+        except OSError as error:
+            raise checkpoint_error(path, f"not readable ({line(error)})") from error
+    return found
+
+
 def read_json(path: Path) -> Any:
     """Parsed JSON; NaN and infinities are refused.
 

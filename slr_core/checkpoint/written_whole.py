@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from slr_core.errors import ConfigError
 
 
@@ -15,11 +17,19 @@ def check_new(out: Path) -> None:
     """Check that a folder can be written.
 
     Raises:
-        ConfigError: it exists and is not empty, or is a link or the working directory, which cannot be replaced.
+        ConfigError: it exists and is not empty, or is a link or the working directory, which cannot be replaced; or
+            no folder can have this name.
     """
-    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
+    try:
+        out.lstat()
+        is_taken = out.is_symlink() or not out.is_dir() or any(out.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"{out}: the folder cannot be written ({error})") from error
+    if is_taken:
         raise ConfigError(f"{out}: expected a new or empty folder")
-    if out.is_dir() and out.samefile(Path()):
+    if out.samefile(Path()):
         raise ConfigError(f"{out}: expected a new or empty folder that is not the working directory")
 
 
@@ -31,6 +41,12 @@ def check_outside(out: Path, folder: Path) -> None:
     """
     if out.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"{out}: expected a folder outside of {folder}, which is read")
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether an error says that a file cannot be written: of Python, of safetensors, or of tokenizers."""
+    # tokenizers has no class of its own.
+    return isinstance(error, OSError | SafetensorError) or type(error) is Exception
 
 
 @contextmanager
@@ -53,7 +69,9 @@ def written_whole(out: Path, *, folder: bool = True) -> Iterator[Path]:
             part.chmod(0o755)  # a server that runs as another user must read it
         yield part
         os.replace(part, out)
-    except OSError as error:
+    except Exception as error:
+        if not is_write_error(error):
+            raise
         kind = "folder" if folder else "file"
         raise ConfigError(f"{out}: the {kind} cannot be written ({error})") from error
     finally:
@@ -63,5 +81,5 @@ def written_whole(out: Path, *, folder: bool = True) -> Iterator[Path]:
             part.unlink()
         if not os.path.exists(out):
             for path in missing[1:]:
-                if path.exists():
+                if os.path.exists(path):
                     path.rmdir()

@@ -171,6 +171,13 @@ def test_an_output_inside_of_a_checkpoint_is_refused(tmp_path):
     assert not (tmp_path / "a/new").exists()
 
 
+def test_an_unreadable_file_of_a_checkpoint_is_named(tmp_path):
+    saved(tmp_path / "a", 0)
+    (tmp_path / "a/examples.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"a/examples\.json"):
+        average_checkpoints([str(tmp_path / "a"), str(tmp_path / "a")], tmp_path / "mean")
+
+
 def test_refused(tmp_path):
     with pytest.raises(ConfigError, match="models: expected two or more checkpoints, got prosqa"):
         average_checkpoints(["prosqa"], tmp_path / "mean")

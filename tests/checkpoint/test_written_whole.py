@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from slr_core.checkpoint.written_whole import check_new, written_whole
 from slr_core.errors import ConfigError
@@ -27,6 +28,27 @@ def test_nothing_is_left_after_an_error(folder, tmp_path):
     with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "new/out", folder=folder) as part:
         fail(part)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_a_config_error(tmp_path):
+    """Python, safetensors and tokenizers each have an error of their own."""
+    for error in (OSError("No space left"), SafetensorError("No space left"), Exception("No space left")):
+        with (
+            pytest.raises(ConfigError, match=r"out: the folder cannot be written \(No space left\)"),
+            written_whole(tmp_path / "out"),
+        ):
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_no_folder_can_have_is_a_config_error(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / ("n" * 300), tmp_path / ("n" * 300) / "out", tmp_path / "file/out"):
+        with pytest.raises(ConfigError, match="the folder cannot be written"):
+            check_new(out)
+        with pytest.raises(ConfigError, match="the folder cannot be written"), written_whole(out):
+            pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_folder_with_content_is_kept(tmp_path):
