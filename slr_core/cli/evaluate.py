@@ -113,13 +113,14 @@ def evaluate(
         "patience": patience,
     }
     settings = MethodSettings({name: value for name, value in loop.items() if value is not None}, seed=seed)
+    store = Store(results)  # before the model: it is quicker to check
     if ray_engines is None:
         backend: Backend | BatchRunner = open_backend(model, server, api_key, device, dtype, quantization)
     elif server is None:
         backend = open_ray_engines(ray_engines, model, device, dtype, quantization)
     else:
         raise ConfigError("--ray and --server exclude each other")
-    store, name = Store(results), identify_model(server or model, dtype, quantization)
+    name = identify_model(server or model, dtype, quantization)
     outcomes = answer_questions(get_method(method), backend, questions, settings, store, name, batch_size)
     levels, overall, baselines = summarize_by_difficulty(outcomes), summarize(outcomes), questions.baselines()
     store.save_figure("baselines", questions.spec, baselines, {})

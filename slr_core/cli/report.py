@@ -23,5 +23,5 @@ def report(
     from slr_core.evaluation.report import write_report
     from slr_core.evaluation.store import Store
 
-    for path in write_report(Store(results), out):
+    for path in write_report(Store(results, read_only=True), out):
         print(path)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from slr_core.errors import DataError
@@ -60,17 +63,23 @@ class Store:
     An incomplete last line, left by a crash, is dropped, and its question is answered again. Without a path, nothing is
     written.
 
+    Args:
+        path: of the file.
+        read_only: nothing will be written, so that the file need not be writable.
+
     Raises:
-        DataError: the file exists and is not a results file.
+        DataError: the file exists and is not a results file, or it cannot be written, now or later.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path | None = None, *, read_only: bool = False) -> None:
         self.path = None if path is None else Path(path)
         self.runs: dict[str, MethodRun] = {}
         self.figures: list[StoredFigure] = []
         self._whole: int | None = None
-        if self.path is not None and self.path.exists():
+        if self.path is not None and os.path.exists(self.path):  # unlike Path.exists, of a name of any length
             self._read(self.path)
+        if self.path is not None and not read_only:
+            self._check_writable(self.path)
 
     def open(self, spec: dict[str, Any], about: dict[str, Any] | None = None) -> MethodRun:
         """The run of this spec, with its outcomes so far; a new one if there is none."""
@@ -103,13 +112,25 @@ class Store:
     def _append(self, record: dict[str, Any]) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._whole is not None:
-            # Otherwise the next line would be appended to the incomplete one.
-            os.truncate(self.path, self._whole)
-            self._whole = None
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        line = json.dumps(record, allow_nan=False) + "\n"
+        with _writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._whole is not None:
+                # Otherwise the next line would be appended to the incomplete one.
+                os.truncate(self.path, self._whole)
+                self._whole = None
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+
+    @staticmethod
+    def _check_writable(path: Path) -> None:
+        """Check before the first line, and leave nothing behind: results take long."""
+        with _writing(path):
+            if path.exists():
+                path.open("a").close()
+            else:
+                folder = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+                TemporaryFile(dir=folder).close()
 
     def _read(self, path: Path) -> None:
         try:
@@ -136,6 +157,14 @@ class Store:
                     self.runs[record["of"]].outcomes[outcome.key] = outcome
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not a line of a results file ({error!r})") from error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: the results cannot be written ({error.strerror})") from error
 
 
 def _object(record: dict[str, Any], name: str) -> dict[str, Any]:

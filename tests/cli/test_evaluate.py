@@ -138,6 +138,15 @@ def test_weights_are_checked_before_anything_is_answered(run, folder, tmp_path, 
     assert not results.exists()
 
 
+@pytest.mark.parametrize("command", ["eval", "compare", "stability", "probe"])
+def test_results_that_cannot_be_written_are_told_before_the_model_is_loaded(run, folder, tmp_path, command):
+    (tmp_path / "file").touch()
+    results = tmp_path / "file/results.jsonl"
+    code, _, err = run(command, "--model", folder, *SMALL, "--results", results, "--device", "unknown")
+    assert code == 1
+    assert "results.jsonl: the results cannot be written" in err
+
+
 def test_eval_goes_on_with_its_results(run, folder, tmp_path):
     results, first, second = tmp_path / "results.jsonl", tmp_path / "first.json", tmp_path / "second.json"
     assert run("eval", "--model", folder, *SMALL, "--results", results, "--output", first)[0] == 0

@@ -1,6 +1,7 @@
 """The results file: nothing that was kept is lost, nothing that is somebody else's is touched."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -167,3 +168,21 @@ def test_what_is_something_else_is_refused_and_left_alone(tmp_path, content):
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot read"):
         Store(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file/results.jsonl", tmp_path / ("n" * 300), Path("/proc/results.jsonl")):
+        with pytest.raises(DataError, match=rf"{path}: the results cannot be written"):
+            Store(path)
+        assert Store(path, read_only=True).runs == {}
+    Store(tmp_path / "new/results.jsonl")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_file_that_can_no_longer_be_written_is_named(filled):
+    store = Store(filled)
+    filled.unlink()
+    filled.mkdir()
+    with pytest.raises(DataError, match=rf"{filled}: the results cannot be written"):
+        store.open(spec("cot"))
