@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from slr_core.errors import DataError, SLRError
+from slr_core.checkpoint.written_whole import written_whole
+from slr_core.errors import ConfigError, DataError, SLRError
 from slr_core.evaluation import plots, tables
 from slr_core.evaluation.methods import METHODS, NOISY_START
 from slr_core.evaluation.plots import Plot
@@ -56,6 +59,7 @@ def write_report(store: Store, out: str | Path) -> list[Path]:
 
     Raises:
         DataError: the results hold nothing to report.
+        ConfigError: a file cannot be written; then none is.
     """
     out = Path(out)
     try:
@@ -77,16 +81,24 @@ def write_report(store: Store, out: str | Path) -> list[Path]:
     environment.filters["plain"] = _plain
     environment.filters["recolour"] = _recolour
     content = {"sections": sections, "manifest": manifest}
-    out.mkdir(parents=True, exist_ok=True)
-    page, text = out / "report.html", out / "report.md"
-    page.write_text(environment.get_template("report.html").render(content), encoding="utf-8")
-    pictures = []
+    files = {
+        "report.html": environment.get_template("report.html").render(content),
+        "report.md": environment.get_template("report.md").render(content, picture=_picture),
+    }
     for i, section in enumerate(sections):
-        for j, plot in enumerate(section.plots):
-            pictures.append(out / _picture(i, j))
-            pictures[-1].write_text(plot.svg, encoding="utf-8")
-    text.write_text(environment.get_template("report.md").render(content, picture=_picture), encoding="utf-8")
-    return [page, text, *pictures]
+        files |= {_picture(i, j): plot.svg for j, plot in enumerate(section.plots)}
+    return _write({out / name: text for name, text in files.items()})
+
+
+def _write(files: dict[Path, str]) -> list[Path]:
+    """Write all files, or none of them."""
+    for path in files:
+        if os.path.isdir(path):  # found before the first of them is replaced
+            raise ConfigError(f"{path}: expected a file or nothing, got a folder")
+    with ExitStack() as stack:
+        for path, text in files.items():
+            stack.enter_context(written_whole(path, folder=False)).write_text(text, encoding="utf-8")
+    return list(files)
 
 
 def _picture(section: int, plot: int) -> str:

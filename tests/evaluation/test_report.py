@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slr_core.errors import DataError
+from slr_core.errors import ConfigError, DataError
 from slr_core.evaluation import plots, report
 from slr_core.evaluation.lens import Lens, Movement
 from slr_core.evaluation.stability import ExitPoint, StabilityReport
@@ -375,3 +375,32 @@ def test_templates_go_with_the_package():
     assert {path.name for path in folder.iterdir()} >= {"report.html", "report.md"}
     project = (Path(report.__file__).parents[2] / "pyproject.toml").read_text()
     assert "evaluation/templates" in project
+
+
+# -- written whole or not at all -------------------------------------------------------------------------
+
+
+def test_where_no_file_can_be_written_there_is_no_part_of_a_report(store, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file/out", Path("/proc/report"), tmp_path / ("n" * 300)):
+        with pytest.raises(ConfigError, match=r"cannot be written"):
+            report.write_report(store, out)
+    for name in ("report.html", "report.md", "figure_1_4.svg"):
+        out = tmp_path / name
+        (out / name).mkdir(parents=True)
+        with pytest.raises(ConfigError, match=f"{name}: expected a file or nothing, got a folder"):
+            report.write_report(store, out)
+        assert [path.name for path in out.iterdir()] == [name]
+
+
+def test_a_full_disk_leaves_no_part_of_a_report(store, tmp_path, monkeypatch):
+    def full(path, text, **options):
+        if "figure_1_2" in path.name:
+            raise OSError("No space left")
+        return write_text(path, text, **options)
+
+    write_text = Path.write_text
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match=r"figure_1_2\.svg: the file cannot be written"):
+        report.write_report(store, tmp_path / "new/out")
+    assert not (tmp_path / "new").exists()
