@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from slr_core.errors import ConfigError
+from slr_core.errors import ConfigError, DataError
 from slr_core.suggest import did_you_mean, known_fields
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 
 
 def validated(model: type[M], data: Any) -> M:
@@ -27,6 +29,25 @@ def validated(model: type[M], data: Any) -> M:
         raise ConfigError("; ".join(_fault(model, fault) for fault in _own_faults(error.errors()))) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"config is not JSON-like: {error}") from error
+
+
+def from_stored(kind: type[T], data: Any) -> T:
+    """Read ``data``, JSON of a file that the project wrote, as a type with annotations; nothing is converted.
+
+    Raises:
+        DataError: it is something else; the message names the first faulty field.
+    """
+    adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]  # for mypy, a type has no hash
+    try:
+        return adapter.validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise DataError(": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))) from error
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _own_faults(faults: list[ErrorDetails]) -> list[ErrorDetails]:

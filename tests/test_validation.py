@@ -3,8 +3,8 @@
 import pytest
 
 from slr_core.config import SLRConfig
-from slr_core.errors import ConfigError
-from slr_core.validation import shortened, validated
+from slr_core.errors import ConfigError, DataError
+from slr_core.validation import from_stored, shortened, validated
 
 
 @pytest.mark.parametrize("data", [object(), {"a": {1, 2}}, {"loop": {"a": object()}}, {("a", "b"): 1}])
@@ -27,3 +27,10 @@ def test_long_settings_are_shortened():
     assert shortened([1, 2]) == "[1, 2]"
     assert shortened(list(range(100))) == "a list of 100"
     assert len(shortened({str(i): i for i in range(100)})) == 104
+
+
+def test_what_is_stored_is_read_as_it_is():
+    assert from_stored(dict[int, tuple[float, ...]], {"3": [1, 0.5]}) == {3: (1, 0.5)}
+    for data, message in (({"3": ["1"]}, r"3\.0: Input should be a valid number"), ("x", "^Input should be")):
+        with pytest.raises(DataError, match=message):
+            from_stored(dict[int, tuple[float, ...]], data)

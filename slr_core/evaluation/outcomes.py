@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any, Self
 
 from slr_core.tasks.base import Example
 from slr_core.types import Result
+from slr_core.validation import from_stored
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,9 @@ class Outcome:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            TypeError: ``data`` is something else.
-            KeyError: ``data`` lacks a field.
+            DataError: ``data`` is something else.
         """
-        known = {field.name: data[field.name] for field in fields(cls)}
-        return cls(**{**known, "relative_change": tuple(known["relative_change"])})
+        return from_stored(cls, data)
 
 
 def question_key(index: int, example: Example) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from pydantic import BaseModel
 
 from slr_core.checkpoint.written_whole import written_whole
 from slr_core.errors import ConfigError, DataError, SLRError
@@ -23,6 +24,7 @@ from slr_core.evaluation.state_analysis import StateAnalysis
 from slr_core.evaluation.statistics import Summary, paired_test, summarize, summarize_by_difficulty
 from slr_core.evaluation.store import MethodRun, Store, StoredFigure
 from slr_core.evaluation.tables import FigureTable
+from slr_core.validation import from_stored, shortened
 
 _AUXILIARY = ("baselines", "missing")
 """Kinds of stored figures that complete others and are not shown by themselves."""
@@ -62,6 +64,9 @@ def write_report(store: Store, out: str | Path) -> list[Path]:
         ConfigError: a file cannot be written; then none is.
     """
     out = Path(out)
+    entries: list[MethodRun | StoredFigure] = [*store.runs.values(), *store.figures]
+    for entry in entries:
+        _check(entry, store.path)
     try:
         sections = [section for group in _by_questions(store).values() if (section := _section(*group)) is not None]
         manifest = _manifest(store)
@@ -99,6 +104,64 @@ def _write(files: dict[Path, str]) -> list[Path]:
         for path, text in files.items():
             stack.enter_context(written_whole(path, folder=False)).write_text(text, encoding="utf-8")
     return list(files)
+
+
+class _Model(BaseModel):
+    name: str
+    sha256: str = "-"
+
+
+class _Settings(BaseModel):
+    seed: int
+    loop: dict[str, Any] = {}
+
+
+class _AnySpec(BaseModel):
+    """What the report reads of a spec; below: of a figure that it shows, and of a run."""
+
+    task: str
+    source: str
+    questions: int
+    questions_sha256: str
+
+
+class _FigureSpec(_AnySpec):
+    model: _Model
+    settings: _Settings = _Settings(seed=0)
+
+
+class _RunSpec(_FigureSpec):
+    method: str
+    settings: _Settings
+
+
+_KINDS: dict[str, tuple[type[_AnySpec], Any]] = {
+    "baselines": (_AnySpec, dict[str, float]),
+    "missing": (_AnySpec, dict[str, str]),
+    "stability": (_FigureSpec, StabilityReport),
+    "probe": (_FigureSpec, StateAnalysis),
+}
+"""Kinds of figures: what the report reads of their specs, and their data."""
+
+
+def _check(entry: MethodRun | StoredFigure, path: Path | None) -> None:
+    """Check the types of what the report reads of an entry of a results file.
+
+    Raises:
+        DataError: one is another; the message names file and line.
+    """
+    try:
+        if isinstance(entry, MethodRun):
+            from_stored(_RunSpec, entry.spec)
+        elif entry.kind in _KINDS:
+            spec, data = _KINDS[entry.kind]
+            from_stored(spec, entry.spec)
+            from_stored(data, entry.data)
+        else:
+            raise DataError(f"figure: expected {', '.join(_KINDS)}, got {shortened(entry.kind)}")
+    except DataError as error:
+        where = "these results are" if entry.line is None else f"{path}, line {entry.line}:"
+        raise DataError(f"{where} not of this program, or of another version ({error})") from error
 
 
 def _picture(section: int, plot: int) -> str:

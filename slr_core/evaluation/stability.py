@@ -28,6 +28,7 @@ from slr_core.reasoner import LatentReasoner
 from slr_core.tasks.base import Task
 from slr_core.tasks.sources import Questions
 from slr_core.types import finite_or_none
+from slr_core.validation import from_stored
 
 NOISES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Amounts of noise added to h_0, as shares of its RMS."""
@@ -87,16 +88,12 @@ class StabilityReport:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """The inverse of :meth:`to_json`."""
-        return cls(
-            trained=data["trained"],
-            by_depth={int(t): _summary(figures) for t, figures in data["by_depth"].items()},
-            noise={float(scale): (_summary(figures), share) for scale, (figures, share) in data["noise"].items()},
-            default=_summary(data["default"]),
-            excess=data["excess"],
-            correlation=data["correlation"],
-            exits=[ExitPoint(**exit) for exit in data["exits"]],
-        )
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            DataError: ``data`` is something else.
+        """
+        return from_stored(cls, data)
 
 
 def best_exits(exits: Sequence[ExitPoint]) -> list[ExitPoint]:
@@ -108,11 +105,6 @@ def best_exits(exits: Sequence[ExitPoint]) -> list[ExitPoint]:
             if all(point.accuracy > earlier.accuracy for earlier in points[:number]):
                 best.append(point)
     return best
-
-
-def _summary(figures: dict[str, Any]) -> Summary:
-    low, high = figures["interval"]
-    return Summary(**{**figures, "interval": (low, high), "relative_change": tuple(figures["relative_change"])})
 
 
 class StabilityStudy:

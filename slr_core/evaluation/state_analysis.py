@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from pydantic import TypeAdapter
-
 from slr_core.evaluation import plots
 from slr_core.evaluation.lens import Lens, Movement, Trajectories
 from slr_core.evaluation.plots import Plot
 from slr_core.evaluation.probes import ProbeScore
+from slr_core.validation import from_stored
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ class StateAnalysis:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: ``data`` is something else.
+            DataError: ``data`` is something else.
         """
-        return TypeAdapter(cls).validate_python(data)
+        return from_stored(cls, data)
 
     def plots(self) -> dict[str, Plot]:
         """The plots, by name."""

@@ -25,11 +25,13 @@ class MethodRun:
             its hash, seed.
         about: what only describes the run, for the manifest: command, versions.
         outcomes: by question.
+        line: number of its line in the file that it was read from.
     """
 
     spec: dict[str, Any]
     about: dict[str, Any] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    line: int | None = field(default=None, compare=False)
 
     @property
     def id(self) -> str:
@@ -46,12 +48,14 @@ class StoredFigure:
         spec: everything that determines it, as for a :class:`MethodRun`.
         data: the results, as JSON.
         about: what only describes it, for the manifest.
+        line: number of its line in the file that it was read from.
     """
 
     kind: str
     spec: dict[str, Any]
     data: dict[str, Any]
     about: dict[str, Any]
+    line: int | None = field(default=None, compare=False)
 
 
 _STARTS = (b'{"run": "', b'{"of": "', b'{"figure": "')
@@ -148,15 +152,17 @@ class Store:
                 record = json.loads(line)
                 if "run" in record:
                     # Two processes may both have opened the run: keep the outcomes in between.
-                    self.runs.setdefault(record["run"], MethodRun(_object(record, "spec"), _object(record, "about")))
+                    run = MethodRun(_object(record, "spec"), _object(record, "about"), line=number)
+                    self.runs.setdefault(record["run"], run)
                 elif "figure" in record:
-                    parts = (_object(record, name) for name in ("spec", "data", "about"))
-                    self._replace(StoredFigure(str(record["figure"]), *parts))
+                    spec, data, about = (_object(record, name) for name in ("spec", "data", "about"))
+                    self._replace(StoredFigure(str(record["figure"]), spec, data, about, number))
                 else:
                     outcome = Outcome.from_json(record)
                     self.runs[record["of"]].outcomes[outcome.key] = outcome
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: not a line of a results file ({error!r})") from error
+            except (DataError, ValueError, KeyError, TypeError, RecursionError) as error:
+                what = error if isinstance(error, DataError) else repr(error)
+                raise DataError(f"{path}, line {number}: not a line of a results file ({what})") from error
 
 
 @contextmanager

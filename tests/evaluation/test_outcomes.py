@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from slr_core.errors import DataError
 from slr_core.evaluation.outcomes import MethodAnswer, Outcome, question_key
 from slr_core.generation.reference import generate
 from slr_core.tasks.base import Example
@@ -16,10 +17,13 @@ def test_an_outcome_goes_through_a_file(made):
 
 def test_what_is_no_outcome_is_refused():
     data = outcome().to_json()
+    for field, value in {"seconds": "x", "correct": "yes", "relative_change": [None, "0.5"], "tokens": None}.items():
+        with pytest.raises(DataError, match=field):
+            Outcome.from_json({**data, field: value})
     del data["tokens"]
-    with pytest.raises(KeyError):
+    with pytest.raises(DataError, match="tokens: Field required"):
         Outcome.from_json(data)
-    with pytest.raises(TypeError):
+    with pytest.raises(DataError):
         Outcome.from_json(["key"])
 
 

@@ -370,6 +370,37 @@ def test_results_of_another_program_are_refused(tmp_path, field):
         report.write_report(Store(path), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("line", "entry", "name", "value"),
+    [
+        (1, "spec", "model", "prosqa"),
+        (1, "spec", "model", None),
+        (1, "spec", "settings", []),
+        (1, "spec", "questions", "many"),
+        (64, "data", "luck_rule", "high"),
+        (65, "data", "cot", 1),
+        (66, "spec", "model", None),
+        (66, "data", "by_depth", 5),
+        (66, "data", "noise", {"0.1": [1, 2]}),
+    ],
+)
+def test_a_line_of_other_types_is_named(store, tmp_path, line, entry, name, value):
+    lines = store.path.read_text().splitlines()
+    record = json.loads(lines[line - 1])
+    record[entry][name] = value
+    lines[line - 1] = json.dumps(record)
+    store.path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=rf"results\.jsonl, line {line}: not of this program.*{name}.*") as caught:
+        report.write_report(Store(store.path), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_figure_of_unknown_kind_is_named(store, tmp_path):
+    store.save_figure("picture", {}, {}, {})
+    with pytest.raises(DataError, match=r"line 67: .*expected baselines, missing, stability, probe, got \"picture\""):
+        report.write_report(Store(store.path), tmp_path / "out")
+
+
 def test_templates_go_with_the_package():
     folder = Path(report.__file__).with_name("templates")
     assert {path.name for path in folder.iterdir()} >= {"report.html", "report.md"}

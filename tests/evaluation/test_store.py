@@ -148,6 +148,9 @@ GARBAGE = {
     "blank line": RUN + b"\n\n" + RUN + b"\n",
     "outcome of no run": json.dumps({"of": "x", **outcome().to_json()}).encode() + b"\n",
     "outcome without its fields": RUN + b'\n{"of": "x", "key": "0:a"}\n',
+    "outcome with a text for a number": RUN
+    + json.dumps({"of": "x", **outcome(seconds="x").to_json()}).encode()
+    + b"\n",
     "outcome of a wrong type": RUN + json.dumps({"of": "x", **outcome(relative_change=5).to_json()}).encode() + b"\n",
     "run without a spec": b'{"run": "x", "about": {}}\n',
     "spec of a wrong type": b'{"run": "x", "spec": 5, "about": {}}\n',
