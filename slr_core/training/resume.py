@@ -21,11 +21,12 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from slr_core.checkpoint.folder import local_path
 from slr_core.checkpoint.validate import checkpoint_sha256
 from slr_core.errors import CheckpointError, ConfigError, TrainingError
+from slr_core.model.base_support import describe_tokenizer
 from slr_core.reasoner import LatentReasoner
 from slr_core.training.config import TrainConfig
 from slr_core.training.data import StageStream
 from slr_core.training.sources import open_source
-from slr_core.validation import differences, validated
+from slr_core.validation import differences, shortened, validated
 
 RUN = "run.json"
 """File in ``steps`` that says what a run was started with."""
@@ -143,11 +144,11 @@ def _hash_questions(config: TrainConfig) -> dict[str, str | None]:
 
 def _describe(model: LatentReasoner) -> dict[str, Any]:
     base = model.base.config.to_dict()
-    tokenizer = json.dumps([str(type(model.tokenizer)), sorted(model.tokenizer.get_vocab().items())])
+    tokenizer = json.dumps(describe_tokenizer(model.tokenizer), sort_keys=True)
     return {
         "base": {key: base[key] for key in base if key not in ("_name_or_path", "transformers_version")},
         **model.config.model_dump(mode="json", include={"loop", "text"}),
-        "vocabulary": sha256(tokenizer.encode("utf-8", "surrogatepass")).hexdigest(),
+        "tokenizer": sha256(tokenizer.encode("utf-8", "surrogatepass")).hexdigest(),
     }
 
 
@@ -282,7 +283,7 @@ def check_trained(manifest: Path, config: TrainConfig) -> None:
         then = {entry: dict(began[entry]) for entry in ("questions", "loaded")}
     except (OSError, ValueError, KeyError, TypeError):
         return  # the model was copied without it, or is older than these entries
-    now = {"questions": _hash_questions(config), "loaded": _hash_models(config)}
+    now: dict[str, Any] = {"questions": _hash_questions(config), "loaded": _hash_models(config)}
     _check_same({entry: {name: then[entry].get(name) for name in now[entry]} for entry in now}, now, what, advice)
 
 
@@ -292,15 +293,8 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], what: str, advice: str) -> None:
     for name, old, new in differences(dict(before), dict(now)):
-        changed = f"{name.removeprefix('recipe.')} was {_shorten(old)} when it was started and is {_shorten(new)} now"
+        changed = f"{name.removeprefix('recipe.')} was {shortened(old)} when it was started and is {shortened(new)} now"
         raise ConfigError(f"{what}{changed}: {advice}")
-
-
-def _shorten(value: Any) -> str:
-    text = json.dumps(value)
-    if isinstance(value, list) and len(text) > 100:
-        return f"a list of {len(value)}"
-    return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
 @contextmanager

@@ -179,9 +179,7 @@ def test_a_model_of_other_inputs_is_not_compared(changed, spec, trained, tmp_pat
     else:
         tiny.edit_json(base / "tokenizer_config.json", model_max_length=77)
     for finished_only in (True, False):
-        with pytest.raises(
-            ConfigError, match=rf'trained already: {changed}.* was ".*" when it was started and is "'
-        ):
+        with pytest.raises(ConfigError, match=rf'trained already: {changed}.* was ".*" when it was started and is "'):
             sweep.run_sweep(path, finished_only=finished_only)
     questions.unlink()
     shutil.rmtree(base)
