@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer import TRAINER_STATE_NAME
@@ -36,6 +34,7 @@ from slr_core.training.config import TrainConfig
 from slr_core.training.data import IGNORE, Collator, Share, StageStream, check_longest, unknown_share
 from slr_core.training.guard import TrainingGuard
 from slr_core.training.held_out import HeldOutSet, answer_held_out, held_out_sets, write_held_out
+from slr_core.training.loader import BatchLoader
 from slr_core.training.loss_module import LossModule
 from slr_core.training.memory import keep_freed_memory
 from slr_core.training.progress import ProgressReport
@@ -77,22 +76,20 @@ class LoopTrainer(Trainer):
         uniform = log(len(self.reasoner.tokenizer)) * sum(weight for _, weight in config.objectives)
         self.guard = TrainingGuard(config.guard, uniform, config.optimizer.max_grad_norm)
         self._terms = TermLog()
+        self._loader: BatchLoader | None = None
         self._tokens, self._since = 0, time.perf_counter()
         self._whole = WholeCopy(self._loss_module()) if is_sharded_run() and self.args.should_save else None
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self) -> BatchLoader:
         """This process's part of each batch."""
         share = Share(self.args.process_index, self.args.world_size, self.recipe.optimizer.accumulate)
-        return DataLoader(
-            StageStream(self.recipe, self.first_step, share),
-            batch_size=None,
-            collate_fn=self.data_collator,
-            num_workers=1,
-            prefetch_factor=8,
-            worker_init_fn=_ignore_interrupts,
-            # Its own: the loader's seed would be drawn after the random state of a checkpoint was restored.
-            generator=torch.Generator(),
-        )
+        self._loader = BatchLoader(StageStream(self.recipe, self.first_step, share), self.data_collator)
+        return self._loader
+
+    def close_loader(self) -> None:
+        """End the process that makes the batches."""
+        if self._loader is not None:
+            self._loader.close()
 
     def compute_loss(
         self,
@@ -216,11 +213,6 @@ class LoopTrainer(Trainer):
         return self.lr_scheduler
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the loader ends with the training, without a traceback of its own.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def train(config: TrainConfig, *, resume: bool = False, command: str | None = None) -> Path:
     """Train a recipe, write the checkpoint, with a model card, to the folder ``output_dir`` and return its path.
 
@@ -334,6 +326,7 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
             raise DataError(str(error).rstrip().rpartition("\n")[2].removeprefix(f"{_FULL_NAME}: ")) from error
         finally:
             report.close()
+            trainer.close_loader()
         reasoner = trainer.collect().eval()
         if arguments.should_save:
             _finish(output, config, trainer, reasoner, held_out, command)
