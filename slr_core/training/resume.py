@@ -119,10 +119,12 @@ def describe_inputs(
     ]
     inputs = {
         "questions": {name: digest for name, digest in read if name is not None},
-        "loaded": _hash_models(config),
         "model": _describe(reasoner),
     }
-    return inputs if teacher is None else {**inputs, "teacher": {**_describe(teacher), "weights": _digest(teacher)}}
+    if teacher is not None:
+        inputs["teacher"] = {**_describe(teacher), "weights": _digest(teacher)}
+    # Last: what differs in the settings says more than a hash.
+    return {**inputs, "loaded": _hash_models(config)}
 
 
 def _hash_models(config: TrainConfig) -> dict[str, str]:
