@@ -161,7 +161,8 @@ def run_sweep(
             if variant.config is None or not finished_only:
                 _check_inputs(variant)
             _check_runs([run for run in evaluations if run.applies_to(variant)])
-    store, rows, precision = Store(Path(sweep.output_dir) / RESULTS), [], (dtype, quantization)
+    store = Store(Path(sweep.output_dir) / RESULTS, read_only=finished_only)
+    rows, precision = list[SweepRow](), (dtype, quantization)
     for variant in planned:
         folder = Path(variant.folder)
         if variant.config and (folder / MANIFEST).is_file():

@@ -15,11 +15,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from slr_core.checkpoint.folder import local_path
 from slr_core.checkpoint.validate import checkpoint_sha256
+from slr_core.checkpoint.written_whole import is_write_error
 from slr_core.errors import CheckpointError, ConfigError, TrainingError
 from slr_core.model.base_support import describe_tokenizer
 from slr_core.reasoner import LatentReasoner
@@ -328,5 +328,7 @@ def writing(folder: str | Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        if not (is_write_error(error) or isinstance(error, RuntimeError)):
+            raise
         raise TrainingError(f"{folder}: cannot be written ({error}); --resume continues once it can") from error

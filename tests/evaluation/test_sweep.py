@@ -379,6 +379,14 @@ def test_finished_says_how_many(finished):
     assert "0 of 2 models have all their figures" in result.stderr
 
 
+def test_finished_writes_nothing(finished, tmp_path):
+    path = finished({"a": "prosqa"}, [JUDGE])
+    path.write_text(path.read_text().replace(str(tmp_path), "/proc/nowhere"))
+    assert sweep.run_sweep(path, finished_only=True) == []
+    with pytest.raises((ConfigError, DataError), match="/proc/nowhere"):
+        sweep.run_sweep(path)
+
+
 def test_output_does_not_replace_what_the_sweep_reads(finished, tmp_path):
     path = finished({"a": "prosqa"}, [JUDGE])
     for output, named in (path, "spec"), (tmp_path / "results.jsonl", "the stored answers"):

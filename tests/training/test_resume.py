@@ -228,5 +228,9 @@ def test_errors_name_the_folder():
         reading("steps/checkpoint-3"),
     ):
         raise EOFError
-    with pytest.raises(TrainingError, match=r"out: cannot be written \(.*No space.*\); --resume"), writing("out"):
-        raise OSError(28, "No space left on device")
+    # The last kind is that of tokenizers.
+    for error in OSError(28, "No space left"), RuntimeError("No space left"), Exception("No space left"):
+        with pytest.raises(TrainingError, match=r"out: cannot be written \(.*No space.*\); --resume"), writing("out"):
+            raise error
+    with pytest.raises(KeyError), writing("out"):
+        raise KeyError("bug")
