@@ -118,7 +118,7 @@ class LoopLoraConfig(_Model):
         8, description="rank of the adapters: one number, or one per trained iteration"
     )
     alpha: float = Field(
-        16.0, gt=0, le=1e4, description="scale of the adapters: their output is multiplied by alpha / rank"
+        16.0, gt=0, le=1e4, description="their output is multiplied by alpha / rank: a higher rank needs a higher alpha"
     )
     target_modules: tuple[str, ...] | None = Field(
         None, description="names of the linear layers with an adapter; None: all linear layers except the LM head"
