@@ -9,6 +9,7 @@ import torch
 
 from slr_core import tasks
 from slr_core.checkpoint.folder import DEFAULT_CHECKPOINT
+from slr_core.errors import DataError
 from slr_core.evaluation.lens import EXAMPLES, measure_movement, project_trajectories, read_lens
 from slr_core.evaluation.probes import READOUT, CollectedStates, ProbeScore, collect_states
 from slr_core.evaluation.state_analysis import StateAnalysis
@@ -264,5 +265,5 @@ def test_json_round_trip():
 
 
 def test_what_was_not_found_inside_is_refused():
-    with pytest.raises(ValueError, match="lens"):
+    with pytest.raises(DataError, match="lens"):
         StateAnalysis.from_json({"iterations": 3, "accuracy": 0.5})
