@@ -6,6 +6,7 @@ Commands import torch and transformers when they run, so that ``slr --help`` and
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -40,26 +41,27 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich would take [brackets] in help texts for markup and drop them
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=Command)(generate.generate)
-app.command(cls=Command)(chat.chat)
-app.command(cls=Command)(trace.trace)
-app.command(cls=Command)(init.init)
-app.command(cls=Command)(average.average)
-app.command(name="import", cls=Command)(import_.import_)
-app.command(cls=Command)(export.export)
-app.command(cls=Command)(info.info)
+_command = partial(app.command, cls=Command)
+_command()(generate.generate)
+_command()(chat.chat)
+_command()(trace.trace)
+_command()(init.init)
+_command()(average.average)
+_command(name="import")(import_.import_)
+_command()(export.export)
+_command()(info.info)
 # Every argument, --help included, goes to the server.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     serve.serve
 )
-app.command(cls=Command)(train.train)
-app.command(name="eval", cls=Command)(evaluate.evaluate)
-app.command(cls=Command)(compare.compare)
-app.command(cls=Command)(stability.stability)
-app.command(cls=Command)(probe.probe)
-app.command(cls=Command)(sweep.sweep)
-app.command(cls=Command)(report.report)
-app.command(cls=Command)(load.load)
+_command()(train.train)
+_command(name="eval")(evaluate.evaluate)
+_command()(compare.compare)
+_command()(stability.stability)
+_command()(probe.probe)
+_command()(sweep.sweep)
+_command()(report.report)
+_command()(load.load)
 
 
 def main() -> None:

@@ -82,7 +82,8 @@ def expand_variants(sweep: SweepConfig, folder: Path) -> Iterator[Variant]:
         overrides = tuple(f"{key}={json.dumps(value)}" for key, value in {**settings, "output_dir": place}.items())
         variant = Variant({**name, **chosen}, seed, place, None)
         with _prefix(variant.name):
-            yield replace(variant, config=TrainConfig.from_yaml(folder / sweep.recipe, overrides))
+            config = TrainConfig.from_yaml(folder / sweep.recipe, overrides)
+        yield replace(variant, config=config)
 
 
 @dataclass(frozen=True)
@@ -280,9 +281,8 @@ def _open_evaluations(sweep: SweepConfig) -> Iterator[_EvaluationRun]:
 
 def _check_runs(runs: list[_EvaluationRun]) -> None:
     """Check that no model is to answer the same questions twice in the same way: it would count as two seeds."""
-    for (task, _, method), count in Counter(
-        (run.evaluation.task, json.dumps([run.questions.sha256, run.loop]), run.method.name) for run in runs
-    ).items():
+    asked = Counter((run.task.name, run.method.name, run.questions.sha256, json.dumps(run.loop)) for run in runs)
+    for (task, method, *_), count in asked.items():
         if count > 1:
             raise ConfigError(f"evaluate: the same {task} questions are asked {count} times with the method {method}")
 
