@@ -1,4 +1,4 @@
-"""Settings that people write: validation that names every faulty field, what differs between two of them."""
+"""Validation of settings, which names every faulty field, and of stored records; what differs between two settings."""
 
 from __future__ import annotations
 
