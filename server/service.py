@@ -67,6 +67,8 @@ class Service:
         self._folder = AdapterSetFolder(settings.loop_sets, settings.load_timeout_s)
         self.checkpoint_facts: asyncio.Task[CheckpointFacts] | None = None
         """Read for the first client that asks."""
+        self.checkpoint_sha256: asyncio.Task[str | None] | None = None
+        """Computed for the first client that asks."""
         self.created = int(time.time())
         """Unix time in seconds at which the server started."""
         self.tokenizers, self.loop_lag = TokenizerPool(), LoopLag()

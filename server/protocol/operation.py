@@ -80,6 +80,16 @@ class CheckpointFacts(NamedTuple):
     examples: list[ExamplePrompt]
 
 
+class CheckpointIdentity(ResponseModel):
+    """What answers depend on beside the request: the served checkpoint's files, and how its weights are stored."""
+
+    sha256: str | None = Field(
+        description="SHA-256 of the checkpoint's config, tokenizer and weights; null for a model of the hub"
+    )
+    dtype: str = Field(description="number format of the weights, such as float32")
+    quantization: str = Field(description="none, int8 or int4")
+
+
 class CheckpointInfo(ResponseModel):
     """The served checkpoint: the defaults of its loop, and example prompts."""
 

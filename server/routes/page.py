@@ -1,4 +1,4 @@
-"""The page and what it shows about the checkpoint: ``GET /checkpoint`` and the files below ``/page``."""
+"""The page, and descriptions of the checkpoint: ``GET /checkpoint...`` and the files below ``/page``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from starlette.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from slr_core.checkpoint.folder import local_path
-from slr_core.checkpoint.validate import line, read_json
+from slr_core.checkpoint.validate import checkpoint_sha256, line, read_json
 from slr_core.config import DEFAULT_THRESHOLDS, Criterion
 from slr_core.errors import CheckpointError
 from slr_core.generation.prepare import reads_chats
 from slr_core.model.base_support import hidden_size
 
 from ..protocol.grade import GRADED_TASKS
-from ..protocol.operation import CheckpointFacts, CheckpointInfo, ExamplePrompt, RequestLimits
+from ..protocol.operation import CheckpointFacts, CheckpointIdentity, CheckpointInfo, ExamplePrompt, RequestLimits
 from ..service import Service
 from .common import ServiceDependency, document_errors
 
@@ -77,6 +77,27 @@ async def checkpoint(service: ServiceDependency) -> CheckpointInfo:
         ),
         tasks=list(GRADED_TASKS),
         examples=facts.examples,
+    )
+
+
+@router.get("/checkpoint/identity", summary="Identify the served checkpoint")
+async def identity(service: ServiceDependency) -> CheckpointIdentity:
+    """What tells whether two servers answer alike: a hash of the checkpoint's files, and the precision of the weights.
+
+    The hash is computed for the first client that asks, which takes seconds for a large model.
+    """
+    reasoner, settings = service.find_loop_set(None).reasoner, service.settings
+    if service.checkpoint_sha256 is None:
+        folder = local_path(settings.model)
+
+        def compute() -> str | None:
+            return checkpoint_sha256(folder) if folder.is_dir() else None
+
+        service.checkpoint_sha256 = asyncio.create_task(asyncio.to_thread(compute))
+    return CheckpointIdentity(
+        sha256=await asyncio.shield(service.checkpoint_sha256),
+        dtype=str(reasoner.base.dtype).removeprefix("torch."),
+        quantization=settings.quantization,
     )
 
 

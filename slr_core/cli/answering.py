@@ -50,6 +50,19 @@ def open_backend(
     return Local(load_model(model, device, dtype, quantization)) if server is None else Remote(server, api_key=api_key)
 
 
+def identify(backend: Backend | BatchRunner, model: str | None, dtype: str, quantization: str) -> dict[str, Any]:
+    """What tells the backend's model from others; a server is asked.
+
+    Raises:
+        RequestError: the server refuses to tell.
+        EngineError: it cannot be reached.
+    """
+    from slr_core.evaluation.backends import Remote
+    from slr_core.evaluation.run import identify_model
+
+    return backend.identify() if isinstance(backend, Remote) else identify_model(model, dtype, quantization)
+
+
 def open_ray_engines(engines: int, model: str | None, device: str, dtype: str, quantization: str) -> BatchRunner:
     """Engines on a Ray cluster.
 
@@ -74,7 +87,7 @@ def answer_questions(
 ) -> list[Outcome]:
     """Run a method on all questions, with a progress bar; ``store`` supplies what was answered before.
 
-    ``model`` is what :func:`slr_core.evaluation.run.identify_model` says of the model.
+    ``model`` is what :func:`identify` says of the model.
     """
     from slr_core.evaluation.run import run_method, run_spec
 

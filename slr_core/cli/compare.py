@@ -14,6 +14,7 @@ from slr_core.cli.answering import (
     Seed,
     Server,
     answer_questions,
+    identify,
     manifest,
     open_backend,
     print_baselines,
@@ -99,7 +100,6 @@ def compare(
     its reason in the output; the exit code is 1 if no method has one.
     """
     from slr_core.evaluation.methods import METHODS, MethodSettings, get_method
-    from slr_core.evaluation.run import identify_model
     from slr_core.evaluation.statistics import paired_test, summarize
     from slr_core.evaluation.store import Store
     from slr_core.evaluation.tables import method_table
@@ -114,7 +114,7 @@ def compare(
     questions = QuestionSet(task, data, split, generate, generate_seed, generator_option, limit)
     settings = MethodSettings({}, cot_tokens, samples, temperature, beams, noise, seed)
     store, tested = Store(results), open_backend(model, server, api_key, device, dtype, quantization)
-    tested_model = identify_model(server or model, dtype, quantization)
+    tested_model = identify(tested, model, dtype, quantization)
     outcomes: dict[str, list[Outcome]] = {}
     missing: dict[str, str] = {}
     for method in chosen:
@@ -126,7 +126,7 @@ def compare(
         if method.weights is not None:
             folder = folders[method.weights]
             backend = open_backend(folder, None, None, device, dtype, quantization)
-            known = identify_model(folder, dtype, quantization)
+            known = identify(backend, folder, dtype, quantization)
         try:
             outcomes[method.name] = answer_questions(method, backend, questions, settings, store, known, batch_size)
         except (ConfigError, RequestError) as error:

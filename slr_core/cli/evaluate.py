@@ -13,6 +13,7 @@ from slr_core.cli.answering import (
     Seed,
     Server,
     answer_questions,
+    identify,
     manifest,
     open_backend,
     open_ray_engines,
@@ -100,7 +101,6 @@ def evaluate(
     """
     from slr_core.evaluation.backends import Local
     from slr_core.evaluation.methods import MethodSettings, get_method
-    from slr_core.evaluation.run import identify_model
     from slr_core.evaluation.statistics import summarize, summarize_by_difficulty
     from slr_core.evaluation.store import Store
 
@@ -120,7 +120,7 @@ def evaluate(
         backend = open_ray_engines(ray_engines, model, device, dtype, quantization)
     else:
         raise ConfigError("--ray and --server exclude each other")
-    name = identify_model(server or model, dtype, quantization)
+    name = identify(backend, model, dtype, quantization)
     outcomes = answer_questions(get_method(method), backend, questions, settings, store, name, batch_size)
     levels, overall, baselines = summarize_by_difficulty(outcomes), summarize(outcomes), questions.baselines()
     store.save_figure("baselines", questions.spec, baselines, {})

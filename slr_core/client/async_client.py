@@ -44,11 +44,15 @@ class AsyncClient:
 
     async def generate(self, prompt: str | list[str] | Messages, **fields: Unpack[GenerateFields]) -> dict[str, Any]:
         """As :meth:`slr_core.client.Client.generate`."""
-        return await self._post("/generate", {"prompt": prompt, **fields})
+        return await self._send("POST", "/generate", {"prompt": prompt, **fields})
 
     async def trace(self, prompt: str | list[str] | Messages, **fields: Unpack[TraceFields]) -> dict[str, Any]:
         """As :meth:`slr_core.client.Client.trace`."""
-        return await self._post("/trace", {"prompt": prompt, **fields})
+        return await self._send("POST", "/trace", {"prompt": prompt, **fields})
+
+    async def identity(self) -> dict[str, Any]:
+        """As :meth:`slr_core.client.Client.identity`."""
+        return await self._send("GET", "/checkpoint/identity")
 
     async def stream(
         self, prompt: str | list[str] | Messages, *, path: str = "/generate", **fields: Unpack[TraceFields]
@@ -76,9 +80,9 @@ class AsyncClient:
             retry = next_attempt(retry, failure)
             await retry.asleep(failure)
 
-    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            response = await aretry_request(self._http, "POST", path, json=body, retry=self._retry)
+            response = await aretry_request(self._http, method, path, json=body, retry=self._retry)
         except httpx.TransportError as error:
             raise to_error(error) from error
         return read_answer(response)

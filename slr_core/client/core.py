@@ -79,7 +79,7 @@ def retry_policy(retries: int) -> Retry:
     """
     return Retry(
         total=retries,
-        allowed_methods=["POST"],
+        allowed_methods=["GET", "POST"],
         status_forcelist=_RETRIED_STATUSES,
         retry_on_exceptions=_RETRIED_ERRORS,
         backoff_factor=0.125,  # 0.25 s before the first retry, then doubled; up to half of it is left out at random

@@ -64,11 +64,20 @@ class Client:
             RequestError: the server refuses the request.
             EngineError: the server cannot be reached, is overloaded, or fails.
         """
-        return self._post("/generate", {"prompt": prompt, **fields})
+        return self._send("POST", "/generate", {"prompt": prompt, **fields})
 
     def trace(self, prompt: str | list[str] | Messages, **fields: Unpack[TraceFields]) -> dict[str, Any]:
         """``POST /trace``: as :meth:`generate`, with a record of every iteration."""
-        return self._post("/trace", {"prompt": prompt, **fields})
+        return self._send("POST", "/trace", {"prompt": prompt, **fields})
+
+    def identity(self) -> dict[str, Any]:
+        """``GET /checkpoint/identity``: hash of the served checkpoint and the precision of its weights, as JSON.
+
+        Raises:
+            RequestError: the server refuses the request.
+            EngineError: as :meth:`generate`.
+        """
+        return self._send("GET", "/checkpoint/identity")
 
     def stream(
         self, prompt: str | list[str] | Messages, *, path: str = "/generate", **fields: Unpack[TraceFields]
@@ -101,9 +110,9 @@ class Client:
             retry = next_attempt(retry, failure)
             retry.sleep(failure)
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            response = retry_request(self._http, "POST", path, json=body, retry=self._retry)
+            response = retry_request(self._http, method, path, json=body, retry=self._retry)
         except httpx.TransportError as error:
             raise to_error(error) from error
         return read_answer(response)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -177,6 +178,17 @@ class Remote:
             return _grouped(self._trace(list(prompts), None, options), 1)
         return [self._trace(prompt, seed, options) for prompt, seed in zip(prompts, seeds, strict=True)]
 
+    def identify(self) -> dict[str, Any]:
+        """URL, hash of the served checkpoint and precision of its weights.
+
+        Raises:
+            RequestError: the server refuses the request.
+            EngineError: it cannot be reached or fails.
+        """
+        with self._naming_errors():
+            identity = self.client.identity()
+            return {"name": self.url, **{key: identity[key] for key in ("sha256", "dtype", "quantization")}}
+
     def _trace(self, prompt: str | list[str], seed: int | None, options: GenerationOptions) -> list[MethodAnswer]:
         convergence = {k: v for k, v in options.loop.items() if k in ("criterion", "threshold", "patience")}
         fields: dict[str, Any] = {k: v for k, v in options.loop.items() if k not in convergence}
@@ -188,11 +200,16 @@ class Remote:
             "seed": seed,
             "top_tokens": 0,
         }
-        try:
+        with self._naming_errors():
             results = self.client.trace(prompt, **fields)["results"]
             if any(result["budget_reduced"] for result in results):
                 raise EngineError("the server reduced an iteration budget; its option --elastic-floor 1 turns that off")
             return [_from_json(result) for result in results]
+
+    @contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        try:
+            yield
         except RequestError as error:
             raise RequestError(f"{self.url}: {error}", error.param) from error
         except EngineError as error:

@@ -55,7 +55,7 @@ def run_spec(
 
 
 def identify_model(path: str | None, dtype: str = "auto", quantization: str = "none") -> dict[str, Any]:
-    """Name and hash of a checkpoint folder, and the precision if it is chosen; a hub id or a URL has no hash."""
+    """Name and hash of a checkpoint folder, and the precision if it is chosen; a hub id has no hash."""
     chosen = {"dtype": dtype} if dtype != "auto" else {}
     chosen |= {"quantization": quantization} if quantization != "none" else {}
     folder = local_path(path)

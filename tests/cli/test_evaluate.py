@@ -193,7 +193,11 @@ def test_eval_through_a_server(run, folder, tmp_path, monkeypatch):
     for name in ("accuracy", "iterations", "converged", "forward_passes", "tokens"):
         assert its["overall"][name] == mine["overall"][name]
     assert its["overall"]["flops"] is None
-    assert its["manifest"]["model"] == {"name": server.url}
+    known = identify_model(folder)["sha256"]
+    assert its["manifest"]["model"] == {
+        **{"name": server.url, "sha256": known},
+        **{"dtype": "float32", "quantization": "none"},
+    }
     assert refused[:2] == (1, "")
     assert "401" in refused[2]
     for stored in (there, tmp_path / "r.jsonl"):

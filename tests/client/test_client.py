@@ -101,6 +101,13 @@ def test_retry_after_is_honoured(clients, slept):
     assert len(client.asked) == 3
 
 
+def test_identity_of_the_served_checkpoint(clients, slept):
+    client = clients(refusal(503), httpx.Response(200, json={"sha256": None}))
+    assert client.run("identity") == {"sha256": None}
+    assert {(request.method, request.url.path) for request in client.asked} == {("GET", "/checkpoint/identity")}
+    assert len(client.asked) == 2
+
+
 def test_absurd_pauses_are_not(clients, slept):
     clients(refusal(429, {"Retry-After": "99999"}), FINE).run("generate", "w1")
     assert slept == [60]

@@ -149,6 +149,24 @@ def test_api_key_is_sent():
     assert keys == ["Bearer sesame", None]
 
 
+def test_the_model_behind_a_url_is_known_by_its_hash():
+    """Stored answers of one model are not taken for those of another that is served at the same URL."""
+    served = {"sha256": "a" * 64, "dtype": "float32", "quantization": "none"}
+    remote = answering(lambda request: httpx.Response(200, json=served))
+    assert remote.identify() == {"name": "http://server.test", **served}
+    before = remote.identify()
+    for field in ("sha256", "dtype", "quantization"):
+        served = {**served, field: "another"}
+        assert remote.identify() != before
+        before = remote.identify()
+
+
+def test_a_server_that_does_not_tell_its_model_is_an_error_that_names_it(no_pauses):
+    for answer, kind in ((httpx.Response(404), RequestError), (httpx.Response(200, json={}), EngineError)):
+        with pytest.raises(kind, match=r"http://server\.test: "):
+            answering(lambda request, answer=answer: answer).identify()
+
+
 @pytest.fixture
 def no_pauses(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)

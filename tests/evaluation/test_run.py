@@ -243,7 +243,7 @@ def test_a_models_hash_is_that_of_its_files(tmp_path):
 
 
 def test_a_model_elsewhere_is_known_by_its_name():
-    assert identify_model("http://127.0.0.1:8000") == {"name": "http://127.0.0.1:8000"}
+    assert identify_model("owner/name") == {"name": "owner/name"}
     assert identify_model(None) == identify_model(str(DEFAULT_CHECKPOINT))
     assert identify_model(None)["name"] == "prosqa"
     assert identify_model("prosqa") == identify_model(None)

@@ -34,7 +34,7 @@ def test_document(document):
     assert set(document["paths"]) == {
         *("/generate", "/trace", "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model}"),
         *("/", "/livez", "/readyz", "/startupz", "/health", "/version"),
-        *("/checkpoint", "/grade", "/metrics", "/admin/loop_sets", "/admin/loop_sets/{name}"),
+        *("/checkpoint", "/checkpoint/identity", "/grade", "/metrics", "/admin/loop_sets", "/admin/loop_sets/{name}"),
     }
     names = set(document["components"]["schemas"])
     used = set(references(document))

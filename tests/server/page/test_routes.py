@@ -10,6 +10,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from slr_core.checkpoint.folder import BUNDLED_FOLDER, bundled_names
+from slr_core.checkpoint.validate import checkpoint_sha256
+from slr_core.evaluation.run import identify_model
 from slr_server.app import create_app
 from slr_server.protocol.operation import CheckpointInfo
 from slr_server.routes import page
@@ -73,6 +75,18 @@ def test_checkpoint_is_read_once(engine, monkeypatch):
     assert answers[0]["chat"]
     assert answers == answers[:1] * 3
     assert len(read) == 2
+
+
+def test_identity_is_that_of_the_served_files(engine, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(page, "checkpoint_sha256", lambda folder: hashed.append(folder) or checkpoint_sha256(folder))
+    with TestClient(create_app(ServerSettings(model="prontoqa"), engine)) as client:
+        answers = [client.get("/checkpoint/identity").json() for _ in range(3)]
+    known = identify_model("prontoqa")["sha256"]
+    assert answers == [{"sha256": known, "dtype": "float32", "quantization": "none"}] * 3
+    assert hashed == [BUNDLED_FOLDER / "prontoqa"], "once, however many ask"
+    with TestClient(create_app(ServerSettings(model="owner/name"), engine)) as client:
+        assert client.get("/checkpoint/identity").json()["sha256"] is None
 
 
 @pytest.mark.parametrize("name", bundled_names())
