@@ -206,6 +206,7 @@ class TrainConfig(RecipeModel):
             ConfigError: an objective needs another loop; the message names it.
         """
         terms, loops = self.objectives, self.max_iterations != 0
+        idle = not loops or any(stage.shortest == 0 for stage in self.schedule)
         token = loop.workspace == "token"
         others = [name for name, weight in terms if weight and name not in TOKEN_OBJECTIVES]
         no_chains = loop.workspace != "append" or loop.timestep.noise_level or loop.projection.kind == "pause"
@@ -214,9 +215,9 @@ class TrainConfig(RecipeModel):
         aligned = [name for name in ("steps", "cot_states") if getattr(terms, name)]
         for is_wrong, message in (
             (
-                self.train == "adapters" and not loops and loop.lora.covers != "all",
-                "max_iterations 0 with train `adapters` leaves nothing to train: no adapter is ever active, unless "
-                "loop.lora.covers is `all`",
+                self.train == "adapters" and loop.lora.covers != "all" and idle,
+                "train `adapters` leaves 0 iterations nothing to train (max_iterations, stages.iterations, first_steps)"
+                " unless loop.lora.covers is `all`",
             ),
             (
                 terms.chains and self.chains and loops and no_chains,
@@ -233,8 +234,7 @@ class TrainConfig(RecipeModel):
             ),
             (
                 prompt and aligned,
-                f"objectives.{aligned[0] if aligned else ''} must be 0 in the workspace `prompt`: its positions do "
-                "not stand for steps",
+                f"objectives.{(aligned or [''])[0]} must be 0 in the workspace `prompt`: no position is a step",
             ),
             (
                 terms.text and not prompt and not token,

@@ -156,7 +156,7 @@ class CurriculumConfig(RecipeModel):
 
     data: tuple[DataConfig, ...] = Field(min_length=1)
     stages: int = Field(ge=1, le=64, description="K: stages after stage 0; stage K loops for K steps")
-    first_steps: int = Field(ge=1, description="optimizer steps of stage 0")
+    first_steps: int = Field(ge=0, description="optimizer steps of stage 0; 0: the base writes the chain already")
     stage_steps: int = Field(ge=1, description="optimizer steps of stages 1 ... K")
     last_steps: int = Field(ge=1, description="optimizer steps of the last stage, which writes only the answer")
     mix: float = Field(0.0, ge=0, lt=1, description="`mix` of every stage after the first")
@@ -167,7 +167,7 @@ class CurriculumConfig(RecipeModel):
 
     def expand(self, thoughts_per_step: int) -> tuple[StageConfig, ...]:
         """The stages of the curriculum, in order."""
-        stages = [self._stage(0, 0, self.first_steps)]
+        stages = [self._stage(0, 0, self.first_steps)] if self.first_steps else []
         for k in range(1, self.stages + 1):
             added = range(1, thoughts_per_step + 1) if self.gradual else [thoughts_per_step]
             share, rest = divmod(self.stage_steps, len(added))

@@ -113,7 +113,11 @@ FAULTS = {
     ),
     "all-held-out": (lambda _: {"held_out": 12}, "held_out must be below its 12 different questions"),
     "output": (lambda _: {"output_dir": "colours.jsonl/out"}, "output_dir: colours.jsonl/out cannot be written"),
-    "nothing-to-train": (lambda _: {"train": "adapters", "max_iterations": 0}, "leaves nothing to train"),
+    "nothing-to-train": (lambda _: {"train": "adapters", "max_iterations": 0}, "nothing to train (max_iterations"),
+    "nothing-to-train-in-a-stage": (
+        lambda _: {"train": "adapters", "stages": [{**RECIPE["stages"][0], "iterations": 0}]},
+        "nothing to train (max_iterations, stages.iterations, first_steps)",
+    ),
     "base": (lambda _: {"base": {"from": "./nowhere"}}, "./nowhere: no such file or folder"),
 }
 

@@ -94,6 +94,9 @@ def test_a_drawn_loop_length_is_checked():
 CURRICULUM = {"data": GRAPHS, "stages": 2, "first_steps": 5, "stage_steps": 7, "last_steps": 9}
 
 
+ADAPTERS = {"train": "adapters", "objectives": {"answer": 1.0}, "chains": 0}
+
+
 def data(**source):
     return {"steps": 1, "iterations": 1, "data": [source]}
 
@@ -285,6 +288,14 @@ def test_a_curriculum_is_written_out_as_stages():
     assert {stage.exit for stage in config.schedule} == {"last"}
     assert config.writes_steps
     assert {stage.exit for stage in curriculum(pad=False)[0].schedule} == {"own"}
+
+
+def test_a_base_that_writes_the_chain_needs_no_first_stage():
+    assert curriculum(first_steps=0)[1] == curriculum()[1][1:]
+    recipe(curriculum={**CURRICULUM, "first_steps": 0}, stages=[], **ADAPTERS)
+    for changes in ({"curriculum": CURRICULUM, "stages": []}, {"stages": [{**data(task="prosqa"), "iterations": 0}]}):
+        with pytest.raises(ConfigError, match="0 iterations nothing to train"):
+            recipe(**changes, **ADAPTERS)
 
 
 def test_thoughts_are_added_one_at_a_time():
