@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from benchmarks.findings_tables import TABLES, Pooled, Row, column_name, effects_table, grouped, variant_name
 from slr_core.errors import DataError
 from slr_core.evaluation.plots import CurvePoint, draw_curves
-from slr_core.evaluation.statistics import wilson_interval
 from slr_core.validation import validated
 from slr_core.yaml_text import parse_yaml
 
@@ -37,9 +36,6 @@ ROWS = ROOT / "benchmarks/results/findings"
 PAGE = ROOT / "docs/findings.md"
 PLOTS = "findings"
 """Folder of the plots, beside the page."""
-_FEW_DEPTHS = 3  # numbers of forced iterations that fit beside each other for every set of questions
-
-Row = dict[str, Any]
 
 
 class _Model(BaseModel):
@@ -78,6 +74,9 @@ class Section(_Model):
     question: str
     answer: str = Field(description="what its studies found together, for the top of the page")
     parts: tuple[Part, ...] = ()
+    effects: str | None = Field(
+        None, description="what the table of all differences from the recipes shows, which stands before the parts"
+    )
     missing: str | None = Field(None, description="what was not run, in words")
 
 
@@ -108,6 +107,8 @@ def build(contents: Contents, rows: Path) -> Built:
     plots = dict[str, Callable[[], str]]()
     for section in contents.sections:
         lines += [f"## {section.title}", section.question]
+        if section.effects is not None:
+            lines += ["### All differences", *section.effects.splitlines(), effects_table(_studies(section, rows))]
         for part in section.parts:
             lines.append(f"### {part.title}")
             file = rows / f"{part.rows}.json"
@@ -125,7 +126,7 @@ def build(contents: Contents, rows: Path) -> Built:
             if part.found is not None:
                 first, _, rest = part.found.strip().partition(". ")
                 lines += [f"**{first.removesuffix('.')}.**", *filter(None, rest.splitlines())]
-            lines += _SHOWN[part.kind](record)
+            lines += TABLES[part.kind](record)
             if part.plot is not None:
                 name = f"{part.rows}.svg"
                 plots[name] = partial(_draw, part.plot, record["rows"])
@@ -136,107 +137,20 @@ def build(contents: Contents, rows: Path) -> Built:
     return Built("\n\n".join(lines) + "\n", plots)
 
 
+def _studies(section: Section, rows: Path) -> list[tuple[str, list[Row]]]:
+    files = [(part.title, rows / f"{part.rows}.json") for part in section.parts]
+    return [(title, json.loads(file.read_bytes())["rows"]) for title, file in files if file.exists()]
+
+
 def _link(title: str) -> str:
     """A link to the section of a title, by the rule of GitHub for the anchors of headings."""
     anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
     return f"[{title}](#{anchor})"
 
 
-# -- sweeps -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """The figures of one cell: all seeds of a variant on one set of questions by one method.
-
-    Attributes:
-        mean: mean accuracy of the seeds.
-        lowest, highest: of the seeds.
-        interval: 95 % Wilson interval, the answers of all seeds pooled.
-        seeds: number of seeds.
-    """
-
-    mean: float
-    lowest: float
-    highest: float
-    interval: tuple[float, float]
-    seeds: int
-
-    @classmethod
-    def of(cls, rows: Sequence[Row]) -> Pooled:
-        """The figures of the seeds' rows."""
-        scores, n = [row["accuracy"] for row in rows], sum(row["questions"] for row in rows)
-        right = sum(round(row["accuracy"] * row["questions"]) for row in rows)
-        return cls(fmean(scores), min(scores), max(scores), wilson_interval(right, n), len(rows))
-
-    def __str__(self) -> str:
-        spread = f"; seeds {self.lowest:.3f} to {self.highest:.3f}" if self.seeds > 1 else ""
-        return f"{self.mean:.3f} ({self.interval[0]:.3f} to {self.interval[1]:.3f}{spread})"
-
-
-def _column(row: Row) -> str:
-    name = row["name"] or row["question_set"].partition(";")[0]
-    depth = row["loop"].get("max_iterations")
-    return name if depth is None else f"{name}, {depth} iterations"
-
-
-def _grouped(rows: Sequence[Row], *keys: Callable[[Row], Any]) -> dict[tuple[Any, ...], list[Row]]:
-    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[tuple(key(row) for key in keys)].append(row)
-    return groups
-
-
-def _variant(row: Row) -> str:
-    """The name of a variant; of settings that vary, the last part of their dotted names."""
-    return re.sub(r"(?:\w+\.)+(?=\w+=)", "", str(row["variant"])) or "as the recipe"
-
-
-def _accuracy_table(record: dict[str, Any]) -> list[str]:
-    rows = record["rows"]
-    depths = list(dict.fromkeys(row["loop"].get("max_iterations") for row in rows))
-    if len(depths) > _FEW_DEPTHS:
-        return [_depth_table(rows, depths)]
-    cells = _grouped(rows, _variant, _column)
-    columns = list(dict.fromkeys(map(_column, rows)))
-    body = []
-    for (name,), of in _grouped(rows, _variant).items():
-        seeds = str(len({row["seed"] for row in of}))
-        body.append([name, seeds, *(_cell(cells.get((name, column), [])) for column in columns)])
-    return [_markdown(["", "seeds", *columns], body)]
-
-
-def _depth_table(rows: Sequence[Row], depths: Sequence[int | None]) -> str:
-    """A row per model and set of questions, a column per number of iterations; ``None``: those of its own exit."""
-    many = len(set(map(_variant, rows))) > 1
-    body = []
-    for (variant, name), of in _grouped(rows, _variant, lambda row: row["name"]).items():
-        at = _grouped(of, lambda row: row["loop"].get("max_iterations"))
-        body.append([f"{variant}, {name}" if many else str(name), *(_cell(at.get((depth,), [])) for depth in depths)])
-    return _markdown(["iterations", *("own exit" if depth is None else str(depth) for depth in depths)], body)
-
-
-def _cell(rows: Sequence[Row]) -> str:
-    return str(Pooled.of(rows)) if rows else "-"
-
-
-def _methods_table(record: dict[str, Any]) -> list[str]:
-    rows = record["rows"]
-    tables = []
-    head = ["model", "method", "seeds", "accuracy (95 % interval)", "tokens", "passes", "MFLOPs", "ms"]
-    for (column,), of in _grouped(rows, _column).items():
-        body = []
-        for (name, method), same in _grouped(of, _variant, lambda row: row["method"]).items():
-            means = [fmean(row[key] for row in same) for key in ("tokens", "forward_passes", "flops", "seconds")]
-            cost = [f"{means[0]:.1f}", f"{means[1]:.1f}", f"{means[2] / 1e6:,.1f}", f"{means[3] * 1000:.1f}"]
-            body.append([name, method, str(len(same)), str(Pooled.of(same)), *cost])
-        tables += [f"{column}:", _markdown(head, body)]
-    return tables
-
-
 def _draw(plot: PlotSpec, rows: Sequence[Row]) -> str:
     curves: dict[str, list[CurvePoint]] = defaultdict(list)
-    variants = len(set(map(_variant, rows)))
+    variants = len(set(map(variant_name, rows)))
     if plot.x == "iterations":
 
         def position(row: Row) -> float | None:
@@ -244,83 +158,23 @@ def _draw(plot: PlotSpec, rows: Sequence[Row]) -> str:
             return None if depth is None else float(depth)
 
         def curve(row: Row) -> str:
-            return ", ".join(part for part in ((_variant(row) if variants > 1 else ""), row["name"] or "") if part)
+            return ", ".join(part for part in ((variant_name(row) if variants > 1 else ""), row["name"] or "") if part)
     else:
 
         def position(row: Row) -> float | None:
-            numbers = re.findall(r"\d+", _variant(row))
+            numbers = re.findall(r"\d+", variant_name(row))
             return float(numbers[-1]) if numbers else None
 
         def curve(row: Row) -> str:
-            base = re.sub(r"\W*\d+\D*$", "", _variant(row)).strip(" ,=")
-            return ", ".join(part for part in (base, _column(row)) if part)
+            base = re.sub(r"\W*\d+\D*$", "", variant_name(row)).strip(" ,=")
+            return ", ".join(part for part in (base, column_name(row)) if part)
 
     placed = [row for row in rows if position(row) is not None]
-    for (name, x), same in _grouped(placed, curve, position).items():
+    for (name, x), same in grouped(placed, curve, position).items():
         pooled = Pooled.of(same)
         curves[name].append(CurvePoint(x, pooled.mean, pooled.interval))
     ordered = {name: sorted(points, key=lambda point: point.x) for name, points in curves.items()}
     return draw_curves(ordered, title=plot.title, x_label=plot.x_label, log_x=plot.log) + "\n"
-
-
-# -- states -----------------------------------------------------------------------------------------------
-
-
-def _patching_table(record: dict[str, Any]) -> list[str]:
-    head = ["h_t is replaced by", "t", "own answer", "rival's answer (95 % interval)"]
-    body = [
-        [
-            "nothing" if row["patch"] is None else row["patch"].replace("_", " "),
-            "-" if row["t"] is None else str(row["t"]),
-            f"{row['own']:.3f}",
-            f"{row['rival']:.3f} ({row['interval'][0]:.3f} to {row['interval'][1]:.3f})",
-        ]
-        for row in record["rows"]
-    ]
-    return [_markdown(head, body)]
-
-
-def _lens_table(record: dict[str, Any]) -> list[str]:
-    probes = {score["t"]: score for score in record["probes"] if score["label"] == "frontier"}
-    head = ["t", "logit lens: probability on the frontier", "probe: ranking precision (95 % interval)"]
-    head += ["probe, shuffled labels", "logit lens: first token on top"]
-    body = []
-    for reading in record["lens"]:
-        probe = probes.get(reading["t"])
-        frontier = "-" if reading["frontier"] is None else f"{reading['frontier']:.3f}"
-        cells = ["-", "-"]
-        if probe is not None:
-            low, high = probe["interval"]
-            cells = [f"{probe['score']:.3f} ({low:.3f} to {high:.3f})", f"{probe['shuffled']:.3f}"]
-        body.append([str(reading["t"]), frontier, *cells, f"{reading['settled']:.3f}"])
-    return [_markdown(head, body)]
-
-
-def _steps_table(record: dict[str, Any]) -> list[str]:
-    head = ["t", "decoded thought is step t (95 % interval)", "logit lens: first token on top"]
-    body = []
-    for reading in record["lens"]:
-        share, n = reading["thought_is_step"], reading["questions"]
-        cell = "-"
-        if share is not None:
-            low, high = wilson_interval(round(share * n), n)
-            cell = f"{share:.3f} ({low:.3f} to {high:.3f})"
-        body.append([str(reading["t"]), cell, f"{reading['settled']:.3f}"])
-    return [_markdown(head, body)]
-
-
-_SHOWN: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "accuracy": _accuracy_table,
-    "methods": _methods_table,
-    "patching": _patching_table,
-    "lens": _lens_table,
-    "steps": _steps_table,
-}
-
-
-def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _provenance(part: Part, record: dict[str, Any], digest: str) -> str:

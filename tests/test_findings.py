@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import findings, patching
+from benchmarks import findings, findings_tables, patching
 from slr_core import cli
 from slr_core.errors import DataError
 from slr_core.evaluation.sweep import SweepConfig, expand_variants, run_sweep
@@ -79,9 +79,63 @@ def test_cells(contents, tmp_path):
     assert built.plots["one.svg"]().count("<svg") == 1
 
 
+def runs(*scores, variant="as it is", questions=100, iterations=2):
+    return [
+        {**ROW, "variant": variant, "seed": seed, "questions": questions, "accuracy": x, "method": "slr"}
+        | {"loop": {"max_iterations": iterations}}
+        for seed, x in enumerate(scores)
+    ]
+
+
+def test_an_effect_shows_with_every_seed_and_by_intervals_apart():
+    recipe = runs(0.50, 0.60, 0.70)
+    assert findings_tables.effect(recipe, runs(0.30, 0.40, 0.50)) == pytest.approx(-0.2)
+    assert findings_tables.effect(recipe, runs(0.70, 0.80, 0.90)) == pytest.approx(0.2)
+    assert findings_tables.effect(recipe, runs(0.10, 0.10, 0.71)) is None, "one seed is above"
+    assert findings_tables.effect(recipe, runs(0.10, 0.10, 0.70)) is None, "one seed is level"
+    assert findings_tables.effect(recipe, runs(0.49, 0.59, 0.69)) is None, "the intervals overlap"
+    assert findings_tables.effect(runs(0.5, 0.6), runs(0.1, 0.2, 0.3)) == pytest.approx(-0.35), "of seeds in both"
+    assert findings_tables.effect(recipe, runs(0.1)) is None, "a single seed"
+    assert findings_tables.effect(recipe, recipe) is None
+
+
+def test_table_of_effects():
+    study = [
+        *runs(0.9, 0.9),
+        *runs(0.5, 0.5, iterations=4),
+        *runs(0.5, 0.5, variant="residual none"),
+        *runs(0.5, 0.4, variant="residual none", iterations=4),
+        *runs(0.4, 0.4, variant="frozen base"),
+        *runs(0.4, 0.4, variant="frozen base", iterations=4),
+        *runs(0.4, 0.4, variant="frozen base, rank 64"),
+        *runs(0.8, 0.8, variant="frozen base, rank 64", iterations=4),
+    ]
+    lines = findings_tables.effects_table([("A", study), ("B", runs(0.5, variant="rank 2"))]).splitlines()
+    assert lines[0] == "| study | compared with | questions | trained depth | 2x |"
+    assert lines[2:] == [
+        "| A | as it is | q | 0.90; residual none -40 | 0.50 |",
+        "| A | frozen base | q | 0.40 | 0.40; rank 64 +40 |",
+    ]
+
+
+def test_all_differences_stand_before_the_parts(tmp_path):
+    rows = [*runs(0.9, 0.9), *runs(0.5, 0.5, variant="residual none")]
+    (tmp_path / "one.json").write_text(json.dumps({"manifest": {}, "rows": rows}))
+    part = {"title": "A study", "command": "slr sweep"}
+    parts = ({**part, "rows": "one"}, {**part, "rows": "none"})
+    section = {"title": "S", "question": "Q?", "answer": "A.", "effects": "What.\nThen.", "parts": parts}
+    text = findings.build(
+        findings.Contents.model_validate({"introduction": "", "terms": "", "sections": (section,)}), tmp_path
+    ).text
+    before, _, after = text.partition("### A study")
+    assert "### All differences\n\nWhat.\n\nThen.\n\n| study |" in before
+    assert "residual none -40" in before
+    assert "residual none" in after
+
+
 def test_names_of_settings_are_short():
-    assert findings._variant(ROW | {"variant": "a, stages.0.data.0.questions=100"}) == "a, questions=100"
-    assert findings._variant(ROW | {"variant": "loop.lora.rank=4, seed=0.5"}) == "rank=4, seed=0.5"
+    assert findings_tables.variant_name(ROW | {"variant": "a, stages.0.data.0.questions=100"}) == "a, questions=100"
+    assert findings_tables.variant_name(ROW | {"variant": "loop.lora.rank=4, seed=0.5"}) == "rank=4, seed=0.5"
 
 
 def test_without_rows(contents, tmp_path):
