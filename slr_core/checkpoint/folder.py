@@ -11,6 +11,21 @@ BASE_CONFIG = "config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 DEFAULT_CHECKPOINT = BUNDLED_FOLDER / "prosqa"
+MODEL_FILES = frozenset(
+    (
+        *(
+            CONFIG,
+            BASE_CONFIG,
+            ADAPTER_CONFIG,
+            "generation_config.json",
+            "model.safetensors.index.json",
+            "examples.json",
+        ),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+        *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
+    )
+)
+"""Files beside the weights that belong to a model, here or in its folders ``base`` and ``loops``."""
 READ_FROM_HUB = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
 _RESEMBLES = 0.8
 """Similarity (0 to 1) from which a name that could be a hub id counts as a mistyped folder."""

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from slr_core.checkpoint.folder import BASE, LOOPS, MODEL_FILES
 from slr_core.errors import CheckpointError
 
 DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -61,9 +62,9 @@ def checkpoint_sha256(folder: Path) -> str:
         CheckpointError: a file cannot be read.
     """
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors")):
-        # Leave out what a training run writes beside the model: its checkpoints and its manifest.
-        if file.relative_to(folder).parts[0] not in ("steps", "training.json"):
+    # Other files are not the model's: manifests and steps of a training, results that were saved beside it.
+    for file in sorted([*folder.glob("*"), *folder.glob(f"{BASE}/*"), *folder.glob(f"{LOOPS}/*/*")]):
+        if file.suffix == ".safetensors" or file.name in MODEL_FILES:
             digest.update(str(file.relative_to(folder)).encode() + b"\0" + bytes.fromhex(file_sha256(file)))
     return digest.hexdigest()
 

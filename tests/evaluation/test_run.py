@@ -235,11 +235,16 @@ def test_a_models_hash_is_that_of_its_files(tmp_path):
     (folder / "steps" / "000100").mkdir(parents=True)
     (folder / "steps" / "000100" / "model.safetensors").write_bytes(b"of the training run")
     (folder / MANIFEST).write_text('{"seconds": 1}')
+    (folder / "eval.json").write_text('{"accuracy": 1}')
+    (folder / "runs").mkdir()
+    (folder / "runs" / "model.safetensors").write_bytes(b"of a run that began from this model")
     assert identify_model(str(folder)) == before == identify_model(str(folder) + "/.")
     (folder / "base" / "model.safetensors").write_bytes(b"weightS")
     changed = identify_model(str(folder))
     (folder / "base" / "model.safetensors").rename(folder / "base" / "other.safetensors")
-    assert len({before["sha256"], changed["sha256"], identify_model(str(folder))["sha256"]}) == 3
+    renamed = identify_model(str(folder))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert len({known["sha256"] for known in (before, changed, renamed, identify_model(str(folder)))}) == 4
 
 
 def test_a_model_elsewhere_is_known_by_its_name():
