@@ -30,6 +30,9 @@ def parse_yaml(text: str) -> Any:
     """Parse one YAML document.
 
     Raises:
-        yaml.YAMLError: it is not YAML, or a mapping has a key twice.
+        yaml.YAMLError: it is not YAML, nested too deeply, or a mapping has a key twice.
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, RecursionError) as error:  # of PyYAML's own: an impossible date, a number of too many digits
+        raise yaml.YAMLError(str(error)) from error

@@ -25,6 +25,12 @@ def test_objects_are_refused():
         parse_yaml("!!python/object/apply:os.getcwd []")
 
 
+@pytest.mark.parametrize("text", ["a: 2026-13-45", "a: " + "9" * 5000, "a: " + "[" * 50_000])
+def test_what_python_cannot_hold_is_a_yaml_error(text):
+    with pytest.raises(yaml.YAMLError):
+        parse_yaml(text)
+
+
 @pytest.mark.parametrize("text", ["a: 1\na: 2", "b: {a: 1, c: 2, a: 3}", "- a: 1\n  a: 1", "{<<: {a: 1}, <<: {b: 1}}"])
 def test_a_key_given_twice_is_refused(text):
     with pytest.raises(yaml.YAMLError, match=r"(a|<<) is given twice\n.*line \d"):
