@@ -94,7 +94,11 @@ class LoopParams:
             value = getattr(self, name)
             if value is not None and not value >= least:  # not `value < least`: NaN is refused too
                 raise RequestError(f"{name} must be at least {least}, got {value}", param=name)
-        for name, valid in (("noise_scale", self.noise_scale < inf), ("noise_seed", 0 <= self.noise_seed < 2**64)):
+        for name, valid in (
+            ("threshold", self.threshold is None or self.threshold < inf),
+            ("noise_scale", self.noise_scale < inf),
+            ("noise_seed", 0 <= self.noise_seed < 2**64),
+        ):
             if not valid:
                 raise RequestError(f"{name} is out of range, got {getattr(self, name)}", param=name)
         if self.criterion is not None and self.criterion not in tuple(DEFAULT_THRESHOLDS):  # it may be unhashable

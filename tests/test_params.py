@@ -34,3 +34,11 @@ def test_criteria_that_there_are_not(criterion):
     with pytest.raises(RequestError, match=r"^criterion must be one of ") as told:
         LoopParams(criterion=criterion)
     assert told.value.param == "criterion"
+
+
+@pytest.mark.parametrize("name", ["threshold", "noise_scale"])
+def test_numbers_that_json_cannot_hold(name):
+    for value in (float("inf"), float("nan")):
+        with pytest.raises(RequestError, match=rf"^{name} ") as told:
+            LoopParams(**{name: value})
+        assert told.value.param == name

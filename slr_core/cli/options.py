@@ -62,9 +62,9 @@ QuantizationName = Annotated[
 ]
 
 
-def finite(value: float) -> float:
+def finite(value: float | None) -> float | None:
     """Refuse a number that JSON cannot hold."""
-    if not isfinite(value):
+    if value is not None and not isfinite(value):
         raise typer.BadParameter(f"expected a finite number, got {value}")
     return value
 
@@ -77,7 +77,9 @@ MinIterations = Annotated[int | None, typer.Option(min=0, max=256, help="Minimum
 CriterionName = Annotated[
     Criterion | None, typer.Option("--criterion", help="Exit criterion: the distance compared with --threshold.")
 ]
-Threshold = Annotated[float | None, typer.Option(min=0.0, help="Stop when the criterion falls below this value.")]
+Threshold = Annotated[
+    float | None, typer.Option(min=0.0, callback=finite, help="Stop when the criterion falls below this value.")
+]
 Patience = Annotated[
     int | None, typer.Option(min=1, help="Number of consecutive iterations below the threshold before the loop stops.")
 ]

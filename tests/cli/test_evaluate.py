@@ -335,6 +335,7 @@ def test_an_error_is_one_line_and_exit_code_1(case, run, folder, tmp_path, monke
         ["eval", "--limit", "0"],
         ["eval", "--generate", "3", "--method", "thinking"],
         ["eval", *SMALL, "--criterion", "vibes"],
+        ["eval", *SMALL, "--threshold", "inf"],
         ["eval", "--batch-size", "0"],
         ["eval", "--nodes", "8"],
         ["compare", "--temperature", "0"],
