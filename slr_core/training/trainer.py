@@ -270,7 +270,10 @@ def train(config: TrainConfig, *, resume: bool = False, command: str | None = No
         print(f"the run in {output} is finished", file=sys.stderr)
         return output
     last = find_start(output, config, resume=resume)
-    first_step = 0 if last is None else TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).global_step
+    first_step = 0
+    if last is not None:
+        with reading(last):
+            first_step = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).global_step
     stream = StageStream(config, first_step)  # before the model: it is quicker to read
     held_out = held_out_sets(config)
     reasoner = build(config)

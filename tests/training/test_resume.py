@@ -22,6 +22,7 @@ from slr_core.training.resume import (
     write_run,
     writing,
 )
+from slr_core.training.trainer import train
 from tests.training.recipe import DATA, recipe
 
 STAGES = DATA["stages"]
@@ -218,6 +219,13 @@ def test_guard_goes_on_from_its_state():
     assert not resumed.is_stable
     with pytest.raises(TrainingError, match="exploded"):
         resumed.check_loss(9.0, 31)
+
+
+def test_a_state_of_another_version_of_transformers(tmp_path):
+    start(tmp_path)
+    save(tmp_path, 3, state=json.dumps({"global_step": 3, "unknown": 1}))
+    with pytest.raises(CheckpointError, match=r"checkpoint-3: not a complete checkpoint \(TypeError: .*unknown"):
+        train(recipe(output_dir=tmp_path), resume=True)
 
 
 def test_errors_name_the_folder():
