@@ -257,13 +257,18 @@ def _differences(specs: Sequence[dict[str, Any]]) -> list[str]:
     differ = [name for name in names if len({values.get(name) for values in settings}) > 1]
     if len({values.get("model") for values in settings}) == len(settings):
         differ = [name for name in differ if name != "weights"]
-    return [", ".join(f"{name} {values.get(name, 'default')}" for name in differ) for values in settings]
+    labels = [", ".join(f"{name} {values.get(name, 'default')}" for name in differ) for values in settings]
+    return [
+        label if labels.count(label) == 1 else ", ".join(filter(None, (label, f"id {MethodRun(spec).id}")))
+        for label, spec in zip(labels, specs, strict=True)
+    ]
 
 
 def _settings(spec: dict[str, Any]) -> dict[str, str]:
-    model, settings = spec.get("model", {}), dict(spec.get("settings", {}))
+    model, settings = dict(spec.get("model", {})), dict(spec.get("settings", {}))
     settings |= settings.pop("loop", {})
-    settings = {"model": model.get("name"), "weights": model.get("sha256", "-")[:8], **settings}
+    # What is left of the model is its precision, where that is chosen.
+    settings = {"model": model.pop("name", None), "weights": model.pop("sha256", "-")[:8], **model, **settings}
     settings |= {"source": spec["source"], "version": spec.get("slr", "-")}
     return {name: str(value) for name, value in settings.items()}
 

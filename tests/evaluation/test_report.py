@@ -209,6 +209,33 @@ def test_runs_of_one_method_are_told_apart(tmp_path):
     assert Page(html).cells.count("no_cot") == 1
 
 
+def test_runs_of_one_model_are_told_apart_by_its_precision(tmp_path):
+    store = Store()
+    model = spec()["model"]
+    for right, chosen in enumerate(({}, {"quantization": "int8"}, {"dtype": "bfloat16"})):
+        fill(store, "slr", right, model={**model, **chosen})
+    rows = [row[:2] for row in rows_of(written(store, tmp_path / "out")[1]) if row[0].startswith("slr (")]
+    assert rows == [
+        ["slr (quantization default, dtype default)", "0.000"],
+        ["slr (quantization int8, dtype default)", "0.050"],
+        ["slr (quantization default, dtype bfloat16)", "0.100"],
+    ]
+
+
+def test_runs_that_no_setting_tells_apart_are_told_apart_by_their_ids(tmp_path):
+    store = Store()
+    alike = [fill(store, "slr", right, other=right) for right in (1, 2)]
+    hashes = ["abababab" + end * 56 for end in "01"]  # equal in the eight characters that are shown
+    seeded = [fill(store, "cot", 3, model={"name": "tiny", "sha256": sha256}) for sha256 in hashes]
+    fill(store, "cot", 4, settings={"loop": {}, "samples": 5, "seed": 1})
+    names = [row[0] for row in rows_of(written(store, tmp_path / "out")[1]) if row[0].startswith(("slr (", "cot ("))]
+    assert names == [
+        *(f"slr (id {run.id})" for run in alike),
+        *(f"cot (seed 0, id {run.id})" for run in seeded),
+        "cot (seed 1)",
+    ]
+
+
 def test_the_loop_as_configured_is_what_others_are_tested_against(tmp_path):
     store = Store()
     fill(store, "slr", 2, settings={"loop": {"max_iterations": 3}, "samples": 5, "seed": 0})
