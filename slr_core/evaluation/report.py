@@ -195,8 +195,10 @@ def _by_questions(store: Store) -> dict[tuple[str, str], tuple[list[MethodRun], 
 
 def _section(runs: Sequence[MethodRun], figures: Sequence[StoredFigure]) -> Section | None:
     """``None`` if there is nothing to show."""
-    compared = _labelled_runs([run for run in runs if run.spec["method"] != NOISY_START.name and not _forced(run)])
     shown = [figure for figure in figures if figure.kind not in _AUXILIARY]
+    studies = [figure for figure in shown if figure.kind == "stability"]
+    asked_for = [run for run in runs if not any(_is_point(run, study) for study in studies)]
+    compared = _labelled_runs([run for run in asked_for if run.spec["method"] != NOISY_START.name])
     if not compared and not shown:
         return None
     spec = (runs[0] if compared else shown[0]).spec
@@ -228,10 +230,15 @@ def _section(runs: Sequence[MethodRun], figures: Sequence[StoredFigure]) -> Sect
     )
 
 
-def _forced(run: MethodRun) -> bool:
-    """Whether a stability study forced this run to a depth: it is a point of a plot, not a row of the table."""
-    changed = set(run.spec["settings"]["loop"])
-    return run.spec["method"] == "slr_fixed" and changed == {"criterion", "max_iterations", "min_iterations"}
+def _is_point(run: MethodRun, study: StoredFigure) -> bool:
+    """Whether a run is one of a stability study, forced to a depth: a point of its plot, not a row of the table."""
+    if run.about or run.spec["method"] != "slr_fixed":  # the runs of a study have no description of their own
+        return False
+    settings, seed = run.spec["settings"], study.spec.get("settings", {}).get("seed", 0)
+    depths = [int(depth) for depth in study.data["by_depth"]]
+    forced = [{"criterion": "fixed", "max_iterations": t, "min_iterations": t} for t in depths]
+    same = (run.spec["model"], settings["seed"]) == (study.spec["model"], seed)
+    return same and settings["loop"] in forced
 
 
 def _is_control(method: str) -> bool:

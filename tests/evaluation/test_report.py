@@ -170,12 +170,43 @@ def test_the_manifest_names_what_makes_the_figures_again(store, tmp_path):
     assert cells[-12:] == [*compared, *studied]
 
 
-def test_forced_runs_are_no_methods(store, tmp_path):
+def forced(depth, seed=11):
+    """The settings of a run of the study in ``store``."""
+    loop = {"criterion": "fixed", "max_iterations": depth, "min_iterations": depth}
+    return {"loop": loop, "samples": 5, "seed": seed}
+
+
+def test_runs_of_a_study_are_no_methods(store, tmp_path):
     before = written(store, tmp_path / "before")
-    forced = {"criterion": "fixed", "max_iterations": 3, "min_iterations": 3}
-    fill(store, "slr_fixed", 3, {}, settings={"loop": forced, "samples": 5, "seed": 0})
+    for depth in (0, 8):
+        fill(store, "slr_fixed", 3, {}, settings=forced(depth), model={"name": "tiny"})
     fill(store, "noisy_start", 3, {})
     assert written(store, tmp_path / "after") == before
+    assert written(Store(store.path), tmp_path / "from the file") == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": forced(9)},
+        {"settings": forced(3, seed=12)},
+        {"model": {"name": "tiny", "dtype": "bfloat16"}},
+        {"about": ABOUT},
+    ],
+)
+def test_forced_runs_of_no_study_are_methods(tmp_path, changes):
+    store = Store()
+    asked = {name: spec(questions=20)[name] for name in ("task", "source", "questions", "questions_sha256")}
+    of = {**asked, "model": {"name": "tiny"}, "settings": {"past": 2, "seed": 11}}
+    store.save_figure("stability", of, study().to_json(), {})
+    fill(store, "slr_fixed", 3, **{"about": {}, "settings": forced(3), "model": {"name": "tiny"}, **changes})
+    assert rows_of(written(store, tmp_path / "out")[1])[2][:2] == ["slr_fixed", "0.150"]
+
+
+def test_a_forced_run_alone_is_reported(tmp_path):
+    store = Store()
+    fill(store, "slr_fixed", 3, settings=forced(3))
+    assert rows_of(written(store, tmp_path / "out")[1])[2][:2] == ["slr_fixed", "0.150"]
 
 
 def test_what_is_not_finished_is_left_out(store, tmp_path):
