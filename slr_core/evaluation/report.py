@@ -61,7 +61,7 @@ def write_report(store: Store, out: str | Path) -> list[Path]:
 
     Raises:
         DataError: the results hold nothing to report.
-        ConfigError: a file cannot be written; then none is.
+        ConfigError: a file cannot be written, or is the results file; then none is written.
     """
     out = Path(out)
     entries: list[MethodRun | StoredFigure] = [*store.runs.values(), *store.figures]
@@ -92,12 +92,14 @@ def write_report(store: Store, out: str | Path) -> list[Path]:
     }
     for i, section in enumerate(sections):
         files |= {_picture(i, j): plot.svg for j, plot in enumerate(section.plots)}
-    return _write({out / name: text for name, text in files.items()})
+    return _write({out / name: text for name, text in files.items()}, store.path)
 
 
-def _write(files: dict[Path, str]) -> list[Path]:
+def _write(files: dict[Path, str], results: Path | None) -> list[Path]:
     """Write all files, or none of them."""
     for path in files:
+        if results is not None and os.path.exists(path) and os.path.exists(results) and os.path.samefile(path, results):
+            raise ConfigError(f"{path}: expected another folder for the report, this is the results file")
         if os.path.isdir(path):  # found before the first of them is replaced
             raise ConfigError(f"{path}: expected a file or nothing, got a folder")
     with ExitStack() as stack:

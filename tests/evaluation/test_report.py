@@ -482,6 +482,20 @@ def test_where_no_file_can_be_written_there_is_no_part_of_a_report(store, tmp_pa
         assert [path.name for path in out.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["report.html", "report.md", "figure_1_2.svg"])
+def test_the_results_file_is_not_replaced(store, tmp_path, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    results = store.path.rename(out / name)
+    before = results.read_bytes()
+    (tmp_path / "link").symlink_to(results)
+    for path in (results, tmp_path / "link"):
+        with pytest.raises(ConfigError, match=f"{name}: expected another folder for the report, this is the results"):
+            report.write_report(Store(path, read_only=True), out)
+    assert list(out.iterdir()) == [results]
+    assert results.read_bytes() == before
+
+
 def test_a_full_disk_leaves_no_part_of_a_report(store, tmp_path, monkeypatch):
     def full(path, text, **options):
         if "figure_1_2" in path.name:
