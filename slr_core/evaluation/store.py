@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, BinaryIO
 
 from slr_core.errors import DataError
 from slr_core.evaluation.outcomes import Outcome
@@ -64,8 +65,8 @@ _STARTS = (b'{"run": "', b'{"of": "', b'{"figure": "')
 class Store:
     """A results file; it is read when this is created, and then appended to.
 
-    An incomplete last line, left by a crash, is dropped, and its question is answered again. Without a path, nothing is
-    written.
+    An incomplete last line, left by a crash, is dropped, and its question is answered again. Several processes may
+    append to one file. Without a path, nothing is written.
 
     Args:
         path: of the file.
@@ -79,7 +80,6 @@ class Store:
         self.path = None if path is None else Path(path)
         self.runs: dict[str, MethodRun] = {}
         self.figures: list[StoredFigure] = []
-        self._whole: int | None = None
         if self.path is not None and os.path.exists(self.path):  # unlike Path.exists, of a name of any length
             self._read(self.path)
         if self.path is not None and not read_only:
@@ -119,12 +119,12 @@ class Store:
         line = json.dumps(record, allow_nan=False) + "\n"
         with _writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self._whole is not None:
-                # Otherwise the next line would be appended to the incomplete one.
-                os.truncate(self.path, self._whole)
-                self._whole = None
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            with self.path.open("a+b") as file:
+                # Held until the file is closed: what is incomplete then is no line that another process is writing.
+                with suppress(OSError):  # some network file systems have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                _cut_torn(file, self.path)
+                file.write(line.encode("utf-8"))
 
     @staticmethod
     def _check_writable(path: Path) -> None:
@@ -141,12 +141,8 @@ class Store:
             raw = path.read_bytes()
         except OSError as error:
             raise DataError(f"cannot read {path}: {error}") from error
-        whole, newline, torn = raw.rpartition(b"\n")
-        if torn:
-            # Only what can be a line of a results file is cut off later: this could be another file.
-            if not any(torn.startswith(start[: len(torn)]) for start in _STARTS):
-                raise DataError(f"{path}: not a results file")
-            self._whole = len(whole + newline)
+        whole, _, torn = raw.rpartition(b"\n")
+        _check_torn(torn, path)
         for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
             try:
                 record = json.loads(line)
@@ -163,6 +159,32 @@ class Store:
             except (DataError, ValueError, KeyError, TypeError, RecursionError) as error:
                 what = error if isinstance(error, DataError) else repr(error)
                 raise DataError(f"{path}, line {number}: not a line of a results file ({what})") from error
+
+
+def _check_torn(torn: bytes, path: Path) -> None:
+    """Check that an incomplete last line can be one of a results file: this could be another file.
+
+    Raises:
+        DataError: it cannot.
+    """
+    if not any(torn.startswith(start[: len(torn)]) for start in _STARTS):
+        raise DataError(f"{path}: not a results file")
+
+
+def _cut_torn(file: BinaryIO, path: Path) -> None:
+    """Cut off an incomplete last line, to which the next line would otherwise be appended.
+
+    Raises:
+        DataError: it cannot be one of a results file.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if file.read(1) in (b"", b"\n"):
+        return
+    file.seek(0)
+    torn = file.read().rpartition(b"\n")[2]
+    _check_torn(torn, path)
+    file.truncate(size - len(torn))
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """The results file: nothing that was kept is lost, nothing that is somebody else's is touched."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,51 @@ def test_run_of_two_processes(path):
     assert [next(iter(json.loads(line))) for line in lines] == ["run", "run", "of", "of"]
     path.write_text("\n".join([lines[0], lines[2], lines[1], lines[3]]) + "\n")
     assert len(Store(path).runs[runs[0].id].outcomes) == 2
+
+
+def test_two_processes_that_continue_a_line_cut_short_lose_nothing(filled):
+    whole = filled.read_bytes()
+    filled.write_bytes(whole[:-9])
+    first, second = Store(filled), Store(filled)
+    first.add(first.open(spec()), KEPT[1])
+    assert filled.read_bytes() == whole
+    for store, key in ((second, "2:c"), (first, "3:d"), (second, "4:e")):
+        store.add(store.open(spec()), outcome(key))
+    assert list(Store(filled).open(spec()).outcomes) == ["0:a", "1:b", "2:c", "3:d", "4:e"]
+
+
+def test_a_line_that_another_process_leaves_incomplete_is_cut_off(filled):
+    store, whole = Store(filled), filled.read_bytes()
+    filled.write_bytes(whole + b'{"of": "')
+    store.add(store.open(spec()), outcome("2:c"))
+    assert filled.read_bytes().startswith(whole)
+    assert list(Store(filled).open(spec()).outcomes) == ["0:a", "1:b", "2:c"]
+
+
+def test_a_file_that_has_become_another_is_left_alone(filled):
+    store = Store(filled)
+    filled.write_bytes(b"hello")
+    with pytest.raises(DataError, match=rf"{filled}: not a results file"):
+        store.add(store.open(spec()), outcome("2:c"))
+    assert filled.read_bytes() == b"hello"
+
+
+def test_a_line_that_is_being_written_is_waited_for(filled):
+    store, whole = Store(filled), filled.read_bytes()
+    with ThreadPoolExecutor() as pool, filled.open("ab") as other:
+        flock(other, LOCK_EX)
+        other.write(b'{"of": "')
+        other.flush()
+        waiting = pool.submit(store.add, store.open(spec()), outcome("2:c"))
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.1)
+        assert filled.read_bytes() == whole + b'{"of": "'
+        other.write(
+            next(iter(store.runs)).encode() + b'", ' + json.dumps(outcome("3:d").to_json()).encode()[1:] + b"\n"
+        )
+        other.close()
+        waiting.result(timeout=10)
+    assert list(Store(filled).open(spec()).outcomes) == ["0:a", "1:b", "3:d", "2:c"]
 
 
 @pytest.mark.parametrize("left", [1, 9, 60, -1])
