@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -183,7 +184,8 @@ def read_jsonl(path: str | Path) -> list[Example]:
     ``steps`` may be left out, and all further fields are kept.
 
     Raises:
-        DataError: the file is missing, is not JSON lines, or a line lacks a field (the line is named).
+        DataError: the file is missing, is not JSON lines, or a line lacks a field or has a lone surrogate (the line is
+            named).
     """
     path = Path(path)
     try:
@@ -211,4 +213,6 @@ def _parse(path: Path, lines: Sequence[str]) -> Iterator[Example]:
         strings = isinstance(steps, list) and all(isinstance(x, str) for x in (question, answer, *steps))
         if not strings:
             raise DataError(f"{path}, line {number}: question and answer must be strings, steps a list of strings")
+        if re.search("[\ud800-\udfff]", "".join((question, *steps, answer))):
+            raise DataError(f"{path}, line {number}: expected Unicode text, got a lone surrogate such as \\ud800")
         yield Example(question, tuple(steps), answer, record)

@@ -76,6 +76,9 @@ BAD_LINES = {
     "answer-null": json.dumps({**LINE, "answer": None}),
     "steps-a-string": json.dumps({**LINE, "steps": "abc"}),
     "steps-of-numbers": json.dumps({**LINE, "steps": [1, 2]}),
+    "question-with-a-surrogate": json.dumps({**LINE, "question": "\ud800 x"}),
+    "answer-with-a-surrogate": json.dumps({**LINE, "answer": "x \udc00"}),
+    "steps-with-a-surrogate": json.dumps({**LINE, "steps": ["a", "\udfff"]}),
     "deep": "[" * 100_000,
 }
 
@@ -85,6 +88,13 @@ def test_a_bad_line_is_named(case, tmp_path):
     path = written(tmp_path, GOOD * 2 + BAD_LINES[case] + "\n" + GOOD)
     with pytest.raises(DataError, match=r"data\.jsonl, line 3"):
         read_jsonl(path)
+
+
+def test_a_lone_surrogate_is_refused_and_a_pair_is_a_character(tmp_path):
+    with pytest.raises(DataError, match=r"data\.jsonl, line 1: expected Unicode text, got a lone surrogate"):
+        read_jsonl(written(tmp_path, '{"question": "\\ud83d", "answer": "\\ude00"}'))
+    (example,) = read_jsonl(written(tmp_path, '{"question": "\\ud83d\\ude00", "answer": "x"}'))
+    assert example.question == "\U0001f600"
 
 
 def damaged(raw: bytes) -> bytes:
