@@ -21,7 +21,7 @@ from slr_core.evaluation.methods import Method, MethodSettings, get_method
 from slr_core.evaluation.run import identify_model, run_method, run_spec
 from slr_core.evaluation.statistics import Summary, summarize
 from slr_core.evaluation.store import MethodRun, Store
-from slr_core.evaluation.sweep_config import SweepConfig, SweepEvaluation
+from slr_core.evaluation.sweep_config import SweepConfig, SweepEvaluation, canonical_json
 from slr_core.tasks.base import Task
 from slr_core.tasks.sources import Questions, load_questions
 from slr_core.training.config import TrainConfig
@@ -247,8 +247,10 @@ class _EvaluationRun:
         return not self.evaluation.variants or variant.values.get("variant") in self.evaluation.variants
 
     def spec(self, variant: Variant, precision: tuple[str, str]) -> dict[str, Any]:
-        model = {**identify_model(variant.folder, *precision), "name": variant.name}
-        return run_spec(self.method, self.settings, self.task, self.questions, model)
+        model = identify_model(variant.folder, *precision)
+        if "sha256" not in model:  # of a model of the hub, the id is all that is known
+            model["id"] = model["name"]
+        return run_spec(self.method, self.settings, self.task, self.questions, {**model, "name": variant.name})
 
     def row(self, variant: Variant, answered: MethodRun, summary: Summary) -> SweepRow:
         changed = "".join(f"; {name}={value}" for name, value in self.loop.items())
@@ -281,7 +283,7 @@ def _open_evaluations(sweep: SweepConfig) -> Iterator[_EvaluationRun]:
 
 def _check_runs(runs: list[_EvaluationRun]) -> None:
     """Check that no model is to answer the same questions twice in the same way: it would count as two seeds."""
-    asked = Counter((run.task.name, run.method.name, run.questions.sha256, json.dumps(run.loop)) for run in runs)
+    asked = Counter((run.task.name, run.method.name, run.questions.sha256, canonical_json(run.loop)) for run in runs)
     for (task, method, *_), count in asked.items():
         if count > 1:
             raise ConfigError(f"evaluate: the same {task} questions are asked {count} times with the method {method}")
@@ -304,8 +306,9 @@ def _stored_rows(
 def _slug(values: dict[str, Any], settings: dict[str, Any]) -> str:
     text = "_".join(f"{key.rpartition('.')[2]}={_plain(value)}" for key, value in values.items())
     # With a hash of the settings: shortened names may be equal, and a variant may be redefined.
-    readable = "".join(c if c.isalnum() or c in "=_.-" else "-" for c in text)[:100]
-    return f"{readable}_{sha256(json.dumps(settings).encode('utf-8')).hexdigest()[:8]}"
+    readable = "".join(c if c.isalnum() or c in "=_.-" else "-" for c in text)
+    short = readable.encode("utf-8")[:100].decode("utf-8", errors="ignore")  # file systems count bytes
+    return f"{short}_{sha256(canonical_json(settings).encode('utf-8')).hexdigest()[:8]}"
 
 
 def _plain(value: Any) -> str:

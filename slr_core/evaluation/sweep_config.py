@@ -74,7 +74,7 @@ class SweepConfig(_Model):
     """The sweep file."""
 
     recipe: str | None = Field(None, description="training recipe, relative to the folder of the sweep file")
-    models: dict[str, str] = Field(
+    models: dict[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]] = Field(
         {}, description="finished models by name, in place of a recipe: checkpoint folders or hub ids"
     )
     output_dir: str = Field(description="folder for the models and results.jsonl")
@@ -104,6 +104,7 @@ class SweepConfig(_Model):
             for name, instead in (("seed", "seeds"), ("output_dir", "output_dir of the sweep")):
                 if name in names:
                     raise ValueError(f"{place}: {name} is set for every model; give {instead}")
+            _check_not_hidden(place, list(names))
         for name, values in self.vary.items():
             _check_once(f"vary.{name}", values)
         for place, changes in (("set", self.set), *((f"variants.{name}", of) for name, of in self.variants.items())):
@@ -115,6 +116,9 @@ class SweepConfig(_Model):
         for name in (name for evaluation in self.evaluate for name in evaluation.variants):
             if name not in known:
                 raise ValueError(f"evaluate.variants: {name} is not one of {', '.join(known) or 'no names'}")
+        if all(evaluation.variants for evaluation in self.evaluate):
+            for name in known.keys() - {name for evaluation in self.evaluate for name in evaluation.variants}:
+                raise ValueError(f"evaluate.variants: no entry names {name}, which would answer no question")
         return self
 
     @classmethod
@@ -134,7 +138,27 @@ class SweepConfig(_Model):
             raise ConfigError(f"{path}: {error}") from error
 
 
+def canonical_json(value: Any) -> str:
+    """JSON in which equal settings are equal: sorted keys, and 1.0 as 1; ``true`` is another value."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: plain(inner) for key, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [plain(inner) for inner in part]
+        return int(part) if isinstance(part, float) and part.is_integer() else part
+
+    return json.dumps(plain(value), sort_keys=True)
+
+
 def _check_once(name: str, values: Sequence[Any]) -> None:
     for (_, first), (j, second) in combinations(enumerate(values), 2):
-        if json.dumps(first) == json.dumps(second):  # as JSON: 1 and true are not the same
+        if canonical_json(first) == canonical_json(second):
             raise ValueError(f"{name}.{j}: {second} is given twice")
+
+
+def _check_not_hidden(place: str, names: Sequence[str]) -> None:
+    """Check that no group of settings follows one of its settings, which it would replace."""
+    for name, group in combinations(names, 2):
+        if name.startswith(f"{group}."):
+            raise ValueError(f"{place}: {name} would be replaced by {group}, which follows it")

@@ -12,6 +12,7 @@ from slr_core.engine.runner.device import load_reasoner
 from slr_core.errors import ConfigError, DataError
 from slr_core.evaluation import sweep
 from slr_core.evaluation.store import Store
+from slr_core.evaluation.sweep_config import SweepConfig
 from slr_core.tasks import get_task
 from tests import tiny
 from tests.training.recipe import DATA
@@ -64,6 +65,9 @@ def trained(monkeypatch):
     return done
 
 
+REVERSED = {"patience": 1, "threshold": 1.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -97,6 +101,15 @@ def trained(monkeypatch):
             r"variants\.a: loop\.residual\.source would be replaced by vary, which has loop\.residual$",
         ),
         ({"vary": {"loop.residual": [{}]}, "set": {"loop.residual.norm": True}}, r"set: loop\.residual\.norm would be"),
+        ({"vary": {"optimizer.weight_decay": [0, 0.0]}}, r"vary\.optimizer\.weight_decay\.1: 0\.0 is given twice"),
+        (
+            {"evaluate": [JUDGE | {"loop": loop} for loop in ({"threshold": 1, "patience": 1}, REVERSED)]},
+            "asked 2 times",
+        ),
+        (
+            {"variants": {"a": {}, "b": {"chains": 2}}, "evaluate": [JUDGE | {"variants": ["a"]}]},
+            "no entry names b, which would answer no question",
+        ),
         ({"set": {"chains=1": 1}}, "set: expected dotted names of settings, got chains=1"),
         (
             {"vary": {}, "variants": {"a": {}, "b": {"loop.residual.alpha": 7}}},
@@ -113,6 +126,40 @@ def test_contradictions_are_told_before_any_training(spec, trained, changes, tol
     with pytest.raises((ConfigError, DataError), match=told):
         sweep.run_sweep(spec(**changes))
     assert trained == []
+
+
+@pytest.mark.parametrize("place", ["set", "vary", "variants"])
+def test_no_group_hides_a_setting_before_it(place, tmp_path):
+    hidden, group = ("loop.lora.rank", 4), ("loop.lora", {"kind": "shared"})
+    for settings, is_refused in (([hidden, group], True), ([group, hidden], False)):
+        given = {name: [value] if place == "vary" else value for name, value in settings}
+        spec = {"recipe": "r", "output_dir": "o", "evaluate": [JUDGE]}
+        spec[place] = {"a": given} if place == "variants" else given
+        (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+        if is_refused:
+            with pytest.raises(
+                ConfigError, match=r"loop\.lora\.rank would be replaced by loop\.lora, which follows it"
+            ):
+                SweepConfig.from_yaml(tmp_path / "spec.yaml")
+        else:
+            SweepConfig.from_yaml(tmp_path / "spec.yaml")
+
+
+def test_a_model_of_the_hub_is_known_by_its_id(finished, tmp_path, monkeypatch):
+    """Under the same name in the spec, another id is another model."""
+    monkeypatch.setattr(sweep, "load_reasoner", lambda path, **options: load_reasoner("prosqa"))
+    for hub_id in ("me/x", "me/y"):
+        sweep.run_sweep(finished({"a": hub_id}, [JUDGE | {"methods": ["slr"]}]))
+    runs = Store(tmp_path / "results.jsonl").runs.values()
+    assert [run.spec["model"] for run in runs] == [{"name": "a", "id": "me/x"}, {"name": "a", "id": "me/y"}]
+
+
+def test_names_of_folders(tmp_path):
+    """The order of settings is no difference, and a name in a wide script fits."""
+    settings = {"loop.lora.rank": 4, "chains": 1.0}
+    assert sweep._slug({}, settings) == sweep._slug({}, {"chains": 1, "loop.lora.rank": 4})
+    assert sweep._slug({}, settings) != sweep._slug({}, {"chains": True, "loop.lora.rank": 4})
+    (tmp_path / sweep._slug({"variant": "中" * 200}, settings)).mkdir()
 
 
 @pytest.mark.slow
