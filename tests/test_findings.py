@@ -217,7 +217,7 @@ def test_sweeps_run(name, changes, rows, tmp_path):
     assert len(ran) == rows
     assert run_sweep(path, finished_only=True) == ran
     shown = "methods" if name == "methods" else "accuracy"
-    assert findings._SHOWN[shown]({"rows": [row.to_json() for row in ran]})
+    assert findings_tables.TABLES[shown]({"rows": [row.to_json() for row in ran]})
 
 
 @pytest.mark.slow
@@ -252,7 +252,7 @@ def test_patching_runs(monkeypatch, tmp_path):
     patching.main()
     record = json.loads(out.read_text())
     assert len(record["rows"]) == 1 + 3 * 4
-    assert "rival frontier" in findings._SHOWN["patching"](record)[0]
+    assert "rival frontier" in findings_tables.TABLES["patching"](record)[0]
 
 
 @pytest.mark.slow
@@ -261,7 +261,7 @@ def test_probes_run(tmp_path):
     words = command.replace("--generate 600", "--generate 60").split()[1:]
     assert cli.app([*words, "--output", str(tmp_path / "probe.json")], standalone_mode=False) is None
     record = findings.reduce_probe(json.loads((tmp_path / "probe.json").read_text()))
-    assert findings._SHOWN["lens"](record)[0].count("\n") == 1 + 9
+    assert findings_tables.TABLES["lens"](record)[0].count("\n") == 1 + 9
 
 
 @pytest.mark.slow
