@@ -26,7 +26,8 @@ test: .venv/.dev  ## Run the tests (a few minutes).
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-all: test  ## Run the tests and the slow tests.
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n auto --dist worksteal --ignore tests/server --ignore tests/deploy
+	$(BIN)/python -m pytest -m slow tests/server tests/deploy
 
 coverage: .venv/.dev  ## Run the tests and show the coverage of slr_core and server.
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov
