@@ -179,7 +179,7 @@ class Remote:
         return [self._trace(prompt, seed, options) for prompt, seed in zip(prompts, seeds, strict=True)]
 
     def identify(self) -> dict[str, Any]:
-        """URL, hash of the served checkpoint and precision of its weights.
+        """URL, hash of the served checkpoint and precision of its weights; a model of the hub has no hash.
 
         Raises:
             RequestError: the server refuses the request.
@@ -187,7 +187,8 @@ class Remote:
         """
         with self._naming_errors():
             identity = self.client.identity()
-            return {"name": self.url, **{key: identity[key] for key in ("sha256", "dtype", "quantization")}}
+            known = {key: identity[key] for key in ("sha256", "dtype", "quantization")}
+            return {"name": self.url, **{key: value for key, value in known.items() if value is not None}}
 
     def _trace(self, prompt: str | list[str], seed: int | None, options: GenerationOptions) -> list[MethodAnswer]:
         convergence = {k: v for k, v in options.loop.items() if k in ("criterion", "threshold", "patience")}

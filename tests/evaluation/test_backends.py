@@ -159,6 +159,8 @@ def test_the_model_behind_a_url_is_known_by_its_hash():
         served = {**served, field: "another"}
         assert remote.identify() != before
         before = remote.identify()
+    served = {**served, "sha256": None}
+    assert "sha256" not in remote.identify()
 
 
 def test_a_server_that_does_not_tell_its_model_is_an_error_that_names_it(no_pauses):
