@@ -7,7 +7,13 @@ from tests import tiny
 EVERY = [(kind, workspace) for kind in tiny.KINDS for workspace in tiny.WORKSPACES]
 
 
-@pytest.fixture(scope="session", params=EVERY, ids="-".join)
+def in_turn(kind, workspace, *values, turn=0):
+    """A parameter that is quick in one workspace only, another for the next architecture or turn; else slow."""
+    is_quick = list(tiny.WORKSPACES).index(workspace) == (tiny.KINDS.index(kind) + turn) % len(tiny.WORKSPACES)
+    return pytest.param((kind, workspace, *values), marks=() if is_quick else pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", params=[in_turn(*pair) for pair in EVERY], ids="-".join)
 def kind_and_workspace(request):
     return request.param
 

@@ -9,7 +9,7 @@ from slr_core.generation.reference import generate
 from slr_core.model.exits import loop_until_exit
 from slr_core.params import LoopParams, SamplingParams
 from tests import tiny
-from tests.contract.conftest import EVERY
+from tests.contract.conftest import EVERY, in_turn
 from tests.contract.mix import MEASURES, MIXED, facts, mixed, near
 
 LATENT = {"decoder": {"answers": "latent_decoder", "latent_decoder": tiny.LATENT_DECODER}}
@@ -23,9 +23,9 @@ VARIANTS = {
 }
 # Every architecture loops in every workspace; the other ways to end a batch are the same code for all of them.
 CASES = [
-    (kind, workspace, variant)
+    in_turn(kind, workspace, variant, turn=turn)
     for kind, workspace in EVERY
-    for variant in (VARIANTS if kind == "llama" else ["decode-adapter"])
+    for turn, variant in enumerate(VARIANTS if kind == "llama" else ["decode-adapter"])
 ]
 
 
