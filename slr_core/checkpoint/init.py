@@ -63,7 +63,7 @@ class InitConfig(LoopConfig):
         """
         try:
             data = parse_yaml(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: not a readable YAML file ({error})") from error
         try:
             return validated(cls, {} if data is None else data)

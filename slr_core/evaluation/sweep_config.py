@@ -130,7 +130,7 @@ class SweepConfig(_Model):
         """
         try:
             data = parse_yaml(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: not a readable YAML file ({error})") from error
         try:
             return validated(cls, data)
